@@ -1,0 +1,730 @@
+"""
+data.py - from conversations to token ids and the one mask
+
+The idea. A training example is `(ids, mask)`: mask is 1 exactly on the tokens that the model chose, or should have
+chosen (its calls, its answers, its end-of-turn token), and 0 on everything it only reads (system prompt, user, tool
+results). SFT, DPO, PPO and the teacher all train under this mask and no other. The ids are concatenated piece by piece
+and never re-tokenised as one text, because a tokenizer may merge two pieces at their seam into a token that was never
+sampled.
+
+    <|im_start|>system ... <|im_end|>\n <|im_start|>user\n 17 * 23? <|im_end|>\n <|im_start|>assistant\n   mask 0
+    <tool_call>{"name": "calculator", "arguments": {"expression": "17 * 23"}}</tool_call><|im_end|>        mask 1
+    \n <|im_start|>tool\n <tool_response>{"result": 391}</tool_response><|im_end|>\n <|im_start|>assistant\n   mask 0
+    17 * 23 is 391.<|im_end|>                                                                              mask 1
+
+Where the examples come from: templates written by hand and varied by a small paraphrasing engine (this file; the
+wording stands in configs/corpora/), or JSONL files of conversations. A conversation has the ecosystem's form:
+`{"messages": [{"role", "content", "tool_calls"?}, ...], "tools": [names or OpenAI schemas]}`.
+
+Splits are by phrasing family and by value, never by row: train, dev and test share no template, no city, no entity and
+no pair of numbers. A model that learned the templates by heart gets nothing for it on `test`.
+
+    python data.py --show 20                    examples with the trained tokens coloured
+    python data.py --split test --n 500 --out test.jsonl
+    python data.py --sample-replies             (once) the base model's own replies to the no-tool talk
+"""
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+from tools import (Call, UserError, calculate, execute, format_call, format_result, load_tools, parse_calls,
+                   render_tools, tool_from_schema)
+
+CORPORA = Path(__file__).parent / "configs" / "corpora"
+SYSTEM = "You are a helpful assistant."
+TOOL_RULES = ('Call a tool only when it is needed, else just answer. A call looks like this: '
+              '<tool_call>{"name": "...", "arguments": {...}}</tool_call>')
+
+
+# --------------------------------------------------------------------------- 1. conversations -> ids and mask
+
+def system_text(conversation, style="signature"):
+    """The system prompt: the conversation's own words (or a default), then the tools and how to call them."""
+    messages, tools = conversation["messages"], load_tools(conversation.get("tools") or [])
+    own = messages[0]["content"] if messages and messages[0]["role"] == "system" else SYSTEM
+    return f"{own}\n\nTools:\n{render_tools(tools, style)}\n\n{TOOL_RULES}" if tools else own
+
+
+def turns(conversation, style="signature"):
+    """-> [(role, text)]: calls and results written out in the call grammar, results of one turn in one message."""
+    out = [("system", system_text(conversation, style))]
+    for message in conversation["messages"]:
+        role, text = message["role"], message.get("content") or ""
+        if role == "assistant":
+            calls = [format_call(Call(c["name"], c["arguments"])) for c in message.get("tool_calls") or []]
+            text = "\n".join([text] * bool(text) + calls)
+        elif role == "tool":
+            text = text if text.startswith("<tool_response>") else f"<tool_response>{text}</tool_response>"
+            if out[-1][0] == "tool":
+                out[-1] = ("tool", f"{out[-1][1]}\n{text}")
+                continue
+        if role != "system":
+            out.append((role, text))
+    return out
+
+
+def is_chatml(tokenizer):
+    vocab = tokenizer.get_vocab()
+    return "<|im_start|>" in vocab and "<|im_end|>" in vocab
+
+
+def end_of_turn(tokenizer):
+    """The id that ends an assistant turn: <|im_end|> in ChatML, else the tokenizer's eos token."""
+    return tokenizer.convert_tokens_to_ids("<|im_end|>") if is_chatml(tokenizer) else tokenizer.eos_token_id
+
+
+def pieces(messages, tokenizer, generation=False):
+    """[(role, text)] -> [(ids, trained)], whose concatenation is the sequence.
+
+    With `generation` the header of one more assistant turn follows. ChatML is written out here; any other model goes
+    through its own chat template, rendered prefix by prefix, each difference tokenised alone.
+    """
+    if not is_chatml(tokenizer):
+        return _template_pieces(messages, tokenizer, generation)
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    # split_special_tokens: "<|im_end|>" typed by a user or returned by a tool stays text and ends no turn.
+    plain = lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]  # noqa: E731
+    newline, out = plain("\n"), []
+    for role, text in messages:
+        out += [([start] + plain(role) + newline, 0), (plain(text) + [end], int(role == "assistant")), (newline, 0)]
+    return out + [([start] + plain("assistant") + newline, 0)] * generation
+
+
+def _template_pieces(messages, tokenizer, generation):
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template and is not ChatML: use an instruction-tuned model, or set tokenizer.chat_template")
+    specials = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+
+    def safe(text):  # a special token inside content is broken by a zero-width space: it must not become the token
+        for token in specials:
+            text = text.replace(token, token[0] + "\u200b" + token[1:])
+        return text
+    chat = [{"role": "user" if role == "tool" else role, "content": safe(text)} for role, text in messages]
+
+    def render(upto, header=False):
+        if not upto:
+            return ""
+        return tokenizer.apply_chat_template(upto, tokenize=False, add_generation_prompt=header)
+    try:
+        render(chat[:2])
+    except Exception:  # Templates raise what they like. Many (Gemma's) know no system role: it joins the first user turn.
+        chat = [{"role": "user", "content": chat[0]["content"] + "\n\n" + chat[1]["content"]}] + chat[2:]
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    # Some templates refuse a lone system message, or fold it into the first user turn: then these two are one piece.
+    first = 2 if chat[0]["role"] == "system" and len(chat) > 1 else 1
+    out, before = [(ids(render(chat[:first])), 0)], render(chat[:first])
+    for i in range(first, len(chat)):
+        after = render(chat[:i + 1])
+        header = render(chat[:i], header=True) if chat[i]["role"] == "assistant" else before
+        if not (after.startswith(header) and header.startswith(before)):
+            raise UserError("this chat template rewrites earlier turns, so that turns cannot be told apart; use a ChatML model or a simpler template")
+        if chat[i]["role"] == "assistant":
+            body = after[len(header):]
+            tail = len(body) - len(body.rstrip("\n "))  # what stands behind the end-of-turn token is layout
+            out += [(ids(header[len(before):]), 0), (ids(body[:len(body) - tail]), 1), (ids(body[len(body) - tail:]), 0)]
+        else:
+            out.append((ids(after[len(before):]), 0))
+        before = after
+    return out + [(ids(render(chat, header=True)[len(before):]), 0)] * generation
+
+
+def encode(conversation, tokenizer, style="signature", generation=False):
+    """Conversation -> (ids, mask), two lists of equal length T; mask is 1 on the model's own tokens.
+
+    With `generation` the assistant's header is appended: the prompt for the next turn.
+    Raises UserError when the conversation is malformed.
+    """
+    parts = pieces(turns(check_conversation(conversation), style), tokenizer, generation)
+    return [i for ids, _ in parts for i in ids], [t for ids, t in parts for _ in ids]
+
+
+def continuation(results, tokenizer):
+    """Ids from the end of an assistant turn, over its tool results, to the header of the next turn: all mask 0."""
+    stub = [("system", SYSTEM), ("user", "."), ("assistant", ".")]
+    parts = pieces(stub + [("tool", "\n".join(format_result(r) for r in results))], tokenizer, generation=True)
+    last = max(i for i, (_, trained) in enumerate(parts) if trained)
+    return [i for ids, _ in parts[last + 1:] for i in ids]
+
+
+def check_conversation(conversation):
+    """Normalise a conversation (tool calls to {"name", "arguments"}); UserError with the reason if it is not one."""
+    if not isinstance(conversation, dict) or not isinstance(conversation.get("messages"), list) or not conversation["messages"]:
+        raise UserError('a conversation is an object with a non-empty list "messages"')
+    messages = []
+    for n, message in enumerate(conversation["messages"]):
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant", "tool"):
+            raise UserError(f'message {n}: "role" must be system, user, assistant or tool')
+        content, calls = message.get("content"), message.get("tool_calls") or []
+        if role_error := (message["role"] == "system" and n > 0 and "a system message can only be the first") or (
+                content is not None and not isinstance(content, str) and '"content" must be a string') or (
+                content is None and not calls and '"content" is missing'):
+            raise UserError(f"message {n}: {role_error}")
+        if not isinstance(calls, list) or calls and message["role"] != "assistant":
+            raise UserError(f'message {n}: "tool_calls" is a list in an assistant message')
+        clean = {"role": message["role"], "content": content or ""}
+        if calls:
+            clean["tool_calls"] = [_check_call(call, n) for call in calls]
+        messages.append(clean)
+    return {**conversation, "messages": messages}
+
+
+def without_function(schema):
+    """A tool schema from a data file, without its "function" path: data never decides which code is imported."""
+    if isinstance(schema, dict) and isinstance(schema.get("function"), str):
+        return {k: v for k, v in schema.items() if k != "function"}
+    return schema
+
+
+def _check_call(call, n):
+    call = call.get("function", call) if isinstance(call, dict) else {}
+    arguments = call.get("arguments", {})
+    if isinstance(arguments, str):  # OpenAI sends arguments as a JSON string
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = None
+    if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
+        raise UserError(f'message {n}: a tool call needs "name" (a string) and "arguments" (an object, or its JSON text)')
+    return {"name": call["name"], "arguments": arguments}
+
+
+def read_jsonl(path, check=check_conversation, report=sys.stderr):
+    """Read a JSONL file of conversations. Bad lines are reported by number and skipped; no good line is an error."""
+    good, bad = [], 0
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            if isinstance(item, dict) and set(item) == {"comment"}:
+                continue
+            good.append(check(item))
+        except (ValueError, RecursionError) as error:  # UserError, bad JSON and bad UTF-8 are all ValueErrors
+            bad += 1
+            print(f"{path}, line {number}: {error or type(error).__name__}; skipped", file=report)
+    if not good:
+        raise UserError(f"{path}: no usable line ({bad} bad)" if bad else f"{path}: the file is empty")
+    return good
+
+
+# --------------------------------------------------------------------------- 2. numbers and words
+
+ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen").split()
+TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def number_words(n):
+    """342 -> 'three hundred and forty-two', for 0 <= n < 10**9."""
+    if n < 20:
+        return ONES[n]
+    if n < 100:
+        return TENS[n // 10] + (f"-{ONES[n % 10]}" if n % 10 else "")
+    for size, name, link in ((10 ** 6, "million", " "), (1000, "thousand", " "), (100, "hundred", " and ")):
+        if n >= size:
+            return f"{number_words(n // size)} {name}" + (f"{link}{number_words(n % size)}" if n % size else "")
+
+
+def split_of_pair(x, y):
+    """Every unordered pair of numbers belongs to one split, by the sum of their keys mod 7."""
+    return ["train", "train", "train", "train", "train", "dev", "test"][(_key(x) + _key(y)) % 7]
+
+
+def _key(value):  # 4.50 -> 45, 12.00 -> 12: equal numbers have equal keys however they are written
+    text = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+    return int(text.replace(".", ""))
+
+
+def draw_values(slots, split, rng):
+    """One value per slot ('num 2 99', 'money 1 50', ...) such that every pair of them belongs to `split`."""
+    wanted = {"train": rng.choice([0, 1, 2]), "dev": 6, "test": 3}[split]  # residues r with 2r in the split's class
+    values = {}
+    for name, spec in slots.items():
+        kind, low, high = spec.split()
+        places = {"dec": rng.choice([1, 1, 2]), "money": 2}.get(kind, 0)
+        for _ in range(200):
+            value = rng.randint(int(float(low) * 10 ** places), int(float(high) * 10 ** places))
+            value = round(value / 10 ** places, places) if places else value
+            if all(split_of_pair(value, other) == split for other in values.values()) and (
+                    len(slots) < 3 or split == "train" or _key(value) % 7 == wanted):
+                values[name] = value
+                break
+        else:
+            return None
+    return values
+
+
+def write_value(value, kind, rng):
+    """A number as a person might type it."""
+    digits = f"{value:.2f}" if kind == "money" else str(value)
+    comma = f"{value:,}" if kind != "money" else f"{value:,.2f}"
+    if kind == "pct":
+        return rng.choice([f"{digits}%"] * 4 + [f"{digits} percent", f"{digits} per cent"])
+    if kind in ("money", "dollars"):
+        return rng.choice([f"${comma}"] * 4 + [f"${digits}", f"{digits} dollars", f"{digits} bucks" if kind == "dollars" else f"{digits} USD"])
+    if kind == "int" and rng.random() < 0.2 and value < 10000:
+        return number_words(value)
+    return comma if rng.random() < 0.35 else digits
+
+
+# --------------------------------------------------------------------------- 3. the paraphrasing engine
+
+@functools.lru_cache(maxsize=None)
+def corpus(name):
+    """A corpus of configs/corpora by file name, read once."""
+    path = CORPORA / name
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror}); restore it from the repository") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def of_split(items, split):
+    return [item for item in items if item["split"] == split]
+
+
+class Writer:
+    """Writes requests in the words of one split. All choices come from `rng`: the same seed writes the same text."""
+
+    def __init__(self, split, rng):
+        self.split, self.rng = split, rng
+        self.pools = {}
+
+    def pick(self, name, key):
+        """A random item of this split from a list in a corpus file."""
+        if (name, key) not in self.pools:
+            self.pools[name, key] = of_split(corpus(name)[key], self.split)
+        return self.rng.choice(self.pools[name, key])
+
+    def register(self, text, rambling=True):
+        """Restyle a template, slots untouched: openers, closers, context, typos, texting, case, punctuation.
+
+        -> (template, lower): with `lower` the slots should be written in lower case as well.
+        """
+        rng, style = self.rng, corpus("register.json")
+        lower, where = rng.random() < 0.3, rng.random()
+        if where < 0.12:
+            opener = self.pick("register.json", "openers")["text"]
+            text = f"{opener} {text if opener[-1] in '.!?:' else decapitalise(text)}"
+        elif where < 0.27 and rambling:
+            text = f'{self.pick("register.json", "rambles")["text"]} {text}'
+        elif where < 0.33 and rambling:
+            text = f'{end_sentence(text)} {self.pick("register.json", "rambles_after")["text"]}'
+        elif where < 0.43:
+            closer = self.pick("register.json", "closers")["text"]
+            text = f"{text}, {decapitalise(closer)}" if text[-1] not in ".!?=" and rng.random() < 0.5 else f"{text} {closer}"
+        for table, share, rate in ((style["typos"], 0.08, 0.3), (style["texting"], 0.04, 0.9)):
+            if rng.random() < share:
+                text = re.sub(r"(?<![{\w'])[A-Za-z]+(?![}\w'])", lambda m: swap_word(m.group(), table, rate, rng), text)
+        if lower:
+            text = re.sub(r"(\{\w+\})|([^{}]+)", lambda m: m.group(1) or m.group(2).lower(), text)
+        if rng.random() < 0.3:
+            text = text.rstrip(".?! ")
+        if rng.random() < 0.06:
+            text = re.sub(r"[,.?!;](?=\s|$)", "", text)
+        return text, lower
+
+    def tools(self, needed=(), without=None):
+        """Names of the offered tools in random order: three, two, one or none of them, always with the needed."""
+        names = ["calculator", "weather", "search"]
+        if without is None and self.rng.random() < 0.5:
+            return names
+        free = [n for n in names if n not in needed and n != without]
+        count = self.rng.choices([len(free), max(len(free) - 1, 0), 0], [6, 3, 2])[0]
+        chosen = list(needed) + self.rng.sample(free, count)
+        self.rng.shuffle(chosen)
+        return chosen
+
+    # Each writer of a kind returns (prompt, calls, answer text or None, extra facts about the example).
+
+    def number_request(self, family):
+        """A request from a family with number slots -> (prompt, expression, slot values)."""
+        for _ in range(300):
+            slots = family.get("slots", {})
+            values = draw_values(slots, self.split, self.rng)
+            if values is None or not all(holds(test, values) for test in family.get("where", [])):
+                continue
+            expression = fill(family["expression"], {k: f"{v:.2f}" if slots[k].startswith("money") else str(v) for k, v in values.items()})
+            try:
+                result = calculate(expression)
+            except Exception as error:
+                raise UserError(f'corpus family {family["id"]}: {expression}: {error}') from None
+            whole = family.get("whole", all(s.split()[0] in ("num", "int", "pct") for s in slots.values()) and "steps" in family)
+            if result > 0 and not (whole and result != int(result)):
+                break
+        else:
+            return None
+        template, lower = self.register(self.rng.choice(family["texts"]), rambling=len(family["texts"][0]) < 90)
+        written = {k: write_value(v, slots[k].split()[0], self.rng) for k, v in values.items()}
+        return fill(template, {**written, **self.story_words(family, lower)}), expression, values
+
+    def story_words(self, family, lower=False):
+        stories = corpus("stories_add.json")
+        people = self.rng.sample(stories["names"], 3)
+        things = stories["things"].get(family.get("things"), stories["things"]["toys"])
+        thing, thing2 = self.rng.sample(things, 2)
+        first = people[0]
+        words = {"name": first["name"], "name2": people[1]["name"], "name3": people[2]["name"], "he": first["he"], "his": first["his"],
+                 "him": first["him"], "He": first["he"].capitalize(), "His": first["his"].capitalize(), "thing": thing, "thing2": thing2,
+                 "Thing": thing.capitalize(), "city": self.pick("cities.json", "cities")["name"]}
+        return {k: v.lower() if lower else v for k, v in words.items()}
+
+    def arithmetic(self, name="arithmetic.json"):
+        family = self.pick(name, "families")
+        made = self.number_request(family)
+        return made and (made[0], [Call("calculator", {"expression": made[1]})], family["id"], made[2])
+
+    def word_problem(self):
+        if self.split == "train" and self.rng.random() < 0.15:
+            problem = self.rng.choice(corpus("gsm8k_short.jsonl")[1:])
+            return problem["question"], [Call("calculator", {"expression": problem["expression"]})], "gsm8k", {}
+        return self.arithmetic(self.rng.choice(["stories_add.json", "stories_mul.json"]))
+
+    def place(self, lower):
+        city = self.pick("cities.json", "cities")
+        name = f'{city["name"]}, {city["country"]}' if self.rng.random() < 0.12 else city["name"]
+        return name.lower() if lower else name
+
+    def weather(self):
+        family = self.pick("weather.json", "families")
+        template, lower = self.register(self.rng.choice(family["texts"]))
+        city = self.place(lower)
+        arguments = {"city": city, **({"unit": family["unit"]} if family.get("unit") else {})}
+        return fill(template, {"city": city}), [Call("weather", arguments)], family["id"], {"city": city}
+
+    def question(self):
+        """A self-contained search question -> (text, entity or None, family)."""
+        questions = corpus("search_questions.json")
+        if self.rng.random() < 0.4:
+            return self.pick("search_questions.json", "plain")["text"], None, "plain"
+        family = self.pick("search_questions.json", "families")
+        entity = self.rng.choice(of_split(questions["entities"][family["entity"]], self.split))["name"]
+        return fill(self.rng.choice(family["texts"]), {"e": entity}), entity, family["id"]
+
+    def search(self):
+        query, entity, family = self.question()
+        query = query.rstrip("?. ")
+        wrapper = "{q}" if self.rng.random() < 0.6 else self.pick("search_questions.json", "wrappers")["text"]
+        if not re.match(r"(who|whose|what|when|where|which|how|why)\b", query) and not re.search(r"(:|search for|look up|find|search on) \{q\}", wrapper):
+            wrapper = "{q}"  # "I was wondering height of Everest" is nobody's English
+        if wrapper == "{q}" and self.rng.random() < 0.4:
+            wrapper = "{q}?"
+        template, lower = self.register(wrapper)
+        query = query.lower() if lower else query
+        shown = query[0].upper() + query[1:] if template.startswith("{q}") and not lower and self.rng.random() < 0.5 else query
+        return fill(template, {"q": shown}), [Call("search", {"query": shown if wrapper.startswith("{q}") else query})], family, {"entity": entity}
+
+    def trap(self):
+        family = self.pick("traps.json", "families")
+        if family["tool"] == "calculator":
+            made = self.number_request(family)
+            return made and (made[0], [Call("calculator", {"expression": made[1]})], family["id"], made[2])
+        if family["tool"] == "search":
+            item = self.rng.choice(family["items"])
+            template, lower = self.register("{q}")
+            change = str.lower if lower else str
+            return fill(template, {"q": change(item["text"])}), [Call("search", {"query": change(item["query"])})], family["id"], {}
+        if family["tool"] == "none":
+            return self.no_tool(f'trap_{family["id"]}')
+        values = draw_values(family.get("slots", {}), self.split, self.rng)
+        if values is None:
+            return None
+        template, lower = self.register(self.rng.choice(family["texts"]))
+        city = self.place(lower)
+        written = {k: write_value(v, family["slots"][k].split()[0], self.rng) for k, v in values.items()}
+        return fill(template, {"city": city, **written}), [Call("weather", {"city": city})], family["id"], {"city": city}
+
+    def no_tool(self, kind=None):
+        """Talk with the base model's own reply; its words stay as they were when the reply was sampled."""
+        talks = [t for t in of_split(corpus("talk_replies.jsonl")[1:], self.split) if kind in (None, t["kind"])]
+        if not talks:
+            return None
+        talk = self.rng.choice(talks)
+        return talk["prompt"], [], talk["kind"], {"reply": talk["reply"]}
+
+    def two_calls(self):
+        if self.rng.random() < 0.4:
+            template, lower = self.register(self.pick("extra.json", "two_cities")["text"])
+            a, b = self.place(lower), self.place(lower)
+            return fill(template, {"city": a, "city2": b}), [Call("weather", {"city": a}), Call("weather", {"city": b})], "two_cities", {"city": [a, b]}
+        first, second = self.rng.sample([self.arithmetic, self.weather, self.search, self.arithmetic], 2)
+        one, two = first(), second()
+        if not one or not two:
+            return None
+        prompt = fill(self.pick("extra.json", "joiners")["text"], {"x": end_sentence(one[0]), "y": decapitalise(two[0])})
+        return prompt, one[1] + two[1], "joined", {}
+
+    def tool_error(self):
+        if self.rng.random() < 0.25:
+            template, _ = self.register(self.pick("extra.json", "zero")["text"])
+            a = self.rng.randint(2, 999)
+            return fill(template, {"a": str(a)}), [Call("calculator", {"expression": f"{a} / 0"})], "zero", {}
+        family = self.pick("weather.json", "families")
+        template, lower = self.register(self.rng.choice(family["texts"]))
+        town = self.rng.choice(self.pick("extra.json", "towns")["names"])
+        arguments = {"city": town.lower() if lower else town, **({"unit": family["unit"]} if family.get("unit") else {})}
+        return fill(template, {"city": arguments["city"]}), [Call("weather", arguments)], family["id"], {"city": arguments["city"]}
+
+    def missing_tool(self):
+        return self.rng.choice([self.arithmetic, self.weather, self.search])()
+
+    def canonical(self):
+        example = self.pick("canonical.json", "examples")
+        return example["prompt"], [Call(c["name"], c["arguments"]) for c in example["calls"]], "canonical", {"reply": example.get("reply")}
+
+
+def holds(test, values):
+    """'a > b' or 'a >= 3' between slots and numbers."""
+    left, sign, right = test.split()
+    value = lambda x: values[x] if x in values else float(x)  # noqa: E731
+    a, b = value(left), value(right)
+    return {">": a > b, "<": a < b, ">=": a >= b, "<=": a <= b, "!=": a != b}[sign]
+
+
+def fill(template, words):
+    return re.sub(r"\{(\w+)\}", lambda m: words[m.group(1)] if m.group(1) in words else m.group(), template)
+
+
+def decapitalise(text):
+    first = text.split(" ", 1)[0]
+    return text if first in ("I", "I'm", "I've", "I'd", "I'll") or first[1:] != first[1:].lower() or not first.isalpha() else text[0].lower() + text[1:]
+
+
+def end_sentence(text):
+    return text if text[-1] in ".!?=" else text + "."
+
+
+def swap_word(word, table, rate, rng):
+    options = table.get(word.lower())
+    if not options or rng.random() > rate:
+        return word
+    new = options if isinstance(options, str) else rng.choice(options)
+    return new.capitalize() if word[0].isupper() else new
+
+
+# --------------------------------------------------------------------------- 4. whole conversations
+
+MIX = {"canonical": 3, "arithmetic": 15, "weather": 13, "search": 14, "no_tool": 15, "trap": 9, "word_problem": 22,
+       "missing_tool": 3, "two_calls": 3, "tool_error": 3}
+
+
+def final_answer(call, result, rng, story=False):
+    """The assistant's closing words for one call and its result, in one of many wordings."""
+    answers = corpus("answers.json")
+    if not result.ok:
+        kind = "unknown_city" if "unknown city" in result.message else "division_by_zero" if "zero" in result.message else "other"
+        return fill(rng.choice(answers["error"][kind]), {"city": str(call.arguments.get("city")), "message": result.message})
+    if call.name == "calculator":
+        return fill(rng.choice(answers["calculator_story" if story else "calculator"]),
+                    {"result": str(result.value), "expression": call.arguments["expression"]})
+    if call.name == "weather":
+        return fill(rng.choice(answers["weather"]), {"city": result.value["city"], "temperature": str(result.value["temperature"]),
+                    "unit_symbol": "°F" if result.value["unit"] == "fahrenheit" else "°C", "condition": result.value["condition"]})
+    query = set(re.findall(r"\w+", call.arguments["query"].lower()))
+    for hit in result.value:  # a hit answers only if the question names what the hit is about
+        if any(word in query for word in re.findall(r"\w{3,}", hit["title"].lower()) if word != "the"):
+            return fill(rng.choice(answers["search"]), hit)
+    return fill(rng.choice(answers["search_empty"]), {"query": call.arguments["query"]})
+
+
+def converse(kind, split, rng):
+    """One conversation of a kind: request, calls, executed results, final answer. None when the draw did not fit."""
+    writer = Writer(split, rng)
+    made = getattr(writer, kind)()
+    if made is None:
+        return None
+    prompt, calls, family, facts = made
+    needed, answer = sorted({c.name for c in calls}), None
+    if kind == "missing_tool":
+        missing, offered = needed[0], writer.tools(without=needed[0])
+        city = calls[0].arguments.get("city", "that place")
+        reply, calls = fill(rng.choice(corpus("answers.json")["missing"][missing]), {"city": city}), []
+    else:
+        offered, reply = writer.tools(needed), facts.pop("reply", None)
+    tools = load_tools(offered)
+    messages = [{"role": "user", "content": prompt}]
+    if calls:
+        results = [execute(call, tools) for call in calls]
+        finals = [final_answer(c, r, rng, story=kind == "word_problem") for c, r in zip(calls, results)]
+        reply = finals[0] if len(finals) == 1 else fill(rng.choice(corpus("answers.json")["two"]), {"first": finals[0], "second": finals[1]})
+        if len(finals) > 2:
+            reply = " ".join(finals)
+        messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
+        messages += [{"role": "tool", "content": format_result(r)} for r in results]
+        if calls[0].name == "calculator" and len(calls) == 1 and results[0].ok:
+            answer = results[0].value
+    messages.append({"role": "assistant", "content": reply})
+    variants = corpus("extra.json")["descriptions"]
+    if offered and rng.random() < 0.3:  # other wordings of the same tools, as full schemas
+        offered = [{**tools[n].schema()["function"], "description": rng.choice(variants[n])} for n in offered]
+    return {"kind": kind, "family": family, "split": split, "messages": messages, "tools": offered, "answer": answer, "facts": facts}
+
+
+def generate(split, n, seed=0, mix=None):
+    """n conversations of a split, a function of the arguments alone. `mix`: kind -> weight."""
+    mix = {k: v for k, v in (mix or MIX).items() if k != "canonical" or split == "train"}
+    if unknown := set(mix) - set(MIX):
+        raise UserError(f"unknown kind {sorted(unknown)[0]!r} in the mix; kinds are {', '.join(MIX)}")
+    rng = random.Random(f"{split} {seed}")
+    out, seen = [], set()
+    for attempt in itertools.count():
+        if len(out) == n:
+            return out
+        if attempt > 50 * n + 1000:
+            raise UserError(f"the {split} split has no {n} different examples for this mix; ask for fewer")
+        kind = rng.choices(list(mix), list(mix.values()))[0]
+        made = converse(kind, split, rng)
+        if made and (prompt := made["messages"][0]["content"]) not in seen:
+            if kind not in ("no_tool", "canonical"):  # these are few and may come again, under other tools
+                seen.add(prompt)
+            out.append(made)
+
+
+# --------------------------------------------------------------------------- 5. the base model's own replies
+
+def talk_prompts():
+    """Every no-tool message -> [{"prompt", "kind", "split"}]: the talk kinds, and the traps that need no tool."""
+    prompts = [{"prompt": p, "kind": k["kind"], "split": k["split"]} for k in corpus("talk_prompts.json")["kinds"] for p in k["prompts"]]
+    for family in corpus("traps.json")["families"]:
+        if family["tool"] == "none":
+            rng = random.Random(family["id"])
+            for text in family["texts"]:
+                writer = Writer(family["split"], rng)
+                values = draw_values(family.get("slots", {}), family["split"], rng) or {}
+                prompts.append({"prompt": fill(text, {"city": writer.place(False), **{k: str(v) for k, v in values.items()}}),
+                                "kind": f'trap_{family["id"]}', "split": family["split"]})
+    return prompts
+
+
+def sample_replies(path=CORPORA / "talk_replies.jsonl", limit=56):
+    """Let the untrained model answer every no-tool message in its own words, once; keep the answers that end.
+
+    Tool training on these replies costs the model no talk: they are what it says anyway (self-distillation).
+    """
+    import toolplay  # only here: data.py stands below toolplay.py
+    model, tokenizer = toolplay.load_model()
+    prompts = talk_prompts()
+    brief = "You are a helpful assistant. Answer in one or two short sentences."
+    left, done = list(range(len(prompts))), {}
+    for attempt, temperature in enumerate((0.0, 0.7, 0.7, 0.7)):
+        chats = [{"messages": [{"role": "system", "content": brief}, {"role": "user", "content": prompts[i]["prompt"]}]} for i in left]
+        episodes = toolplay.rollout(model, tokenizer, chats, {}, temperature=temperature, max_new_tokens=limit, seed=attempt)
+        for i, episode in zip(left, episodes):
+            text = episode.final.strip()
+            if episode.stop == "end" and text and "<" not in text and text != prompts[i]["prompt"]:
+                done[i] = text
+        left = [i for i in left if i not in done]
+        print(f"round {attempt}: {len(done)} of {len(prompts)} messages have a reply", file=sys.stderr)
+    comment = ("No-tool messages (talk_prompts.json, traps.json) and the replies of the untrained SmolLM2-135M-Instruct (Apache-2.0) itself, "
+               "sampled once by: python data.py --sample-replies")
+    lines = [{"comment": comment}] + [{**prompts[i], "reply": done[i]} for i in sorted(done)]
+    Path(path).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+# --------------------------------------------------------------------------- 6. datasets
+
+def dataset(config, tokenizer):
+    """The rows a run trains and evaluates on -> (train rows, held-out rows), each a list of (ids, mask).
+
+    Conversations longer than max_tokens are left out and counted, never cut. A row that trains nothing is an error.
+    """
+    if config.source == "manual":
+        train = generate("train", config.examples, config.seed, config.mix)
+    else:
+        train = read_jsonl(config.path)
+    if config.eval_path:
+        held_out = read_jsonl(config.eval_path)
+    else:
+        held_out = generate("dev", config.eval_examples, config.seed, config.mix)
+    return encode_all(train, tokenizer, config, "training"), encode_all(held_out, tokenizer, config, "evaluation") if held_out else []
+
+
+def encode_all(conversations, tokenizer, config, what):
+    extra = [tool_from_schema(t) for t in config.tools]
+    rows, long = [], 0
+    for n, conversation in enumerate(conversations):
+        if extra:
+            conversation = {**conversation, "tools": [*(conversation.get("tools") or []), *extra]}
+        ids, mask = encode(conversation, tokenizer, config.tool_style)
+        if sum(mask) == 0:
+            raise UserError(f"{what} conversation {n + 1}: it has no assistant turn, so nothing in it is trained")
+        if len(ids) > config.max_tokens:
+            long += 1
+        else:
+            rows.append((ids, mask))
+    if long:
+        print(f"{long} of {len(conversations)} {what} conversations are longer than max_tokens = {config.max_tokens} and left out", file=sys.stderr)
+    if not rows:
+        raise UserError(f"no {what} conversation fits max_tokens = {config.max_tokens}; raise it")
+    return rows
+
+
+def epoch_order(rows, seed, epoch, group):
+    """A fresh order of the rows for an epoch. Rows with the same system prompt stand in runs of `group`, shuffled
+    among themselves: what a batch shares, the trie computes once."""
+    rng = random.Random(f"{seed} order {epoch}")
+    by_prompt = {}
+    for i, (ids, mask) in enumerate(rows):
+        by_prompt.setdefault(tuple(ids[:32]), []).append(i)
+    chunks = []
+    for members in by_prompt.values():
+        rng.shuffle(members)
+        chunks += [members[k:k + group] for k in range(0, len(members), group)]
+    rng.shuffle(chunks)
+    return [i for chunk in chunks for i in chunk]
+
+
+def coloured(conversation, tokenizer):
+    """The conversation as the model sees it; trained tokens in green."""
+    out, (ids, mask) = [], encode(conversation, tokenizer)
+    for trained, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
+        text = tokenizer.decode([i for i, _ in run])
+        out.append(f"\033[32m{text}\033[0m" if trained else f"\033[2m{text}\033[0m")
+    return "".join(out)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Write, show and export training conversations.")
+    parser.add_argument("--show", type=int, metavar="N", help="print N examples, the trained tokens in green")
+    parser.add_argument("--out", metavar="FILE", help="export conversations as JSONL")
+    parser.add_argument("--n", type=int, default=1000, help="how many to export (default 1000)")
+    parser.add_argument("--split", choices=["train", "dev", "test"], default="train")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=list(MIX), help="only this kind")
+    parser.add_argument("--sample-replies", action="store_true", help="write the base model's own replies to the no-tool talk")
+    args = parser.parse_args(argv)
+    mix = {args.kind: 1} if args.kind else None
+    try:
+        if args.sample_replies:
+            sample_replies()
+        elif args.show:
+            import toolplay  # only here: data.py stands below toolplay.py
+            _, tokenizer = toolplay.load_model("smollm2-135m")
+            for conversation in generate(args.split, args.show, args.seed, mix):
+                print(f'--- {conversation["kind"]} ({conversation["family"]})\n{coloured(conversation, tokenizer)}')
+        elif args.out:
+            lines = [json.dumps(c, ensure_ascii=False) + "\n" for c in generate(args.split, args.n, args.seed, mix)]
+            Path(args.out).write_text("".join(lines), encoding="utf-8")
+            print(f"{len(lines)} conversations written to {args.out}")
+        else:
+            parser.print_help()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,398 @@
+"""LoRA: fine-tune a model by learning a small low-rank correction to its linear layers.
+
+The idea. A linear layer W0 has millions of weights, but the *change* that fine-tuning makes to
+it needs far fewer numbers. So W0 is frozen, and only a product of two thin matrices is learned:
+A squeezes the input from `in` down to `r` numbers, B widens them to `out`. B starts at zero, so
+training starts exactly at the base model. Switched off, the adapter leaves the base model bit
+for bit, which gives DPO and PPO their reference model for free.
+
+The equations.
+
+    h = W0 x + scaling * B A x          A: [r, in]  B: [out, r]       (Hu et al. 2021, eq. 3)
+    scaling = alpha / r                                               (Hu et al. 2021, sec. 4.1)
+    scaling = alpha / sqrt(r)           rsLoRA: large ranks learn too (Kalajdzievski 2023)
+    W_merged = W0 + scaling * B A       one matrix again, no cost at inference
+
+    Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732
+
+Departures from the paper.
+  * A starts as kaiming_uniform(a=sqrt(5)), as in the authors' code and in PEFT; the paper says
+    Gaussian. Both work, because B is zero.
+  * Merging is a call, never a side effect of eval() as in the authors' code, and it keeps a copy
+    of W0: subtracting B A again would not restore the same bits (in bf16 about 9 % change).
+  * A and B stay in fp32 when the base model is in half precision: their updates are small.
+
+Files are in the layout of PEFT (https://github.com/huggingface/peft), readable in both
+directions. Cast and move the base model *before* adding adapters; nothing here undoes a later
+`model.half()`.
+
+Run:  python lora.py        fits a rank-2 change of an 8x8 matrix with r = 1, 2, 4
+"""
+import contextlib
+import fnmatch
+import json
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+# --- 1. the layer ---------------------------------------------------------------------------
+
+
+def check_settings(r, alpha, dropout, rslora):
+    """Raise ValueError, in one line, for settings that cannot work."""
+    numbers = (int, float)
+    if not (type(r) is int and r >= 1 and type(alpha) in numbers and 0 < alpha < math.inf
+            and type(dropout) in numbers and 0 <= dropout < 1 and type(rslora) is bool):
+        raise ValueError("LoRA needs a whole number r >= 1, alpha > 0, 0 <= dropout < 1, rslora true or false; "
+                         f"got r={r!r}, alpha={alpha!r}, dropout={dropout!r}, rslora={rslora!r}")
+
+
+def is_conv1d(module):
+    """GPT-2's `Conv1D` is a linear layer whose weight is stored as [in, out]; `nf` is its width."""
+    weight = getattr(module, "weight", None)
+    return hasattr(module, "nf") and isinstance(weight, torch.Tensor) and weight.ndim == 2
+
+
+def out_in(base):
+    """(out, in) of a linear layer, whichever way round its weight is stored."""
+    return tuple(base.weight.T.shape if is_conv1d(base) else base.weight.shape)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer `base` with a trainable low-rank correction beside it.
+
+    It has no attribute `weight` on purpose: code that takes `layer.weight` and does its own
+    matrix product would leave the adapter out, and had better fail.
+    """
+
+    def __init__(self, base, r, alpha, dropout=0.0, rslora=False, generator=None):
+        check_settings(r, alpha, dropout, rslora)
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.r, self.alpha, self.rslora = r, alpha, rslora
+        self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
+        self.enabled = True
+        self.backup = None  # W0, while the adapter is merged into base.weight
+        out_features, in_features = out_in(base)
+        # A is drawn on the CPU, so that one seed gives the same adapter on every device.
+        A = torch.empty(r, in_features, dtype=torch.float32, device="cpu")
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(A.to(device))  # [r, in]
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=torch.float32, device=device))
+        self.dropout = nn.Dropout(dropout)
+        self.train(base.training)  # a model that is in eval() stays there, dropout included
+
+    def forward(self, x):  # [..., in] -> [..., out]
+        y = self.base(x)
+        if self.backup is not None or not self.enabled:
+            return y
+        # Outside autocast this computes in fp32; inside, F.linear casts down by itself.
+        x = self.dropout(x).to(self.lora_A.dtype)
+        delta = F.linear(F.linear(x, self.lora_A), self.lora_B)  # B A x
+        return y + (self.scaling * delta).to(y.dtype)  # Hu et al., eq. 3
+
+
+# --- 2. a model with adapters ---------------------------------------------------------------
+
+
+def lora_layers(model):
+    """{dotted name: LoRALinear}, in the order of the model."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def require_layers(model, merged):
+    """The adapter layers, or a ValueError where there are none or they are in the other state."""
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no LoRA adapters; call add_lora or load_adapter first")
+    if any((layer.backup is not None) != merged for layer in layers.values()):
+        raise ValueError("the adapters are not merged" if merged else
+                         "the adapters are merged into the base weights; call unmerge first")
+    return layers
+
+
+def linear_layers(model):
+    """{dotted name: module} of all layers that can carry an adapter (no quantised ones)."""
+    return {n: m for n, m in model.named_modules() if n and (isinstance(m, nn.Linear) or is_conv1d(m))
+            and m.weight.is_floating_point()}
+
+
+def all_linear(model):
+    """Names of all linear layers except the output head, as PEFT's "all-linear"."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [n for n, m in linear_layers(model).items() if m is not head and last(n) != "lm_head"]
+
+
+def last(name):
+    return name.rpartition(".")[2]
+
+
+def attach(model, names, seed=None, **settings):
+    """Freeze the model and put a LoRALinear in the place of each named layer."""
+    # initial_seed() reads the global seed and, unlike drawing a number, leaves its state alone.
+    generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+    model.requires_grad_(False)
+    for name in names:
+        layer = LoRALinear(model.get_submodule(name), generator=generator, **settings)
+        setattr(model.get_submodule(name.rpartition(".")[0]), last(name), layer)
+
+
+def find_layers(model, target):
+    """Names of the linear layers that one target of `add_lora` means."""
+    if target == "all-linear":
+        return all_linear(model)
+    if "*" in target or "." in target:
+        return [n for n in linear_layers(model) if fnmatch.fnmatchcase(n, target)]
+    return [n for n in linear_layers(model) if last(n) == target]
+
+
+def add_lora(model, targets, r, alpha, dropout=0.0, rslora=False, seed=None):
+    """Give adapters to the linear layers that `targets` names; freeze all else; return their names.
+
+    A target is a last name component ("q_proj"), a pattern for the whole dotted name if it has a
+    "*" or "." ("*.layers.0.*"), or "all-linear". A target that matches nothing is an error, as it
+    is most likely a typo. Without a seed, the one given to torch.manual_seed is used.
+    """
+    check_settings(r, alpha, dropout, rslora)
+    if lora_layers(model):
+        raise ValueError("the model has LoRA adapters already")
+    found = {t: find_layers(model, t) for t in ([targets] if isinstance(targets, str) else targets)}
+    unmatched = [t for t, names in found.items() if not names]
+    linears = linear_layers(model)
+    if unmatched or not found:
+        raise ValueError(f"no linear layer matches {', '.join(unmatched) or 'an empty list'}; "
+                         f"the model has: {', '.join(sorted(set(map(last, linears)))) or 'none'}")
+    names = [n for n in linears if any(n in some for some in found.values())]  # in the model's order
+    attach(model, names, seed, r=r, alpha=alpha, dropout=dropout, rslora=rslora)
+    return names
+
+
+def lora_state(model):
+    """{"<layer>.lora_A": tensor, "<layer>.lora_B": tensor, ...}: live views, not copies."""
+    return {f"{name}.{key}": p.detach() for name, layer in lora_layers(model).items()
+            for key, p in layer.named_parameters(recurse=False)}
+
+
+def lora_parameters(model):
+    """The parameters to give to the optimizer."""
+    return [p for layer in lora_layers(model).values() for p in layer.parameters(recurse=False)]
+
+
+@contextlib.contextmanager
+def lora_disabled(model):
+    """`with lora_disabled(model):` computes with the base model, bit for bit. May be nested."""
+    layers = require_layers(model, merged=False).values()
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before):
+            layer.enabled = enabled
+
+
+@torch.no_grad()
+def merge(model):
+    """Add the adapters to the base weights (summed in fp32), keeping a copy for `unmerge`."""
+    layers = require_layers(model, merged=False)
+    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    for name, layer in layers.items():
+        if uses[id(layer.base.weight)] > 1:  # adding to it would change the other layer as well
+            raise ValueError(f"{name} cannot be merged: its weight is shared with another layer")
+    for layer in layers.values():
+        weight = layer.base.weight
+        layer.backup = weight.clone()
+        with torch.autocast(weight.device.type, enabled=False):
+            delta = layer.scaling * (layer.lora_B @ layer.lora_A)  # [out, in]
+        weight.copy_(weight + (delta.T if is_conv1d(layer.base) else delta))  # bf16 + fp32 is fp32
+
+
+@torch.no_grad()
+def unmerge(model):
+    """Take `merge` back: the base weights are again the same bits as before."""
+    for layer in require_layers(model, merged=True).values():
+        layer.base.weight.copy_(layer.backup)
+        layer.backup = None
+
+
+# --- 3. files, in PEFT's layout -------------------------------------------------------------
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+# Options of PEFT that change nothing in the arithmetic of a loaded adapter. Any other one that
+# is set is refused: a variant of LoRA that is not computed here must not load silently.
+HARMLESS = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "revision",
+            "megatron_core", "peft_version", "qalora_group_size", "task_type"}
+READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
+ALLOWED = {"peft_type": ["LORA"], "bias": ["none"],
+           "init_lora_weights": [True, False, "gaussian", "orthogonal"]}  # others change W0
+
+
+def peft_select(names, target_modules):
+    """PEFT's rule: a string is a regular expression, a list holds full names or their endings."""
+    if isinstance(target_modules, str):
+        return [n for n in names if re.fullmatch(target_modules, n)]
+    return [n for n in names if any(n == t or n.endswith("." + t) for t in target_modules)]
+
+
+def file_key(name):
+    return f"base_model.model.{name}.weight"
+
+
+@contextlib.contextmanager
+def errors_name(path):
+    """Whatever is wrong with a file becomes one ValueError that starts with its name."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError, re.error, SafetensorError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_atomically(path, data):
+    """A reader finds the old file or the new one, whole, even if the machine dies in between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_adapter(model, folder, base_model_name=""):
+    """Write adapter_config.json and adapter_model.safetensors; the same adapter, the same bytes."""
+    layers = lora_layers(model)
+    settings = {(m.r, m.alpha, m.dropout.p, m.rslora) for m in layers.values()}
+    if len(settings) != 1:
+        raise ValueError(f"{folder}: one adapter setting can be saved, the model has {len(settings)}")
+    [(r, alpha, dropout, rslora)] = settings
+    # The shortest description that selects these layers and no others; the last one always does.
+    names = [n for n, _ in model.named_modules() if n.rpartition(".")[0] not in layers]
+    descriptions = [sorted(set(map(last, layers))), sorted(layers), "|".join(map(re.escape, sorted(layers)))]
+    targets = next(d for d in descriptions if peft_select(names, d) == list(layers))
+    config = {
+        "base_model_name_or_path": base_model_name, "bias": "none",
+        "fan_in_fan_out": any(is_conv1d(m.base) for m in layers.values()),
+        "inference_mode": True, "init_lora_weights": True, "lora_alpha": alpha, "lora_dropout": dropout,
+        "peft_type": "LORA", "r": r, "target_modules": targets, "task_type": "CAUSAL_LM",
+        "use_rslora": rslora,
+    }
+    tensors = {file_key(n): t.cpu().contiguous() for n, t in lora_state(model).items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS_FILE, to_bytes(tensors, metadata={"format": "pt"}))
+    write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_config(path):
+    """(settings for LoRALinear, target_modules) of an adapter_config.json."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    required = {"peft_type", "r", "lora_alpha", "target_modules"}
+    if not isinstance(config, dict) or not required <= set(config):
+        raise ValueError(f"not a JSON object with {', '.join(sorted(required))}")
+    for key, value in config.items():
+        refused = value not in ALLOWED[key] if key in ALLOWED else bool(value) and key not in READ | HARMLESS
+        if refused:
+            raise ValueError(f"the PEFT option {key} = {value!r} is not supported")
+    targets = config["target_modules"]
+    if not isinstance(targets, (str, list)) or not all(isinstance(t, str) for t in targets):
+        raise ValueError(f"target_modules must be a string or a list of strings, not {targets!r}")
+    settings = {"r": config["r"], "alpha": config["lora_alpha"],
+                "dropout": config.get("lora_dropout", 0.0), "rslora": config.get("use_rslora", False)}
+    check_settings(**settings)
+    return settings, targets
+
+
+def check_tensors(tensors, bases, r):
+    """The file must hold A and B of each base layer, in the right shapes, and nothing else."""
+    shapes = {}
+    for name, base in bases.items():
+        out_features, in_features = out_in(base)
+        shapes[file_key(f"{name}.lora_A")] = (r, in_features)
+        shapes[file_key(f"{name}.lora_B")] = (out_features, r)
+    for key in sorted(set(tensors) ^ set(shapes)):
+        raise ValueError(f"{key} is {'missing' if key in shapes else 'unexpected: the model has no such adapter'}")
+    for key, shape in shapes.items():
+        if tensors[key].shape != shape or not tensors[key].is_floating_point():
+            raise ValueError(f"{key} is {tensors[key].dtype} {list(tensors[key].shape)}, "
+                             f"the model needs floats {list(shape)}")
+
+
+def load_adapter(model, folder):
+    """Load an adapter: into the model's adapters if it has some, else into new, trainable ones.
+
+    All is checked before the model is touched. Pickle files (adapter_model.bin) are never read.
+    """
+    config_path, path = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
+    layers = require_layers(model, merged=False) if lora_layers(model) else {}
+    with errors_name(config_path):
+        settings, targets = read_config(config_path)
+        for name, layer in layers.items():
+            for key in ("r", "alpha", "rslora"):
+                if getattr(layer, key) != settings[key]:
+                    raise ValueError(f"{key} is {settings[key]}, in the model it is {getattr(layer, key)}")
+        linears = linear_layers(model)
+        names = all_linear(model) if targets == "all-linear" else peft_select(linears, targets)
+        bases = {n: m.base for n, m in layers.items()} or {n: linears[n] for n in names}
+        if not bases:
+            raise ValueError(f"target_modules {targets!r} match no linear layer of the model")
+    with errors_name(path):
+        tensors = load_file(path)
+        check_tensors(tensors, bases, settings["r"])
+    if not layers:
+        attach(model, bases, **settings)
+    for name, tensor in lora_state(model).items():
+        tensor.copy_(tensors[file_key(name)])
+
+
+# --- 4. a small demonstration ---------------------------------------------------------------
+
+
+def demo(ranks=(1, 2, 4), size=8, steps=200, seed=0):
+    """Learn a rank-2 change of a matrix with several ranks; one dict of results for each.
+
+    `best` is the smallest error that any matrix of that rank can have: the norm of the singular
+    values that do not fit (Eckart and Young). A rank below 2 cannot do it, one above need not.
+    """
+    g = torch.Generator().manual_seed(seed)
+    change = torch.randn(size, 2, generator=g) @ torch.randn(2, size, generator=g)
+    x = torch.eye(size)  # with these inputs the squared error is ||scaling * B A - change||^2
+    rows = []
+    for r in ranks:
+        base = nn.utils.skip_init(nn.Linear, size, size, bias=False)  # leaves the global seed alone
+        nn.init.normal_(base.weight, generator=g)
+        layer = LoRALinear(base, r, alpha=r, generator=g)
+        target = base(x) + x @ change.T
+        for _ in range(steps):
+            loss = (layer(x) - target).square().sum()
+            for p, grad in zip(lora_parameters(layer), torch.autograd.grad(loss, lora_parameters(layer))):
+                p.data -= 0.02 * grad
+        learned = layer(x)
+        merge(layer)
+        rows.append({"r": r, "trained": sum(p.numel() for p in lora_parameters(layer)), "full": change.numel(),
+                     "error": loss.sqrt().item(), "best": torch.linalg.svdvals(change)[r:].norm().item(),
+                     "merge_error": (layer(x) - learned).abs().max().item()})
+    return rows
+
+
+def main(argv=None):
+    print("A rank-2 change of an 8x8 matrix, learned by LoRA:")
+    for row in demo():
+        print("r={r}  error {error:8.5f}  (best possible {best:.5f})  trained {trained} of {full} numbers  "
+              "merged differs by {merge_error:.0e}".format(**row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Makes .venv with everything Toolplay needs; instant when nothing is to be done.
+#   ./setup.sh          the project and its tests
+#   ./setup.sh --test   also the extras that a few tests compare with (peft, wandb, matplotlib, bfcl-eval)
+set -euo pipefail
+cd "$(dirname "$0")"
+
+want="requirements.txt"
+[ "${1:-}" = "--test" ] && want="requirements.txt requirements-test.txt"
+stamp=".venv/toolplay-installed"
+have() { [ -f "$stamp" ] && for f in $want; do grep -qxF "$f $(cksum < "$f")" "$stamp" || return 1; done; }
+have && exit 0
+
+python="${PYTHON:-}"
+if [ -z "$python" ]; then
+  for name in python3 python3.13 python3.12 python3.11 python3.10 python; do
+    if command -v "$name" > /dev/null && "$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; then python="$name"; break; fi
+  done
+fi
+[ -n "$python" ] || { echo "setup.sh: no Python 3.10 to 3.13 found; install one, or name it: PYTHON=/path/to/python3.12 ./setup.sh" >&2; exit 2; }
+
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+for f in $want; do
+  echo "setup.sh: installing $f"
+  # Packages named under "no-deps" would pull in what Toolplay does not need (llama.cpp, a web of clients).
+  sed -n '/^# no-deps$/,$!p' "$f" > .venv/with-deps.txt
+  sed -n '/^# no-deps$/,$p' "$f" > .venv/no-deps.txt
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r .venv/with-deps.txt
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r .venv/no-deps.txt
+done
+for f in $want; do echo "$f $(cksum < "$f")"; done > "$stamp"
+echo "setup.sh: done. Next: .venv/bin/python toolplay.py"

@@ -1,0 +1,103 @@
+"""
+sft.py - supervised fine-tuning: imitate the conversations
+
+The idea. Raise the probability of exactly the tokens that a good assistant would have produced: its calls, its answers
+and its end-of-turn token. What it only reads (system prompt, user, tool results) is context and trains nothing.
+
+    L = - (1 / M)  sum_b sum_t  m[b,t] log p(x[b,t] | x[b,<t]),      M = sum_b sum_t m[b,t]                       (1)
+
+This is the language-model loss of GPT (Radford et al. 2018, eq. 1) under a mask, as instruction tuning uses it (Ouyang
+et al. 2022, arXiv:2203.02155, section 3.5). M counts the trained tokens of the whole optimizer step, however it is split
+into micro-batches or over machines: the mean of the micro-batches' means would weigh a token in a short answer more.
+
+Departures: none from the equation. The log-probs come from a token trie (toolplay.py), so that the long prompt that all
+examples share is computed once.
+
+    python sft.py configs/sft_demo.json          the same as: python toolplay.py train configs/sft_demo.json
+"""
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Config:
+    """SFT's own keys; the shared ones are in toolplay.Config."""
+    keep_best: bool = True               # keep the weights of the lowest evaluation loss; false: the last ones
+
+
+def sft_loss(logp, mask):
+    """Equation (1) as a sum.
+
+    logp: [B, T] log-prob of each token given those before it. mask: [B, T], 1 where the token is trained.
+    -> (loss summed over trained tokens, {"tokens": their number}); divide the one by the other.
+    """
+    mask = mask.to(logp.dtype)
+    return -(logp * mask).sum(), {"tokens": mask.sum()}  # (1)
+
+
+def train(run):
+    # Imported here so that this file alone gives the loss to anyone who copies it.
+    import data
+    import toolplay
+    config = run.config
+
+    # 1. data: rows (ids, mask)
+    # 2. model: base weights frozen, adapters trained (or every weight, with lora_r = 0)
+    model, tokenizer = toolplay.prepare_model(config, run.device)
+    train_rows, held_out = data.dataset(config, tokenizer)
+    per_epoch = -(-len(train_rows) // config.batch_size)
+    total = config.steps or max(1, round(config.epochs * per_epoch))
+
+    # 3. optimizer
+    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, total)
+    run.start(trainer)
+
+    def loss(rows):
+        return sft_loss(toolplay.token_logprobs(model, rows), pad_mask(rows, run.device))
+
+    @torch.no_grad()
+    def evaluate():
+        model.eval()
+        with trainer.autocast():
+            logp = toolplay.token_logprobs(model, held_out, budget=config.micro_tokens)
+        total, info = sft_loss(logp, pad_mask(held_out, run.device))
+        return float(total / info["tokens"])
+
+    # 4. loop
+    for step in run.steps(trainer, total):
+        model.train()
+        epoch, at = divmod(step, per_epoch)
+        order = data.epoch_order(train_rows, config.seed, epoch, config.group)
+        batch = [train_rows[i] for i in order[at * config.batch_size:(at + 1) * config.batch_size]]
+        info = toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1]))
+        info.pop("tokens")
+        if held_out and (trainer.step == total or config.eval_every and trainer.step % config.eval_every == 0):
+            info["eval_loss"] = evaluate()
+            if info["eval_loss"] < trainer.extra.get("best", float("inf")) or not config.keep_best:
+                trainer.extra["best"] = info["eval_loss"]
+                run.save_model(model, tokenizer)
+        run.log(trainer.step, info, tokens=sum(len(ids) for ids, _ in batch))
+
+    # 5. save
+    if not held_out or not config.keep_best:
+        run.save_model(model, tokenizer)
+    run.finish()
+
+
+def pad_mask(rows, device="cpu"):
+    """The rows' masks as one tensor [B, T]; the first token has no prediction and counts for nothing."""
+    width = max(len(ids) for ids, _ in rows)
+    return torch.tensor([[0] + list(mask[1:]) + [0] * (width - len(mask)) for _, mask in rows], device=device)
+
+
+def main(argv=None):
+    import toolplay
+    toolplay.main(["train", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    main()

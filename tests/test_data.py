@@ -1,0 +1,264 @@
+"""data.py: the one mask, the splits, the templates, JSONL."""
+import io
+import json
+import random
+import re
+
+import pytest
+
+import data
+import toolplay
+from tools import UserError, calculate, load_tools, parse_calls
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return toolplay.load_model("tiny")[1]
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {split: data.generate(split, 1500, seed=5) for split in ("train", "dev", "test")}
+
+
+CHAT = {"messages": [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "17 * 23 and Paris?"},
+    {"role": "assistant", "content": "Let me see.", "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "17 * 23"}'}},
+        {"name": "weather", "arguments": {"city": "Paris"}}]},
+    {"role": "tool", "content": '{"result": 391}'},
+    {"role": "tool", "content": '{"result": "sunny"}'},
+    {"role": "assistant", "content": "391, and sunny."}], "tools": ["calculator", "weather"]}
+
+
+def test_mask_is_one_exactly_on_the_models_own_tokens(tiny):
+    ids, mask = data.encode(CHAT, tiny)
+    trained = tiny.decode([i for i, m in zip(ids, mask) if m])
+    assert trained == ('Let me see.\n<tool_call>{"name": "calculator", "arguments": {"expression": "17 * 23"}}</tool_call>\n'
+                       '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call><|im_end|>391, and sunny.<|im_end|>')
+    whole = tiny.decode(ids)
+    assert whole.startswith("<|im_start|>system\nBe kind.\n\nTools:\ncalculator(expression: string)")
+    assert '<|im_start|>tool\n<tool_response>{"result": 391}</tool_response>\n<tool_response>{"result": "sunny"}</tool_response><|im_end|>' in whole
+
+
+def test_the_parts_of_a_conversation_concatenate_to_the_whole(tiny):
+    """prompt + sampled turn + continuation are the ids of the finished conversation: what a rollout builds."""
+    from tools import Result
+    ids, mask = data.encode(CHAT, tiny)
+    prompt, _ = data.encode({**CHAT, "messages": CHAT["messages"][:2]}, tiny, generation=True)
+    assert ids[:len(prompt)] == prompt and sum(mask[:len(prompt)]) == 0
+    first = ids[len(prompt):ids.index(data.end_of_turn(tiny), len(prompt)) + 1]
+    after = data.continuation([Result("calculator", True, 391), Result("weather", True, "sunny")], tiny)
+    assert ids[len(prompt) + len(first):][:len(after)] == after
+
+
+def test_special_tokens_in_user_text_and_results_stay_text(tiny):
+    chat = {"messages": [{"role": "user", "content": "a<|im_end|>\n<|im_start|>assistant\nyes"}, {"role": "assistant", "content": "no"}]}
+    ids, mask = data.encode(chat, tiny)
+    assert ids.count(data.end_of_turn(tiny)) == 3  # system, user, assistant
+
+
+class Template:
+    """Chat templates of other families, on the tiny tokenizer."""
+    LLAMA2 = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+              "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}")
+    GEMMA = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+             "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+             "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+    REWRITES = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] if loop.last else '...' }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+def plain_tokenizer(template):
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(t, special=True) for t in ("</s>", "<end_of_turn>", "<start_of_turn>")])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", chat_template=template)
+
+
+@pytest.mark.parametrize("template,first,end", [(Template.LLAMA2, " Let me see.", "</s>"), (Template.GEMMA, "Let me see.", "<end_of_turn>")])
+def test_any_chat_template(template, first, end):
+    tokenizer = plain_tokenizer(template)
+    ids, mask = data.encode(CHAT, tokenizer)
+    trained = tokenizer.decode([i for i, m in zip(ids, mask) if m])
+    assert trained.startswith(first + "\n<tool_call>") and trained.endswith(f"391, and sunny.{end}")
+    assert "sunny\"}" not in trained and "Paris?" not in trained
+    prompt, _ = data.encode({**CHAT, "messages": CHAT["messages"][:2]}, tokenizer, generation=True)
+    assert ids[:len(prompt)] == prompt
+
+
+def test_template_that_rewrites_history_is_refused():
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        data.encode(CHAT, plain_tokenizer(Template.REWRITES))
+    with pytest.raises(UserError, match="no chat template"):
+        data.encode(CHAT, plain_tokenizer(None))
+
+
+@pytest.mark.parametrize("bad,reason", [
+    ([], "non-empty"), ({"messages": []}, "non-empty"), ({"messages": [{"role": "wizard", "content": ""}]}, "role"),
+    ({"messages": [{"role": "user"}]}, "missing"), ({"messages": [{"role": "user", "content": 3}]}, "string"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, "first"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"name": "x", "arguments": "{"}]}]}, "tool call"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"name": "x", "arguments": {}}]}]}, "tool_calls"),
+])
+def test_malformed_conversations_say_why(bad, reason):
+    with pytest.raises(UserError, match=reason):
+        data.check_conversation(bad)
+
+
+def test_bad_jsonl_lines_are_reported_by_number_and_skipped(tmp_path):
+    path = tmp_path / "x.jsonl"
+    good = json.dumps(CHAT)
+    path.write_bytes(b"\xef\xbb\xbf" + good.encode() + b"\n\n{broken\n\xff\xfe\n[1]\n" + good.encode() + b"\n" + b"[" * 100000 + b"\n")
+    report = io.StringIO()
+    assert len(data.read_jsonl(path, report=report)) == 2
+    assert [int(n) for n in re.findall(r"line (\d+):", report.getvalue())] == [3, 4, 5, 7]
+    path.write_text("{}\n")
+    with pytest.raises(UserError, match="no usable line"):
+        data.read_jsonl(path, report=io.StringIO())
+    with pytest.raises(UserError, match="cannot read"):
+        data.read_jsonl(tmp_path / "absent.jsonl")
+
+
+# ---- the templates
+
+def test_same_seed_same_conversations_other_seed_others():
+    assert data.generate("train", 50, 3) == data.generate("train", 50, 3)
+    assert data.generate("train", 50, 3) != data.generate("train", 50, 4)
+
+
+def test_every_call_is_executed_and_every_answer_follows(splits):
+    for conversation in splits["train"][:500]:
+        messages = conversation["messages"]
+        calls = [m for m in messages if m.get("tool_calls")]
+        assert messages[0]["role"] == "user" and messages[-1]["role"] == "assistant" and messages[-1]["content"]
+        assert not re.search(r"\{\w+\}", messages[0]["content"] + messages[-1]["content"]), messages
+        names = set(load_tools(conversation["tools"]))
+        for call in (c for m in calls for c in m["tool_calls"]):
+            assert call["name"] in names
+        assert len([m for m in messages if m["role"] == "tool"]) == sum(len(m["tool_calls"]) for m in calls)
+        if conversation["answer"] is not None:
+            assert calculate(calls[0]["tool_calls"][0]["arguments"]["expression"]) == conversation["answer"]
+
+
+def test_all_kinds_and_tool_sets_appear(splits):
+    for split, rows in splits.items():
+        assert {r["kind"] for r in rows} == set(data.MIX) - ({"canonical"} if split != "train" else set())
+        assert {len(r["tools"]) for r in rows} == {0, 1, 2, 3}
+    missing = [r for r in splits["train"] if r["kind"] == "missing_tool"]
+    assert missing and all(not any(m.get("tool_calls") for m in r["messages"]) for r in missing)
+
+
+def test_splits_share_no_template_family_and_no_wording():
+    for name, key in (("arithmetic.json", "families"), ("weather.json", "families"), ("traps.json", "families"), ("stories_add.json", "families"),
+                      ("stories_mul.json", "families"), ("search_questions.json", "families")):
+        owner, ids = {}, set()
+        for family in data.corpus(name)[key]:
+            assert family["id"] not in ids
+            ids.add(family["id"])
+            for text in family.get("texts") or [item["text"] for item in family["items"]]:
+                normal = re.sub(r"[\s,.?!;:]+", " ", text.lower()).strip()
+                assert owner.setdefault(normal, family["split"]) == family["split"], text
+    for name, key in (("search_questions.json", "plain"), ("search_questions.json", "wrappers"), ("register.json", "openers"), ("register.json", "rambles"),
+                      ("register.json", "rambles_after"), ("register.json", "closers"), ("extra.json", "joiners"), ("extra.json", "two_cities")):
+        owner = {}
+        for item in data.corpus(name)[key]:
+            assert owner.setdefault(item["text"].lower(), item["split"]) == item["split"], item
+
+
+def test_splits_share_no_city_entity_or_talk():
+    fold = lambda s: s.casefold()  # noqa: E731
+    cities = {}
+    for city in data.corpus("cities.json")["cities"]:
+        assert cities.setdefault(fold(city["name"]), city["split"]) == city["split"]
+    for kind, entities in data.corpus("search_questions.json")["entities"].items():
+        owner = {}
+        for entity in entities:
+            assert owner.setdefault(fold(entity["name"]), entity["split"]) == entity["split"], (kind, entity)
+    talk = {}
+    for line in data.corpus("talk_replies.jsonl")[1:]:
+        assert talk.setdefault(fold(line["prompt"]), line["split"]) == line["split"], line
+    kinds = {}
+    for line in data.corpus("talk_replies.jsonl")[1:]:
+        assert kinds.setdefault(line["kind"], line["split"]) == line["split"]
+
+
+def test_generated_splits_share_no_value(splits):
+    """What counts is the generated text: cities, entities, prompts and pairs of numbers of one split are in no other."""
+    seen = {}
+    for split, rows in splits.items():
+        for row in rows:
+            if row["family"] in ("gsm8k", "canonical"):
+                continue
+            numbers = [v for v in row["facts"].values() if isinstance(v, (int, float))]
+            facts = [("pair", *sorted((float(x), float(y)))) for n, x in enumerate(numbers) for y in numbers[n + 1:]]
+            cities = row["facts"].get("city") or []
+            facts += [("city", c.casefold().split(",")[0]) for c in ([cities] if isinstance(cities, str) else cities)]
+            facts += [("entity", row["facts"]["entity"].casefold())] if row["facts"].get("entity") else []
+            for fact in facts + [("prompt", row["messages"][0]["content"].casefold())]:
+                assert seen.setdefault(fact, split) == split, (fact, row)
+    assert sum(fact[0] == "pair" for fact in seen) > 500
+
+
+def test_enough_of_everything():
+    assert len(data.corpus("canonical.json")["examples"]) >= 50
+    assert len(data.corpus("cities.json")["cities"]) >= 500
+    assert sum(map(len, data.corpus("search_questions.json")["entities"].values())) >= 300
+    assert len(data.corpus("talk_prompts.json")["kinds"]) >= 100
+    assert len(data.corpus("stories_add.json")["families"]) + len(data.corpus("stories_mul.json")["families"]) >= 30
+    for name in ("stories_add.json", "stories_mul.json"):
+        assert {f["steps"] for f in data.corpus(name)["families"]} == {1, 2}
+
+
+def test_every_family_can_be_drawn_in_its_split():
+    for name in ("arithmetic.json", "stories_add.json", "stories_mul.json"):
+        for family in data.corpus(name)["families"]:
+            writer = data.Writer(family["split"], random.Random(1))
+            assert any(writer.number_request(family) for _ in range(5)), family["id"]
+
+
+@pytest.mark.parametrize("n,words", [(0, "zero"), (13, "thirteen"), (42, "forty-two"), (100, "one hundred"), (342, "three hundred and forty-two"),
+                                     (1005, "one thousand five"), (70000, "seventy thousand"), (2000300, "two million three hundred")])
+def test_number_words(n, words):
+    assert data.number_words(n) == words
+
+
+def test_gold_calls_survive_the_grammar(splits):
+    from tools import Call, format_call
+    for row in splits["train"][:300]:
+        for message in row["messages"]:
+            for call in message.get("tool_calls") or []:
+                calls, errors = parse_calls(format_call(Call(call["name"], call["arguments"])))
+                assert not errors and calls[0].arguments == call["arguments"]
+
+
+def test_epoch_order_is_a_permutation_that_groups_prompts():
+    rows = [([k % 3] * 40 + [k], [0] * 40 + [1]) for k in range(50)]
+    order = data.epoch_order(rows, 0, 0, 8)
+    assert sorted(order) == list(range(50)) and order != data.epoch_order(rows, 0, 1, 8) and order == data.epoch_order(rows, 0, 0, 8)
+    changes = sum(rows[a][0][0] != rows[b][0][0] for a, b in zip(order, order[1:]))
+    assert changes < 12
+
+
+def test_show_and_export(tmp_path, capsys):
+    data.main(["--out", str(tmp_path / "x.jsonl"), "--n", "20", "--split", "test"])
+    rows = data.read_jsonl(tmp_path / "x.jsonl")
+    assert len(rows) == 20 and all(r["split"] == "test" for r in rows)
+    data.main(["--show", "2", "--kind", "weather"])
+    shown = capsys.readouterr().out
+    assert "\033[32m<tool_call>" in shown
+
+
+def test_dataset_counts_long_rows_and_refuses_untrained_ones(tiny, tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    long = {"messages": [{"role": "user", "content": "x" * 5000}, {"role": "assistant", "content": "y"}]}
+    path.write_text(json.dumps(CHAT) + "\n" + json.dumps(long) + "\n")
+    config = toolplay.load_config({"source": "jsonl", "path": str(path), "eval_examples": 0})
+    train, held_out = data.dataset(config, tiny)
+    assert len(train) == 1 and not held_out and "1 of 2 training conversations are longer" in capsys.readouterr().err
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
+    with pytest.raises(UserError, match="nothing in it is trained"):
+        data.dataset(config, tiny)

@@ -1,0 +1,253 @@
+"""The token trie against the plain thing: one forward for every row."""
+import random
+
+import pytest
+import torch
+from small import close, gather, model, one_by_one, random_rows
+
+import lora
+import toolplay
+from toolplay import Trie, common_prefix, micro_batches, token_logprobs
+
+FULL, SLIDING = ["llama", "qwen3", "gpt2"], ["mistral", "gemma3"]
+
+
+@pytest.fixture(scope="module", params=FULL)
+def full(request):
+    return model(request.param)
+
+
+def nodes(rows):
+    return {tuple(ids[:t + 1]) for ids, _ in rows for t in range(len(ids))}
+
+
+# ---------------------------------------------------------------- the structure
+
+@pytest.mark.parametrize("seed", range(30))
+def test_trie_structure(seed):
+    rows = [ids for ids, _ in random_rows(seed)]
+    trie = Trie(rows)
+    prefixes = {}
+    for ids, path in zip(rows, trie.path):
+        assert [trie.ids[i] for i in path] == ids
+        assert [trie.depth[i] for i in path] == list(range(len(ids)))
+        for t, i in enumerate(path):
+            assert prefixes.setdefault(i, tuple(ids[:t + 1])) == tuple(ids[:t + 1])
+    assert len(set(prefixes.values())) == len(trie) == len(prefixes)  # every distinct prefix once
+    mask = trie.inputs("cpu")["attention_mask"][0, 0]
+    for i, here in prefixes.items():
+        assert {j for j in range(len(trie)) if mask[i, j]} == {j for j, p in prefixes.items() if here[:len(p)] == p}
+    # The plan sees the same: for each segment, its ancestors' nodes and what stands before in the segment itself.
+    bounds = trie.starts + [len(trie)]
+    for s, above in enumerate(trie.ancestors):
+        context = [j for a in above for j in range(bounds[a], bounds[a + 1])]
+        for i in range(bounds[s], bounds[s + 1]):
+            assert context + list(range(bounds[s], i + 1)) == mask[i].nonzero()[:, 0].tolist()
+
+
+def test_common_prefix():
+    for a, b, n in [([], [], 0), ([1], [], 0), ([1], [2], 0), ([1, 2], [1], 1), ([1, 2, 3], [1, 2, 4], 2), ([1] * 99, [1] * 98, 98), ([1] * 5, [1] * 5, 5), ([1, 2], [2, 2], 0)]:
+        assert common_prefix(a, b) == common_prefix(b, a) == n
+    rng = random.Random(0)
+    for _ in range(200):
+        a = [rng.randrange(2) for _ in range(rng.randrange(12))]
+        b = [rng.randrange(2) for _ in range(rng.randrange(12))]
+        assert common_prefix(a, b) == next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+# ---------------------------------------------------------------- exact values
+
+@pytest.mark.parametrize("seed", range(8))
+def test_logprobs_equal_one_by_one(full, seed):
+    assert toolplay.takes_trie(full)
+    rows = random_rows(seed)
+    with torch.no_grad():
+        expected = gather(rows, one_by_one(full, rows))
+        for budget in (None, 1, 10, 40, 10 ** 6):
+            got = token_logprobs(full, rows, budget=budget)
+            assert got.dtype == torch.float32 and got.shape == expected.shape
+            assert (got - expected).abs().max() < 1e-4
+            assert not got[expected == 0].any()  # exactly 0 where nothing is trained
+
+
+def test_all_logits_equal_one_by_one(full):
+    """Not only the log-probs of the tokens that came: all logits at all nodes."""
+    rows = random_rows(3)
+    trie = Trie([ids for ids, _ in rows])
+    with torch.no_grad():
+        logits = full(**trie.inputs("cpu")).logits[0]
+        for (ids, _), path in zip(rows, trie.path):
+            assert (logits[path] - full(input_ids=torch.tensor([ids])).logits[0]).abs().max() < 1e-4
+
+
+def test_the_plan_and_the_plain_mask_agree(full):
+    """The segment-wise attention is the same as one attention under the N x N mask, and it is what is used."""
+    trie, used = Trie([ids for ids, _ in random_rows(5)]), []
+    inputs = trie.inputs("cpu")
+    plan = inputs["attention_mask"].plan
+    inputs["attention_mask"].plan = lambda *args: used.append(1) or plan(*args)
+    with torch.no_grad():
+        planned = full(**inputs).logits
+        assert len(used) == 2  # once a layer
+        inputs["attention_mask"] = inputs["attention_mask"].clone()  # a copy has no plan
+        assert (planned - full(**inputs).logits).abs().max() < 1e-4
+    assert len(used) == 2
+
+
+EDGES = {
+    "one row": [([1, 2, 3], [0, 1, 1])],
+    "one token": [([1], [1])],
+    "only one-token rows": [([1], [1]), ([2], [0]), ([1], [0])],
+    "same row, other masks": [([1, 2, 3, 4], [0, 0, 0, 1]), ([1, 2, 3, 4], [0, 1, 1, 0])],
+    "duplicates": [([1, 2, 3], [0, 1, 1])] * 4,
+    "chain of prefixes": [([1, 2, 3, 4, 5, 6][:n], [1] * n) for n in (6, 1, 3, 2, 5, 4)],
+    "nothing shared": [([n, n, n], [0, 1, 1]) for n in range(5)],
+    "branch at every depth": [([1] * n + [2, 3], [1] * (n + 2)) for n in range(7)],
+    "nothing trained": [([1, 2], [0, 0]), ([1, 3, 4], [0, 0, 0])],
+    "first token masked 1": [([5, 6], [1, 0]), ([7, 6], [1, 1])],
+    "tuples": [((1, 2, 3), (0, 1, 1)), ((1, 2, 4), (0, 1, 1))],
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(full, name):
+    rows = EDGES[name]
+    with torch.no_grad():
+        expected = gather(rows, one_by_one(full, [(list(ids), mask) for ids, mask in rows]))
+        for budget in (None, 1, 5):
+            got = token_logprobs(full, rows, budget=budget)
+            assert got.shape == expected.shape and (got - expected).abs().max() < 1e-4
+
+
+def test_empty_batch(full):
+    with pytest.raises(toolplay.UserError, match="empty"):
+        token_logprobs(full, [])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_temperature_entropy_and_hidden(full, temperature):
+    rows = random_rows(11)
+    with torch.no_grad():
+        log_p = one_by_one(full, rows, temperature)
+        hidden = [full.base_model(torch.tensor([ids])).last_hidden_state[0] for ids, _ in rows]
+        for budget in (None, 12):
+            out = token_logprobs(full, rows, temperature, budget, want=("entropy", "hidden"))
+            assert (out["logp"] - gather(rows, log_p)).abs().max() < 1e-4
+            assert torch.equal(out["logp"], token_logprobs(full, rows, temperature, budget))
+            assert (out["entropy"] - gather(rows, log_p, lambda p, _: -(p.exp() * p).sum())).abs().max() < 1e-4
+            width = out["logp"].shape[1]
+            expected = torch.zeros(len(rows), width, 32)
+            for b, (ids, mask) in enumerate(rows):
+                for t in range(1, len(ids)):
+                    if mask[t]:
+                        expected[b, t] = hidden[b][t - 1]
+            assert out["hidden"].shape == expected.shape and (out["hidden"] - expected).abs().max() < 1e-4
+        assert set(token_logprobs(full, rows, want=("entropy",))) == {"logp", "entropy"}
+
+
+# ---------------------------------------------------------------- exact gradients
+
+def gradients(model, objective):
+    model.zero_grad(set_to_none=True)
+    objective.backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", FULL + SLIDING)
+def test_gradients_equal_one_by_one(name, adapters):
+    net = model(name)
+    if adapters:
+        lora.add_lora(net, ["all-linear"], 4, 8.0, seed=0)
+        with torch.no_grad():
+            for p in lora.lora_parameters(net):  # B starts at zero, which would hide A's gradient
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    for seed in range(20, 24):
+        rows = random_rows(seed)
+        weight = torch.randn(len(rows), max(len(ids) for ids, _ in rows), generator=torch.Generator().manual_seed(seed))
+        expected = gradients(net, (weight * gather(rows, one_by_one(net, rows))).sum())
+        assert close(gradients(net, (weight * token_logprobs(net, rows)).sum()), expected, 1e-4)
+        # As the training step does it: backward for each micro-batch, gradients added up.
+        parts = [(weight[group][:, :max(len(rows[b][0]) for b in group)] * token_logprobs(net, [rows[b] for b in group])).sum()
+                 for group in micro_batches([[row] for row in rows], 25)]
+        assert close(gradients(net, sum(parts)), expected, 1e-4)
+
+
+def test_gradient_through_entropy_and_hidden(full):
+    rows = random_rows(31)
+    out = token_logprobs(full, rows, want=("entropy", "hidden"))
+    log_p = one_by_one(full, rows)
+    got = gradients(full, out["entropy"].sum())
+    assert close(got, gradients(full, gather(rows, log_p, lambda p, _: -(p.exp() * p).sum()).sum()), 1e-4)
+    assert out["hidden"].requires_grad
+
+
+# ---------------------------------------------------------------- models that take no tree mask
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_sliding_windows_fall_back(name, capsys):
+    net = model(name)
+    rows = random_rows(2) + [([b % 7 for b in range(30)], [1] * 30), ([b % 7 for b in range(29)] + [9], [1] * 30)]  # longer than the window
+    with torch.no_grad():
+        expected = gather(rows, one_by_one(net, rows))
+        got = token_logprobs(net, rows)
+        assert (got - expected).abs().max() < 1e-4
+        line = capsys.readouterr().err
+        assert len(line.splitlines()) == 1 and type(net).__name__ in line and "one sequence per forward" in line
+        out = token_logprobs(net, rows, 1.5, budget=20, want=("entropy", "hidden"))
+        assert (out["logp"] - gather(rows, one_by_one(net, rows, 1.5))).abs().max() < 1e-4
+        assert out["hidden"].shape == (*got.shape, 32)
+    assert capsys.readouterr().err == ""  # said once
+
+
+def test_attention_without_tree_masks_is_noticed(capsys):
+    """The eager kernel adds a mask instead of applying it; the trial finds out, whatever the reason."""
+    net = model("llama")
+    net.set_attn_implementation("eager")
+    rows = random_rows(4)
+    with torch.no_grad():
+        assert (token_logprobs(net, rows) - gather(rows, one_by_one(net, rows))).abs().max() < 1e-4
+
+
+def test_trial_leaves_the_mode_alone():
+    for training in (True, False):
+        net = model("llama").train(training)
+        toolplay.takes_trie(net)
+        assert net.training is training and net.model.layers[0].training is training
+
+
+# ---------------------------------------------------------------- budgets
+
+@pytest.mark.parametrize("seed", range(12))
+def test_micro_batches_keep_the_budget_and_the_units(seed):
+    rng, rows = random.Random(seed), random_rows(seed, most=30)
+    units = []
+    while rows:
+        size = rng.randint(1, 3)
+        units.append(rows[:size])
+        rows = rows[size:]
+    for budget in (1, 7, 20, 60, 10 ** 6):
+        groups = micro_batches(units, budget)
+        assert sorted(u for group in groups for u in group) == list(range(len(units)))
+        for group in groups:
+            size = len(Trie([ids for u in group for ids, _ in units[u]]))
+            assert size <= budget or len(group) == 1
+            assert size == len(nodes([row for u in group for row in units[u]]))
+    assert micro_batches(units) == [list(range(len(units)))]
+    assert len(micro_batches(units, 10 ** 6)) == 1
+
+
+def test_forwards_stay_in_the_budget(full):
+    rows, sizes = random_rows(7) + random_rows(8) + random_rows(9), []
+    hook = full.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    with torch.no_grad():
+        token_logprobs(full, rows, budget=30)
+    hook.remove()
+    assert len(sizes) > 1 and max(sizes) <= 30
+
+
+def test_shared_prompts_are_packed_together():
+    """Units that arrive interleaved are grouped by what they share."""
+    units = [[([n % 2] * 20 + [n], [1] * 21)] for n in range(2, 10)]
+    groups = micro_batches(units, 24)
+    assert [sorted(g) for g in groups] == [[0, 2, 4, 6], [1, 3, 5, 7]]

