@@ -524,7 +524,7 @@ class SharedPrefixCache:
         own = [trie.path[b][self.shared:] for b in range(len(prompts))]
         width = max(map(len, own), default=0)
         index = torch.tensor([[0] * (width - len(o)) + o for o in own], dtype=torch.long, device=self.device)
-        self.valid = torch.tensor([[False] * (width - len(o)) + [True] * len(o) for o in own], device=self.device).reshape(len(prompts), width)
+        self.valid = torch.tensor([[False] * (width - len(o)) + [True] * len(o) for o in own], dtype=torch.bool, device=self.device).reshape(len(prompts), width)
         head = trie.path[0][:self.shared]
         self.prefix = {n: (k[:, :, head], v[:, :, head]) for n, (k, v) in nodes.items()}
         self.own = {n: [x[0][:, index].transpose(0, 1).contiguous() for x in kv] for n, kv in nodes.items()}

@@ -253,7 +253,8 @@ def main(argv=None):
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.role:
-        sys.path.insert(0, str(ROOT))
+        if not options.role.startswith("trl"):  # TRL's side uses nothing of this project
+            sys.path.insert(0, str(ROOT))
         (options.folder / f"{options.role}.json").write_text(json.dumps(ROLES[options.role](options.folder, options)))
         return
 
