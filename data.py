@@ -34,7 +34,7 @@ import re
 import sys
 from pathlib import Path
 
-from tools import (Call, UserError, calculate, execute, format_call, format_result, load_tools, parse_calls,
+from tools import (BUILTIN, Call, UserError, calculate, execute, format_call, format_result, load_tools, parse_calls,
                    render_tools, tool_from_schema)
 
 CORPORA = Path(__file__).parent / "configs" / "corpora"
@@ -195,7 +195,7 @@ def _check_call(call, n):
     return {"name": call["name"], "arguments": arguments}
 
 
-def read_jsonl(path, check=check_conversation, report=sys.stderr):
+def read_jsonl(path, check=check_conversation, report=None):
     """Read a JSONL file of conversations. Bad lines are reported by number and skipped; no good line is an error."""
     good, bad = [], 0
     try:
@@ -212,7 +212,7 @@ def read_jsonl(path, check=check_conversation, report=sys.stderr):
             good.append(check(item))
         except (ValueError, RecursionError) as error:  # UserError, bad JSON and bad UTF-8 are all ValueErrors
             bad += 1
-            print(f"{path}, line {number}: {error or type(error).__name__}; skipped", file=report)
+            print(f"{path}, line {number}: {error or type(error).__name__}; skipped", file=report or sys.stderr)
     if not good:
         raise UserError(f"{path}: no usable line ({bad} bad)" if bad else f"{path}: the file is empty")
     return good
@@ -339,15 +339,16 @@ class Writer:
         return text, lower
 
     def tools(self, needed=(), without=None):
-        """Names of the offered tools in random order: three, two, one or none of them, always with the needed."""
-        names = ["calculator", "weather", "search"]
-        if without is None and self.rng.random() < 0.5:
+        """The offered tools in random order: three, two, one or none of them, always with the needed; some in other words."""
+        names, rng = ["calculator", "weather", "search"], self.rng
+        if without is not None or rng.random() >= 0.55:
+            free = [n for n in names if n not in needed and n != without]
+            names = list(needed) + rng.sample(free, rng.choices([len(free), max(len(free) - 1, 0), 0], [6, 3, 2])[0])
+            rng.shuffle(names)
+        if not names or rng.random() >= 0.15:
             return names
-        free = [n for n in names if n not in needed and n != without]
-        count = self.rng.choices([len(free), max(len(free) - 1, 0), 0], [6, 3, 2])[0]
-        chosen = list(needed) + self.rng.sample(free, count)
-        self.rng.shuffle(chosen)
-        return chosen
+        wording = rng.randrange(3)  # full schemas in other words; sorted, so that there are few different prompts
+        return [{**BUILTIN[n].schema()["function"], "description": corpus("extra.json")["descriptions"][n][wording]} for n in sorted(names)]
 
     # Each writer of a kind returns (prompt, calls, answer text or None, extra facts about the example).
 
@@ -518,8 +519,8 @@ def swap_word(word, table, rate, rng):
 
 # --------------------------------------------------------------------------- 4. whole conversations
 
-MIX = {"canonical": 3, "arithmetic": 15, "weather": 13, "search": 14, "no_tool": 15, "trap": 9, "word_problem": 22,
-       "missing_tool": 3, "two_calls": 3, "tool_error": 3}
+MIX = {"canonical": 3, "arithmetic": 15, "weather": 12, "search": 13, "no_tool": 14, "trap": 10, "word_problem": 26,
+       "missing_tool": 3, "two_calls": 2, "tool_error": 2}
 
 
 def final_answer(call, result, rng, story=False):
@@ -536,7 +537,8 @@ def final_answer(call, result, rng, story=False):
                     "unit_symbol": "°F" if result.value["unit"] == "fahrenheit" else "°C", "condition": result.value["condition"]})
     query = set(re.findall(r"\w+", call.arguments["query"].lower()))
     for hit in result.value:  # a hit answers only if the question names what the hit is about
-        if any(word in query for word in re.findall(r"\w{3,}", hit["title"].lower()) if word != "the"):
+        title, text = [set(re.findall(r"\w{4,}", hit[key].lower())) for key in ("title", "text")]
+        if title & query or len(text & query) > 1:
             return fill(rng.choice(answers["search"]), hit)
     return fill(rng.choice(answers["search_empty"]), {"query": call.arguments["query"]})
 
@@ -567,10 +569,10 @@ def converse(kind, split, rng):
         messages += [{"role": "tool", "content": format_result(r)} for r in results]
         if calls[0].name == "calculator" and len(calls) == 1 and results[0].ok:
             answer = results[0].value
-    messages.append({"role": "assistant", "content": reply})
-    variants = corpus("extra.json")["descriptions"]
-    if offered and rng.random() < 0.3:  # other wordings of the same tools, as full schemas
-        offered = [{**tools[n].schema()["function"], "description": rng.choice(variants[n])} for n in offered]
+    if kind == "word_problem" and split == "train" and rng.random() < 0.5:
+        del messages[2:]  # the expression is the lesson here; half of them leave the closing words to the others
+    else:
+        messages.append({"role": "assistant", "content": reply})
     return {"kind": kind, "family": family, "split": split, "messages": messages, "tools": offered, "answer": answer, "facts": facts}
 
 
@@ -679,7 +681,8 @@ def epoch_order(rows, seed, epoch, group):
     rng = random.Random(f"{seed} order {epoch}")
     by_prompt = {}
     for i, (ids, mask) in enumerate(rows):
-        by_prompt.setdefault(tuple(ids[:32]), []).append(i)
+        second = ids.index(ids[0], 1) if ids[0] in ids[1:] else 64  # where the second turn starts, in ChatML
+        by_prompt.setdefault(tuple(ids[:second]), []).append(i)
     chunks = []
     for members in by_prompt.values():
         rng.shuffle(members)

@@ -4,8 +4,9 @@ eval.py - how well does a model use its tools?
 The idea. The model answers each case greedily, its calls are really executed, and the episode is compared with the gold
 one. A case is a conversation in training form (the prompt is everything before the first assistant message, the gold is
 what follows), or an object {"prompt" or "messages", "tools"?, "expected"?: {"calls"?, "answer"?, "final"?}}. A call is
-"due" when the gold has one; with no expectation at all only format and execution are measured. The first three metrics
-look at the first assistant turn alone. What does not apply to a case is not counted for it.
+"due" when the gold has one; with no expectation at all only format and execution are measured. Gold calls are
+executed too: their results are the facts to look for. The first three metrics look at the first assistant turn alone.
+What does not apply to a case is not counted for it.
 
   tool_accuracy      The multiset of the names of the well-formed calls is the gold's. None due: nothing that looks like
                      a call; malformed call syntax counts as calling.
@@ -33,59 +34,48 @@ look at the first assistant turn alone. What does not apply to a case is not cou
                      product forgives no zero. One side alone: its rate; then beware, for what none is due nearly any
                      tidy text succeeds.
 
-95 % intervals: Wilson (1927) for shares, the normal approximation for response_f1, and for overall a percentile
-bootstrap over the cases of each side (2,000 draws, fixed seed; resampling zeros and ones is a binomial draw).
+95 % intervals: Wilson (1927) for shares, and for response_f1 the same formula with the sample variance in the place
+of p (1 - p); for overall a percentile bootstrap over the cases of each side (2,000 draws, fixed seed; resampling yes and
+no is a binomial draw), or Wilson where there is one side.
 
     python eval.py --run runs/sft_demo --split test
     python eval.py --model smollm2-135m --data cases.jsonl --out result.json
 """
-from __future__ import annotations
-
 import itertools
 import json
-import math
 import re
 import sys
-from collections import Counter
-from dataclasses import dataclass, replace
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
 
 import data
-from tools import BUILTIN, Call, UserError, _normal, _terms, execute, load_tools, parse_calls
+from tools import BUILTIN, Call, Tool, UserError, _normal, _terms, execute, load_tools, parse_calls
 
 METRICS = ("tool_accuracy", "format", "argument_accuracy", "execution", "response_quality", "response_f1", "overall")
-DEFAULTS = {("weather", "unit"): "celsius"}  # saying the default is the same as leaving it out
 FORGED = re.compile(r"</?tool_response|<\|\w+\|>")
-NUMBER = re.compile(r"(?<![\w.,])([-−]?)[$€£]?((?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(e[-+]?\d+)?", re.ASCII)
-DENIAL = re.compile(r"n['’]t\b|\b(no|not|nothing|none|cannot|without|unable|unknown|undefined|impossible|sorry|error|"
-                    r"unfortunately|afraid|failed|wrong|refused|empty)\b", re.IGNORECASE)
+NUMBER = re.compile(r"(?<![\w.])(?<!\d,)([-−]?)[$€£]?((?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(e[-+]?\d+)?", re.ASCII)
+DENIAL = re.compile(r"n['’]t\b|\b(no|not|nothing|none|cannot|without|unable|unknown|undefined|sorry|error|afraid|wrong|refused|empty)\b", re.I)
 
 
 # --------------------------------------------------------------------------- 1. cases
 
-@dataclass(frozen=True)
-class Case:
-    """A prompt and what is expected of it. calls: None when nothing is known, [] when none is due."""
-    conversation: dict       # {"messages", "tools"}: what the model is given
-    calls: list | None       # gold calls of the first assistant turn
-    answer: float | None
-    reference: str | None
-    kind: str
-    id: object
+# A prompt and what is expected of it. conversation: {"messages", "tools"}, what the model is given. calls: the gold calls
+# of the first assistant turn; [] when none is due, None when nothing is known. reference: the gold's final text, or None.
+Case = namedtuple("Case", "conversation calls answer reference kind id")
 
 
 def as_case(item):
     """A conversation in training form, or a prompt with an expectation -> Case; UserError with the reason."""
-    if not isinstance(item, dict) or not isinstance(item.get("expected") or {}, dict):
+    if not isinstance(item, dict) or not isinstance(item.get("expected"), (dict, type(None))):
         raise UserError('a case is an object with "messages" or "prompt", and perhaps "expected", an object')
-    messages, tools = item.get("messages", [{"role": "user", "content": item.get("prompt")}]), load_tools(item.get("tools"))
+    messages, tools = item.get("messages", [{"role": "user", "content": item.get("prompt")}]), load_tools(item.get("tools") if not isinstance(item.get("tools"), list) else [data.without_function(t) for t in item["tools"]])
     messages, expected = data.check_conversation({"messages": messages})["messages"], item.get("expected")
     if expected is None:
         start = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
         messages, gold = messages[:start], list(itertools.takewhile(lambda m: m["role"] != "user", messages[start:]))
-        replies = [m["content"] for m in gold if m["role"] == "assistant" and m["content"]]
+        replies = [m["content"] for m in gold if m["role"] == "assistant"]
         expected = {"calls": gold[0].get("tool_calls", []) if gold else None, "final": "".join(replies[-1:]), "answer": item.get("answer")}
     turn = {"role": "assistant", "content": expected.get("final") or "", "tool_calls": expected.get("calls")}
     turn, conversation = data.check_conversation({"messages": [turn]})["messages"][0], {"messages": messages, "tools": list(tools.values())}
@@ -96,10 +86,7 @@ def as_case(item):
         raise UserError(f"the expected call names tool {min(missing)!r}, which is not offered")
     if (answer := expected.get("answer")) is not None and not is_number(answer):
         raise UserError(f'"answer" must be a number or null, not {str(answer)[:40]!r}')
-    try:
-        str(data.turns(conversation)), json.dumps(messages, ensure_ascii=False).encode()  # half a surrogate pair has no code
-    except (TypeError, AttributeError, UnicodeEncodeError) as error:
-        raise UserError(f"the prompt cannot be shown to a model ({error})") from None
+    "".join(text for _, text in data.turns(conversation)).encode()  # half a surrogate pair: a ValueError, which names it
     return Case(conversation, calls, answer, turn["content"] or None, str(item.get("kind") or item.get("part") or "all"), item.get("id"))
 
 
@@ -109,13 +96,10 @@ def is_number(value):
 
 # --------------------------------------------------------------------------- 2. when are two things equal?
 
-def f1(a, b):
-    """Harmonic mean of precision and recall of the tokens of two lists, as multisets."""
-    return 2 * (Counter(a) & Counter(b)).total() / max(len(a) + len(b), 1)
-
-
-def text_f1(a, b):
-    return f1(_normal(a).split(), _normal(b).split())
+def f1(a, b, words=lambda text: _normal(text).split()):
+    """Harmonic mean of precision and recall of the words of two texts, as multisets."""
+    a, b = Counter(words(a)), Counter(words(b))
+    return 2 * (a & b).total() / max(a.total() + b.total(), 1)
 
 
 def near(a, b, tolerance):
@@ -126,8 +110,7 @@ def same_expression(gold, got):
     """Equal value or the same error; and not just a literal where the gold computes something."""
     bare = [re.fullmatch(r"[-+]*[\d.,]+(e[-+]?\d+)?", re.sub(r"[\s()$€£=?]", "", x), re.IGNORECASE) for x in (gold, got)]
     a, b = [execute(Call("calculator", {"expression": x}), BUILTIN) for x in (gold, got)]
-    equal = near(b.value, a.value, 1e-6) if a.ok and b.ok else a.message == b.message
-    return equal and not (bare[1] and not bare[0])
+    return (near(b.value, a.value, 1e-6) if a.ok and b.ok else a.message == b.message) and not (bare[1] and not bare[0])
 
 
 def same_argument(tool, key, gold, got):
@@ -135,13 +118,13 @@ def same_argument(tool, key, gold, got):
         return gold == got and isinstance(gold, bool) == isinstance(got, bool)  # in Python True == 1
     if (tool, key) == ("calculator", "expression"):
         return same_expression(gold, got)
-    if key == "city" and _normal(gold.split(",")[0]) == _normal(got.split(",")[0]) != "":
-        return True
-    return gold == got or _normal(gold) == _normal(got) != "" or key == "query" and f1(_terms(gold), _terms(got)) >= 0.75
+    a, b = [_normal(text.split(",")[0] if key == "city" else text) for text in (gold, got)]
+    return gold == got or a == b != "" or key == "query" and f1(gold, got, _terms) >= 0.75
 
 
 def same_call(gold, got):
-    a, b = [{k: v for k, v in call.arguments.items() if v != DEFAULTS.get((call.name, k), call)} for call in (gold, got)]
+    default = ("unit", "celsius") if gold.name == "weather" else None  # to say the default is the same as to leave it out
+    a, b = [{k: v for k, v in call.arguments.items() if (k, v) != default} for call in (gold, got)]
     return gold.name == got.name and set(a) == set(b) and all(same_argument(gold.name, key, a[key], b[key]) for key in a)
 
 
@@ -169,14 +152,14 @@ def states(text, answer, known):
 
 def declines(text, reference, known):
     """Whether the text says that it cannot be done, and does not make up a number."""
-    return not set(numbers(text)) - known and bool(DENIAL.search(text) or text_f1(text, reference or "") >= 0.2)
+    return not set(numbers(text)) - known and bool(DENIAL.search(text) or f1(text, reference or "") >= 0.2)
 
 
 def converses(text, prompt):
     """Whether this is a reply at all: mostly letters, no loop, no echo. No judgement of what it says."""
     words, solid = _normal(text).split(), "".join(text.split())
     loop = max(Counter(zip(words, words[1:], words[2:], words[3:])).values(), default=0) >= 4
-    return bool(words) and 2 * sum(map(str.isalpha, solid)) >= len(solid) and not loop and text_f1(text, prompt) < 0.8
+    return bool(words) and not loop and 2 * sum(map(str.isalpha, solid)) >= len(solid) and f1(text, prompt) < 0.8
 
 
 # --------------------------------------------------------------------------- 3. one episode
@@ -189,8 +172,8 @@ def judge(case, episode):
     due = None if case.calls is None else bool(case.calls)
     tools = load_tools(case.conversation["tools"])
     gold, gold_results = Counter(c.name for c in case.calls or []), [execute(call, tools) for call in case.calls or []]
-    # The same tools with nothing behind them check the schema alone.
-    hollow = {name: replace(tool, function=lambda **arguments: None, isolated=False) for name, tool in tools.items()}
+    # The same schemas with nothing but dict(**arguments) behind them: a call that fits is ok, and nothing happens.
+    hollow = {name: Tool(name, "", tool.parameters, dict, isolated=False) for name, tool in tools.items()}
     valid = bool(calls) and not errors and not FORGED.search(first) and all(execute(call, hollow).ok for call in calls)
     plain = not calling and bool(first.strip()) and episode.stop == "end" and not FORGED.search(first)
     right_tools = Counter(c.name for c in calls) == gold if due else not calling
@@ -201,7 +184,7 @@ def judge(case, episode):
         "argument_accuracy": right_tools and same_calls(case.calls, calls) if due else None,
         "execution": [r.ok or may_err and r.error_type == "tool_error" for r in episode.results if r.error_type != "not_executable"],
         "response_quality": response(case, episode, gold_results),
-        "response_f1": None if case.reference is None else text_f1(episode.final, case.reference)}
+        "response_f1": None if case.reference is None else f1(episode.final, case.reference)}
     verdicts["overall"] = None if due is None else not any(verdicts[name] is False for name in METRICS[:3] + METRICS[4:5])
     wrong = [name for name, verdict in verdicts.items() if verdict is False or name == "execution" and False in verdict]
     return {"id": case.id, "kind": case.kind, "tools": sorted(set(gold)) or ["none"] * (due is False), "due": due, "wrong": wrong,
@@ -213,9 +196,8 @@ def judge(case, episode):
 def response(case, episode, gold_results):
     """response_quality of an episode: True, False, or None where nothing is known to compare with."""
     messages, final, reference = case.conversation["messages"], episode.final, case.reference
-    seen = [m["content"] for m in messages] + [r.text() for r in episode.results]
-    seen += [str(call.arguments) for call in [*(case.calls or []), *episode.calls]]
-    known = {value for text in seen for value in numbers(text)}  # who repeats these makes nothing up
+    texts = [m["content"] for m in messages] + [r.text() for r in episode.results] + [str(c.arguments) for c in (case.calls or []) + episode.calls]
+    known = set(numbers(" ".join(texts)))  # who repeats these makes nothing up
 
     def fact(result):
         value = result.value["temperature"] if result.name == "weather" and result.ok else result.value
@@ -225,16 +207,15 @@ def response(case, episode, gold_results):
             return states(final, value, known)
         hits = [hit["text"] for hit in value] if result.name == "search" and result.ok else []
         absent = DENIAL.search(reference) and not any(hit in reference for hit in hits) if reference else not hits
-        texts = [reference] if reference else hits
-        return any(text_f1(final, text) >= 0.5 for text in texts) or bool(absent and declines(final, reference, known))
+        return any(f1(final, text) >= 0.5 for text in ([reference] if reference else hits)) or bool(absent and declines(final, reference, known))
     if case.answer is not None:
         return states(final, case.answer, known)
     if case.calls is None or not reference and any(result.error_type == "not_executable" for result in gold_results):
         return None
     if case.calls:
         return all(map(fact, gold_results))
-    tidy = episode.stop == "end" and converses(final, messages[-1]["content"])
-    return tidy and (case.kind != "missing_tool" or declines(final, reference, known))
+    return episode.stop == "end" and converses(final, messages[-1]["content"]) and (
+        case.kind != "missing_tool" or declines(final, reference, known))
 
 
 # --------------------------------------------------------------------------- 4. many episodes
@@ -245,7 +226,7 @@ def estimate(values, z=1.96):
     if not n:
         return {"value": None, "n": 0, "low": None, "high": None}
     mean, centre = float(np.mean(values)), (np.mean(values) + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(np.var(values) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
+    half = z * np.sqrt(np.var(values) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
     return {"value": mean, "n": n, "low": max(float(centre - half), 0.0), "high": min(float(centre + half), 1.0)}
 
 
@@ -259,7 +240,7 @@ def measure(records):
         rng = np.random.default_rng(0)
         draws = [rng.binomial(len(side), np.mean(side), 2000) / len(side) for side in sides]
         low, high = np.percentile(np.sqrt(draws[0] * draws[1]), [2.5, 97.5])
-        out["overall"].update(value=math.sqrt(np.mean(sides[0]) * np.mean(sides[1])), low=float(low), high=float(high))
+        out["overall"].update(value=float(np.sqrt(np.mean(sides[0]) * np.mean(sides[1]))), low=float(low), high=float(high))
     return out
 
 
@@ -268,45 +249,37 @@ def summarise(records):
 
     A case with two gold tools counts for both; "none" are the cases where no call is due.
     """
-    kinds, tools = {}, {}
-    for record in records:
-        kinds.setdefault(record["kind"], []).append(record)
-        for name in record["tools"]:
-            tools.setdefault(name, []).append(record)
-    return {"n": len(records), "metrics": measure(records), "kinds": {name: measure(kinds[name]) for name in sorted(kinds)},
-            "tools": {name: measure(tools[name]) for name in sorted(tools)}}
+    def grouped(names):
+        return {name: measure([r for r in records if name in names(r)]) for name in sorted({name for r in records for name in names(r)})}
+    return {"n": len(records), "metrics": measure(records), "kinds": grouped(lambda r: [r["kind"]]), "tools": grouped(lambda r: r["tools"])}
 
 
 # --------------------------------------------------------------------------- 5. tables
 
-def cell(metric, interval=True):
-    shown = f' [{metric["low"]:.2f}, {metric["high"]:.2f}]' if metric["n"] and interval else ""
-    return f'{metric["value"]:.3f}{shown}' if metric["n"] else "-"
+def cell(metric, full=True):
+    tail = f' [{metric["low"]:.2f}, {metric["high"]:.2f}] n={metric["n"]}' if metric["n"] and full else ""
+    return f'{metric["value"]:.3f}{tail}' if metric["n"] else "-"
 
 
 def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(x).replace("|", "/") for x in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(str(x).replace("|", "/") for x in line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
 def compare_table(reports):
-    """{label: report} -> a Markdown table, one column a report: value [95 % interval]."""
+    """{label: report} -> a Markdown table, one column a report: value [95 % interval] n."""
     return table(["metric", *reports], [[m, *(cell(r["metrics"][m]) for r in reports.values())] for m in METRICS])
 
 
 def format_report(report, title, records=None, show_failures=10):
     """The report as Markdown; with `records` also the first failures: what was asked, expected and got."""
-    whole = [[name, cell(metric), metric["n"]] for name, metric in report["metrics"].items()]
-    parts = [f"## {title} ({report['n']} cases)", table(["metric", "value [95 % interval]", "n"], whole)]
-    for group in ("kinds", "tools"):
-        rows = [[name, metrics["format"]["n"], *(cell(metric, False) for metric in metrics.values())] for name, metrics in report[group].items()]
-        parts.append(table([group, "n", *METRICS], rows))
+    parts = [f"## {title} ({report['n']} cases)", compare_table({"value [95 % interval]": report})]
+    for key in ("kinds", "tools"):
+        rows = [[name, of["format"]["n"], *(cell(metric, full=False) for metric in of.values())] for name, of in report[key].items()]
+        parts.append(table([key, "n", *METRICS], rows))
     failed = [record for record in records or [] if record["wrong"]]
     for r in failed[:show_failures]:
-        gold, results = (json.dumps(r[key], ensure_ascii=False) for key in ("expected", "results"))
-        lines = [f"{r['kind']}, case {r['id']}: wrong in {', '.join(r['wrong'])}", f"asked     {r['prompt']!r}",
-                 f"expected  calls {gold}, answer {r['answer']}, reference {r['reference']!r}"]
-        parts.append("\n    ".join(lines + [f"got       {turn!r}" for turn in r["turns"]] + [f"results   {results}"]))
+        shown = [f"{key:10}{json.dumps(r[key], ensure_ascii=False)}" for key in ("prompt", "expected", "answer", "reference", "turns", "results")]
+        parts.append("\n    ".join([f"{r['kind']}, case {r['id']}: wrong in {', '.join(r['wrong'])}", *shown]))
     return "\n\n".join(parts + [f"{len(failed)} cases failed in some way; {min(show_failures, len(failed))} shown."] * bool(records))
 
 
@@ -318,15 +291,13 @@ def evaluate(model, tokenizer, cases, batch_size=32, max_new_tokens=96, style="s
 
     import toolplay
     cases = [case if isinstance(case, Case) else as_case(case) for case in cases]
-    if not cases:
-        raise UserError("there is no case to evaluate")
     # Neighbours with the same system prompt share it in the rollout's cache.
     order = sorted(range(len(cases)), key=lambda n: data.turns(cases[n].conversation, style))
     with tqdm(total=len(cases), desc="eval", unit="case", disable=not progress, dynamic_ncols=True) as bar:
-        episodes = toolplay.rollout(model, tokenizer, [cases[n].conversation for n in order], temperature=0.0, style=style,
-                                    max_new_tokens=max_new_tokens, batch_size=batch_size, progress=bar.update)
-    judged = {n: judge(cases[n], episode) for n, episode in zip(order, episodes)}
-    records = [{**judged[n], "id": n if cases[n].id is None else cases[n].id} for n in range(len(cases))]
+        episodes = dict(zip(order, toolplay.rollout(
+            model, tokenizer, [cases[n].conversation for n in order], temperature=0.0, max_new_tokens=max_new_tokens,
+            batch_size=batch_size, style=style, progress=bar.update)))
+    records = [judge(case._replace(id=n if case.id is None else case.id), episodes[n]) for n, case in enumerate(cases)]
     return summarise(records), records
 
 
@@ -339,8 +310,6 @@ def talk_loss(model, tokenizer, split="test", n=100):
 
     import toolplay
     talks = data.of_split(data.corpus("talk_replies.jsonl")[1:], split)[:n]
-    if not talks:
-        raise UserError(f"talk_replies.jsonl has no reply in the {split} split")
     chats = [[{"role": "user", "content": talk["prompt"]}, {"role": "assistant", "content": talk["reply"]}] for talk in talks]
     rows = [data.encode({"messages": chat}, tokenizer) for chat in chats]
     with torch.no_grad():
@@ -363,10 +332,8 @@ def add_arguments(parser):
 def command(args):
     """The work of `eval`: load, evaluate, print, write."""
     import toolplay
-    if args.n is not None and args.n < 1 or args.failures < 0:
-        raise UserError("--n must be at least 1, --failures at least 0")
-    if args.out and not Path(args.out).parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no such folder")
+    if args.n is not None and args.n < 1 or args.out and not Path(args.out).parent.is_dir():
+        raise UserError("--n must be at least 1, and the folder of --out must be there")
     cases = data.read_jsonl(args.data, as_case)[:args.n] if args.data else data.generate(args.split, args.n or 200, args.seed)
     model, tokenizer, style = toolplay.model_of(args)
     report, records = evaluate(model, tokenizer, cases, style=style)
@@ -374,7 +341,7 @@ def command(args):
     if not args.data:
         report["talk_loss"] = talk_loss(model, tokenizer, args.split)
         print(f"\nLoss of the base model's own small talk: {report['talk_loss']:.3f}")
-    for path in [Path(args.run) / "eval.json"] * bool(args.run) + [Path(args.out)] * bool(args.out):
+    for path in [f"{args.run}/eval.json"] * bool(args.run) + [args.out] * bool(args.out):
         toolplay.write_json(path, {"data": args.data or args.split, "seed": args.seed, "report": report, "records": records})
 
 

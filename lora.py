@@ -98,8 +98,8 @@ class LoRALinear(nn.Module):
             return y
         # Outside autocast this computes in fp32; inside, F.linear casts down by itself.
         x = self.dropout(x).to(self.lora_A.dtype)
-        delta = F.linear(F.linear(x, self.lora_A), self.lora_B)  # B A x
-        return y + (self.scaling * delta).to(y.dtype)  # Hu et al., eq. 3
+        delta = F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)  # (alpha / r) B A x, scaled where it is small
+        return y + delta.to(y.dtype)  # Hu et al., eq. 3
 
 
 # --- 2. a model with adapters ---------------------------------------------------------------

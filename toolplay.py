@@ -704,7 +704,9 @@ def finish_turn(tokenizer, episode, tools, turn, ended, end, max_new_tokens, max
         episode.final, episode.stop = text, "end" if ended else "length"
         return []
     results = [execute(call, tools) for call in calls]
-    results += [Result("", False, error_type="malformed_call", message=f"malformed call: {e.reason}") for e in errors]
+    for error in reversed(errors):  # a broken call's error stands among the results where the call stood in the text
+        before = len(parse_calls(text[:error.position])[0])
+        results.insert(before, Result("", False, error_type="malformed_call", message=f"malformed call: {error.reason}"))
     episode.results += results
     if len(episode.turns) >= max_turns or (not ended and len(turn) >= max_new_tokens):
         episode.stop = "length" if not ended and len(turn) >= max_new_tokens else "turns"
@@ -861,8 +863,8 @@ class Run:
         if world_rank()[1] > 1:
             dist.barrier()  # every rank has looked before rank 0 writes
         random.seed(config.seed)
-        np.random.seed(config.seed)
-        torch.manual_seed(config.seed)
+        np.random.seed(config.seed % 2 ** 32)
+        torch.manual_seed(config.seed % 2 ** 63)
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not old.exists():
@@ -1019,21 +1021,25 @@ def load_checkpoint(folder, trainer):
     try:
         tensors = load_file(folder / "trained.safetensors")
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trainer.parameters.items()}:
+            raise UserError(f"{folder}: the checkpoint is of another model or other adapters")
+        rng, counters = state["rng"], [state[key] for key in ("step", "updates", "skipped", "extra")]
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(rng["torch"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(rng["cuda"])
+        random.setstate(rng["python"])
+        np.random.set_state(rng["numpy"])
+    except UserError:
+        raise
     except Exception as error:  # truncated or foreign files raise a dozen types
-        raise UserError(f"{folder}: the checkpoint cannot be read ({str(error).splitlines()[0][:120]}); delete it to start over") from None
-    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trainer.parameters.items()}:
-        raise UserError(f"{folder}: the checkpoint is of another model or other adapters")
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{folder}: the checkpoint cannot be read ({reason}); delete it to start over") from None
+    trainer.step, trainer.updates, trainer.skipped, trainer.extra = counters
     with torch.no_grad():
         for name, p in trainer.parameters.items():
             p.copy_(tensors[name])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scaler.load_state_dict(state["scaler"])
-    trainer.step, trainer.updates, trainer.skipped, trainer.extra = state["step"], state["updates"], state["skipped"], state["extra"]
-    torch.set_rng_state(state["rng"]["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-    random.setstate(state["rng"]["python"])
-    np.random.set_state(state["rng"]["numpy"])
 
 
 def prepare_model(config, device):

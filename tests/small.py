@@ -1,4 +1,5 @@
 """What several tests share: small random models, rows to feed them, and a process that forks scenarios."""
+import atexit
 import functools
 import json
 import random
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,6 +15,15 @@ sys.path.insert(0, str(ROOT))
 import toolplay  # noqa: E402
 
 VOCAB = 258  # of the byte-level tokenizer that comes with the model "tiny"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For modules that import it: on models this small a second thread only waits, and on a busy machine it waits long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def sizes(**more):
@@ -106,3 +117,11 @@ class Zygote:
     def close(self):
         self.process.stdin.close()
         self.process.wait()
+
+
+@functools.cache
+def zygote():
+    """The one that all tests share."""
+    made = Zygote()
+    atexit.register(made.close)
+    return made

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from small import model, one_by_one, tokenizer
+from small import model, one_by_one, one_thread, tokenizer  # noqa: F401
 
 import data
 import toolplay
@@ -29,7 +29,7 @@ def ask(text, tools=("calculator",)):
 
 
 def run(net, chats, tools=None, **kwargs):
-    return toolplay.rollout(net, tokenizer(), chats, tools, **{"max_new_tokens": 24, **kwargs})
+    return toolplay.rollout(net, tokenizer(), chats, tools, **{"max_new_tokens": 12, **kwargs})
 
 
 def check_logprobs(net, episodes, temperature=1.0):
@@ -48,7 +48,7 @@ def test_greedy_equals_generate(net):
     batched = run(net, CHATS, {}, temperature=0)
     for chat, episode in zip(CHATS, batched):
         prompt, _ = data.encode(chat, tokenizer(), generation=True)
-        expected = net.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24, eos_token_id=END, pad_token_id=END)[0].tolist()
+        expected = net.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=END, pad_token_id=END)[0].tolist()
         assert episode.ids == expected and episode.prompt == len(prompt)
         assert episode.mask == [0] * len(prompt) + [1] * (len(expected) - len(prompt))
         assert run(net, [chat], {}, temperature=0)[0].ids == expected
@@ -56,13 +56,11 @@ def test_greedy_equals_generate(net):
     check_logprobs(net, batched)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_a_draw_does_not_depend_on_the_batch(net, temperature):
+def test_a_draw_does_not_depend_on_the_batch(net, temperature=0.7):
     chats = CHATS + CHATS[:2]  # two prompts twice
     whole = run(net, chats, {}, temperature=temperature, seed=5)
     check_logprobs(net, whole, temperature)
-    for kwargs in ({"batch_size": 2}, {"batch_size": 1}):
-        assert [e.ids for e in run(net, chats, {}, temperature=temperature, seed=5, **kwargs)] == [e.ids for e in whole]
+    assert [e.ids for e in run(net, chats, {}, temperature=temperature, seed=5, batch_size=2)] == [e.ids for e in whole]
     for n, chat in enumerate(CHATS):
         assert run(net, [chat], {}, temperature=temperature, seed=5)[0].ids == whole[n].ids
     assert [e.ids for e in run(net, CHATS[::-1], {}, temperature=temperature, seed=5)] == [e.ids for e in whole[:5]][::-1]
@@ -219,13 +217,15 @@ def test_a_call_is_executed(net, say):
     assert (e.ids, e.mask) == (ids[:-1], mask[:-1])  # but for the newline behind the last turn
 
 
-def test_conversations_of_different_length_in_one_batch(net, say):
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_conversations_of_different_length_in_one_batch(name, say):
     """Rows that read long results, rows that talk, rows that finish early: each as if it were alone."""
     weather = format_call(Call("weather", {"city": "Nowhere-upon-Sea"}))
     script = {"a": ["Hello.<|im_end|>"],
               "bb": [f"{CALL}<|im_end|>", "391.<|im_end|>"],
               "a longer question": [f"{CALL}\n{CALL}<|im_end|>", f"{CALL}<|im_end|>", "Done.<|im_end|>"],
               "c": [f"{weather}<|im_end|>", "There is no such tool here.<|im_end|>"]}
+    net = model(name)
     together = say(net, script, temperature=0.8)
     assert [len(e.turns) for e in together] == [1, 2, 3, 2] and all(e.stop == "end" for e in together)
     for question, e in zip(script, together):
@@ -341,9 +341,9 @@ def test_tools_that_crash_hang_or_exit_do_not_stop_the_run(llama, say):
 def test_each_conversation_has_its_own_tools(llama, monkeypatch):
     Script(monkeypatch, {"q": [f"{CALL}<|im_end|>", "ok<|im_end|>"]})
     chats = [ask("q"), ask("q", ["weather"]), ask("q", [])]
-    assert [e.results[0].error_type for e in run(llama, chats, max_new_tokens=160)] == ["", "unknown_tool", "unknown_tool"]
-    assert [e.results[0].ok for e in run(llama, chats, {"calculator": BUILTIN["calculator"]}, max_new_tokens=160)] == [True] * 3
-    assert [e.results[0].ok for e in run(llama, chats, {}, max_new_tokens=160)] == [False] * 3
+    assert [e.results[0].error_type for e in run(llama, chats, max_new_tokens=120)] == ["", "unknown_tool", "unknown_tool"]
+    assert [e.results[0].ok for e in run(llama, chats, {"calculator": BUILTIN["calculator"]}, max_new_tokens=120)] == [True] * 3
+    assert [e.results[0].ok for e in run(llama, chats, {}, max_new_tokens=120)] == [False] * 3
 
 
 def test_garbage_never_stops_a_run(net):

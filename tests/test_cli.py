@@ -1,0 +1,174 @@
+"""The command line, from outside: verbs, one-line errors, resumable predict, Ctrl-C, the guided tour, W&B offline."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import toolplay
+
+ROOT = Path(toolplay.__file__).parent
+TINY = ["--method=sft", "--model=tiny", "--examples=24", "--eval_examples=4", "--batch_size=4", "--steps=4", "--save_every=2", "--eval_every=2",
+        "--max_tokens=4000", "--lora_r=2"]
+
+
+def cli(*argv, code=0, capsys=None):
+    """Run a verb in this process; -> what it printed."""
+    try:
+        toolplay.main(list(map(str, argv)))
+        left = 0
+    except SystemExit as stop:
+        left = stop.code or 0
+    out = capsys.readouterr()
+    assert left == code, out
+    assert "Traceback" not in out.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    toolplay.main(["train", str(ROOT / "configs" / "sft_tiny.json"), *TINY, f"--run_dir={folder}"])
+    return folder
+
+
+def test_a_run_folder_holds_what_the_readme_says(run):
+    assert {"config.json", "metrics.jsonl", "timing.jsonl", "checkpoint", "adapter"} <= {p.name for p in run.iterdir()}
+    config = json.loads((run / "config.json").read_text())
+    assert config["lora_r"] == 2 and config["provenance"]["packages"]["torch"].startswith("2.13.0")
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [1, 2, 3, 4] and "eval_loss" in lines[1] and "eval_loss" in lines[3]
+
+
+def test_sft_py_is_the_same_run(run, tmp_path):
+    import sft
+    sft.main([str(ROOT / "configs" / "sft_tiny.json"), *TINY, f"--run_dir={tmp_path / 'x'}"])
+    assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "x" / "adapter" / "adapter_model.safetensors").read_bytes() == (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_an_existing_run_is_not_overwritten(run, capsys):
+    out = cli("train", ROOT / "configs" / "sft_tiny.json", *TINY, f"--run_dir={run}", code=2, capsys=capsys)
+    assert out.err.count("\n") == 1 and "--resume" in out.err and "--run_dir" in out.err
+    out = cli("train", ROOT / "configs" / "sft_tiny.json", *TINY, f"--run_dir={run}", "--lr=0.5", "--resume", code=2, capsys=capsys)
+    assert "lr was 0.003, now 0.5" in out.err
+
+
+@pytest.mark.parametrize("argv,words", [
+    (["train", "nowhere.json"], ["nowhere.json", "cannot read"]),
+    (["train", ROOT / "configs" / "sft_tiny.json", "--learning_rat=1"], ["learning_rat", "unknown key"]),
+    (["train", ROOT / "configs" / "sft_tiny.json", "--lr=-1"], ["command line", "lr = -1", "> 0"]),
+    (["predict", "--model", "tiny", "--input", "absent.jsonl", "--output", "o.jsonl"], ["absent.jsonl"]),
+    (["eval", "--run", "no/such/run"], ["no/such/run", "not a run folder"]),
+    (["chat", "--model", "no-such-org/no-such-model"], ["no-such-org/no-such-model", "cannot be loaded"]),
+    (["predict", "--model", "tiny", "--input", "x", "--output", "y", "--tools", "absent.json"], ["absent.json"]),
+])
+def test_a_users_mistake_is_one_line_and_exit_code_2(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a hub that is not there
+    err = cli(*argv, code=2, capsys=capsys).err
+    assert all(word in err for word in words), err
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_predict_streams_resumes_and_reports_bad_lines(run, tmp_path, capsys):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    weather = {"type": "function", "function": {"name": "get_rain", "description": "Rain.", "parameters": {"type": "object", "properties": {}}}}
+    good = [{"id": "a", "prompt": "What is 2 + 2?"}, {"id": 2, "messages": [{"role": "user", "content": "hi"}]},
+            {"id": "c", "prompt": "rain?", "tools": [weather]}, {"id": "d", "prompt": "no tools", "tools": []}]
+    bad = ["{broken", '{"prompt": "no id"}', '{"id": "x"}', '{"id": "y", "messages": []}', '{"id": "a", "prompt": "again"}', '{"id": "z", "prompt": "p", "tools": 3}']
+    source.write_text("\n".join([json.dumps(g) for g in good[:2]] + bad + [json.dumps(g) for g in good[2:]]) + "\n")
+    out = cli("predict", "--run", run, "--input", source, "--output", target, "--max-new-tokens", 5, capsys=capsys)
+    for number in range(3, 9):
+        assert f"line {number}:" in out.err
+    lines = [json.loads(x) for x in target.read_text().splitlines()]
+    assert [x["id"] for x in lines] == ["a", 2, "c", "d"]
+    assert all(set(x) == {"id", "output", "calls", "results", "final"} and isinstance(x["output"], str) for x in lines)
+    whole = target.read_bytes()
+    target.write_bytes(whole[:whole.index(b"\n") + 10])  # killed in the middle of the second line
+    cli("predict", "--run", run, "--input", source, "--output", target, "--max-new-tokens", 5, capsys=capsys)
+    assert target.read_bytes() == whole
+
+
+def test_chat_and_tour(run, capsys, monkeypatch, tmp_path):
+    answers = iter(["hello", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(answers))
+    out = cli("chat", "--run", run, "--max-new-tokens", 4, capsys=capsys).out
+    assert "Tools: calculator, weather, search" in out and "answer" in out
+    assert "the demo" in cli(capsys=capsys).out
+
+
+def test_custom_tools_from_a_json_file(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mytools.py").write_text("def shout(text):\n    return text.upper()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([{"name": "shout", "description": "Shout.", "function": "mytools:shout",
+                                 "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}}]))
+    from tools import Call, execute
+    assert execute(Call("shout", {"text": "a"}), toolplay.read_tools(file)).value == "A"
+    for text in ("{", '["nosuch"]', '[{"name": "x", "description": "", "function": "nomodule_x:f", "parameters": {"type": "object", "properties": {}}}]'):
+        file.write_text(text)
+        assert cli("predict", "--model", "tiny", "--tools", file, "--input", "x", "--output", "y", code=2, capsys=capsys).err.count("\n") == 1
+
+
+def test_trie_and_validate(capsys):
+    assert "times fewer" in cli("trie", ROOT / "configs" / "sft_tiny.json", "--examples=24", capsys=capsys).out
+    assert "everything is in order" in cli("validate", "--model", "tiny", capsys=capsys).out
+
+
+def start(*argv, **env):
+    return subprocess.Popen([sys.executable, str(ROOT / "toolplay.py"), *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            cwd=ROOT, env={**os.environ, **env})
+
+
+def test_ctrl_c_leaves_a_resumable_run(tmp_path, run):
+    folder = tmp_path / "x"
+    process = start("train", ROOT / "configs" / "sft_tiny.json", *TINY, "--steps=4000", f"--run_dir={folder}")
+    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"toolplay.py train {folder} --resume" in err and "Traceback" not in err
+    assert toolplay.newest_checkpoint(folder)
+
+
+def test_wandb_offline_really_runs(tmp_path):
+    pytest.importorskip("wandb")
+    process = start("train", ROOT / "configs" / "sft_tiny.json", *TINY, "--wandb=true", "--wandb_tags=[\"t\"]", f"--run_dir={tmp_path / 'x'}",
+                    WANDB_MODE="offline", WANDB_SILENT="true")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert list((tmp_path / "x").glob("wandb/offline-run-*/run-*.wandb")), list((tmp_path / "x").rglob("*"))
+
+
+def test_wandb_missing_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    out = cli("train", ROOT / "configs" / "sft_tiny.json", *TINY, "--wandb=true", f"--run_dir={tmp_path / 'x'}", capsys=capsys)
+    assert "wandb: the package is not installed" in out.err and (tmp_path / "x" / "adapter").is_dir()
+
+
+def test_demo_end_to_end_on_tiny(tmp_path, capsys):
+    out = cli("demo", "--n", 10, *TINY, f"--run_dir={tmp_path / 'demo'}", capsys=capsys).out
+    for words in ("question", "before", "after", "| tool_accuracy |", "What next?", "small talk"):
+        assert words in out
+    if toolplay.importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "demo" / "demo.png").stat().st_size > 10000
+
+
+def test_full_fine_tuning_saves_a_model(tmp_path, capsys):
+    cli("train", ROOT / "configs" / "sft_tiny.json", *TINY, "--lora_r=0", "--lr=0.0001", f"--run_dir={tmp_path / 'x'}", capsys=capsys)
+    model, tokenizer, _ = toolplay.load_run(tmp_path / "x")
+    assert toolplay.rollout(model, tokenizer, [{"messages": [{"role": "user", "content": "hi"}]}], {}, temperature=0, max_new_tokens=3)[0].turns
+
+
+def test_config_reference_names_every_key():
+    text = toolplay.config_reference()
+    for key in [f.name for f in toolplay.dataclasses.fields(toolplay.config_class("sft"))]:
+        assert f"| `{key}` |" in text, key
+    readme = (ROOT / "README.md").read_text()
+    assert text.strip() in readme, "README's config reference is out of date: python -c 'import toolplay; print(toolplay.config_reference())'"

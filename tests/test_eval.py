@@ -1,0 +1,381 @@
+"""eval.py: each metric on cases made by hand, hostile output, and policies that try to cheat."""
+import argparse
+import dataclasses
+import functools
+import io
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data
+import eval as evaluation
+import toolplay
+from tools import Call, Result, UserError, execute, format_call, load_tools, parse_calls, search, weather
+
+CITIES = ["Paris", "London", "Madrid", "Rome", "Berlin"]
+QUERY = "how do bees make honey"
+
+
+@pytest.fixture(autouse=True)
+def corpora(tmp_path, monkeypatch):
+    (tmp_path / "cities.json").write_text(json.dumps({"cities": [{"name": name} for name in CITIES + ["Kraków"]]}), encoding="utf-8")
+    page = {"title": "Honey bees", "text": "Bees make honey from the nectar of flowers, which they dry in the comb."}
+    (tmp_path / "search.jsonl").write_text(json.dumps(page) + "\n", encoding="utf-8")
+    monkeypatch.setenv("TOOLPLAY_CITIES", str(tmp_path / "cities.json"))
+    monkeypatch.setenv("TOOLPLAY_SEARCH", str(tmp_path / "search.jsonl"))
+
+
+def calc(expression):
+    return Call("calculator", {"expression": expression})
+
+
+def case(prompt, calls=None, answer=None, final=None, kind="test", **more):
+    expected = {"answer": answer, "final": final}
+    expected["calls"] = None if calls is None else [dataclasses.asdict(call) for call in calls]
+    return evaluation.as_case({"prompt": prompt, "expected": expected, "kind": kind, **more})
+
+
+def play(given, *turns, stop="end"):
+    """The episode in which the model says these turns; calls are really executed, as in toolplay.rollout."""
+    tools, calls, errors, results, final = load_tools(given.conversation["tools"]), [], [], [], ""
+    for turn in turns:
+        new, bad = parse_calls(turn)
+        calls, errors = calls + new, errors + bad
+        results += [execute(call, tools) for call in new] + [Result("", False, error_type="malformed_call") for _ in bad]
+        final = "" if new or bad else turn
+    return SimpleNamespace(turns=list(turns), calls=calls, errors=errors, results=results, final=final, stop=stop)
+
+
+def verdicts(given, *turns, stop="end"):
+    return evaluation.judge(given, play(given, *turns, stop=stop))["verdicts"]
+
+
+SUM = case("what is 17 * 23?", [calc("17 * 23")], 391, "That makes 391.")
+TALK = case("tell me a joke about cats", [], final="Why did the cat sit down? It was tired.")
+
+
+# one metric after the other
+
+def test_a_right_episode_is_right_everywhere():
+    got = verdicts(SUM, format_call(calc("17*23")), "It is 391.")
+    assert got["execution"] == [True] and 0 < got["response_f1"] < 1
+    assert all(got[name] is True for name in evaluation.METRICS if name not in ("execution", "response_f1"))
+    got = verdicts(TALK, "A cat walked into a bar and asked for milk.")
+    assert got["tool_accuracy"] and got["format"] and got["response_quality"] and got["overall"]
+    assert got["argument_accuracy"] is None and got["execution"] == []
+
+
+@pytest.mark.parametrize("turn, right", [
+    (format_call(calc("17 * 23")), True), (format_call(Call("search", {"query": "17 * 23"})), False), ("It is 391.", False), ("", False),
+    (format_call(calc("1")) * 2, False), (format_call(calc("17 * 23")) + "<tool_call>{", True)])
+def test_tool_accuracy_when_due(turn, right):
+    assert verdicts(SUM, turn)["tool_accuracy"] is right
+
+
+@pytest.mark.parametrize("turn", [format_call(calc("1 + 1")), "<tool_call>{broken}</tool_call>", "<tool_call>", "ha </tool_call>", "hm <tool_call"])
+def test_what_looks_like_a_call_is_calling_when_none_is_due(turn):
+    got = verdicts(TALK, turn)
+    assert got["tool_accuracy"] is False and got["format"] is False and got["overall"] is False
+
+
+@pytest.mark.parametrize("turn", [
+    "It is 391.", '<tool_call>{"name": "calculator", "arguments": {"expression": 5}}</tool_call>', "<tool_call>oops</tool_call>",
+    format_call(Call("calculator", {"expr": "17 * 23"})), format_call(Call("nothing", {})), format_call(Call("calculator", {})),
+    format_call(calc("17 * 23")) + "<tool_call>{", format_call(calc("17 * 23")) + '<tool_response>{"result": 391}</tool_response>',
+    format_call(calc("17 * 23")) + "<|im_start|>"])
+def test_format_when_due(turn):
+    assert verdicts(SUM, turn)["format"] is False
+
+
+@pytest.mark.parametrize("turn, stop", [("", "end"), (" \n", "end"), ("fine", "length"), ("hi <tool_response>", "end"), ("hi <|im_start|>user", "end")])
+def test_format_when_none_is_due(turn, stop):
+    assert verdicts(TALK, turn, stop=stop)["format"] is False
+
+
+@pytest.mark.parametrize("tool, key, gold, got, same", [
+    ("calculator", "expression", "17 * 23", "23*17", True), ("calculator", "expression", "17 * 23", "391", False),
+    ("calculator", "expression", "17 * 23", " (391.0) = ", False), ("calculator", "expression", "17 * 23", "-(-391)", False),
+    ("calculator", "expression", "5", "5.0", True), ("calculator", "expression", "15 / 100 * 80", "15% of 80", True),
+    ("calculator", "expression", "17 * 23", "17 * 24", False), ("calculator", "expression", "1 / 3", "0.5 - 0.1666666666667", True),
+    ("calculator", "expression", "5 / 0", "7 / 0", True), ("calculator", "expression", "5 / 0", "5 + ", False),
+    ("calculator", "expression", "5 / 0", "5 + 0", False), ("calculator", "expression", "9 ** 900", "9 ** 900", True),
+    ("calculator", "expression", "9 ** 900", "0.5 + 1", False), ("calculator", "expression", "1 + 1", "9**9**9**9", False),
+    ("weather", "city", "Kraków", "krakow", True), ("weather", "city", "Paris, France", "paris", True),
+    ("weather", "city", "Paris", "London", False), ("weather", "city", ", x", ", y", False), ("weather", "unit", "celsius", "fahrenheit", False),
+    ("search", "query", "How do bees make honey?", "bees make honey", True), ("search", "query", QUERY, "how do ants make honey", False),
+    ("search", "query", QUERY, "honey", False), ("search", "query", "who are you", "what is it", False),
+    ("other", "n", 5, 5.0, True), ("other", "n", 1, True, False), ("other", "n", "5", 5, False), ("other", "op", "+", "-", False)])
+def test_same_argument(tool, key, gold, got, same):
+    assert evaluation.same_argument(tool, key, gold, got) is same
+
+
+def test_optional_arguments():
+    gold, stated = Call("weather", {"city": "Paris"}), Call("weather", {"city": "Paris", "unit": "celsius"})
+    assert evaluation.same_call(gold, stated) and evaluation.same_call(stated, gold)
+    assert not evaluation.same_call(gold, Call("weather", {"city": "Paris", "unit": "fahrenheit"}))
+    assert not evaluation.same_call(gold, Call("weather", {})) and not evaluation.same_call(gold, Call("weather", {"city": "Paris", "day": "x"}))
+    assert not evaluation.same_call(gold, Call("weather", {"city": ["Paris"]}))
+
+
+def test_calls_are_paired_in_any_order():
+    a, b = Call("weather", {"city": "Paris"}), Call("weather", {"city": "Rome"})
+    assert evaluation.same_calls([a, b], [b, a]) and evaluation.same_calls([a, a], [a, a])
+    for wrong in ([a], [a, a], [a, b, b], []):
+        assert not evaluation.same_calls([a, b], wrong)
+    two = case("weather in Paris and Rome?", [a, b])
+    assert verdicts(two, format_call(b) + "\n" + format_call(a))["argument_accuracy"] is True
+    assert verdicts(two, format_call(a) + "\n" + format_call(a))["argument_accuracy"] is False
+
+
+def test_only_the_first_turn_counts_for_tools_and_arguments():
+    got = verdicts(SUM, format_call(calc("1 + 1")), format_call(calc("17 * 23")), "It is 391.")
+    assert got["tool_accuracy"] and not got["argument_accuracy"] and got["response_quality"] and not got["overall"]
+
+
+def test_execution():
+    assert verdicts(SUM, format_call(calc("1 / 0")) + format_call(calc("2 + 2")) + "<tool_call>x</tool_call>")["execution"] == [False, True, False]
+    lost = case("weather in Atlantis?", [Call("weather", {"city": "Atlantis"})])
+    assert verdicts(lost, format_call(Call("weather", {"city": "atlantis"})))["execution"] == [True]
+    assert verdicts(lost, format_call(Call("weather", {"town": "atlantis"})))["execution"] == [False]
+    schema = {"name": "send", "description": "", "parameters": {"type": "object", "properties": {"to": {"type": "string"}}}}
+    shown = case("send it", [Call("send", {"to": "Bo"})], tools=[schema])
+    got = verdicts(shown, format_call(Call("send", {"to": "bo"})), "Sent.")
+    assert got["execution"] == [] and got["response_quality"] is None and got["overall"] is True  # nothing to run, nothing to compare
+
+
+@pytest.mark.parametrize("answer, text, right", [
+    (391, "17 * 23 is 391.", True), (391, "391", True), (391, "It is 392.", False), (391, "It is 3910", False), (391, "none", False),
+    (391, "$391.00 in all", True), (1234, "It costs $1,234.", True), (1234, "1,234,000", False), (-5, "It is -5 degrees", True), (-5, "It is −5°C", True),
+    (5, "It is -5", False), (12.5, "12.50 dollars", True), (20 / 3, "about 6.67", True), (20 / 3, "6.7", True), (20 / 3, "6", False),
+    (0.4, "0", False), (1000, "1003", False), (4321.942375, "4,321.94", True), (25, "25kg", True), (3, "x3", False), (7, "2-7", True),
+    (391, "1 2 3 4 391", False), (391, "5, 6 or 391", True), (10 ** 20, "1e20", True), (5, "9" * 400, False)])
+def test_numeric_answers(answer, text, right):
+    assert evaluation.states(text, answer, set()) is right
+
+
+def test_response_to_weather_search_and_errors():
+    there = weather("Paris")["temperature"]
+    asked = case("weather in Paris?", [Call("weather", {"city": "Paris"})])
+    assert verdicts(asked, f"In Paris it is {there}°C.")["response_quality"] is True
+    assert verdicts(asked, f"In Paris it is {there + 1}°C.")["response_quality"] is False
+    hit = search(QUERY)[0]["text"]
+    for reference in (None, f"I found this: {hit}"):
+        asked = case(QUERY, [Call("search", {"query": QUERY})], final=reference)
+        assert verdicts(asked, f"Sure! {hit}")["response_quality"] is True
+        assert verdicts(asked, "Sorry, I found nothing.")["response_quality"] is False
+    asked = case("who is Zork", [Call("search", {"query": "Zork"})], final="No luck: nothing came up for Zork.")
+    assert verdicts(asked, "Sorry, I could not find Zork.")["response_quality"] is True
+    assert verdicts(asked, "Zork was king in 1544, sorry.")["response_quality"] is False
+    for reference in (None, "I have no weather for Atlantis."):
+        asked = case("weather in Atlantis?", [Call("weather", {"city": "Atlantis"})], final=reference)
+        assert verdicts(asked, "I don't know Atlantis.")["response_quality"] is True
+        assert verdicts(asked, "Sorry, Atlantis has 21 degrees.")["response_quality"] is False
+        assert verdicts(asked, "Sunny!")["response_quality"] is False
+
+
+@pytest.mark.parametrize("text, right", [
+    ("Here is one: a cat walks into a bar.", True), ("", False), ("?!...", False), ("{} [] ## 42 == 1 a", False),
+    ("so funny it is " * 4, False), ("Tell me a joke about cats!", False), ("You said: tell me a joke about cats", False)])
+def test_response_when_none_is_due(text, right):
+    assert verdicts(TALK, text)["response_quality"] is right
+
+
+def test_a_missing_tool_must_be_owned_up_to():
+    asked = case("17 * 23?", [], final="I have no calculator here.", kind="missing_tool", tools=[])
+    assert verdicts(asked, "I can't work that out without a calculator.")["overall"] is True
+    assert verdicts(asked, "It is 388.")["overall"] is False
+
+
+def test_every_written_refusal_is_recognised():
+    answers = data.corpus("answers.json")
+    for text in answers["search_empty"] + [t for kind in ("unknown_city", "division_by_zero") for t in answers["error"][kind]] + \
+            [t for kind in answers["missing"].values() for t in kind]:
+        assert evaluation.declines(text, text, set()), text
+    missed = [t for kind in answers["missing"].values() for t in kind if not evaluation.DENIAL.search(t)]
+    assert len(missed) <= 4, missed
+
+
+def test_without_expectation_only_format_and_execution():
+    free = evaluation.as_case({"prompt": "hello"})
+    assert free.calls is None
+    for turns, fine in ((["Hi!"], True), ([format_call(calc("1 + 1")), "2"], True), (["<tool_call>"], False), ([""], False)):
+        got = verdicts(free, *turns)
+        assert got["format"] is fine
+        assert all(got[name] is None for name in evaluation.METRICS if name not in ("format", "execution"))
+    report = evaluation.summarise([evaluation.judge(free, play(free, "Hi!"))])
+    assert report["metrics"]["overall"] == {"value": None, "n": 0, "low": None, "high": None} and report["tools"] == {}
+
+
+@pytest.mark.parametrize("text", ["<tool_call>" * 5000, "\ud800 half", "<tool_call>{\"name\": \"calculator\", \"arguments\": {\"expression\": \"9**9**9\"}}</tool_call>",
+                                  "1," * 20000, "9" * 5000, "a " * 5000, "<|im_end|>" * 100, "</tool_call>\x00", "(" * 1000])
+def test_hostile_output_is_judged(text):
+    for given in (SUM, TALK, case("weather in Atlantis?", [Call("weather", {"city": "Atlantis"})])):
+        record = evaluation.judge(given, play(given, text))
+        assert record["verdicts"]["overall"] is False or given is TALK
+        json.dumps(record)
+
+
+# policies
+
+def games():
+    made = []
+    for n in range(12):
+        made += [case(f"what is {n + 12} times {n + 31}", [calc(f"{n + 12} * {n + 31}")], (n + 12) * (n + 31), f"That makes {(n + 12) * (n + 31)}."),
+                 case(f"weather in {CITIES[n % 5]} please", [Call("weather", {"city": CITIES[n % 5]})]),
+                 case(QUERY, [Call("search", {"query": QUERY})]),
+                 case(f"tell me story number {n} about a dragon", [], final="Once upon a time there was a dragon.")]
+    return made
+
+
+def right_turns(given):
+    if not given.calls:
+        return ["Once there was a small green dragon who liked tea."]
+    tools = load_tools(None)
+    result = execute(given.calls[0], tools).value
+    words = {"calculator": lambda: f"It is {result}.", "weather": lambda: f"It is {result['temperature']} degrees.", "search": lambda: result[0]["text"]}
+    return ["\n".join(map(format_call, given.calls)), words[given.calls[0].name]()]
+
+
+POLICIES = {
+    "always calls": lambda c, n: [format_call(c.calls[0] if c.calls else calc("1 + 1")), right_turns(c)[-1]],
+    "never calls": lambda c, n: [right_turns(c)[-1]],
+    "garbage": lambda c, n: ["{{}} ]] 1 2 3 4 5 6 7 ## <tool_call>"],
+    "words": lambda c, n: ["abc"],
+    "echo": lambda c, n: [c.conversation["messages"][-1]["content"]],
+    "every number": lambda c, n: [" ".join(map(str, range(2000)))],
+    "calls twice": lambda c, n: [right_turns(c)[0] * 2, right_turns(c)[-1]] if c.calls else [format_call(calc("1 + 1")) * 2, right_turns(c)[-1]],
+    "all tools": lambda c, n: ["".join(map(format_call, [calc("1 + 1"), Call("weather", {"city": "Paris"}), Call("search", {"query": QUERY})]))],
+    "silence": lambda c, n: [""],
+}
+
+
+def score(policy):
+    return evaluation.summarise([evaluation.judge(c, play(c, *policy(c, n))) for n, c in enumerate(games())])
+
+
+def test_cheats_score_below_an_honest_weak_policy():
+    weak = score(lambda c, n: right_turns(c) if (n // 4) % 2 else ["I am not sure what you mean by that, sorry."])["metrics"]["overall"]
+    assert 0.5 < weak["low"] < weak["value"] < weak["high"] < 0.9  # talk is right always, calls half of the time
+    half = score(lambda c, n: right_turns(c) if (n // 4) % 2 else ["?"])["metrics"]["overall"]
+    assert half["value"] == pytest.approx(0.5)
+    for name, policy in POLICIES.items():
+        assert score(policy)["metrics"]["overall"]["value"] <= 0.05, name
+    assert score(lambda c, n: right_turns(c))["metrics"]["overall"]["value"] == 1
+
+
+# statistics and tables
+
+def test_intervals():
+    got = evaluation.estimate([True] * 8 + [False] * 2)
+    assert (got["value"], got["n"]) == (0.8, 10)
+    assert got["low"] == pytest.approx(0.4901, abs=2e-4) and got["high"] == pytest.approx(0.9433, abs=2e-4)  # statsmodels, method="wilson"
+    assert evaluation.estimate([True] * 5)["high"] == 1 and evaluation.estimate([False] * 5)["low"] == 0
+    assert score(POLICIES["words"]) == score(POLICIES["words"])  # the bootstrap has a fixed seed
+    alone = evaluation.summarise([evaluation.judge(TALK, play(TALK, "A joke about a cat in a hat."))])["metrics"]["overall"]
+    assert alone["value"] == 1 and alone["low"] == pytest.approx(0.2065, abs=1e-3)
+
+
+def test_report_and_tables():
+    records = [evaluation.judge(c, play(c, *right_turns(c))) for c in games()] + [evaluation.judge(SUM, play(SUM, "no | idea", "x"))]
+    report = evaluation.summarise(records)
+    assert report["n"] == 49 and set(report["tools"]) == {"calculator", "weather", "search", "none"} and set(report["kinds"]) == {"test"}
+    assert report["tools"]["calculator"]["tool_accuracy"]["n"] == 13
+    text = evaluation.format_report(report, "Title", records)
+    assert "Title (49 cases)" in text and "17 * 23" in text and "no | idea" in text and "1 cases failed" in text
+    assert "no | idea" not in evaluation.format_report(report, "Title", records, show_failures=0)
+    table = evaluation.compare_table({"before": report, "after": report}).splitlines()
+    assert table[0] == "| metric | before | after |" and len(table) == 2 + len(evaluation.METRICS) and {line.count("|") for line in table} == {4}
+    json.dumps([report, records], allow_nan=False)
+
+
+# cases and files
+
+def test_training_form():
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2 + 2"}}]}
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "2 + 2?"}, turn, {"role": "tool", "content": '{"result": 4}'},
+                {"role": "assistant", "content": "It is 4."}, {"role": "user", "content": "Thanks"}, {"role": "assistant", "content": "Bye."}]
+    got = evaluation.as_case({"messages": messages, "tools": ["calculator"], "kind": "arithmetic", "answer": 4, "id": "a1"})
+    assert got.conversation["messages"] == messages[:2] and [tool.name for tool in got.conversation["tools"]] == ["calculator"]
+    assert (got.calls, got.answer, got.reference, got.kind, got.id) == ([calc("2 + 2")], 4, "It is 4.", "arithmetic", "a1")
+    got = evaluation.as_case({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}]})
+    assert (got.calls, got.reference, len(got.conversation["tools"])) == ([], "Hello!", 3)
+
+
+def test_expectation_form():
+    call = {"type": "function", "function": {"name": "calculator", "arguments": '{"expression": "2 + 2"}'}}
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "2 + 2?"}]
+    got = evaluation.as_case({"id": 7, "messages": history, "tools": None, "part": "arithmetic", "expected": {"calls": [call], "answer": 4}})
+    assert got.conversation["messages"] == history and got.calls == [calc("2 + 2")] and got.reference is None and got.kind == "arithmetic"
+    got = evaluation.as_case({"prompt": "2 + 2?", "tools": [], "expected": {"calls": [], "answer": None, "final": "Four."}})
+    assert got.calls == [] and got.conversation["tools"] == [] and got.reference == "Four."
+    got = evaluation.as_case({"prompt": "2 + 2?", "expected": {"answer": 4}})
+    assert got.calls is None and got.answer == 4
+    assert verdicts(got, "It is 4.")["response_quality"] is True and verdicts(got, "It is 4.")["overall"] is None
+
+
+BAD = [5, [], {}, {"prompt": 5}, {"prompt": None}, {"messages": []}, {"messages": "x"}, {"messages": [{"role": "user", "content": "a"}], "tools": "x"},
+       {"prompt": "a", "tools": ["nothing"]}, {"prompt": "a", "tools": [5]}, {"prompt": "a", "expected": "x"}, {"prompt": "a", "expected": []},
+       {"prompt": "a", "expected": {"calls": "x"}}, {"prompt": "a", "expected": {"calls": [{"name": 5}]}}, {"prompt": "a", "expected": {"calls": [3]}},
+       {"prompt": "a", "expected": {"calls": [], "answer": "four"}}, {"prompt": "a", "answer": True}, {"prompt": "a", "answer": float("nan")},
+       {"prompt": "a", "expected": {"final": 5}}, {"prompt": "a", "tools": [], "expected": {"calls": [{"name": "search", "arguments": {}}]}},
+       {"messages": [{"role": "assistant", "content": "first"}]}, {"messages": [{"role": "system", "content": "only"}]}]
+
+
+@pytest.mark.parametrize("item", BAD, ids=lambda item: json.dumps(item)[:60])
+def test_a_bad_case_has_a_reason(item):
+    with pytest.raises(UserError, match=r"\w+ \w+"):
+        evaluation.as_case(item)
+
+
+def test_bad_lines_are_reported_by_number(tmp_path):
+    path, report = tmp_path / "cases.jsonl", io.StringIO()
+    path.write_text('{"prompt": "hi"}\nnot json\n{"prompt": "a", "expected": 1}\n{"prompt": "\\ud800"}\n{"prompt": "bye"}\n', encoding="utf-8")
+    assert len(data.read_jsonl(path, evaluation.as_case, report)) == 2
+    assert [line.split(":")[0][-6:] for line in report.getvalue().splitlines()] == ["line 2", "line 3", "line 4"]
+
+
+# with a model
+
+@pytest.fixture(scope="module")
+def tiny():
+    return toolplay.load_model("tiny")
+
+
+def test_evaluate_keeps_order_and_is_deterministic(tiny):
+    items = [{"id": n, "prompt": p, "tools": t, "expected": {"calls": []}} for n, (p, t) in enumerate([("a", []), ("b", None), ("c", []), ("d", ["search"])])]
+    report, records = evaluation.evaluate(*tiny, items, batch_size=3, max_new_tokens=4, progress=False)
+    assert [r["id"] for r in records] == [0, 1, 2, 3] and [r["prompt"] for r in records] == list("abcd") and report["n"] == 4
+    _, alone = evaluation.evaluate(*tiny, items[2:3], max_new_tokens=4, progress=False)
+    assert alone[0] == records[2] and alone[0]["turns"]
+
+
+def test_talk_loss(tiny, monkeypatch):
+    talk = [{"comment": ""}] + [{"prompt": "hi", "reply": reply, "kind": "k", "split": "test"} for reply in ("Hello you", "ok")]
+    monkeypatch.setattr(data, "corpus", lambda name: talk)
+    loss = evaluation.talk_loss(*tiny)
+    assert 0.5 * math.log(258) < loss < 2 * math.log(258)  # a random model knows nothing
+    with pytest.raises(UserError):
+        evaluation.talk_loss(*tiny, split="dev")
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", functools.partial(evaluation.evaluate, max_new_tokens=3))
+    path, out = tmp_path / "cases.jsonl", tmp_path / "out.json"
+    path.write_text('{"prompt": "hi", "expected": {"calls": []}}\nbad\n{"prompt": "bye"}\n', encoding="utf-8")
+    parser = argparse.ArgumentParser()
+    evaluation.add_arguments(parser)
+    evaluation.command(parser.parse_args(["--model", "tiny", "--data", str(path), "--out", str(out), "--failures", "1"]))
+    said, written = capsys.readouterr(), json.loads(out.read_text(encoding="utf-8"))
+    assert "tool_accuracy" in said.out and written["report"]["n"] == 2 and len(written["records"]) == 2
+    for wrong in (["--n", "0"], ["--data", str(tmp_path / "none.jsonl")], ["--out", str(tmp_path / "none" / "x.json")]):
+        with pytest.raises(SystemExit) as stopped:
+            evaluation.main(["--model", "tiny", *wrong])
+        assert stopped.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,50 @@
+"""One short test on the real SmolLM2-135M: it loads, samples like transformers, learns, and its rollouts are token-exact."""
+import pytest
+import torch
+
+import data
+import lora
+import sft
+import toolplay
+from tools import load_tools
+
+PROMPTS = ["What is 17 * 23?", "How is the weather in Kuala Lumpur?", "Hi! How are you?"]
+
+
+@pytest.fixture(scope="module")
+def real():
+    torch.manual_seed(0)
+    return toolplay.load_model("smollm2-135m")
+
+
+def test_greedy_rollout_is_transformers_generate(real):
+    model, tokenizer = real
+    chats = [{"messages": [{"role": "user", "content": p}], "tools": ["calculator", "weather", "search"]} for p in PROMPTS]
+    episodes = toolplay.rollout(model, tokenizer, chats, temperature=0, max_new_tokens=12, max_turns=1)
+    for chat, episode in zip(chats, episodes):
+        ids, _ = data.encode(chat, tokenizer, generation=True)
+        theirs = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=data.end_of_turn(tokenizer), pad_token_id=2)[0].tolist()
+        assert episode.ids == theirs
+
+
+def test_it_learns_a_call_and_the_rollout_executes_it(real):
+    model, tokenizer = real
+    lora.add_lora(model, ["q_proj", "v_proj"], r=8, alpha=16, seed=0)
+    chat = data.generate("train", 1, mix={"weather": 1}, seed=1)[0]
+    chat["messages"][0]["content"], chat["tools"] = "weather in Oslo?", ["weather"]
+    chat["messages"][1]["tool_calls"][0]["arguments"] = {"city": "Oslo"}
+    row = data.encode({**chat, "messages": chat["messages"][:2]}, tokenizer)
+    config = toolplay.load_config({"lr": 0.005, "schedule": "constant", "warmup": 0.0})
+    trainer = toolplay.Trainer(config, lora.lora_state(model), 30)
+    losses = [toolplay.train_step(trainer, [row], lambda rows: sft.sft_loss(toolplay.token_logprobs(model, rows), sft.pad_mask(rows)),
+                                  size=lambda r: sum(r[1]))["loss"] for _ in range(16)]
+    assert losses[-1] < 0.05 < losses[0]
+    prompt = {"messages": chat["messages"][:1], "tools": ["weather"]}
+    episode = toolplay.rollout(model, tokenizer, [prompt], load_tools(["weather"]), temperature=0, max_new_tokens=40, max_turns=2)[0]
+    assert [(c.name, c.arguments) for c in episode.calls][:1] == [("weather", {"city": "Oslo"})]
+    assert episode.results[0].ok and episode.results[0].value["city"] == "Oslo"
+    logp = toolplay.token_logprobs(model, [(episode.ids, episode.mask)])[0]
+    assert torch.allclose(logp, torch.tensor(episode.logp), atol=2e-4)
+    with lora.lora_disabled(model):
+        base = toolplay.token_logprobs(model, [row])
+    assert (base - toolplay.token_logprobs(model, [row])).abs().max() > 0.5

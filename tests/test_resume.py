@@ -1,0 +1,262 @@
+"""Runs: the same bytes twice, the same bytes after any kill -9, and clear words about what cannot be resumed."""
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+import small
+from small import one_thread  # noqa: F401
+
+import sft
+import toolplay
+from toolplay import Run, Trainer, UserError, load_config, newest_checkpoint
+
+WORDS = ["Hello.", "It is 4.", "No, thanks.", "Sunny, I think.", "A", "391!", "Tell me more about it.", "Yes?"]
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    return small.zygote()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, words in (("train", WORDS), ("dev", WORDS[::3])):
+        lines = [{"messages": [{"role": "system", "content": "."}, {"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": w}]} for n, w in enumerate(words)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return folder
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    def make(name="run", **more):
+        return {"model": "tiny", "source": "jsonl", "path": str(corpus / "train.jsonl"), "eval_path": str(corpus / "dev.jsonl"), "run_dir": str(tmp_path / name),
+                "device": "cpu", "batch_size": 3, "steps": 7, "save_every": 2, "eval_every": 3, "lora_r": 4, "lora_dropout": 0.3, "lr": 0.01, "micro_tokens": 40, **more}
+    return make
+
+
+def train(config, resume=False):
+    run = Run(load_config(config), resume=resume)
+    sft.train(run)
+    return run.folder
+
+
+def results(folder):
+    """The bytes that must not depend on anything but config and seed."""
+    from pathlib import Path
+    folder = Path(folder)
+    files = [folder / "metrics.jsonl", *sorted((folder / "adapter").glob("*")), *sorted((folder / "model").glob("*"))]
+    out = {str(f.relative_to(folder)): f.read_bytes() for f in files if not f.name.startswith(".")}  # a killed process may leave a temporary file
+    assert len(out) >= 3
+    return out
+
+
+def test_two_runs_are_bit_identical(config):
+    a, b = results(train(config("a"))), results(train(config("b")))
+    assert a == b
+    assert a != results(train(config("c", seed=1)))
+    lines = [json.loads(line) for line in a["metrics.jsonl"].splitlines()]
+    assert [x["step"] for x in lines] == list(range(1, 8)) and [x["step"] for x in lines if "eval_loss" in x] == [3, 6, 7]
+    assert lines[-1]["eval_loss"] < lines[0]["loss"]
+
+
+def test_the_run_folder_says_how_it_was_made(config):
+    folder = train(config(steps=2))
+    made = json.loads((folder / "config.json").read_text())
+    assert made["lr"] == 0.01 and made["provenance"]["seed"] == 0 and "torch" in made["provenance"]["packages"]
+    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "timing.jsonl", "checkpoint", "adapter"}
+    assert [p.name for p in (folder / "checkpoint").iterdir()] == ["step-00000002"]
+
+
+# ---------------------------------------------------------------- kill -9
+
+@pytest.fixture(scope="module")
+def uninterrupted(zygote, corpus, tmp_path_factory):
+    """What each kind of run gives when nothing happens to it."""
+    known = {}
+
+    def get(config):
+        key = json.dumps({**config, "run_dir": ""})
+        if key not in known:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            codes, stderr = zygote.run("train", config={**config, "run_dir": str(folder)})
+            assert codes == [0], stderr
+            known[key] = results(folder)
+        return known[key]
+    return get
+
+
+def killed_then_resumed(zygote, config, *kills, pid=None):
+    for n, (place, nth) in enumerate(kills):
+        codes, stderr = zygote.run("train", config=config, place=place, nth=nth, resume=n > 0, pid=pid)
+        assert codes == [-signal.SIGKILL], f"{place} {nth}: {stderr}"
+    codes, stderr = zygote.run("train", config=config, resume=True, pid=pid)
+    assert codes == [0], stderr
+    left = [p.name for p in toolplay.Path(config["run_dir"]).rglob(".*")]
+    return results(config["run_dir"]), left
+
+
+KILLS = [("start", 1), ("step", 1), ("step", 6), ("log", 5), ("checkpoint", 2), ("inside the checkpoint", 1), ("inside the checkpoint", 3), ("fsync", 1), ("fsync", 9),
+         ("rename", 1), ("rename", 4), ("rename", 6), ("rename", 8), ("removing the old checkpoint", 2), ("saving the model", 2), ("end", 1)]
+
+
+@pytest.mark.parametrize("place, nth", KILLS)
+def test_kill_9_then_resume_gives_the_same_bytes(zygote, uninterrupted, config, place, nth):
+    got, _ = killed_then_resumed(zygote, config(), (place, nth))
+    assert got == uninterrupted(config())
+
+
+def test_killed_again_and_again(zygote, uninterrupted, config):
+    got, left = killed_then_resumed(zygote, config(), ("inside the checkpoint", 1), ("log", 3), ("rename", 4), ("checkpoint", 1), ("inside the checkpoint", 1), ("step", 1))
+    assert got == uninterrupted(config())
+    assert not [name for name in left if name.startswith(".step")]  # half checkpoints are cleared away
+
+
+@pytest.mark.parametrize("kills", [[("inside the checkpoint", 1)], [("rename", 4)]])
+def test_killed_in_a_container(zygote, uninterrupted, config, kills):
+    """The process that resumes has the same number as the one that was killed, and finds its half-written files."""
+    got, _ = killed_then_resumed(zygote, config(), *kills, pid=7)
+    assert got == uninterrupted(config())
+
+
+@pytest.mark.parametrize("more", [{"lora_r": 0, "lr": 1e-3}, {"keep_best": False}, {"eval_every": 0}, {"precision": "fp16"},
+                                  {"schedule": "linear", "warmup": 0.5, "weight_decay": 0.1}, {"steps": 0, "epochs": 2.5}], ids=str)
+def test_other_kinds_of_runs_resume_too(zygote, uninterrupted, config, more):
+    got, _ = killed_then_resumed(zygote, config(**more), ("inside the checkpoint", 2))
+    assert got == uninterrupted(config(**more))
+
+
+# ---------------------------------------------------------------- a polite stop, and nothing to do
+
+def test_interrupt_leaves_a_checkpoint_of_the_very_step(config, monkeypatch):
+    whole, step = results(train(config("whole"))), toolplay.train_step
+
+    def interrupted(trainer, *args, **kwargs):
+        if trainer.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, *args, **kwargs)
+    monkeypatch.setattr(toolplay, "train_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(toolplay.Interrupted):
+        train(config())
+    assert signal.getsignal(signal.SIGINT) is before
+    folder = toolplay.Path(config()["run_dir"])
+    assert newest_checkpoint(folder).name == "step-00000005"
+    monkeypatch.setattr(toolplay, "train_step", step)
+    assert results(train(config(), resume=True)) == whole
+
+
+def test_resuming_a_finished_run_changes_nothing(config):
+    before = results(train(config()))
+    assert results(train(config(), resume=True)) == before
+
+
+# ---------------------------------------------------------------- what cannot be resumed
+
+def test_a_run_is_not_overwritten(config):
+    folder = train(config(steps=2))
+    with pytest.raises(UserError, match="--resume"):
+        Run(load_config(config(steps=2)))
+    assert (folder / "adapter").exists()
+
+
+def test_another_config_is_refused_by_name(config):
+    train(config(steps=2))
+    with pytest.raises(UserError, match="lr was 0.01, now 0.02"):
+        Run(load_config(config(steps=2, lr=0.02)), resume=True)
+
+
+def damage(folder, how):
+    state, weights = folder / "state.pt", folder / "trained.safetensors"
+    if how == "cut state":
+        state.write_bytes(state.read_bytes()[:-500])
+    elif how == "empty state":
+        state.write_bytes(b"")
+    elif how == "no state":
+        state.unlink()
+    elif how == "garbage state":
+        state.write_bytes(b"garbage" * 100)
+    elif how == "foreign state":
+        torch.save({"hello": 1}, state)
+    elif how == "state is a list":
+        torch.save([1, 2], state)
+    elif how == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-7])
+    elif how == "empty weights":
+        weights.write_bytes(b"")
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "empty folder":
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(corpus, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("good") / "run"
+    return train({"model": "tiny", "source": "jsonl", "path": str(corpus / "train.jsonl"), "eval_examples": 0, "run_dir": str(run_dir), "device": "cpu", "steps": 1, "lora_r": 2})
+
+
+@pytest.mark.parametrize("how", ["cut state", "empty state", "no state", "garbage state", "foreign state", "state is a list", "cut weights", "empty weights", "no weights",
+                                 "empty folder"])
+def test_a_damaged_checkpoint_is_one_clear_line(checkpoint, tmp_path, how):
+    folder = tmp_path / "run"
+    shutil.copytree(checkpoint, folder)
+    damage(newest_checkpoint(folder), how)
+    config = load_config({**{k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "provenance"}, "run_dir": str(folder)})
+    with pytest.raises(UserError) as error:
+        train(dict(vars(config)), resume=True)
+    assert "step-00000001" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoint):
+    trainer = Trainer(load_config({"device": "cpu"}), {"w": torch.nn.Parameter(torch.ones(2))}, 3)
+    with pytest.raises(UserError, match="another model"):
+        toolplay.load_checkpoint(newest_checkpoint(checkpoint), trainer)
+
+
+def test_pickles_are_not_run(checkpoint, tmp_path):
+    """A checkpoint is data: code hidden in it is refused, not executed."""
+    folder = tmp_path / "step-00000001"
+    shutil.copytree(newest_checkpoint(checkpoint), folder)
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+    torch.save({"optimizer": Evil()}, folder / "state.pt")
+    with pytest.raises(UserError):
+        toolplay.load_checkpoint(folder, Trainer(load_config({"device": "cpu"}), {"w": torch.nn.Parameter(torch.ones(2))}, 3))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_large_seeds(config):
+    try:
+        Run(load_config(config(seed=2 ** 40)))
+    except UserError as error:
+        assert "seed" in str(error)
+
+
+def test_a_log_cut_in_mid_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert toolplay.read_lines(path) == [{"step": 1}, {"step": 2}]
+    assert toolplay.read_lines(tmp_path / "none") == []
+
+
+# ---------------------------------------------------------------- atomic files
+
+def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "x.json"
+    toolplay.write_json(path, {"a": 1})
+
+    def fail(aside):
+        aside.write_text("half")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        toolplay.write_atomic(path, fail)
+    assert json.loads(path.read_text()) == {"a": 1}
+    toolplay.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
