@@ -519,7 +519,7 @@ def swap_word(word, table, rate, rng):
 
 # --------------------------------------------------------------------------- 4. whole conversations
 
-MIX = {"canonical": 3, "arithmetic": 15, "weather": 12, "search": 13, "no_tool": 14, "trap": 10, "word_problem": 26,
+MIX = {"canonical": 3, "arithmetic": 15, "weather": 11, "search": 12, "no_tool": 14, "trap": 11, "word_problem": 27,
        "missing_tool": 3, "two_calls": 2, "tool_error": 2}
 
 
@@ -569,8 +569,8 @@ def converse(kind, split, rng):
         messages += [{"role": "tool", "content": format_result(r)} for r in results]
         if calls[0].name == "calculator" and len(calls) == 1 and results[0].ok:
             answer = results[0].value
-    if kind == "word_problem" and split == "train" and rng.random() < 0.5:
-        del messages[2:]  # the expression is the lesson here; half of them leave the closing words to the others
+    if split == "train" and calls and kind not in ("two_calls", "tool_error") and rng.random() < 0.55:
+        del messages[2:]  # the call is the harder lesson: half of the time is better spent on one more of them
     else:
         messages.append({"role": "assistant", "content": reply})
     return {"kind": kind, "family": family, "split": split, "messages": messages, "tools": offered, "answer": answer, "facts": facts}

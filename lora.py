@@ -30,6 +30,7 @@ Run:  python lora.py        fits a rank-2 change of an 8x8 matrix with r = 1, 2,
 """
 import contextlib
 import fnmatch
+import itertools
 import json
 import math
 import os
@@ -40,8 +41,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
+from safetensors.torch import load_file, save
 from torch import nn
 
 # --- 1. the layer ---------------------------------------------------------------------------
@@ -49,17 +49,15 @@ from torch import nn
 
 def check_settings(r, alpha, dropout, rslora):
     """Raise ValueError, in one line, for settings that cannot work."""
-    numbers = (int, float)
-    if not (type(r) is int and r >= 1 and type(alpha) in numbers and 0 < alpha < math.inf
-            and type(dropout) in numbers and 0 <= dropout < 1 and type(rslora) is bool):
+    if not (type(r) is int and r >= 1 and type(alpha) in (int, float) and 0 < alpha < math.inf
+            and type(dropout) in (int, float) and 0 <= dropout < 1 and type(rslora) is bool):
         raise ValueError("LoRA needs a whole number r >= 1, alpha > 0, 0 <= dropout < 1, rslora true or false; "
                          f"got r={r!r}, alpha={alpha!r}, dropout={dropout!r}, rslora={rslora!r}")
 
 
 def is_conv1d(module):
     """GPT-2's `Conv1D` is a linear layer whose weight is stored as [in, out]; `nf` is its width."""
-    weight = getattr(module, "weight", None)
-    return hasattr(module, "nf") and isinstance(weight, torch.Tensor) and weight.ndim == 2
+    return hasattr(module, "nf") and getattr(getattr(module, "weight", None), "ndim", 0) == 2
 
 
 def out_in(base):
@@ -80,15 +78,13 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.r, self.alpha, self.rslora = r, alpha, rslora
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
-        self.enabled = True
-        self.backup = None  # W0, while the adapter is merged into base.weight
+        self.enabled, self.backup = True, None  # backup: W0, while the adapter is merged into base.weight
         out_features, in_features = out_in(base)
         # A is drawn on the CPU, so that one seed gives the same adapter on every device.
-        A = torch.empty(r, in_features, dtype=torch.float32, device="cpu")
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        device = base.weight.device
+        fp32, device = torch.float32, base.weight.device
+        A = nn.init.kaiming_uniform_(torch.empty(r, in_features, dtype=fp32, device="cpu"), a=math.sqrt(5), generator=generator)
         self.lora_A = nn.Parameter(A.to(device))  # [r, in]
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=fp32, device=device))
         self.dropout = nn.Dropout(dropout)
         self.train(base.training)  # a model that is in eval() stays there, dropout included
 
@@ -116,15 +112,14 @@ def require_layers(model, merged):
     if not layers:
         raise ValueError("the model has no LoRA adapters; call add_lora or load_adapter first")
     if any((layer.backup is not None) != merged for layer in layers.values()):
-        raise ValueError("the adapters are not merged" if merged else
-                         "the adapters are merged into the base weights; call unmerge first")
+        raise ValueError(f"the adapters are {'not merged' if merged else 'merged into the base weights; call unmerge first'}")
     return layers
 
 
 def linear_layers(model):
     """{dotted name: module} of all layers that can carry an adapter (no quantised ones)."""
-    return {n: m for n, m in model.named_modules() if n and (isinstance(m, nn.Linear) or is_conv1d(m))
-            and m.weight.is_floating_point()}
+    return {n: m for n, m in model.named_modules()
+            if n and (isinstance(m, nn.Linear) or is_conv1d(m)) and m.weight.is_floating_point()}
 
 
 def all_linear(model):
@@ -147,15 +142,6 @@ def attach(model, names, seed=None, **settings):
         setattr(model.get_submodule(name.rpartition(".")[0]), last(name), layer)
 
 
-def find_layers(model, target):
-    """Names of the linear layers that one target of `add_lora` means."""
-    if target == "all-linear":
-        return all_linear(model)
-    if "*" in target or "." in target:
-        return [n for n in linear_layers(model) if fnmatch.fnmatchcase(n, target)]
-    return [n for n in linear_layers(model) if last(n) == target]
-
-
 def add_lora(model, targets, r, alpha, dropout=0.0, rslora=False, seed=None):
     """Give adapters to the linear layers that `targets` names; freeze all else; return their names.
 
@@ -166,13 +152,13 @@ def add_lora(model, targets, r, alpha, dropout=0.0, rslora=False, seed=None):
     check_settings(r, alpha, dropout, rslora)
     if lora_layers(model):
         raise ValueError("the model has LoRA adapters already")
-    found = {t: find_layers(model, t) for t in ([targets] if isinstance(targets, str) else targets)}
-    unmatched = [t for t, names in found.items() if not names]
-    linears = linear_layers(model)
-    if unmatched or not found:
-        raise ValueError(f"no linear layer matches {', '.join(unmatched) or 'an empty list'}; "
-                         f"the model has: {', '.join(sorted(set(map(last, linears)))) or 'none'}")
+    linears, targets = linear_layers(model), [targets] if isinstance(targets, str) else targets
+    found = {t: all_linear(model) if t == "all-linear" else [n for n in linears if fnmatch.fnmatchcase(n, t) or last(n) == t]
+             for t in targets}
     names = [n for n in linears if any(n in some for some in found.values())]  # in the model's order
+    if not all(found.values()) or not names:
+        raise ValueError(f"no linear layer matches {', '.join(t for t in found if not found[t]) or 'an empty list'}; "
+                         f"the model has: {', '.join(sorted(set(map(last, linears)))) or 'none'}")
     attach(model, names, seed, r=r, alpha=alpha, dropout=dropout, rslora=rslora)
     return names
 
@@ -191,14 +177,13 @@ def lora_parameters(model):
 @contextlib.contextmanager
 def lora_disabled(model):
     """`with lora_disabled(model):` computes with the base model, bit for bit. May be nested."""
-    layers = require_layers(model, merged=False).values()
-    before = [layer.enabled for layer in layers]
+    before = {layer: layer.enabled for layer in require_layers(model, merged=False).values()}
     try:
-        for layer in layers:
+        for layer in before:
             layer.enabled = False
         yield model
     finally:
-        for layer, enabled in zip(layers, before):
+        for layer, enabled in before.items():
             layer.enabled = enabled
 
 
@@ -207,9 +192,8 @@ def merge(model):
     """Add the adapters to the base weights (summed in fp32), keeping a copy for `unmerge`."""
     layers = require_layers(model, merged=False)
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    for name, layer in layers.items():
-        if uses[id(layer.base.weight)] > 1:  # adding to it would change the other layer as well
-            raise ValueError(f"{name} cannot be merged: its weight is shared with another layer")
+    if shared := [name for name, layer in layers.items() if uses[id(layer.base.weight)] > 1]:
+        raise ValueError(f"{shared[0]} cannot be merged: its weight is shared with another layer, which would change as well")
     for layer in layers.values():
         weight = layer.base.weight
         layer.backup = weight.clone()
@@ -228,14 +212,14 @@ def unmerge(model):
 
 # --- 3. files, in PEFT's layout -------------------------------------------------------------
 
+file_key = "base_model.model.{}.weight".format  # of a name in lora_state
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# Options of PEFT that change nothing in the arithmetic of a loaded adapter. Any other one that
+REQUIRED = {"peft_type", "r", "lora_alpha", "target_modules"}
+# Options of PEFT that are read, or that change nothing in the arithmetic of a loaded adapter. Any other one that
 # is set is refused: a variant of LoRA that is not computed here must not load silently.
 HARMLESS = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "revision",
-            "megatron_core", "peft_version", "qalora_group_size", "task_type"}
-READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
-ALLOWED = {"peft_type": ["LORA"], "bias": ["none"],
-           "init_lora_weights": [True, False, "gaussian", "orthogonal"]}  # others change W0
+            "megatron_core", "peft_version", "qalora_group_size", "task_type", *REQUIRED, "lora_dropout", "use_rslora"}
+ALLOWED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian", "orthogonal"]}  # others change W0
 
 
 def peft_select(names, target_modules):
@@ -245,15 +229,11 @@ def peft_select(names, target_modules):
     return [n for n in names if any(n == t or n.endswith("." + t) for t in target_modules)]
 
 
-def file_key(name):
-    return f"base_model.model.{name}.weight"
-
-
 @contextlib.contextmanager
 def errors_name(path):
     """Whatever is wrong with a file becomes one ValueError that starts with its name."""
     try:
-        yield
+        yield path
     except (OSError, ValueError, RecursionError, re.error, SafetensorError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -273,7 +253,7 @@ def write_atomically(path, data):
 
 def save_adapter(model, folder, base_model_name=""):
     """Write adapter_config.json and adapter_model.safetensors; the same adapter, the same bytes."""
-    layers = lora_layers(model)
+    layers, folder = lora_layers(model), Path(folder)
     settings = {(m.r, m.alpha, m.dropout.p, m.rslora) for m in layers.values()}
     if len(settings) != 1:
         raise ValueError(f"{folder}: one adapter setting can be saved, the model has {len(settings)}")
@@ -282,29 +262,22 @@ def save_adapter(model, folder, base_model_name=""):
     names = [n for n, _ in model.named_modules() if n.rpartition(".")[0] not in layers]
     descriptions = [sorted(set(map(last, layers))), sorted(layers), "|".join(map(re.escape, sorted(layers)))]
     targets = next(d for d in descriptions if peft_select(names, d) == list(layers))
-    config = {
-        "base_model_name_or_path": base_model_name, "bias": "none",
-        "fan_in_fan_out": any(is_conv1d(m.base) for m in layers.values()),
-        "inference_mode": True, "init_lora_weights": True, "lora_alpha": alpha, "lora_dropout": dropout,
-        "peft_type": "LORA", "r": r, "target_modules": targets, "task_type": "CAUSAL_LM",
-        "use_rslora": rslora,
-    }
-    tensors = {file_key(n): t.cpu().contiguous() for n, t in lora_state(model).items()}
-    folder = Path(folder)
+    config = {"base_model_name_or_path": base_model_name, "bias": "none", "fan_in_fan_out": any(is_conv1d(m.base) for m in layers.values()),
+              "inference_mode": True, "init_lora_weights": True, "lora_alpha": alpha, "lora_dropout": dropout, "peft_type": "LORA",
+              "r": r, "target_modules": targets, "task_type": "CAUSAL_LM", "use_rslora": rslora}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS_FILE, to_bytes(tensors, metadata={"format": "pt"}))
+    tensors = {file_key(n): t.cpu().contiguous() for n, t in lora_state(model).items()}
+    write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def read_config(path):
     """(settings for LoRALinear, target_modules) of an adapter_config.json."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    required = {"peft_type", "r", "lora_alpha", "target_modules"}
-    if not isinstance(config, dict) or not required <= set(config):
-        raise ValueError(f"not a JSON object with {', '.join(sorted(required))}")
+    if not isinstance(config, dict) or not REQUIRED <= set(config):
+        raise ValueError(f"not a JSON object with {', '.join(sorted(REQUIRED))}")
     for key, value in config.items():
-        refused = value not in ALLOWED[key] if key in ALLOWED else bool(value) and key not in READ | HARMLESS
-        if refused:
+        if value not in ALLOWED[key] if key in ALLOWED else value and key not in HARMLESS:
             raise ValueError(f"the PEFT option {key} = {value!r} is not supported")
     targets = config["target_modules"]
     if not isinstance(targets, (str, list)) or not all(isinstance(t, str) for t in targets):
@@ -318,16 +291,13 @@ def read_config(path):
 def check_tensors(tensors, bases, r):
     """The file must hold A and B of each base layer, in the right shapes, and nothing else."""
     shapes = {}
-    for name, base in bases.items():
-        out_features, in_features = out_in(base)
-        shapes[file_key(f"{name}.lora_A")] = (r, in_features)
-        shapes[file_key(f"{name}.lora_B")] = (out_features, r)
+    for name, (out_features, in_features) in zip(bases, map(out_in, bases.values())):
+        shapes |= {file_key(f"{name}.lora_A"): [r, in_features], file_key(f"{name}.lora_B"): [out_features, r]}
     for key in sorted(set(tensors) ^ set(shapes)):
         raise ValueError(f"{key} is {'missing' if key in shapes else 'unexpected: the model has no such adapter'}")
-    for key, shape in shapes.items():
-        if tensors[key].shape != shape or not tensors[key].is_floating_point():
-            raise ValueError(f"{key} is {tensors[key].dtype} {list(tensors[key].shape)}, "
-                             f"the model needs floats {list(shape)}")
+    for key, t in tensors.items():
+        if list(t.shape) != shapes[key] or not t.is_floating_point():
+            raise ValueError(f"{key} is {t.dtype} {list(t.shape)}, the model needs floats {shapes[key]}")
 
 
 def load_adapter(model, folder):
@@ -335,20 +305,17 @@ def load_adapter(model, folder):
 
     All is checked before the model is touched. Pickle files (adapter_model.bin) are never read.
     """
-    config_path, path = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
     layers = require_layers(model, merged=False) if lora_layers(model) else {}
-    with errors_name(config_path):
-        settings, targets = read_config(config_path)
-        for name, layer in layers.items():
-            for key in ("r", "alpha", "rslora"):
-                if getattr(layer, key) != settings[key]:
-                    raise ValueError(f"{key} is {settings[key]}, in the model it is {getattr(layer, key)}")
-        linears = linear_layers(model)
-        names = all_linear(model) if targets == "all-linear" else peft_select(linears, targets)
-        bases = {n: m.base for n, m in layers.items()} or {n: linears[n] for n in names}
+    with errors_name(Path(folder) / CONFIG_FILE) as path:
+        settings, targets = read_config(path)
+        for layer, key in itertools.product(layers.values(), ("r", "alpha", "rslora")):
+            if getattr(layer, key) != settings[key]:
+                raise ValueError(f"{key} is {settings[key]}, in the model it is {getattr(layer, key)}")
+        names = layers or (all_linear(model) if targets == "all-linear" else peft_select(linear_layers(model), targets))
+        bases = {n: layers[n].base if layers else model.get_submodule(n) for n in names}
         if not bases:
             raise ValueError(f"target_modules {targets!r} match no linear layer of the model")
-    with errors_name(path):
+    with errors_name(Path(folder) / WEIGHTS_FILE) as path:
         tensors = load_file(path)
         check_tensors(tensors, bases, settings["r"])
     if not layers:
@@ -366,24 +333,22 @@ def demo(ranks=(1, 2, 4), size=8, steps=200, seed=0):
     `best` is the smallest error that any matrix of that rank can have: the norm of the singular
     values that do not fit (Eckart and Young). A rank below 2 cannot do it, one above need not.
     """
-    g = torch.Generator().manual_seed(seed)
+    g, rows = torch.Generator().manual_seed(seed), []
     change = torch.randn(size, 2, generator=g) @ torch.randn(2, size, generator=g)
     x = torch.eye(size)  # with these inputs the squared error is ||scaling * B A - change||^2
-    rows = []
     for r in ranks:
         base = nn.utils.skip_init(nn.Linear, size, size, bias=False)  # leaves the global seed alone
         nn.init.normal_(base.weight, generator=g)
         layer = LoRALinear(base, r, alpha=r, generator=g)
-        target = base(x) + x @ change.T
+        target, parameters = base(x) + x @ change.T, lora_parameters(layer)
         for _ in range(steps):
             loss = (layer(x) - target).square().sum()
-            for p, grad in zip(lora_parameters(layer), torch.autograd.grad(loss, lora_parameters(layer))):
+            for p, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
                 p.data -= 0.02 * grad
         learned = layer(x)
         merge(layer)
-        rows.append({"r": r, "trained": sum(p.numel() for p in lora_parameters(layer)), "full": change.numel(),
-                     "error": loss.sqrt().item(), "best": torch.linalg.svdvals(change)[r:].norm().item(),
-                     "merge_error": (layer(x) - learned).abs().max().item()})
+        rows.append({"r": r, "trained": sum(p.numel() for p in parameters), "full": change.numel(), "error": loss.sqrt().item(),
+                     "best": torch.linalg.svdvals(change)[r:].norm().item(), "merge_error": (layer(x) - learned).abs().max().item()})
     return rows
 
 

@@ -88,7 +88,7 @@ class Config:
     # optimisation (train_step)
     lr: Rate = 1e-3                      # AdamW step size; 1e-3 suits LoRA on a small model, 2e-5 full fine-tuning
     batch_size: Positive = 16            # examples per optimizer step
-    micro_tokens: Positive = 4096        # trie nodes per forward: bounds memory, changes no gradient
+    micro_tokens: Positive = 1024        # trie nodes per forward: bounds memory, changes no gradient
     epochs: Annotated[float, "> 0"] = 1.0                        # passes over the examples
     steps: NotNegative = 0               # optimizer steps; 0: as many as the epochs need
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up, down to zero

@@ -5,6 +5,7 @@ Wall-clock bounds stand only where hanging is the failure, and are generous.
 import faulthandler
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -72,7 +73,7 @@ def test_calculate(expression, value):
     "-" * 999 + "1", "1" * 999, "1" * 1001, "1e999999999", "1e999", "9" * 500 + "*" + "9" * 499, "nan", "inf", "-inf",
     "sqrt(-1)", "__import__('os')", "a.b", "(1).real", "'a' * 9", "1 < 2", "2 == 2", "1 and 2", "lambda: 1", "[1]", "{}",
     "", " ", "=", "?", "2 +", "* 2", "()", "2 2", "2(3)", "min()", "min", "sqrt", "sqrt(1, 2)", "round(1, 2, 3)",
-    "round(1, 0.5)", "round(1, 999999999)", "1,23 + 1", "1.2.3", "1j", "pi", "max(1,)", "(1, 2)", "2 ** 1e300", ".", "٣+١",
+    "round(1, 0.5)", "round(1, 999999999)", "1,23 + 1", "1.2.3", "1j", "pi", "(1, 2)", "2 ** 1e300", ".", "٣+١",
     "①", "\x00", "1\ud8002", "1;2", "x", "of", "x x x", "%", "5 of", "**", "1**" * 333, "2**" * 300 + "2", "1" + "%" * 999 + "x",
     "9e999**9", "round(9e400*9e400*9e400, 100)", "1e" + "9" * 900, "eval(1)", "1_000", "abs(1", "abs)1(", "🙂", None, 5, b"1",
 ])
@@ -164,18 +165,21 @@ NASTY = ["<tool_call>", "</tool_call>", "{", "[", "<", "<tool_call>{", "<tool_ca
 
 
 @pytest.mark.parametrize("piece", NASTY)
-@pytest.mark.parametrize("inside", [False, True])
-def test_parse_ten_megabytes(piece, inside):
-    text = piece * (10_000_000 // len(piece))
-    start = time.monotonic()
-    calls, errors = parse_calls(tagged(text) if inside else text)
-    assert time.monotonic() - start < 20
-    assert len(errors) <= 1000
-    # the longest body that is read at all, where the repair of commas could be slow
-    start = time.monotonic()
-    parse_calls(tagged(text[:99_000]))
-    parse_calls(tagged('{"' + text[:99_000] + "\\"))
+def test_parse_the_longest_call_that_is_read(piece):
+    """Here the repair of commas could be slow."""
+    text, start = (piece * 99_000)[:99_000], time.monotonic()
+    parse_calls(tagged(text))
+    parse_calls(tagged('{"' + text + "\\"))
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("piece, megabytes", [("<tool_call>", 10), ("{", 10), ("<tool_call>{", 3), ('<tool_call>"\\', 3),
+                                              ("<tool_call></tool_call></tool_call>", 1), (tagged('{"name": "f",}'), 1)])
+def test_parse_megabytes(piece, megabytes):
+    text, start = piece * (megabytes * 1_000_000 // len(piece)), time.monotonic()
+    for whole in (text, tagged(text)):
+        assert len(parse_calls(whole)[1]) <= 1000
+    assert time.monotonic() - start < 20
 
 
 def test_surrogates_never_reach_the_output():
@@ -295,7 +299,7 @@ def test_tool_from_schema():
     for wrong in ("math:nothing", "no_such_module:f", "math", ":f", "", "math:pi"):
         with pytest.raises(UserError):
             tool_from_schema({**bare, "function": wrong})
-    for wrong in (None, 5, {}, [], {"name": ""}, {"name": 3}, {"name": "a b"}, {"name": "f", "parameters": []},
+    for wrong in (None, 5, {}, [], {"name": ""}, {"name": 3}, {"name": "a b"}, {"name": "f", "parameters": [1]},
                   {"name": "f", "parameters": {"properties": []}}, {"name": "f", "parameters": {"properties": {"x": 1}}},
                   {"name": "f", "description": 3}, {"type": "function", "function": {}}):
         with pytest.raises(UserError) as caught:
@@ -310,6 +314,12 @@ def test_load_and_render():
     assert load_tools([]) == {}
     with pytest.raises(UserError, match="calculator"):
         load_tools(["calculater"])
+    described = {**BUILTIN["calculator"].schema()["function"], "description": "Works out sums."}  # a built-in in other words still runs
+    offered = load_tools([described])
+    assert render_tools(offered).endswith("Works out sums.")
+    assert execute(Call("calculator", {"expression": "1 + 1"}), offered).value == 2
+    other = load_tools([{"name": "calculator", "parameters": {"properties": {"a": {}, "b": {}}}}])  # another tool of that name does not
+    assert execute(Call("calculator", {"a": 1}), other).error_type == "not_executable"
     for wrong in (["search", "search"], "search", [None], [3], {"name": "g"}):
         with pytest.raises(UserError):
             load_tools(wrong)
@@ -415,7 +425,7 @@ def forks_and_hangs():
 @pytest.mark.parametrize("function", [forever, busy, sleeps, slow_in_c, floods_output, forks_and_hangs])
 def test_timeout(function):
     start = time.monotonic()
-    result = run(function, timeout=0.3)
+    result = run(function, timeout=0.15)
     assert result.error_type == "timeout" and time.monotonic() - start < 5
 
 
@@ -471,13 +481,13 @@ RESULT_PIPE = []
 
 def test_bad_results(monkeypatch):
     assert run(lambda_unspeakable).error_type == "bad_result"
-    pipe = os.pipe
+    pair = socket.socketpair
 
     def spied():
-        ends = pipe()
-        RESULT_PIPE.append(ends[1])
+        ends = pair()
+        RESULT_PIPE.append(ends[1].fileno())
         return ends
-    monkeypatch.setattr(os, "pipe", spied)
+    monkeypatch.setattr(socket, "socketpair", spied)
     for garbage in (b"\n", b"nonsense\n", b"\xff\n", b"[1]\n", b"5\n", b'{"a": 1}\n', b"[true, NaN, 1, 2]\n", b"[true, "):
         def forges():
             os.write(RESULT_PIPE[-1], garbage)
@@ -509,7 +519,7 @@ def test_odd_values():
     for _ in range(49):
         edge = [edge]
     assert answer(edge).value == edge
-    giant = answer("é" * 50_000_000)
+    giant = answer("é" * 5_000_000)
     assert giant.ok and len(giant.text()) <= 1000 and giant.value.endswith("…[cut]")
 
     def own():
@@ -642,7 +652,8 @@ def test_broken_corpus_is_a_result(monkeypatch):
 
 def test_search():
     assert [hit["title"] for hit in search("What do bees make?")] == ["Honey bees"]
-    assert len(search("honey")[0]["text"]) <= 200 and search("honey")[0]["text"].split()[-1].rstrip("….") in ("from", "nectar", "make", "honey", "Bees")
+    text = search("honey")[0]["text"]
+    assert len(text) <= 200 and text.split()[-1].rstrip("….") in ("from", "nectar", "make", "honey", "Bees")
     assert {hit["title"] for hit in search("mountain")} == {"Mount Everest", "Alps"}
     assert [hit["title"] for hit in search("zebras")] == ["Twin A", "Twin B"]
     assert search("quantum chromodynamics") == [] and search("what is the") == [] and search("?!") == []
