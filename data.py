@@ -71,8 +71,8 @@ def turns(conversation, style="signature"):
 
 
 def is_chatml(tokenizer):
-    vocab = tokenizer.get_vocab()
-    return "<|im_start|>" in vocab and "<|im_end|>" in vocab
+    ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])  # get_vocab() would build a dict of the whole vocabulary
+    return not {None, tokenizer.unk_token_id} & set(ids)
 
 
 def end_of_turn(tokenizer):
