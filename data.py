@@ -47,9 +47,9 @@ TOOL_RULES = ('Call a tool only when it is needed, else just answer. A call look
 
 def system_text(conversation, style="signature"):
     """The system prompt: the conversation's own words (or a default), then the tools and how to call them."""
-    messages, tools = conversation["messages"], load_tools(conversation.get("tools") or [])
+    messages, tools = conversation["messages"], conversation.get("tools")
     own = messages[0]["content"] if messages and messages[0]["role"] == "system" else SYSTEM
-    return f"{own}\n\nTools:\n{render_tools(tools, style)}\n\n{TOOL_RULES}" if tools else own
+    return f"{own}\n\nTools:\n{render_tools(load_tools(tools), style)}\n\n{TOOL_RULES}" if tools else own
 
 
 def turns(conversation, style="signature"):
@@ -154,7 +154,7 @@ def continuation(results, tokenizer):
 
 
 def check_conversation(conversation):
-    """Normalise a conversation (tool calls to {"name", "arguments"}); UserError with the reason if it is not one."""
+    """Normalise a conversation (tool calls to {"name", "arguments"}, tools to Tools); UserError with the reason if it is not one."""
     if not isinstance(conversation, dict) or not isinstance(conversation.get("messages"), list) or not conversation["messages"]:
         raise UserError('a conversation is an object with a non-empty list "messages"')
     messages = []
@@ -172,7 +172,9 @@ def check_conversation(conversation):
         if calls:
             clean["tool_calls"] = [_check_call(call, n) for call in calls]
         messages.append(clean)
-    return {**conversation, "messages": messages}
+    tools = conversation.get("tools") or []
+    tools = load_tools([without_function(t) for t in tools] if isinstance(tools, list) else tools)
+    return {**conversation, "messages": messages, "tools": list(tools.values())}
 
 
 def without_function(schema):

@@ -70,8 +70,10 @@ def as_case(item):
     """A conversation in training form, or a prompt with an expectation -> Case; UserError with the reason."""
     if not isinstance(item, dict) or not isinstance(item.get("expected"), (dict, type(None))):
         raise UserError('a case is an object with "messages" or "prompt", and perhaps "expected", an object')
-    messages, tools = item.get("messages", [{"role": "user", "content": item.get("prompt")}]), load_tools(item.get("tools") if not isinstance(item.get("tools"), list) else [data.without_function(t) for t in item["tools"]])
-    messages, expected = data.check_conversation({"messages": messages})["messages"], item.get("expected")
+    messages, tools = item.get("messages", [{"role": "user", "content": item.get("prompt")}]), item.get("tools")
+    conversation = data.check_conversation({"messages": messages, "tools": list(BUILTIN) if tools is None else tools})
+    messages, expected = conversation["messages"], item.get("expected")
+    tools = {tool.name: tool for tool in conversation["tools"]}
     if expected is None:
         start = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
         messages, gold = messages[:start], list(itertools.takewhile(lambda m: m["role"] != "user", messages[start:]))

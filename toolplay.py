@@ -1121,7 +1121,7 @@ def request(item, tools):
     if conversation["messages"][-1]["role"] not in ("user", "tool"):
         raise UserError("the last message must be the user's (or a tool result)")
     if item.get("tools") is not None:
-        conversation["tools"] = list(load_tools([data.without_function(t) for t in item["tools"]] if isinstance(item["tools"], list) else item["tools"]).values())
+        conversation = data.check_conversation({**conversation, "tools": item["tools"]})
     return item["id"], conversation
 
 
@@ -1265,16 +1265,24 @@ DEMO_PROMPTS = 6
 
 def demo(args):
     """Ten minutes on a laptop: score the untrained model, teach it three tools, score it again."""
+    config = load_config(ROOT / "configs" / "sft_demo.json", args.overrides)
+    if not args.resume and not any(o.startswith("--run_dir") for o in args.overrides):  # a second demo gets its own folder
+        folders = (f"{config.run_dir}{tail}" for tail in ("", *(f"-{n}" for n in range(2, 10 ** 6))))
+        config.run_dir = next(folder for folder in folders if not Path(folder).exists())
+    print(f"Toolplay demo: {config.model} learns three tools ({', '.join(BUILTIN)}). Everything lands in {config.run_dir}.\n")
+    run = Run(config, resume=args.resume)
+    try:
+        demo_steps(run, args.n)
+    except KeyboardInterrupt:  # outside of training, which stops by itself
+        raise Interrupted(config.run_dir) from None
+
+
+def demo_steps(run, n):
+    """Before, training, after; each part is kept in the run folder, so that a resumed demo skips what is done."""
     import eval as evaluation
     import sft
-    config = load_config(ROOT / "configs" / "sft_demo.json", args.overrides)
-    resume = args.resume
-    if (Path(config.run_dir) / "config.json").exists() and not resume and not any(o.startswith("--run_dir") for o in args.overrides):
-        config.run_dir = next(f"{config.run_dir}-{n}" for n in range(2, 10 ** 6) if not Path(f"{config.run_dir}-{n}").exists())
-    begin = time.time()
-    print(f"Toolplay demo: {config.model} learns three tools ({', '.join(BUILTIN)}). Everything lands in {config.run_dir}.\n")
-    run = Run(config, resume=resume)
-    cases = [evaluation.as_case(c) for c in data.generate("test", args.n, config.seed, config.mix)]
+    config, begin = run.config, time.time()
+    cases = [evaluation.as_case(c) for c in data.generate("test", n, config.seed, config.mix)]
     print("1. The untrained model on prompts of the test split (no phrasing, city or number pair of it is in the training data)")
     before_file = run.folder / "before.json"
     model, tokenizer = load_model(config.model, run.device)
@@ -1328,10 +1336,9 @@ def plot(folder, reports):
     left.legend(frameon=False)
     names = ["tool_accuracy", "format", "argument_accuracy", "execution", "response_quality", "overall"]
     for n, (label, report) in enumerate(reports.items()):
-        rows = [report["metrics"].get(name) or {"value": 0, "low": 0, "high": 0} for name in names]
-        values = [r["value"] for r in rows]
-        error = [[v - r["low"] for v, r in zip(values, rows)], [r["high"] - v for v, r in zip(values, rows)]]
-        right.bar(np.arange(len(names)) + (n - 0.5) * 0.38, values, 0.36, yerr=np.maximum(error, 0), capsize=3, label=label, color=["#bbbbbb", "#228833"][n % 2])
+        values, low, high = np.array([[report["metrics"][name][key] or 0 for name in names] for key in ("value", "low", "high")])  # None: no case
+        right.bar(np.arange(len(names)) + (n - 0.5) * 0.38, values, 0.36, yerr=np.maximum([values - low, high - values], 0), capsize=3,
+                  label=label, color=["#bbbbbb", "#228833"][n % 2])
     right.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
     right.set(ylim=(0, 1.05), title="Test split, 95 % intervals")
     right.legend(frameon=False)
@@ -1432,7 +1439,9 @@ def main(argv=None):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except Interrupted as error:
-        verb = "demo --resume" + "".join(f" {x}" for x in args.overrides) if args.verb == "demo" else f"train {error} --resume"
+        verb = f"train {error} --resume"
+        if args.verb == "demo":
+            verb = " ".join(["demo --resume", f"--run_dir={error}", *(x for x in args.overrides if not x.startswith("--run_dir="))])
         print(f"\nstopped; the run is safe in {error}. Go on with: python toolplay.py {verb}", file=sys.stderr)
         raise SystemExit(130) from None
     except KeyboardInterrupt:

@@ -17,15 +17,6 @@ import toolplay  # noqa: E402
 VOCAB = 258  # of the byte-level tokenizer that comes with the model "tiny"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For modules that import it: on models this small a second thread only waits, and on a busy machine it waits long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def sizes(**more):
     return dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                 initializer_range=0.25, tie_word_embeddings=False, bos_token_id=256, eos_token_id=257, pad_token_id=257, **more)

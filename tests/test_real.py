@@ -1,4 +1,6 @@
 """One short test on the real SmolLM2-135M: it loads, samples like transformers, learns, and its rollouts are token-exact."""
+import os
+
 import pytest
 import torch
 
@@ -13,8 +15,10 @@ PROMPTS = ["What is 17 * 23?", "How is the weather in Kuala Lumpur?", "Hi! How a
 
 @pytest.fixture(scope="module")
 def real():
-    torch.manual_seed(0)
-    return toolplay.load_model("smollm2-135m")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield toolplay.load_model("smollm2-135m")
+    torch.set_num_threads(threads)
 
 
 def test_greedy_rollout_is_transformers_generate(real):

@@ -7,7 +7,6 @@ import signal
 import pytest
 import torch
 import small
-from small import one_thread  # noqa: F401
 
 import sft
 import toolplay

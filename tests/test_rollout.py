@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from small import model, one_by_one, one_thread, tokenizer  # noqa: F401
+from small import model, one_by_one, tokenizer  # noqa: F401
 
 import data
 import toolplay

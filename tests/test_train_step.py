@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import small
-from small import one_thread, random_rows  # noqa: F401
+from small import random_rows  # noqa: F401
 from zygote import small_trainer
 
 import sft

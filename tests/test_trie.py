@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from small import close, gather, model, one_by_one, one_thread, random_rows  # noqa: F401
+from small import close, gather, model, one_by_one, random_rows  # noqa: F401
 
 import lora
 import toolplay
