@@ -287,7 +287,7 @@ def format_report(report, title, records=None, show_failures=10):
 
 # --------------------------------------------------------------------------- 6. with a model
 
-def evaluate(model, tokenizer, cases, batch_size=32, max_new_tokens=96, style="signature", progress=True):
+def evaluate(model, tokenizer, cases, batch_size=128, max_new_tokens=96, style="signature", progress=True):
     """Greedy rollouts of the cases (Case objects, or what as_case takes) -> (report, records in the order of the cases)."""
     from tqdm import tqdm
 

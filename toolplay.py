@@ -1069,6 +1069,7 @@ def load_run(folder):
     model, tokenizer = load_model(config.model, device)
     try:
         lora.load_adapter(model, folder / "adapter")
+        lora.merge(model)  # the same function without the adapters' extra products: a fifth faster to sample from
     except ValueError as error:
         raise UserError(str(error)) from None
     return model, tokenizer, config
@@ -1413,7 +1414,7 @@ def build_parser():
     of_model(verb(chat))
     made = verb(demo)
     made.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
-    made.add_argument("--n", type=int, default=120, help="how many test prompts (default 120)")
+    made.add_argument("--n", type=int, default=80, help="how many test prompts (default 80)")
     made = verb(validate)
     made.add_argument("--model", default="smollm2-135m")
     made = verb(trie)
