@@ -775,6 +775,8 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
         names = [None] * world
         dist.all_gather_object(names, sorted(sums))  # a rank without a unit has no names of its own
         sums = {name: all_sum(sums.get(name, 0.0), trainer.device) for name in sorted(set().union(*names))}
+    if all(p.grad is None for p in parameters):
+        raise UserError("no gradient reached any trained parameter: the Trainer must be given the model's own parameters, not copies")
     trainer.scaler.unscale_(trainer.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.max_grad_norm)
     finite, lr = bool(torch.isfinite(norm)), trainer.learning_rate()

@@ -617,10 +617,11 @@ def search(query: str, path=None) -> list:
     if not query.strip():
         raise ToolError("the query is empty")
     pages, counts, holders = _index(str(path or os.environ.get("TOOLPLAY_SEARCH") or CORPORA / "search.jsonl"))
-    rarity = {term: math.log(1 + (len(pages) - holders[term] + 0.5) / (holders[term] + 0.5)) for term in _terms(query) if term in holders}
+    rarity = {term: math.log(1 + (len(pages) - holders[term] + 0.5) / (holders[term] + 0.5)) for term in _terms(query)}
     mean = max(1, sum(count.total() for count in counts) / max(1, len(pages)))
+    # A page that holds less than 0.4 of the question's meaning (its terms, weighed by rarity) would only mislead.
     scores = [sum(rarity[term] * count[term] * 2.5 / (count[term] + 1.5 * (0.25 + 0.75 * count.total() / mean)) for term in rarity)
-              for count in counts]
+              * (sum(rarity[term] for term in rarity if term in count) >= 0.4 * sum(rarity.values())) for count in counts]
     ranked = sorted(zip(scores, pages), key=lambda pair: -pair[0])[:2]  # sorted() keeps the order of ties
     return [{**page, "text": textwrap.shorten(page["text"], 200, placeholder="…")} for score, page in ranked if score > 0.1]
 

@@ -257,3 +257,11 @@ def test_a_slow_rank_does_not_take_the_new_run_for_an_old_one(zygote, tmp_path):
     assert codes == [0, 0], stderr
     assert sft.Config().keep_best  # the configuration above has nothing to evaluate on and keeps the last weights
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+
+
+def test_copies_of_the_parameters_are_refused():
+    net, row = torch.nn.Linear(2, 2), ([1, 2], [0, 1])
+    copies = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
+    trainer = toolplay.Trainer(toolplay.load_config({}), copies, 4)
+    with pytest.raises(UserError, match="no gradient reached"):
+        toolplay.train_step(trainer, [row], lambda rows: (net(torch.ones(2)).sum(), {}))
