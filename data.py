@@ -34,8 +34,8 @@ import re
 import sys
 from pathlib import Path
 
-from tools import (BUILTIN, Call, UserError, calculate, execute, format_call, format_result, load_tools, parse_calls,
-                   render_tools, tool_from_schema)
+from tools import (BUILTIN, Call, UserError, calculate, execute, format_call, format_result, load_tools, render_tools,
+                   tool_from_schema)
 
 CORPORA = Path(__file__).parent / "configs" / "corpora"
 SYSTEM = "You are a helpful assistant."

@@ -4,7 +4,7 @@ toolplay.py - the playground that every method shares
 Five ideas carry it (each method file states only its own loss):
 1. One mask.    An example is (ids, mask); mask is 1 on the tokens that the model chose. See data.py.
 2. The trie.    The rows of a batch start with the same long prompt of tool schemas. Lay the batch out as a trie, compute
-                every distinct prefix once: exact log-probs and gradients, no padding, several times fewer tokens.
+                every distinct prefix once: exact log-probs and gradients, no padding, two to three times fewer tokens.
 3. Rollouts.    Sampling, tool execution and further sampling extend one KV cache; the sampled ids are the trained ids.
 4. One step.    `train_step` owns autocast, loss scaling, accumulation, clipping, the optimizer and data parallelism.
 5. Untrusted.   Tools, model output, data files and configs may be wrong in any way; a run must survive all of it.
@@ -519,7 +519,7 @@ class SharedPrefixCache:
         if len(trie):
             inputs = trie.inputs(self.device)
             inputs["use_cache"] = True
-            call_trunk(model, past_key_values=Collect(), **inputs)
+            model.base_model(past_key_values=Collect(), **inputs)  # the transformer without its head
         self.shared = min((common_prefix(prompts[0], p) for p in prompts), default=0)
         own = [trie.path[b][self.shared:] for b in range(len(prompts))]
         width = max(map(len, own), default=0)
@@ -582,7 +582,7 @@ class RowCaches:
 
     def __init__(self, model, prompts):
         self.model, self.device = model, model.get_input_embeddings().weight.device
-        self.caches = [call_trunk(model, input_ids=torch.tensor([p], device=self.device), use_cache=True).past_key_values if p else None for p in prompts]
+        self.caches = [model.base_model(input_ids=torch.tensor([p], device=self.device), use_cache=True).past_key_values if p else None for p in prompts]
 
     def step(self, ids):
         logits = []
@@ -594,11 +594,6 @@ class RowCaches:
 
     def keep(self, rows):
         self.caches = [self.caches[r] for r in rows]
-
-
-def call_trunk(model, **inputs):
-    """The transformer without its head."""
-    return model.base_model(**inputs)
 
 
 @torch.no_grad()
@@ -1071,7 +1066,7 @@ def load_run(folder):
     model, tokenizer = load_model(config.model, device)
     try:
         lora.load_adapter(model, folder / "adapter")
-        lora.merge(model)  # the same function without the adapters' extra products: a fifth faster to sample from
+        lora.merge(model)  # the same function without the adapters' extra products
     except ValueError as error:
         raise UserError(str(error)) from None
     return model, tokenizer, config
@@ -1358,10 +1353,10 @@ TOUR = [
     ("validate", ["validate"], "half a minute", "checks that everything is in place"),
     ("how LoRA works", ["-m", "lora"], "seconds", "lora.py: low-rank updates on a small matrix"),
     ("look at the data", ["-m", "data", "--show", "12"], "seconds", "data.py: conversations, and which tokens are trained"),
-    ("the token trie", ["trie", "configs/sft_demo.json"], "seconds", "why a batch of 16 costs little more than 4"),
+    ("the token trie", ["trie", "configs/sft_demo.json"], "seconds", "what the rows of a batch share, and what that saves"),
     ("a tiny training run", ["train", "configs/sft_tiny.json"], "seconds", "sft.py end to end on a random two-layer model"),
     ("the demo", ["demo"], "ten minutes", "a real model learns to call tools; before and after"),
-    ("the careful run", ["train", "configs/sft.json"], "under an hour", "the model to keep"),
+    ("the careful run", ["train", "configs/sft.json"], "about an hour", "the model to keep"),
 ]
 
 
