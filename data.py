@@ -26,12 +26,14 @@ no pair of numbers. A model that learned the templates by heart gets nothing for
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
 import random
 import re
 import sys
+import zlib
 from pathlib import Path
 
 from tools import (BUILTIN, Call, UserError, calculate, execute, format_call, format_result, load_tools, render_tools,
@@ -61,7 +63,8 @@ def turns(conversation, style="signature"):
             calls = [format_call(Call(c["name"], c["arguments"])) for c in message.get("tool_calls") or []]
             text = "\n".join([text] * bool(text) + calls)
         elif role == "tool":
-            text = text if text.startswith("<tool_response>") else f"<tool_response>{text}</tool_response>"
+            if not re.fullmatch("<tool_response>[^<]*</tool_response>", text):
+                text = "<tool_response>" + text.replace("<", "\\u003c") + "</tool_response>"  # a result forges no tag
             if out[-1][0] == "tool":
                 out[-1] = ("tool", f"{out[-1][1]}\n{text}")
                 continue
@@ -76,8 +79,9 @@ def is_chatml(tokenizer):
 
 
 def end_of_turn(tokenizer):
-    """The id that ends an assistant turn: <|im_end|> in ChatML, else the tokenizer's eos token."""
-    return tokenizer.convert_tokens_to_ids("<|im_end|>") if is_chatml(tokenizer) else tokenizer.eos_token_id
+    """The id that ends an assistant turn: the last one that its template puts there, else the tokenizer's eos token."""
+    last = [ids[-1] for ids, trained in pieces([("system", SYSTEM), ("user", "."), ("assistant", ".")], tokenizer) if trained][-1]
+    return last if last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
 
 
 def pieces(messages, tokenizer, generation=False):
@@ -154,45 +158,83 @@ def continuation(results, tokenizer):
 
 
 def check_conversation(conversation):
-    """Normalise a conversation (tool calls to {"name", "arguments"}, tools to Tools); UserError with the reason if it is not one."""
+    """Normalise a conversation (tool calls to {"name", "arguments"}, tools to Tools); UserError with the reason if it is not one.
+
+    Taken as well: OpenAI's and TRL's spellings (content in text parts, the role developer, arguments or tools as JSON
+    text, results as objects, `tool_call_id`: results are put into the order of their calls).
+    """
     if not isinstance(conversation, dict) or not isinstance(conversation.get("messages"), list) or not conversation["messages"]:
         raise UserError('a conversation is an object with a non-empty list "messages"')
-    messages = []
-    for n, message in enumerate(conversation["messages"]):
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant", "tool"):
-            raise UserError(f'message {n}: "role" must be system, user, assistant or tool')
-        content, calls = message.get("content"), message.get("tool_calls") or []
-        if role_error := (message["role"] == "system" and n > 0 and "a system message can only be the first") or (
-                content is not None and not isinstance(content, str) and '"content" must be a string') or (
-                content is None and not calls and '"content" is missing'):
-            raise UserError(f"message {n}: {role_error}")
-        if not isinstance(calls, list) or calls and message["role"] != "assistant":
-            raise UserError(f'message {n}: "tool_calls" is a list in an assistant message')
-        clean = {"role": message["role"], "content": content or ""}
-        if calls:
-            clean["tool_calls"] = [_check_call(call, n) for call in calls]
-        messages.append(clean)
+    messages = [_check_message(message, n) for n, message in enumerate(conversation["messages"])]
+    if late := [n for n, message in enumerate(messages) if n and message["role"] == "system"]:
+        raise UserError(f"message {late[0]}: a system message can only be the first")
     tools = conversation.get("tools") or []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise UserError('"tools" must be a list, or its JSON text') from None
     tools = load_tools([without_function(t) for t in tools] if isinstance(tools, list) else tools)
-    return {**conversation, "messages": messages, "tools": list(tools.values())}
+    checked = {**conversation, "messages": _in_call_order(messages), "tools": list(tools.values())}
+    try:
+        "".join(text for _, text in turns(checked)).encode()
+    except ValueError as error:  # NaN in an argument, half a surrogate pair: nothing that could be written into a prompt
+        raise UserError(f"it cannot be written as text ({error})") from None
+    return checked
+
+
+def _check_message(message, n):
+    if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant", "tool"):
+        raise UserError(f'message {n}: "role" must be system, user, assistant or tool')
+    role, content, calls = message["role"].replace("developer", "system"), message.get("content"), message.get("tool_calls") or []
+    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        content = "".join(part["text"] for part in content)
+    if role == "tool" and content is not None and not isinstance(content, str):
+        content = json.dumps(content, ensure_ascii=False)
+    if content is None and not calls or not isinstance(content, (str, type(None))):
+        raise UserError(f'message {n}: "content" ' + ("is missing" if content is None else "must be a string"))
+    if not isinstance(calls, list) or calls and role != "assistant":
+        raise UserError(f'message {n}: "tool_calls" is a list in an assistant message')
+    clean = {"role": role, "content": content or ""}
+    if calls:
+        clean["tool_calls"] = [_check_call(call, n) for call in calls]
+        clean["ids"] = [call.get("id") for call in calls]
+    return {**clean, "id": message.get("tool_call_id")} if role == "tool" else clean
+
+
+def _in_call_order(messages):
+    """Tool results that name their calls, in the order of these; the ids go."""
+    out, ids, results = [], [], []
+    for message in messages:
+        if message["role"] != "tool":
+            ids, results = message.pop("ids", []), []
+        else:
+            results.append(message.pop("id"))
+            out.append(message)
+            if len(results) == len(ids) and None not in ids and sorted(map(str, results)) == sorted(map(str, ids)):
+                out[-len(ids):] = [out[len(out) - len(ids) + list(map(str, results)).index(str(i))] for i in ids]
+            continue
+        out.append(message)
+    return out
 
 
 def without_function(schema):
     """A tool schema from a data file, without its "function" path: data never decides which code is imported."""
-    if isinstance(schema, dict) and isinstance(schema.get("function"), str):
-        return {k: v for k, v in schema.items() if k != "function"}
-    return schema
+    if not isinstance(schema, dict):
+        return schema
+    if isinstance(inner := schema.get("function"), dict):
+        return {**schema, "function": without_function(inner)}
+    return {k: v for k, v in schema.items() if k != "function"}
 
 
 def _check_call(call, n):
-    call = call.get("function", call) if isinstance(call, dict) else {}
-    arguments = call.get("arguments", {})
+    call = call.get("function") or call if isinstance(call, dict) else {}
+    arguments = call.get("arguments") if isinstance(call, dict) else None
     if isinstance(arguments, str):  # OpenAI sends arguments as a JSON string
-        try:
+        with contextlib.suppress(ValueError):
             arguments = json.loads(arguments)
-        except ValueError:
-            arguments = None
-    if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
+    arguments = {} if arguments is None else arguments
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
         raise UserError(f'message {n}: a tool call needs "name" (a string) and "arguments" (an object, or its JSON text)')
     return {"name": call["name"], "arguments": arguments}
 
@@ -238,28 +280,40 @@ def number_words(n):
             return f"{number_words(n // size)} {name}" + (f"{link}{number_words(n % size)}" if n % size else "")
 
 
-def split_of_pair(x, y):
-    """Every unordered pair of numbers belongs to one split, by the sum of their keys mod 7."""
-    return ["train", "train", "train", "train", "train", "dev", "test"][(_key(x) + _key(y)) % 7]
+COLOURS = {"dev": range(4), "test": range(4, 9)}
 
 
-def _key(value):  # 4.50 -> 45, 12.00 -> 12: equal numbers have equal keys however they are written
+def colour(value):
+    """Numbers have one of nine colours, at random but for ever. 4.50 has that of 45: however it is written."""
     text = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
-    return int(text.replace(".", ""))
+    return zlib.crc32(text.replace(".", "").encode(), 8) % 9  # from 8, every colour has numbers under 13
+
+
+def split_of_pair(x, y):
+    """Every unordered pair of numbers belongs to one split: two colours to train, one colour to dev or test."""
+    return "train" if colour(x) != colour(y) else "dev" if colour(x) in COLOURS["dev"] else "test"
+
+
+@functools.lru_cache(maxsize=None)
+def taken_pairs():
+    """Pairs of numbers in the examples that are written out in full: these are in the train split."""
+    texts = [e["prompt"] for e in corpus("canonical.json")["examples"]] + [p["question"] for p in corpus("gsm8k_short.jsonl")[1:]]
+    numbers = [[float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", text)] for text in texts]
+    return {frozenset(pair) for found in numbers for pair in itertools.combinations(found, 2) if pair[0] != pair[1]}
 
 
 def draw_values(slots, split, rng):
-    """One value per slot ('num 2 99', 'money 1 50', ...) such that every pair of them belongs to `split`."""
-    wanted = {"train": rng.choice([0, 1, 2]), "dev": 6, "test": 3}[split]  # residues r with 2r in the split's class
-    values = {}
+    """One value per slot ('num 2 99', 'money 1 50', ...) such that every pair of them belongs to `split`; None: no luck."""
+    values, wanted = {}, rng.choice(COLOURS[split]) if split != "train" and len(slots) > 1 else None
     for name, spec in slots.items():
         kind, low, high = spec.split()
         places = {"dec": rng.choice([1, 1, 2]), "money": 2}.get(kind, 0)
-        for _ in range(200):
+        for _ in range(60):
             value = rng.randint(int(float(low) * 10 ** places), int(float(high) * 10 ** places))
             value = round(value / 10 ** places, places) if places else value
-            if all(split_of_pair(value, other) == split for other in values.values()) and (
-                    len(slots) < 3 or split == "train" or _key(value) % 7 == wanted):
+            if wanted is None and split != "train" or (colour(value) == wanted and not any(
+                    frozenset((float(value), float(v))) in taken_pairs() for v in values.values()) if wanted is not None
+                    else colour(value) not in map(colour, values.values())):
                 values[name] = value
                 break
         else:
@@ -270,7 +324,7 @@ def draw_values(slots, split, rng):
 def write_value(value, kind, rng):
     """A number as a person might type it."""
     digits = f"{value:.2f}" if kind == "money" else str(value)
-    comma = f"{value:,}" if kind != "money" else f"{value:,.2f}"
+    comma = digits if kind == "year" else f"{value:,}" if kind != "money" else f"{value:,.2f}"
     if kind == "pct":
         return rng.choice([f"{digits}%"] * 4 + [f"{digits} percent", f"{digits} per cent"])
     if kind in ("money", "dollars"):
@@ -366,7 +420,7 @@ class Writer:
                 result = calculate(expression)
             except Exception as error:
                 raise UserError(f'corpus family {family["id"]}: {expression}: {error}') from None
-            whole = family.get("whole", all(s.split()[0] in ("num", "int", "pct") for s in slots.values()) and "steps" in family)
+            whole = family.get("whole", all(s.split()[0] in ("num", "int", "pct", "year") for s in slots.values()) and "steps" in family)
             if result > 0 and not (whole and result != int(result)):
                 break
         else:
@@ -390,6 +444,9 @@ class Writer:
         family = self.pick(name, "families")
         made = self.number_request(family)
         return made and (made[0], [Call("calculator", {"expression": made[1]})], family["id"], made[2])
+
+    def everyday(self):
+        return self.arithmetic("everyday.json")
 
     def word_problem(self):
         if self.split == "train" and self.rng.random() < 0.15:
@@ -438,9 +495,10 @@ class Writer:
             return made and (made[0], [Call("calculator", {"expression": made[1]})], family["id"], made[2])
         if family["tool"] == "search":
             item = self.rng.choice(family["items"])
-            template, lower = self.register("{q}")
+            text = item["text"].rstrip("?. ")
+            template, lower = self.register("{q}?" if item["text"][-1] == "?" else "{q}")
             change = str.lower if lower else str
-            return fill(template, {"q": change(item["text"])}), [Call("search", {"query": change(item["query"])})], family["id"], {}
+            return fill(template, {"q": change(text)}), [Call("search", {"query": change(item["query"])})], family["id"], {}
         if family["tool"] == "none":
             return self.no_tool(f'trap_{family["id"]}')
         values = draw_values(family.get("slots", {}), self.split, self.rng)
@@ -463,6 +521,8 @@ class Writer:
         if self.rng.random() < 0.4:
             template, lower = self.register(self.pick("extra.json", "two_cities")["text"])
             a, b = self.place(lower), self.place(lower)
+            if a == b:
+                return None
             return fill(template, {"city": a, "city2": b}), [Call("weather", {"city": a}), Call("weather", {"city": b})], "two_cities", {"city": [a, b]}
         first, second = self.rng.sample([self.arithmetic, self.weather, self.search, self.arithmetic], 2)
         one, two = first(), second()
@@ -474,7 +534,7 @@ class Writer:
     def tool_error(self):
         if self.rng.random() < 0.25:
             template, _ = self.register(self.pick("extra.json", "zero")["text"])
-            a = self.rng.randint(2, 999)
+            a = self.rng.choice([n for n in range(2, 1000) if n % 7 in {"train": range(5), "dev": [5], "test": [6]}[self.split]])
             return fill(template, {"a": str(a)}), [Call("calculator", {"expression": f"{a} / 0"})], "zero", {}
         family = self.pick("weather.json", "families")
         template, lower = self.register(self.rng.choice(family["texts"]))
@@ -521,8 +581,8 @@ def swap_word(word, table, rate, rng):
 
 # --------------------------------------------------------------------------- 4. whole conversations
 
-MIX = {"canonical": 3, "arithmetic": 15, "weather": 11, "search": 12, "no_tool": 14, "trap": 11, "word_problem": 27,
-       "missing_tool": 3, "two_calls": 2, "tool_error": 2}
+MIX = {"canonical": 3, "arithmetic": 15, "everyday": 13, "weather": 14, "search": 10, "no_tool": 12, "trap": 13,
+       "word_problem": 13, "missing_tool": 3, "two_calls": 2, "tool_error": 2}
 
 
 def final_answer(call, result, rng, story=False):
@@ -537,11 +597,8 @@ def final_answer(call, result, rng, story=False):
     if call.name == "weather":
         return fill(rng.choice(answers["weather"]), {"city": result.value["city"], "temperature": str(result.value["temperature"]),
                     "unit_symbol": "°F" if result.value["unit"] == "fahrenheit" else "°C", "condition": result.value["condition"]})
-    query = set(re.findall(r"\w+", call.arguments["query"].lower()))
-    for hit in result.value:  # a hit answers only if the question names what the hit is about
-        title, text = [set(re.findall(r"\w{4,}", hit[key].lower())) for key in ("title", "text")]
-        if title & query or len(text & query) > 1:
-            return fill(rng.choice(answers["search"]), hit)
+    if result.value:
+        return fill(rng.choice(answers["search"]), result.value[0])
     return fill(rng.choice(answers["search_empty"]), {"query": call.arguments["query"]})
 
 
@@ -571,8 +628,8 @@ def converse(kind, split, rng):
         messages += [{"role": "tool", "content": format_result(r)} for r in results]
         if calls[0].name == "calculator" and len(calls) == 1 and results[0].ok:
             answer = results[0].value
-    if split == "train" and calls and kind not in ("two_calls", "tool_error") and rng.random() < 0.55:
-        del messages[2:]  # the call is the harder lesson: half of the time is better spent on one more of them
+    if split == "train" and calls and kind not in ("two_calls", "tool_error") and rng.random() < 0.65:
+        del messages[2:]  # the call is the harder lesson: most of the time is better spent on one more of them
     else:
         messages.append({"role": "assistant", "content": reply})
     return {"kind": kind, "family": family, "split": split, "messages": messages, "tools": offered, "answer": answer, "facts": facts}
@@ -581,6 +638,8 @@ def converse(kind, split, rng):
 def generate(split, n, seed=0, mix=None):
     """n conversations of a split, a function of the arguments alone. `mix`: kind -> weight."""
     mix = {k: v for k, v in (mix or MIX).items() if k != "canonical" or split == "train"}
+    if not mix:
+        raise UserError(f"the {split} split has no canonical examples: they are all in train; add another kind to the mix")
     if unknown := set(mix) - set(MIX):
         raise UserError(f"unknown kind {sorted(unknown)[0]!r} in the mix; kinds are {', '.join(MIX)}")
     rng = random.Random(f"{split} {seed}")
@@ -614,7 +673,7 @@ def talk_prompts():
     return prompts
 
 
-def sample_replies(path=CORPORA / "talk_replies.jsonl", limit=56):
+def sample_replies(path=CORPORA / "talk_replies.jsonl", limit=24):
     """Let the untrained model answer every no-tool message in its own words, once; keep the answers that end.
 
     Tool training on these replies costs the model no talk: they are what it says anyway (self-distillation).
@@ -622,9 +681,9 @@ def sample_replies(path=CORPORA / "talk_replies.jsonl", limit=56):
     import toolplay  # only here: data.py stands below toolplay.py
     model, tokenizer = toolplay.load_model()
     prompts = talk_prompts()
-    brief = "You are a helpful assistant. Answer in one or two short sentences."
+    brief = "You are a helpful assistant. Answer in one short sentence."
     left, done = list(range(len(prompts))), {}
-    for attempt, temperature in enumerate((0.0, 0.7, 0.7, 0.7)):
+    for attempt, temperature in enumerate((0.0, 0.7, 0.7, 0.7, 0.7, 0.7)):
         chats = [{"messages": [{"role": "system", "content": brief}, {"role": "user", "content": prompts[i]["prompt"]}]} for i in left]
         episodes = toolplay.rollout(model, tokenizer, chats, {}, temperature=temperature, max_new_tokens=limit, seed=attempt)
         for i, episode in zip(left, episodes):
@@ -653,7 +712,7 @@ def dataset(config, tokenizer):
     if config.eval_path:
         held_out = read_jsonl(config.eval_path)
     else:
-        held_out = generate("dev", config.eval_examples, config.seed, config.mix)
+        held_out = generate("dev", config.eval_examples, config.seed, config.mix) if config.source == "manual" else []
     return encode_all(train, tokenizer, config, "training"), encode_all(held_out, tokenizer, config, "evaluation") if held_out else []
 
 

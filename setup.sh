@@ -6,20 +6,29 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 want="requirements.txt"
-[ "${1:-}" = "--test" ] && want="requirements.txt requirements-test.txt"
+case "${1:-}" in
+  "") ;;
+  --test) want="requirements.txt requirements-test.txt" ;;
+  *) echo "setup.sh: unknown option $1; there is only --test" >&2; exit 2 ;;
+esac
 stamp=".venv/toolplay-installed"
-have() { [ -f "$stamp" ] && for f in $want; do grep -qxF "$f $(cksum < "$f")" "$stamp" || return 1; done; }
+have() { [ -f "$stamp" ] && .venv/bin/python -c "" && for f in $want; do grep -qxF "$f $(cksum < "$f")" "$stamp" || return 1; done; }
 have && exit 0
 
+fits() { command -v "$1" > /dev/null && "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; }
 python="${PYTHON:-}"
 if [ -z "$python" ]; then
   for name in python3 python3.13 python3.12 python3.11 python3.10 python; do
-    if command -v "$name" > /dev/null && "$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; then python="$name"; break; fi
+    if fits "$name"; then python="$name"; break; fi
   done
+elif ! fits "$python"; then
+  echo "setup.sh: PYTHON=$python is not a Python 3.10 to 3.13" >&2; exit 2
 fi
 [ -n "$python" ] || { echo "setup.sh: no Python 3.10 to 3.13 found; install one, or name it: PYTHON=/path/to/python3.12 ./setup.sh" >&2; exit 2; }
 
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+# A .venv without pip was interrupted, or made where venv is missing: start it afresh.
+.venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv || {
+  echo "setup.sh: cannot make .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 for f in $want; do
   echo "setup.sh: installing $f"
   # Packages named under "no-deps" would pull in what Toolplay does not need (llama.cpp, a web of clients).

@@ -17,6 +17,7 @@ examples share is computed once.
 """
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 
@@ -68,10 +69,11 @@ def train(run):
         return float(total / info["tokens"])
 
     # 4. loop
+    order_of = functools.lru_cache(1)(lambda epoch: data.epoch_order(train_rows, config.seed, epoch, config.group))
     for step in run.steps(trainer, total):
         model.train()
         epoch, at = divmod(step, per_epoch)
-        order = data.epoch_order(train_rows, config.seed, epoch, config.group)
+        order = order_of(epoch)
         batch = [train_rows[i] for i in order[at * config.batch_size:(at + 1) * config.batch_size]]
         info = toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1]))
         info.pop("tokens")
@@ -83,7 +85,7 @@ def train(run):
         run.log(trainer.step, info, tokens=sum(len(ids) for ids, _ in batch))
 
     # 5. save
-    if not held_out or not config.keep_best:
+    if "best" not in trainer.extra:  # nothing to choose by, or never a finite evaluation
         run.save_model(model, tokenizer)
     run.finish()
 

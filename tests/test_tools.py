@@ -3,6 +3,7 @@
 Wall-clock bounds stand only where hanging is the failure, and are generous.
 """
 import faulthandler
+import functools
 import json
 import os
 import socket
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tools
-from tools import (BUILTIN, Call, CallError, Result, Tool, ToolError, UserError, calculate, execute, format_call,
+from tools import (BUILTIN, CORPORA, Call, CallError, Result, Tool, ToolError, UserError, calculate, execute, format_call,
                    format_result, load_tools, parse_calls, render_tools, search, tool, tool_from_schema, weather)
 
 
@@ -56,7 +57,9 @@ def run(function, arguments=None, **options):
     ("(1,234) * 2", 2468), ("max((1,234), 5)", 1234), ("5 x (1,234)", 6170), ("1,234,567.5 + 0.5", 1234568),
     ("15% of 200", 30), ("15%", 0.15), ("200 + 10%", 200.1), ("15 / 100 * 200", 30), ("100 / 5%", 2000),
     ("(5 + 5)%", 0.1), ("50% - 10%", 0.4), ("17 % (3)", 2), ("17 % sqrt(9)", 2), ("15% x 200", 30), ("$12.50 + €3", 15.5),
-    ("2 + 2 =", 4), ("2 + 2 = ?", 4), ("2+2=?  ", 4), ("3 x 4", 12), ("3x4", 12), ("0.1 + 0.2", 0.3), ("6/2", 3),
+    ("2 + 2 =", 4), ("2 + 2 = ?", 4), ("2+2=?  ", 4), ("3 x 4", 12), ("3x4", 12), ("3 x -4", -12), ("2 x sqrt(9)", 6),
+    ("max(1,000, 2,000)", 2000), ("min(1,234)", 1), ("sqrt(1,000,000)", 1000), ("abs(-1,234)", 1234), ("round(1,234.567, 1)", 1234.6),
+    ("20 percent of 50", 10), ("5\xa0+\xa03", 8), ("√16", 4), ("5 — 3", 2), ("2 • 3", 6), ("¥500 * 2", 1000), ("15 % -4", -1), ("5% - 3", -2.95), ("0.1 + 0.2", 0.3), ("6/2", 3),
     ("1/3", 0.3333333333), ("1/3*3", 1), ("0.5 + 0.5", 1), (".5 * 4", 2), ("5.", 5), ("007 + 1", 8), ("1e3", 1000),
     ("round(2.567, 2)", 2.57), ("round(3.7)", 4), ("sqrt(2) ** 2", 2), ("8 ** (1/3)", 2), ("1000 * 1.05 ** 30", 4321.942375),
     ("1000 * 1.00041666 ** 360", None), ("12345678.905 + 0", 12345678.905), ("100000000000 / 3", 33333333333.33),
@@ -74,7 +77,7 @@ def test_calculate(expression, value):
     "sqrt(-1)", "__import__('os')", "a.b", "(1).real", "'a' * 9", "1 < 2", "2 == 2", "1 and 2", "lambda: 1", "[1]", "{}",
     "", " ", "=", "?", "2 +", "* 2", "()", "2 2", "2(3)", "min()", "min", "sqrt", "sqrt(1, 2)", "round(1, 2, 3)",
     "round(1, 0.5)", "round(1, 999999999)", "1,23 + 1", "1.2.3", "1j", "pi", "(1, 2)", "2 ** 1e300", ".", "٣+١",
-    "①", "\x00", "1\ud8002", "1;2", "x", "of", "x x x", "%", "5 of", "**", "1**" * 333, "2**" * 300 + "2", "1" + "%" * 999 + "x",
+    "3x + 52", "3x-4", "①", "\x00", "1\ud8002", "1;2", "x", "of", "x x x", "%", "5 of", "**", "1**" * 333, "2**" * 300 + "2", "1" + "%" * 999 + "x",
     "9e999**9", "round(9e400*9e400*9e400, 100)", "1e" + "9" * 900, "eval(1)", "1_000", "abs(1", "abs)1(", "🙂", None, 5, b"1",
 ])
 def test_calculate_refuses_quickly(expression):
@@ -378,8 +381,9 @@ def test_nested_arguments():
                                   ({"xs": {}}, "wrong_type"), ({"xs": [{"a": 1, "e": True}]}, "wrong_type"),
                                   ({"free": {"q": [1]}}, ""), ({"more": 1}, "unknown_argument")]:
         assert execute(Call("f", arguments), {"f": made}).error_type == error_type
-    broken = Tool("f", "", {"properties": {"x": {"type": 5, "enum": 3}}}, lambda x: 1)
-    assert not execute(Call("f", {"x": 1}), {"f": broken}).ok
+    for broken in ({"type": 5}, {"enum": 3}, {"type": "array", "items": {"type": 5}}, {"default": float("nan")}, {"anyOf": 1}):
+        with pytest.raises(UserError, match="not a JSON schema"):
+            Tool("f", "", {"type": "object", "properties": {"x": broken}}, lambda x: 1)
     assert execute(Call("g", {"q": 1}), {"g": Tool("g", "", {})}).error_type == "not_executable"
 
 
@@ -669,3 +673,59 @@ def test_script_runs():
     done = subprocess.run([sys.executable, "tools.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("calculator(expression: string)") and "<tool_response>" in done.stdout
     assert tools.__doc__
+
+
+def test_combined_schemas():
+    fields = {"a": {"anyOf": [{"type": "integer"}, {"type": "null"}]}, "b": {"$ref": "#/$defs/point"}, "c": {"const": "x"},
+              "d": {"type": "object", "additionalProperties": {"type": "integer"}}, "e": {"type": "string", "nullable": True},
+              "f": {"allOf": [{"type": "string"}, {"enum": ["u", "v"]}]}, "g": {"type": "object", "required": ["k"]}, "h": {"type": "array", "items": True}}
+    made = Tool("t", "", {"type": "object", "properties": fields, "$defs": {"point": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}}},
+                lambda **arguments: "fine", isolated=False)
+    good = {"a": [1, None], "b": [{"x": 1}], "c": ["x"], "d": [{}, {"q": 2}], "e": ["s", None], "f": ["u"], "g": [{"k": 1}], "h": [[1, "a"]]}
+    bad = {"a": ["oops", 1.5], "b": [{"x": "1"}, {}], "c": ["y"], "d": [{"q": "2"}], "e": [3], "f": ["w"], "g": [{}], "h": ["no list"]}
+    for key in fields:
+        for value in good[key]:
+            assert execute(Call("t", {key: value}), {"t": made}).ok, (key, value)
+        for value in bad[key]:
+            assert execute(Call("t", {key: value}), [made]).error_type in ("wrong_type", "missing_argument"), (key, value)
+
+
+def test_null_for_what_may_be_left_out():
+    assert execute(Call("weather", {"city": "Paris", "unit": None}), BUILTIN).ok
+    assert execute(Call("weather", {"city": None}), BUILTIN).error_type == "wrong_type"
+    assert execute(Call("weather", {"city": "Paris", "sky": None}), BUILTIN).error_type == "unknown_argument"
+
+
+def test_functions_that_cannot_be_tools():
+    async def later(x: int) -> int:
+        return x
+
+    def star(*numbers: int):
+        return 0
+
+    def unknown(x: "NoSuchType"):  # noqa: F821
+        return 0
+    for function in (later, star, unknown):
+        with pytest.raises(UserError, match=function.__name__):
+            tool(function)
+
+
+def test_a_built_in_offered_with_fewer_parameters_runs_and_with_other_values_does_not():
+    less = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
+    assert execute(Call("weather", {"city": "Paris"}), load_tools([less])).ok
+    other = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["C", "F"]}}}}
+    assert execute(Call("weather", {"city": "Paris", "unit": "C"}), load_tools([other])).error_type == "not_executable"
+
+
+@pytest.mark.parametrize("city, name", [("Delhi", "New Delhi"), ("paris france", "Paris"), ("Paris (France)", "Paris"), ("Köln", "Cologne"),
+                                        ("Washington, D.C., USA", "Washington"), ("nice", "Nice"), ("Reykjavik", "Reykjavík")])
+def test_other_names_of_a_city(city, name):
+    real = functools.partial(weather, path=CORPORA / "cities.json")
+    assert real(city)["city"] == name and real(city) == real(name)
+
+
+def test_search_says_nothing_rather_than_something_else():
+    real = functools.partial(search, path=CORPORA / "search.jsonl")
+    for query in ("which city is the capital of Nigeria", "why do we celebrate Christmas", "largest ocean", "is lavender toxic to dogs"):
+        assert real(query) == [], query
+    assert [real(query)[0]["title"] for query in ("Eiffel Tower height", "who painted the Mona Lisa")] == ["Eiffel Tower", "Mona Lisa"]
