@@ -66,6 +66,14 @@ def test_an_existing_run_is_not_overwritten(run, capsys):
     (["eval", "--run", "no/such/run"], ["no/such/run", "not a run folder"]),
     (["chat", "--model", "no-such-org/no-such-model"], ["no-such-org/no-such-model", "cannot be loaded"]),
     (["predict", "--model", "tiny", "--input", "x", "--output", "y", "--tools", "absent.json"], ["absent.json"]),
+    (["predict", "--model", "tiny", "--input", "x", "--output", "y", "--batch-size", "0"], ["--batch-size", "at least 1"]),
+    (["predict", "--model", "tiny", "--input", "x", "--output", "y", "--temperature", "nan"], ["--temperature", "at least 0"]),
+    (["chat"], ["--run", "--model", "--help"]),
+    (["fly"], ["fly", "--help"]),
+    (["train", ROOT / "configs" / "sft_tiny.json", "--resume", "--run_dir=nowhere"], ["nowhere", "no run to resume"]),
+    (["train", ROOT / "configs" / "sft_tiny.json", "--path=x.jsonl", "--run_dir=r"], ["path", "source"]),
+    (["train", ROOT / "configs" / "sft_tiny.json", "--start_from=nowhere", "--run_dir=r"], ["start_from", "nowhere", "adapter"]),
+    (["train", ROOT / "configs" / "sft_tiny.json", '--mix={"canonical": 1}', "--run_dir=r"], ["canonical", "mix"]),
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_2(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -92,6 +100,59 @@ def test_predict_streams_resumes_and_reports_bad_lines(run, tmp_path, capsys):
     target.write_bytes(whole[:whole.index(b"\n") + 10])  # killed in the middle of the second line
     cli("predict", "--run", run, "--input", source, "--output", target, "--max-new-tokens", 5, capsys=capsys)
     assert target.read_bytes() == whole
+
+
+def test_predict_keeps_what_it_did_not_write(run, tmp_path, capsys):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"id": 1, "prompt": "half a character: \\ud800"}\n{"id": "\\udfff", "prompt": "hi"}\n{"id": 2, "prompt": "hi"}\n{"id": 3, "prompt": "ho"}\n')
+    answer = {"id": 2, "output": "a line\u2028and another", "calls": [], "results": [], "final": "caf\u00e9"}
+    target.write_text(json.dumps(answer, ensure_ascii=False) + "\n" + '{"id": 3, "output": "café'[:-1], encoding="utf-8")
+    target.write_bytes(target.read_bytes() + "é".encode()[:1])  # killed in the middle of a character
+    out = cli("predict", "--run", run, "--input", source, "--output", target, "--max-new-tokens", 3, capsys=capsys)
+    assert "line 1:" in out.err and "line 2:" in out.err
+    lines = target.read_text(encoding="utf-8").split("\n")[:-1]
+    assert json.loads(lines[0]) == answer and [json.loads(x)["id"] for x in lines] == [2, 3]
+    for foreign in ("# my notes\n", '{"id": 1, "prompt": "an input file"}\n', "[1]\n"):
+        target.write_text(foreign)
+        assert "something else" in cli("predict", "--run", run, "--input", source, "--output", target, code=2, capsys=capsys).err
+        assert target.read_text() == foreign
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(run, tmp_path, capsys):
+    import shutil
+    shutil.copytree(run, tmp_path / "moved")
+    out = cli("train", tmp_path / "moved", "--resume", capsys=capsys)
+    assert f"done: {tmp_path / 'moved'}" in out.out
+
+
+def test_no_git_on_the_machine(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert toolplay.provenance(0)["git_commit"] is None
+
+
+def test_the_tour_runs_the_choice(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda prompt="": "2")
+    assert "learned by LoRA" in cli(capsys=capsys).out
+    monkeypatch.setattr("builtins.input", lambda prompt="": "99")
+    assert "choose a number" in cli(code=2, capsys=capsys).err
+
+
+def test_chat_remembers_its_calls(monkeypatch, capsys):
+    from tools import Call, format_call
+    said, call, inputs = [], format_call(Call("calculator", {"expression": "17 * 23"})), iter(["17 * 23?", "and twice that?", ""])
+
+    def rollout(model, tokenizer, chats, tools, **more):
+        said.append(chats[0]["messages"])
+        e = toolplay.Episode([], [], [], 0, turns=[call, "391."], final="391.", stop="end")
+        e.calls, e.results = [Call("calculator", {"expression": "17 * 23"})], [toolplay.execute(Call("calculator", {"expression": "17 * 23"}), tools)]
+        return [e]
+    monkeypatch.setattr(toolplay, "rollout", rollout)
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(inputs))
+    out = cli("chat", "--model", "tiny", capsys=capsys).out
+    assert 'calculator(expression="17 * 23")' in out and '{"result": 391}' in out
+    assert [m["role"] for m in said[1]] == ["user", "assistant", "tool", "assistant", "user", "assistant", "tool", "assistant"][:len(said[1])]
+    assert said[1][2]["content"] == '<tool_response>{"result": 391}</tool_response>'
 
 
 def test_chat_and_tour(run, capsys, monkeypatch, tmp_path):

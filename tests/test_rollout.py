@@ -357,3 +357,45 @@ def test_garbage_never_stops_a_run(net):
 def test_bad_conversations_are_named(llama):
     with pytest.raises(toolplay.UserError, match="messages"):
         run(llama, [{"messages": []}])
+
+
+# ---------------------------------------------------------------- limits and endings
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_nothing_outgrows_the_context(name):
+    net, chats = model(name), [CHATS[0], ask("long " * 300, ()), CHATS[1]]
+    prompt, _ = data.encode(CHATS[1], tokenizer(), generation=True)
+    net.config.max_position_embeddings = len(prompt) + 4
+    first, long, second = run(net, chats, {}, temperature=0)
+    assert long.stop == "length" and long.turns == [""] and long.final == "" and len(long.ids) == long.prompt
+    assert second.stop == "length" and len(second.ids) == len(prompt) + 4
+    net.config.max_position_embeddings = 1024
+    assert second.ids == run(net, [CHATS[1]], {}, temperature=0)[0].ids[:len(prompt) + 4]
+    assert first.ids == run(net, [CHATS[0]], {}, temperature=0)[0].ids[:len(first.ids)]
+
+
+def test_a_tool_result_that_does_not_fit_ends_the_episode(llama, say):
+    prompt, _ = data.encode(ask("x"), tokenizer(), generation=True)
+    context, llama.config.max_position_embeddings = llama.config.max_position_embeddings, len(prompt) + len(CALL) + 10
+    try:
+        episode = say(llama, {"x": [CALL, "391"]})[0]
+    finally:
+        llama.config.max_position_embeddings = context
+    assert episode.stop == "length" and len(episode.turns) == 1 and episode.results[0].value == 391
+
+
+def test_every_end_token_of_the_model_ends_a_turn():
+    net = model("llama")
+    free = run(net, [CHATS[0]], {}, temperature=0)[0]
+    other = free.ids[free.prompt + 3]
+    net.generation_config.eos_token_id = [END, other]
+    stopped = run(net, [CHATS[0]], {}, temperature=0)[0]
+    assert stopped.stop == "end" and stopped.ids == free.ids[:free.ids.index(other, free.prompt) + 1]
+
+
+def test_tools_of_a_conversation_bring_no_code(llama, monkeypatch):
+    schema = {"type": "function", "function": {"name": "x", "parameters": {"type": "object", "properties": {}}, "function": "os:getcwd"}}
+    with monkeypatch.context() as patch:
+        Script(patch, {"x": [format_call(Call("x", {})), "done"]})
+        episode = run(llama, [ask("x", [schema])], max_new_tokens=100)[0]
+    assert episode.results[0].error_type == "not_executable"

@@ -251,3 +251,10 @@ def test_shared_prompts_are_packed_together():
     units = [[([n % 2] * 20 + [n], [1] * 21)] for n in range(2, 10)]
     groups = micro_batches(units, 24)
     assert [sorted(g) for g in groups] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_the_trial_is_not_fooled_by_half_precision(capsys):
+    net = model("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert toolplay.takes_trie(net)
+    assert "falling back" not in capsys.readouterr().err
