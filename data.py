@@ -581,8 +581,8 @@ def swap_word(word, table, rate, rng):
 
 # --------------------------------------------------------------------------- 4. whole conversations
 
-MIX = {"canonical": 3, "arithmetic": 15, "everyday": 13, "weather": 14, "search": 10, "no_tool": 12, "trap": 13,
-       "word_problem": 13, "missing_tool": 3, "two_calls": 2, "tool_error": 2}
+MIX = {"canonical": 3, "arithmetic": 17, "everyday": 14, "weather": 13, "search": 8, "no_tool": 11, "trap": 15,
+       "word_problem": 12, "missing_tool": 3, "two_calls": 2, "tool_error": 2}
 
 
 def final_answer(call, result, rng, story=False):
@@ -676,13 +676,16 @@ def talk_prompts():
 def sample_replies(path=CORPORA / "talk_replies.jsonl", limit=24):
     """Let the untrained model answer every no-tool message in its own words, once; keep the answers that end.
 
+    Messages that have a reply in the file keep it.
     Tool training on these replies costs the model no talk: they are what it says anyway (self-distillation).
     """
     import toolplay  # only here: data.py stands below toolplay.py
     model, tokenizer = toolplay.load_model()
     prompts = talk_prompts()
     brief = "You are a helpful assistant. Answer in one short sentence."
-    left, done = list(range(len(prompts))), {}
+    before = {talk["prompt"]: talk["reply"] for talk in (corpus(Path(path).name)[1:] if Path(path).exists() else [])}
+    done = {i: before[talk["prompt"]] for i, talk in enumerate(prompts) if talk["prompt"] in before}
+    left = [i for i in range(len(prompts)) if i not in done]
     for attempt, temperature in enumerate((0.0, 0.7, 0.7, 0.7, 0.7, 0.7)):
         chats = [{"messages": [{"role": "system", "content": brief}, {"role": "user", "content": prompts[i]["prompt"]}]} for i in left]
         episodes = toolplay.rollout(model, tokenizer, chats, {}, temperature=temperature, max_new_tokens=limit, seed=attempt)
