@@ -776,13 +776,13 @@ class Trainer:
         return self.lr * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.schedule]
 
 
-def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [unit]):
+def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [unit], veto=lambda means: False):
     """One optimizer step on a window of units -> {"loss", "grad_norm", "lr", "skipped", and the loss's own info}.
 
     units: examples (SFT), pairs (DPO), ...; rows(unit) are its trie rows (ids, mask), which stay together; size(unit)
     is how many terms it adds to the loss (tokens, pairs). loss(list of units) -> (sum over the terms, {name: sum}).
     Sums are divided by the terms of the whole window, over all micro-batches and ranks, so that every split gives the
-    same gradient. Order: scale, backward, unscale, clip, step, update, zero.
+    same gradient. A step with an inf or nan, or whose means `veto` refuses, is skipped and counted. Order: scale, backward, unscale, clip, step, update, zero.
     """
     rank, world = world_rank()
     terms = all_sum(sum(map(size, units)) if world == 1 else sum(map(size, units[rank::world])), trainer.device)
@@ -807,7 +807,8 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
         raise UserError("no gradient reached any trained parameter: the Trainer must be given the model's own parameters, not copies")
     trainer.scaler.unscale_(trainer.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.max_grad_norm)
-    finite, lr = bool(torch.isfinite(norm)), trainer.learning_rate()
+    means = {name: value / terms for name, value in sums.items()}
+    finite, lr = bool(torch.isfinite(norm)) and not veto(means), trainer.learning_rate()
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr
     if finite:
@@ -815,7 +816,7 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
     trainer.scaler.update()
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.step, trainer.updates, trainer.skipped = trainer.step + 1, trainer.updates + finite, trainer.skipped + (not finite)
-    return {**{name: value / terms for name, value in sums.items()}, "grad_norm": float(norm), "lr": lr, "terms": terms, "skipped": trainer.skipped}
+    return {**means, "grad_norm": float(norm), "lr": lr, "terms": terms, "skipped": trainer.skipped}
 
 
 def world_rank():
@@ -864,6 +865,11 @@ def write_json(path, value):
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8"))
 
 
+# What the progress bar shows of a step's metrics.
+SHOWN = ("loss", "eval_loss", "rewards/accuracy", "rewards/margin", "logp/chosen", "reward", "kl", "entropy", "clip_fraction", "value_loss",
+         "explained_variance", "tool_success", "response_length")
+
+
 class Interrupted(Exception):
     """Ctrl-C or a termination signal; the checkpoint is written."""
 
@@ -907,9 +913,11 @@ class Run:
             load_checkpoint(found, trainer)
             print(f"resuming {self.folder} after step {trainer.step}", file=sys.stderr)
         if self.rank == 0:
-            for name in ("metrics.jsonl", "timing.jsonl"):
+            for name in ("metrics.jsonl", "timing.jsonl", "samples.jsonl"):
+                if not (self.folder / name).exists():
+                    continue
                 lines = [x for x in read_lines(self.folder / name) if x["step"] <= trainer.step]
-                write_atomic(self.folder / name, lambda p: p.write_text("".join(json.dumps(x) + "\n" for x in lines)))  # noqa: B023
+                write_atomic(self.folder / name, lambda p: p.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8"))  # noqa: B023
             if self.config.wandb:
                 self.wandb = open_wandb(self.config, self.folder)
 
@@ -926,7 +934,8 @@ class Run:
                 yield position
                 self.bar.update(trainer.step - position)
                 stopping = bool(all_sum(len(stop), self.device))
-                if trainer.step % self.config.save_every == 0 or trainer.step >= total or stopping:
+                every = self.config.save_every
+                if trainer.step // every > position // every or trainer.step >= total or stopping:
                     self.checkpoint(trainer)
                 if stopping:
                     raise Interrupted(str(self.folder))
@@ -947,7 +956,7 @@ class Run:
             with open(self.folder / name, "a") as file:
                 file.write(json.dumps(line) + "\n")
         if self.bar is not None:
-            shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", "eval_loss", "reward", "kl") and v is not None}
+            shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in SHOWN and v is not None}
             self.bar.set_postfix({**shown, **({"tok/s": f"{speed:.0f}"} if tokens else {})})
         if self.wandb:
             try:
@@ -955,6 +964,12 @@ class Run:
             except Exception as error:  # a logging service never ends a run
                 print(f"wandb: logging failed ({error}); going on without it", file=sys.stderr)
                 self.wandb = None
+
+    def samples(self, step, lines):
+        """Append what the model said to samples.jsonl."""
+        if self.rank == 0:
+            with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, **line}, ensure_ascii=False) + "\n" for line in lines)
 
     def checkpoint(self, trainer):
         rng = rng_state()

@@ -26,7 +26,6 @@ def model(name, seed=0):
     """A small random model in eval mode. Its weights are large, so that its predictions are far from uniform."""
     import transformers as t
     t.utils.logging.set_verbosity_error()
-    toolplay.load_model("tiny")  # registers the attention that understands a trie's plan
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "llama":  # grouped-query attention: four query heads, two key heads

@@ -1,0 +1,428 @@
+"""
+dpo.py - direct preference optimisation: prefer the better of two answers
+
+The idea. Of two answers y to one prompt x a judge prefers y_w ("chosen") to y_l ("rejected"). Reinforcement learning
+would fit a reward model to such judgements and then maximise it under a KL penalty beta to a reference model. Rafailov et
+al. (2023, arXiv:2305.18290) solve that problem in closed form: the best policy's own log-ratio to the reference is the
+reward, so that the judgements can be fitted directly, with a classifier's loss and without sampling.
+
+    r(x, y) = beta log pi(y|x) / pi_ref(y|x)                                        implicit reward           (5)
+    h       = log pi(y_w|x) / pi_ref(y_w|x)  -  log pi(y_l|x) / pi_ref(y_l|x)       log-ratio difference
+    L_DPO   = - E log sigmoid(beta h)                                                                         (7)
+
+log pi(y|x) is a sum over the trained tokens of y: what the model chose. Results of tools stand inside y, but the model did
+not choose them, so they are conditions and no terms (implementations that sum over them push the tool, not the model).
+
+Departures. The reference is the policy as training found it (an SFT run, or the base model, which is the same thing while
+B = 0); it never changes, so its log-probs are computed once, kept in the run folder and checked against the data, and no
+second model is held in memory. Both answers and all pairs of a micro-batch lie in one token trie: the prompt is computed
+once, and so are the turns that the two answers share.
+
+What to watch: `logp/chosen` often falls, although it should rise; the loss only asks that `logp/rejected` falls faster
+(Pal et al. 2024, arXiv:2402.13228). A fall to nothing means a beta too small or a step too large.
+
+    python dpo.py configs/dpo.json          the same as: python toolplay.py train configs/dpo.json
+    python dpo.py --show 10                 pairs, with what differs highlighted
+"""
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+import sys
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    """DPO's own keys; the shared ones are in toolplay.Config. A pairs file is `source: jsonl` with its `path`."""
+    variant: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"  # the loss, see VARIANTS
+    beta: Annotated[float, "> 0"] = 0.1  # strength of the tie to the reference; 0.1 as in the paper
+    label_smoothing: Annotated[float, "0 to 1"] = 0.0            # share of judgements taken to be wrong (sigmoid, robust)
+
+
+# --------------------------------------------------------------------------- 1. the losses
+
+VARIANTS = {}             # name -> function(chosen, rejected, beta, label_smoothing) -> loss of each pair [B]
+MEAN = {"ipo", "simpo"}   # their log-probs are means over the trained tokens, not sums
+FREE = {"simpo"}          # they need no reference
+
+
+def variant(function):
+    """Register a loss: chosen and rejected are log-ratios to the reference, [B] (without one: the log-probs)."""
+    VARIANTS[function.__name__] = function
+    return function
+
+
+@variant
+def sigmoid(chosen, rejected, beta, label_smoothing):
+    """DPO, eq. 7; with label smoothing the conservative one (Mitchell 2023, ericmitchell.ai/cdpo.pdf, eq. 3)."""
+    h = chosen - rejected                                                                      # [B]
+    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+
+
+@variant
+def robust(chosen, rejected, beta, label_smoothing):
+    """rDPO, unbiased when a share of the judgements is flipped (Chowdhury et al. 2024, arXiv:2403.00409, eq. 10)."""
+    h = chosen - rejected
+    return (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (1 - 2 * label_smoothing)
+
+
+@variant
+def ipo(chosen, rejected, beta, label_smoothing):
+    """IPO: regress the difference on 1 / (2 beta), which is finite (Azar et al. 2023, arXiv:2310.12036, eq. 17)."""
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+@variant
+def hinge(chosen, rejected, beta, label_smoothing):
+    """SLiC's loss on DPO's reward (Zhao et al. 2023, arXiv:2305.10425, eq. 1; Liu et al. 2024, arXiv:2309.06657, eq. 10)."""
+    return torch.relu(1 - beta * (chosen - rejected))
+
+
+@variant
+def simpo(chosen, rejected, beta, label_smoothing, margin=0.5):
+    """SimPO: no reference, mean log-probs, a target margin (Meng et al. 2024, arXiv:2405.14734, eq. 6)."""
+    return -F.logsigmoid(beta * (chosen - rejected) - margin)
+
+
+def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp, beta=0.1, variant="sigmoid", label_smoothing=0.0):
+    """The loss of B pairs, as a sum.
+
+    *_logp: [B] log-probs of whole answers, sums over their trained tokens (for ipo and simpo: means, see
+    `sequence_logp`). The reference's are ignored by simpo and may be None there.
+    -> (loss summed over the pairs, info: sums over the pairs of rewards, margin, accuracy and log-probs).
+    Raises ValueError for an unknown variant, or a smoothing that makes the loss meaningless.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}: must be one of {', '.join(VARIANTS)}")
+    if not 0 <= label_smoothing < (0.5 if variant == "robust" else 1):
+        raise ValueError(f"label_smoothing = {label_smoothing}: must be in [0, 1), and below 0.5 for robust, which divides by 1 - 2 label_smoothing")
+    if variant in FREE:
+        chosen, rejected = policy_chosen_logp, policy_rejected_logp                            # [B]
+    else:
+        chosen, rejected = policy_chosen_logp - ref_chosen_logp, policy_rejected_logp - ref_rejected_logp
+    losses = VARIANTS[variant](chosen, rejected, beta, label_smoothing)                         # [B]
+    with torch.no_grad():
+        info = {"rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected, "rewards/margin": beta * (chosen - rejected),
+                "rewards/accuracy": (chosen > rejected).float(), "logp/chosen": policy_chosen_logp, "logp/rejected": policy_rejected_logp}
+        info = {name: value.sum() for name, value in info.items()}
+    return losses.sum(), info
+
+
+def sequence_logp(logp, mask, mean=False):
+    """Log-probs of tokens [B, T] under their mask [B, T] -> of whole answers [B]: the sum, or the mean, over trained tokens."""
+    mask = mask.to(logp.dtype)
+    total = (logp * mask).sum(-1)
+    return total / mask.sum(-1).clamp(min=1) if mean else total
+
+
+# --------------------------------------------------------------------------- 2. pairs by corruption
+
+# A pair: two rows (ids, mask) that share their prompt, and what is wrong with the second.
+Pair = namedtuple("Pair", "chosen rejected why")
+
+# Each takes a gold conversation {"messages", "tools"} and returns the messages of a worse one that departs from it in one
+# assistant turn, as such models really fail; or None where it does not apply.
+
+
+def wrong_tool(conversation, rng):
+    """Another of the offered tools, with arguments that the message suggests."""
+    at, calls = first_call(conversation)
+    others = [name for name in names_of(conversation) if calls and name != calls[0]["name"]]
+    return until(conversation, at, tool_calls=[tempting_call(rng.choice(others), conversation)]) if others else None
+
+
+def malformed(conversation, rng):
+    """A call that does not parse: an end or a quote missing, Python in the place of JSON."""
+    from tools import Call, format_call, parse_calls  # here, so that this file alone gives the losses
+    at, calls = first_call(conversation)
+    if not calls:
+        return None
+    text = format_call(Call(**calls[0]))
+    broken = [text.replace("}}", "}"), text.replace('"}', "}"), text.replace('": "', '": '), text.replace('"', "'"), text.removesuffix("</tool_call>"),
+              re.sub(r'\{"name": "(\w+)", "arguments": (.*)\}<', r"\1(\2)<", text)]
+    broken = [b for b in broken if parse_calls(b)[1]]
+    return until(conversation, at, content=rng.choice(broken)) if broken else None
+
+
+def wrong_argument(conversation, rng):
+    """An operator or a number changed, half of a city's name, a word of the question left out."""
+    at, calls = first_call(conversation)
+    texts = [(key, value) for key, value in (calls[0]["arguments"].items() if calls else ()) if isinstance(value, str)]
+    if not texts:
+        return None
+    key, value = rng.choice(texts)
+    words = value.split()
+    changes = [re.sub(r"\d(?=\D*$)", lambda m: str((int(m.group()) + rng.randint(1, 9)) % 10), value, count=1),
+               value.translate(str.maketrans("+-*/", "-+/*")) if key == "expression" else value,
+               " ".join(w for i, w in enumerate(words) if i != hash_of(value) % len(words)) if len(words) > 1 else value[:-2],
+               {"celsius": "fahrenheit", "fahrenheit": "celsius"}.get(value, value)]
+    changes = [c for c in changes if c.strip() and c != value]
+    return until(conversation, at, tool_calls=[{**calls[0], "arguments": {**calls[0]["arguments"], key: rng.choice(changes)}}]) if changes else None
+
+
+def missing_argument(conversation, rng):
+    """A call without its first argument."""
+    at, calls = first_call(conversation)
+    return until(conversation, at, tool_calls=[{**calls[0], "arguments": dict(list(calls[0]["arguments"].items())[1:])}]) if calls else None
+
+
+def missing_call(conversation, rng):
+    """An answer out of the blue where a tool should have been asked."""
+    at, calls = first_call(conversation)
+    guess = rng.choice([f"The answer is {rng.randint(2, 999)}.", f"It is about {rng.randint(2, 40)}.", "I'm sorry, I can't help with that.",
+                        "I'm a helpful assistant. What can I do for you?"])
+    return until(conversation, at, content=guess) if calls else None
+
+
+def needless_call(conversation, rng):
+    """A call although the message asks for none."""
+    at, calls = first_call(conversation)
+    names = names_of(conversation)
+    return until(conversation, at, tool_calls=[tempting_call(rng.choice(names), conversation)]) if names and not calls else None
+
+
+def ignores_result(conversation, rng):
+    """A final answer whose numbers, or whose content, are not what the tool said."""
+    at, text = final_answer(conversation)
+    if at is None:
+        return None
+    other = re.sub(r"\d+", lambda m: str(int(m.group()) + rng.randint(1, 30)), text)
+    return until(conversation, at, content=other if other != text else "I'm a helpful assistant. I don't know that.")
+
+
+def endless(conversation, rng):
+    """A final answer that repeats itself and does not end (`rows_of` takes its end token away)."""
+    at, text = final_answer(conversation)
+    return until(conversation, at, content=" ".join([text] * 3)) if at is not None else None
+
+
+CORRUPTIONS = {f.__name__: f for f in (wrong_tool, malformed, wrong_argument, missing_argument, missing_call, needless_call, ignores_result, endless)}
+
+
+def first_call(conversation):
+    """-> (index of the first assistant message, its calls)."""
+    at = next(n for n, m in enumerate(conversation["messages"]) if m["role"] == "assistant")
+    return at, conversation["messages"][at].get("tool_calls") or []
+
+
+def final_answer(conversation):
+    """-> (index, text) of the answer that follows a tool result, or (None, "")."""
+    messages = conversation["messages"]
+    return (len(messages) - 1, messages[-1]["content"]) if messages[-1]["role"] == "assistant" and messages[-2]["role"] == "tool" else (None, "")
+
+
+def until(conversation, at, content="", tool_calls=None):
+    """The messages before `at`, and one assistant message in its place."""
+    return conversation["messages"][:at] + [{"role": "assistant", "content": content, **({"tool_calls": tool_calls} if tool_calls else {})}]
+
+
+def names_of(conversation):
+    return [t if isinstance(t, str) else t.name if hasattr(t, "name") else t.get("function", t)["name"] for t in conversation.get("tools") or []]
+
+
+def hash_of(text):
+    return sum(map(ord, text))
+
+
+def tempting_call(name, conversation):
+    """A call such as a model makes that looks at single words: the numbers, the capitalised word, the whole message."""
+    text = next(m["content"] for m in conversation["messages"] if m["role"] == "user")
+    numbers, capital = re.findall(r"\d[\d.]*", text), re.findall(r"(?<!^)\b[A-Z]\w+", text)
+    arguments = {"calculator": {"expression": " * ".join(numbers[:2]) or "1 + 1"}, "weather": {"city": (capital or text.rstrip("?.! ").split())[-1]}}
+    return {"name": name, "arguments": arguments.get(name, {"query": text.rstrip("?. ")})}
+
+
+def corrupted_pairs(conversations, tokenizer, seed=0, style="signature"):
+    """Gold conversations -> pairs: the gold one, and the same with one fault of a random kind that applies."""
+    pairs = []
+    for n, conversation in enumerate(conversations):
+        rng = random.Random(f"{seed} pair {n}")
+        for name in rng.sample(list(CORRUPTIONS), len(CORRUPTIONS)):
+            worse = CORRUPTIONS[name](conversation, rng)
+            if worse:
+                better = conversation["messages"][:len(worse)]
+                prompt = next(i for i, m in enumerate(better) if m["role"] == "assistant")
+                pairs.append(pair_of({**conversation, "messages": better[:prompt]}, better[prompt:], worse[prompt:], tokenizer, style, name))
+                break
+    return pairs
+
+
+def pair_of(prompt, chosen, rejected, tokenizer, style="signature", why=""):
+    """A prompt (conversation) and two continuations (messages) -> Pair. Assistant turns of the prompt are not trained."""
+    import data  # here, so that this file alone gives the losses
+    start = len(data.encode(prompt, tokenizer, style)[0])
+    rows = []
+    for answer in (chosen, rejected):
+        ids, mask = data.encode({**prompt, "messages": [*prompt["messages"], *answer]}, tokenizer, style)
+        rows.append((ids, [0] * start + mask[start:]))
+    if why == "endless":  # what is wrong with it is that it did not end
+        ids, mask = rows[1]
+        end = max(t for t, m in enumerate(mask) if m)
+        rows[1] = (ids[:end], mask[:end])
+    return Pair(*rows, why)
+
+
+def read_pair(line, tokenizer, style="signature"):
+    """A line of a pairs file, as TRL reads it: prompt, chosen, rejected (messages, or texts), tools; -> Pair.
+
+    Without "prompt", chosen and rejected are whole conversations and their common beginning is the prompt.
+    """
+    from tools import UserError
+    if not isinstance(line, dict) or not {"chosen", "rejected"} <= set(line):
+        raise UserError('a pair is an object with "prompt", "chosen" and "rejected"')
+    as_messages = lambda x, role: [{"role": role, "content": x}] if isinstance(x, str) else x  # noqa: E731
+    prompt, chosen, rejected = as_messages(line.get("prompt", []), "user"), as_messages(line["chosen"], "assistant"), as_messages(line["rejected"], "assistant")
+    if not all(isinstance(part, list) for part in (prompt, chosen, rejected)):
+        raise UserError('"prompt", "chosen" and "rejected" are texts or lists of messages')
+    while not line.get("prompt") and chosen and rejected and chosen[0] == rejected[0]:
+        prompt, chosen, rejected = [*prompt, chosen[0]], chosen[1:], rejected[1:]
+    if not prompt or not chosen or not rejected or chosen == rejected:
+        raise UserError("the pair has no prompt, or its answers do not differ")
+    pair = pair_of({"messages": prompt, "tools": line.get("tools") or []}, chosen, rejected, tokenizer, style, "given")
+    if not all(any(mask) for _, mask in pair[:2]):
+        raise UserError("chosen and rejected must each hold an assistant message")
+    return pair
+
+
+# --------------------------------------------------------------------------- 3. training
+
+def train(run):
+    # Imported here so that this file alone gives the losses to anyone who copies it.
+    import data
+    import toolplay
+    from sft import pad_mask
+    config = run.config
+
+    # 1. data: pairs of rows, and the initial policy's log-probs of them
+    model, tokenizer = toolplay.prepare_model(config, run.device)
+    pairs, held_out = datasets(config, tokenizer)
+    tokens = sum(len(ids) for pair in pairs for ids, _ in pair[:2])
+    nodes = sum(len(toolplay.Trie([list(ids) for ids, _ in pair[:2]])) for pair in pairs)
+    print(f"{len(pairs)} pairs: {tokens} tokens, {nodes} trie nodes, {tokens / nodes:.2f} times fewer for sharing the prompt within a pair alone", file=sys.stderr)
+
+    def answers(group):
+        """Log-probs of a group's answers -> [2, B]: of the chosen ones, of the rejected ones."""
+        rows = [row for pair in group for row in pair[:2]]
+        logp = toolplay.token_logprobs(model, rows, budget=None if torch.is_grad_enabled() else config.micro_tokens)
+        return sequence_logp(logp, pad_mask(rows, run.device), config.variant in MEAN).reshape(-1, 2).T
+
+    # 2. reference
+    reference = reference_logp(run, pairs + held_out, answers)
+    units = [(*pair[:2], *ref) for pair, ref in zip(pairs, reference)]
+    held_out = [(*pair[:2], *ref) for pair, ref in zip(held_out, reference[len(pairs):])]
+
+    # 3. optimizer
+    per_epoch = -(-len(units) // config.batch_size)
+    total = config.steps or max(1, round(config.epochs * per_epoch))
+    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, total)
+    run.start(trainer)
+
+    def loss(group):
+        ref = torch.tensor([unit[2:] for unit in group], device=run.device)                    # [B, 2]
+        return dpo_loss(*answers(group), *ref.T, config.beta, config.variant, config.label_smoothing)
+
+    @torch.no_grad()
+    def evaluate():
+        model.eval()
+        with trainer.autocast():
+            total, info = loss(held_out)
+        return {"eval_loss": float(total) / len(held_out), "eval_accuracy": float(info["rewards/accuracy"]) / len(held_out)}
+
+    # 4. loop
+    order_of = functools.lru_cache(1)(lambda epoch: data.epoch_order([unit[0] for unit in units], config.seed, epoch, config.group))
+    for step in run.steps(trainer, total):
+        model.train()
+        epoch, at = divmod(step, per_epoch)
+        batch = [units[i] for i in order_of(epoch)[at * config.batch_size:(at + 1) * config.batch_size]]
+        info = toolplay.train_step(trainer, batch, loss, rows=lambda unit: list(unit[:2]))
+        if held_out and (trainer.step == total or config.eval_every and trainer.step % config.eval_every == 0):
+            info.update(evaluate())
+        run.log(trainer.step, info, tokens=sum(len(ids) for unit in batch for ids, _ in unit[:2]))
+
+    # 5. save
+    run.save_model(model, tokenizer)
+    run.finish()
+
+
+def datasets(config, tokenizer):
+    """-> (training pairs, held-out pairs); pairs longer than max_tokens are left out and counted."""
+    import data
+    from tools import UserError
+    read = lambda path: data.read_jsonl(path, lambda line: read_pair(line, tokenizer, config.tool_style))  # noqa: E731
+    out = []
+    for split, count, path in (("train", config.examples, config.path), ("dev", config.eval_examples, config.eval_path)):
+        if path or config.source == "jsonl":
+            pairs = read(path) if path else []
+        else:
+            pairs = corrupted_pairs(data.generate(split, count, config.seed, config.mix), tokenizer, config.seed, config.tool_style)
+        fit = [pair for pair in pairs if max(len(ids) for ids, _ in pair[:2]) <= config.max_tokens]
+        if len(fit) < len(pairs):
+            print(f"{len(pairs) - len(fit)} of {len(pairs)} {split} pairs are longer than max_tokens = {config.max_tokens} and left out", file=sys.stderr)
+        if split == "train" and not fit:
+            raise UserError(f"no pair fits max_tokens = {config.max_tokens}; raise it")
+        out.append(fit)
+    return out
+
+
+def reference_logp(run, pairs, answers):
+    """The initial policy's log-probs of all pairs -> [(chosen, rejected)], from the run folder if they are there and fit.
+
+    Must be called before a checkpoint is loaded: the model is the initial policy only until then.
+    """
+    import hashlib
+
+    import toolplay
+    from tools import UserError
+    if run.config.variant in FREE:
+        return [(0.0, 0.0)] * len(pairs)
+    key = hashlib.sha256(json.dumps([run.config.model, run.config.start_from, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
+    path = run.folder / "reference.json"
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["data_sha256"] != key:
+            raise UserError(f"{path}: these log-probs are of other pairs or another model; the data has changed since the run began. Start a new run")
+        return kept["logp"]
+    with torch.no_grad():
+        logp = answers(pairs).T.tolist()
+    if run.rank == 0:
+        toolplay.write_json(path, {"data_sha256": key, "logp": logp})
+    return logp
+
+
+def show(n, config, tokenizer):
+    """Print n pairs: the prompt's last message, and where the two answers differ (green: chosen, red: rejected)."""
+    import difflib
+    pairs, _ = datasets(config, tokenizer)
+    for pair in pairs[:n]:
+        start = next(t for t, m in enumerate(pair.chosen[1]) if m)
+        texts = [tokenizer.decode(ids[start:]).rstrip("\n") for ids, _ in pair[:2]]
+        words = [re.findall(r"\w+|\s+|[^\w\s]", text) for text in texts]
+        marked = ["", ""]
+        for tag, a, b, c, d in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+            for side, (low, high) in enumerate(((a, b), (c, d))):
+                piece = "".join(words[side][low:high])
+                marked[side] += piece if tag == "equal" or not piece else f"\033[{(32, 31)[side]};1m{piece}\033[0m"
+        prompt = tokenizer.decode(pair.chosen[0][:start]).split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
+        print(f"--- {pair.why}\n  prompt    {prompt}\n  chosen    {marked[0]}\n  rejected  {marked[1]}")
+
+
+def main(argv=None):
+    import toolplay
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--show"] and len(argv) in (1, 2):
+        count = int(argv[1]) if argv[1:] and argv[1].isdigit() else 10
+        config = toolplay.load_config({"method": "dpo", "examples": 4 * count})
+        return show(count, config, toolplay.load_model(config.model)[1])
+    toolplay.main(["train", *argv])
+
+
+if __name__ == "__main__":
+    main()

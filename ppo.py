@@ -1,0 +1,485 @@
+"""
+ppo.py - proximal policy optimisation: learn from a score, not from an example
+
+The idea. The model answers, its calls are executed, and a score says how good the whole episode was. Tokens that did
+better than a critic expected become more probable, within a trust region: the probability ratio to the policy that
+sampled them is clipped, and a KL penalty ties the policy to a reference.
+
+    r_t     = - beta KL_t  +  [t is the episode's last token] score                   Ziegler et al. 2019, eq. 2
+    delta_t = r_t + gamma V_{t+1} - V_t
+    A_t     = delta_t + gamma lam A_{t+1}              R_t = A_t + V_t                (1) GAE, Schulman et al. 2016, eq. 16
+    rho_t   = pi(x_t) / pi_old(x_t)
+    L_clip  = - E min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                   (2) PPO, Schulman et al. 2017, eq. 7
+    L_value = E 1/2 max((V_t - R_t)^2, (clip(V_t, V_old +- eps) - R_t)^2)             (3) lm-human-preferences
+    RLOO: A = score_i - mean of the other samples' scores                             (4) Ahmadian et al. 2024, eq. 9
+    GRPO: A = (score_i - mean) / std over the samples of one prompt                   (5) Shao et al. 2024, sec. 4.1.2
+
+t counts the model's own tokens only. Tool results stand between them, but nobody chose them: the recursion (1) steps over
+them as if they were not there, so that no advantage, return or loss depends on how long a tool's answer is. (Recursions
+that walk through them, with mask 0, discount and leak values across: TRL 0.11, OpenRLHF.)
+
+Implementation details, after Huang et al. 2024 (arXiv:2403.17031) and "The 37 implementation details":
+  done     1 KL in the per-token reward (k1, or k3)     2 adaptive KL coefficient (`AdaptiveKL`)     3 score on the last model token
+           5 advantages whitened under the mask, returns computed before     6 gamma 1, lambda 0.95     7 ratio clip 0.2
+           8 value clip 0.2, 1/2 max, coefficient 0.1     9 value head starts at zero     10 logits divided by the temperature
+           everywhere     11 penalty without end token (reward `no_end`)     12 explicit positions (the trie)     14 four epochs,
+           fresh permutations     15 dropout off     16 ratio guard, KL stop     17 averages over model tokens only
+  declined 4 reward whitening (`whiten_rewards`, off: scores have a known scale)     13 lr 1e-5 and Adam eps 1e-5: those are for
+           all weights; adapters take larger steps, and eps 1e-8 is the shared Trainer's
+Departures. The reference is where training starts (the SFT adapter kept aside, or the base model with adapters off): one
+model in memory. RLOO and GRPO take beta KL out of the score instead of adding a KL loss.
+
+    python ppo.py configs/ppo.json          the same as: python toolplay.py train configs/ppo.json
+    python ppo.py --inspect RUN             sampled episodes with reward, advantage and mask of every token
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import torch
+
+
+@dataclass
+class Config:
+    """PPO's own keys; the shared ones are in toolplay.Config. batch_size is the number of episodes in a minibatch."""
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"  # critic, or the other samples of the same prompt as baseline
+    iterations: Annotated[int, "> 0"] = 20             # rounds of sampling and learning
+    prompts: Annotated[int, "> 0"] = 16                # prompts in a round
+    samples: Annotated[int, "> 0"] = 4                 # episodes for each of them
+    ppo_epochs: Annotated[int, "> 0"] = 4              # passes over a round's episodes; 4 as in lm-human-preferences
+    temperature: Annotated[float, "> 0"] = 1.0         # of sampling, and of every log-prob
+    max_new_tokens: Annotated[int, "> 0"] = 64         # bound of each turn
+    max_turns: Annotated[int, "> 0"] = 3               # assistant turns in an episode
+    gamma: Annotated[float, "0 to 1"] = 1.0            # discount
+    lam: Annotated[float, "0 to 1"] = 0.95             # GAE's lambda
+    clip_range: Annotated[float, "> 0"] = 0.2          # eps of (2)
+    dual_clip: Annotated[float, ">= 0"] = 0.0          # bound of rho A for A < 0 (Ye et al. 2020, eq. 5), 3 there; 0: none
+    value_clip: Annotated[float, "> 0"] = 0.2          # eps of (3)
+    vf_coef: Annotated[float, ">= 0"] = 0.1            # weight of the value loss
+    entropy_coef: Annotated[float, ">= 0"] = 0.0       # weight of an entropy bonus
+    kl_coef: Annotated[float, ">= 0"] = 0.05           # beta
+    kl_estimator: Literal["k1", "k3"] = "k1"           # of the KL to the reference
+    kl_target: Annotated[float, ">= 0"] = 0.0          # KL an episode that beta is steered to; 6 in lm-human-preferences; 0: beta is fixed
+    kl_horizon: Annotated[float, "> 0"] = 10000.0      # episodes over which it is steered
+    kl_stop: Annotated[float, ">= 0"] = 0.0            # end a round's learning when KL to the sampling policy, a token, exceeds this; 0: never
+    ratio_guard: Annotated[float, "> 0"] = 10.0        # a minibatch whose mean ratio exceeds this is skipped
+    whiten_rewards: bool = False                       # scale rewards to unit variance (their mean is kept)
+    answers_only: bool = True                          # the reward knows the final number, never the expression
+    reward: str = ""                                   # own reward, "package.module:function" of (case, episode); empty: the components
+    reward_weights: dict = field(default_factory=dict)  # component -> weight, over WEIGHTS
+
+
+# --------------------------------------------------------------------------- 1. pure functions
+
+def model_tokens(x, mask):
+    """The entries of x [B, T] where the mask is 1, in order -> [n]. Sums over them do not depend on what lies between."""
+    return x[mask.bool()]
+
+
+def masked_mean(x, mask):
+    """Mean over the masked entries -> scalar; 0 if there are none."""
+    return model_tokens(x, mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_whiten(x, mask, shift_mean=True):
+    """x [B, T] scaled to variance 1 (with Bessel's correction) over the masked entries; mean 0 too with `shift_mean`. 0 elsewhere."""
+    inside = model_tokens(x, mask)
+    mean = inside.mean()
+    variance = ((inside - mean) ** 2).sum() / max(inside.numel() - 1, 1)
+    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (white if shift_mean else white + mean) * mask
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Equation (1). rewards, values, mask: [B, T] -> (advantages, returns) [B, T], 0 where the mask is 0.
+
+    The model's tokens are moved together first and back afterwards, so that a tool result between two of them is nothing.
+    """
+    order = torch.argsort((mask == 0).int(), dim=1, stable=True)                # [B, T] model tokens first, in their order
+    r, v, m = (x.gather(1, order) for x in (rewards, values, mask.to(values.dtype)))
+    advantage, following, columns = torch.zeros_like(v[:, 0]), torch.zeros_like(v[:, 0]), []
+    for t in reversed(range(v.shape[1])):
+        delta = r[:, t] + gamma * following - v[:, t]                           # [B]
+        advantage = (delta + gamma * lam * advantage) * m[:, t]                 # (1); beyond the last token all is 0
+        following = v[:, t] * m[:, t]
+        columns.append(advantage)
+    packed = torch.stack(columns[::-1], 1)
+    advantages = torch.zeros_like(packed).scatter(1, order, packed)
+    return advantages, (advantages + values) * mask
+
+
+def rloo_advantages(scores):
+    """Equation (4). scores [prompts, samples] -> the same shape; one sample alone has no baseline, and advantage 0."""
+    k = scores.shape[1]
+    return (scores - scores.mean(1, keepdim=True)) * (k / max(k - 1, 1))        # = score - mean of the others
+
+
+def grpo_advantages(scores, eps=1e-4):
+    """Equation (5). scores [prompts, samples] -> the same shape; 0 where all samples of a prompt are equally good."""
+    spread = scores.std(1, keepdim=True) if scores.shape[1] > 1 else torch.zeros_like(scores[:, :1])
+    return (scores - scores.mean(1, keepdim=True)) / (spread + eps)
+
+
+def policy_loss(logp, old_logp, advantages, mask, clip_range=0.2, dual_clip=0.0):
+    """Equation (2) as a sum over the model's tokens. All [B, T] -> (loss, {"tokens", "ratio", "clip_fraction", "approx_kl"}: sums)."""
+    logp, old_logp, advantages = (model_tokens(x, mask) for x in (logp, old_logp, advantages))    # [n]
+    ratio = torch.exp(logp - old_logp)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    gain = torch.minimum(ratio * advantages, clipped * advantages)                                # (2)
+    if dual_clip:
+        gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+    with torch.no_grad():
+        info = {"tokens": mask.sum(), "ratio": ratio.sum(), "clip_fraction": (clipped * advantages < ratio * advantages).float().sum(),
+                "approx_kl": kl_penalty(old_logp, logp, "k3").sum()}
+    return -gain.sum(), info
+
+
+def value_loss(values, old_values, returns, mask, clip_range=0.2):
+    """Equation (3) as a sum over the model's tokens. All [B, T] -> (loss, {"value_clip_fraction": sum})."""
+    values, old_values, returns = (model_tokens(x, mask) for x in (values, old_values, returns))  # [n]
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    plain, bounded = (values - returns) ** 2, (clipped - returns) ** 2
+    return 0.5 * torch.maximum(plain, bounded).sum(), {"value_clip_fraction": (bounded > plain).float().sum()}    # (3)
+
+
+def kl_penalty(logp, ref_logp, estimator="k1"):
+    """KL(policy || reference) of each sampled token, estimated from that token alone (Schulman 2020, joschu.net/blog/kl-approx).
+
+    k1 = log pi - log ref is unbiased; k3 = ref/pi - 1 - log ref/pi is unbiased, never negative, and varies less.
+    """
+    difference = ref_logp - logp
+    return -difference if estimator == "k1" else torch.exp(difference) - 1 - difference
+
+
+def token_rewards(scores, kl, mask, kl_coef):
+    """r_t: - kl_coef * KL on the model's tokens, and the episode's score on its last one. scores [B], kl and mask [B, T]."""
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)                           # [B]
+    rewards = -kl_coef * kl * mask
+    return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype) * mask.any(1, keepdim=True))
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows nothing."""
+    values, returns = model_tokens(values, mask), model_tokens(returns, mask)
+    return float(1 - (returns - values).var() / returns.var()) if returns.numel() > 1 and returns.var() > 0 else 0.0
+
+
+class AdaptiveKL:
+    """Steers beta so that the KL of an episode comes to the target (Ziegler et al. 2019, sec. 2.2); a target of 0 leaves it."""
+
+    def __init__(self, value, target, horizon):
+        self.value, self.target, self.horizon = value, target, horizon
+
+    def update(self, kl, episodes):
+        if self.target:
+            self.value *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * episodes / self.horizon
+        return self.value
+
+
+# --------------------------------------------------------------------------- 2. the reward
+
+# Each component looks at one episode and says how far it has what the name says, 0 to 1. verdicts: eval.judge's.
+# WEIGHTS adds them up; negative weights are faults.
+
+
+def right_format(case, episode, verdicts):
+    """Every call parses and fits its schema, no turn holds a forged result or chat tag, something is said."""
+    from eval import FORGED  # here, so that this file alone gives the losses
+    return float(bool(verdicts["format"]) and not any(FORGED.search(turn) for turn in episode.turns))
+
+
+def right_tool(case, episode, verdicts):
+    """The tool that is due was called, or rightly none. Where only a number is known, the calculator is due."""
+    if verdicts["tool_accuracy"] is None:
+        return float({call.name for call in episode.calls} == {"calculator"})
+    return float(verdicts["tool_accuracy"])
+
+
+def executed(case, episode, verdicts):
+    """Share of calls that gave a result; a crash, a time-out and a malformed call count as none."""
+    results = verdicts["execution"]
+    return sum(results) / len(results) if results else 0.0
+
+
+def calculates(case, episode, verdicts):
+    """Every calculator call works something out: no bare number, no "35 * 1", no result that was known before."""
+    expressions = [call.arguments.get("expression") for call in episode.calls if call.name == "calculator"]
+    prompt = " ".join(message["content"] for message in case.conversation["messages"])
+    return float(bool(expressions) and all(is_calculation(expression, prompt) for expression in expressions))
+
+
+def right_arguments(case, episode, verdicts):
+    """All arguments are the gold ones, where these are known."""
+    return float(bool(verdicts["argument_accuracy"]))
+
+
+def right_answer(case, episode, verdicts):
+    """The final text is right, and tidy; a number that a calculator was there for must be its result, and calculated."""
+    offered = case.answer is not None and any(tool.name == "calculator" for tool in case.conversation["tools"])
+    found = any(r.ok and r.name == "calculator" and math.isclose(r.value, case.answer, rel_tol=1e-6) for r in episode.results) if offered else True
+    return float(bool(verdicts["response_quality"]) and right_format(case, episode, verdicts) and found and (not offered or calculates(case, episode, verdicts)))
+
+
+def needless_call(case, episode, verdicts):
+    """A call where none is due, or the same call again."""
+    calls = [(call.name, json.dumps(call.arguments, sort_keys=True)) for call in episode.calls]
+    return float(case.calls == [] and bool(calls) or len(set(calls)) < len(calls))
+
+
+def length(case, episode, verdicts):
+    """Sampled tokens, 1 at 200 and more."""
+    return min(sum(episode.mask) / 200, 1.0)
+
+
+def no_end(case, episode, verdicts):
+    """The episode did not end by itself."""
+    return float(episode.stop != "end")
+
+
+COMPONENTS = {f.__name__: f for f in (right_format, right_tool, executed, calculates, right_arguments, right_answer, needless_call, length, no_end)}
+WEIGHTS = {"right_format": 0.1, "right_tool": 0.1, "executed": 0.1, "calculates": 0.1, "right_arguments": 0.0, "right_answer": 1.0,
+           "needless_call": -0.3, "length": -0.05, "no_end": -0.3}
+
+
+def is_calculation(expression, prompt):
+    """Whether an expression computes something: two numbers or more, and its result does not stand in it, unless the prompt
+    gave that number too and something else is done with it."""
+    from tools import BUILTIN, Call, execute
+    result = execute(Call("calculator", {"expression": expression}), BUILTIN)
+    numbers, given = ([float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*\.?\d*", str(text))] for text in (expression, prompt))
+    if not result.ok or len(numbers) < 2:
+        return False
+    others = [x for x in numbers if not math.isclose(x, abs(result.value), rel_tol=1e-9)]
+    return len(others) == len(numbers) or abs(result.value) in given and not set(others) <= {0.0, 1.0}
+
+
+def score(case, episode, weights=WEIGHTS):
+    """The reward of an episode -> (weighted sum, {component: value})."""
+    from eval import judge
+    verdicts = judge(case, episode)["verdicts"]
+    parts = {name: COMPONENTS[name](case, episode, verdicts) for name in weights if weights[name]}
+    return sum(weights[name] * value for name, value in parts.items()), parts
+
+
+def custom_reward(path):
+    """The function that "package.module:name" names: (case, episode) -> number."""
+    import pkgutil
+
+    from tools import UserError
+    try:
+        function = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f'reward = {path!r}: cannot import it ({error}); write "package.module:function"') from None
+    if not callable(function):
+        raise UserError(f"reward = {path!r}: it is not a function")
+    return lambda case, episode: (float(function(case, episode)), {})
+
+
+# --------------------------------------------------------------------------- 3. a round of episodes
+
+class ValueHead(torch.nn.Linear):
+    """V_t from the trunk's output before token t: D numbers -> one. Zero at the start, so that the first returns are rewards."""
+
+    def __init__(self, width):
+        super().__init__(width, 1)
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, hidden):
+        return super().forward(hidden)[..., 0]                                  # [B, T, D] -> [B, T]
+
+
+@contextlib.contextmanager
+def reference_policy(model, start):
+    """The model as training found it: with the adapter it started from (`start`, a state), or with none."""
+    import lora
+    if start is None:
+        with lora.lora_disabled(model):
+            yield
+        return
+    live = lora.lora_state(model)
+    kept = {name: tensor.clone() for name, tensor in live.items()}
+    try:
+        with torch.no_grad():
+            for name, tensor in live.items():
+                tensor.copy_(start[name])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in live.items():
+                tensor.copy_(kept[name])
+
+
+def padded(rows, width, device):
+    """Lists of numbers of different length -> [B, width], zeros behind."""
+    return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], dtype=torch.float32, device=device)
+
+
+def advantages_of(config, scores, kl, values, mask, kl_coef):
+    """Scores [prompts * samples] and KL [B, T] of a round -> (advantages, returns, token rewards) [B, T]."""
+    rewards = token_rewards(scores, kl, mask, kl_coef)
+    if config.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
+    if config.advantage == "gae":
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        return masked_whiten(advantages, mask), returns, rewards
+    totals = torch.stack([model_tokens(r, m).sum() for r, m in zip(rewards, mask)]).reshape(-1, config.samples)
+    baseline = {"rloo": rloo_advantages, "grpo": grpo_advantages}[config.advantage]
+    return baseline(totals).reshape(-1, 1) * mask, torch.zeros_like(rewards), rewards
+
+
+# --------------------------------------------------------------------------- 4. training
+
+def train(run):
+    # Imported here so that this file alone gives the losses to anyone who copies it.
+    import data
+    import eval as evaluation
+    import lora
+    import toolplay
+    from tools import UserError
+    config = run.config
+    if not config.lora_r or config.lora_dropout:
+        raise UserError("ppo trains adapters without dropout (the reference is the model without them, the first ratio must be 1): set lora_r > 0 and lora_dropout = 0")
+    weights = {**WEIGHTS, **config.reward_weights}
+    if unknown := set(weights) - set(COMPONENTS):
+        raise UserError(f"reward_weights: unknown component {min(unknown)!r}; components are {', '.join(COMPONENTS)}")
+    reward = custom_reward(config.reward) if config.reward else lambda case, episode: score(case, episode, weights)
+
+    # 1. data: prompts with what is known of their answers
+    cases = [evaluation.as_case(c) for c in (data.read_jsonl(config.path) if config.path else data.generate("train", config.examples, config.seed, config.mix))]
+    held_out = [evaluation.as_case(c) for c in (data.read_jsonl(config.eval_path) if config.eval_path else
+                                                data.generate("dev", config.eval_examples, config.seed, config.mix) if config.eval_examples else [])]
+    if config.answers_only:
+        cases = [case._replace(calls=None, reference=None) if case.answer is not None else case for case in cases]
+
+    # 2. model: policy, reference (the same weights under another adapter), critic
+    model, tokenizer = toolplay.prepare_model(config, run.device)
+    start = {name: tensor.clone() for name, tensor in lora.lora_state(model).items()} if config.start_from else None
+    head = ValueHead(model.get_input_embeddings().weight.shape[1]).to(run.device)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if config.advantage == "gae":
+        parameters.update({f"value_head.{n}": p for n, p in head.named_parameters()})
+
+    # 3. optimizer
+    batch = config.prompts * config.samples
+    minibatches = -(-batch // config.batch_size)
+    per_round = config.ppo_epochs * minibatches
+    trainer = toolplay.Trainer(config, parameters, config.iterations * per_round)
+    run.start(trainer)
+    beta = AdaptiveKL(trainer.extra.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
+
+    def forward(rows, want=("hidden",)):
+        return toolplay.token_logprobs(model, rows, config.temperature, budget=None if torch.is_grad_enabled() else config.micro_tokens, want=want)
+
+    def loss(group):
+        rows, width = [unit["row"] for unit in group], max(len(unit["row"][0]) for unit in group)
+        mask, old_logp, advantages, returns, old_values = (padded([unit[key] for unit in group], width, run.device)
+                                                           for key in ("mask", "logp", "advantages", "returns", "values"))
+        out = forward(rows, ("hidden", "entropy"))
+        policy, info = policy_loss(out["logp"], old_logp, advantages, mask, config.clip_range, config.dual_clip)
+        entropy = model_tokens(out["entropy"], mask).sum()
+        total, info = policy - config.entropy_coef * entropy, {**info, "policy_loss": policy, "entropy": entropy}
+        if config.advantage == "gae":
+            value, more = value_loss(head(out["hidden"]), old_values, returns, mask, config.value_clip)
+            total, info = total + config.vf_coef * value, {**info, **more, "value_loss": value}
+        return total, info
+
+    @torch.no_grad()
+    def play(round_, of):
+        """Episodes of a round, and everything that stays fixed while it is learned from -> (units, log)."""
+        chosen = [case for case in of for _ in range(config.samples)]
+        lora.merge(model)  # the same function, sampled from faster; unmerging is exact
+        episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen], temperature=config.temperature, style=config.tool_style,
+                                    max_new_tokens=config.max_new_tokens, max_turns=config.max_turns, seed=f"{config.seed} round {round_}", batch_size=batch)
+        lora.unmerge(model)
+        scored = [reward(case, episode) for case, episode in zip(chosen, episodes)]
+        scores = torch.tensor([s for s, _ in scored], dtype=torch.float32, device=run.device)
+        rows = [(e.ids, e.mask) for e in episodes]
+        width = max(len(ids) for ids, _ in rows)
+        mask = padded([m for _, m in rows], width, run.device)
+        model.eval()
+        with trainer.autocast():
+            out = forward(rows)
+            with reference_policy(model, start):
+                ref_logp = forward(rows)["logp"]
+        values = head(out["hidden"]) * mask
+        kl = kl_penalty(out["logp"], ref_logp, config.kl_estimator) * mask
+        advantages, returns, rewards = advantages_of(config, scores, kl, values, mask, beta.value)
+        units = [{"row": row, "mask": m.tolist()[:len(row[0])], **{name: x[:len(row[0])].tolist() for name, x in zip(("logp", "advantages", "returns", "values", "rewards"), line)}}
+                 for row, m, *line in zip(rows, mask, out["logp"], advantages, returns, values, rewards)]
+        sampled = padded([e.logp for e in episodes], width, run.device)
+        parts = {name: sum(p[name] for _, p in scored) / batch for name in scored[0][1]}
+        calls = [r.ok for e in episodes for r in e.results]
+        log = {"reward": float(scores.mean()), "reward_std": float(scores.std()) if batch > 1 else 0.0, **{f"reward/{name}": value for name, value in parts.items()},
+               "kl": float(model_tokens(kl, mask).sum()) / batch, "kl_coef": beta.value, "tool_success": sum(calls) / max(len(calls), 1),
+               "response_length": float(mask.sum()) / batch, "sampling_gap": float(((out["logp"] - sampled) * mask).abs().max())}
+        if config.advantage == "gae":
+            log["explained_variance"] = explained_variance(values, returns, mask)
+        return units, [s for s, _ in scored], chosen, episodes, log
+
+    # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
+    for position in run.steps(trainer, trainer.total):
+        round_ = position // per_round
+        order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(config.seed + round_ * config.prompts // len(cases))).tolist()
+        picked = [cases[order[(round_ * config.prompts + n) % len(cases)]] for n in range(config.prompts)]
+        units, scores, chosen, episodes, log = play(round_, picked)
+        sums, count, stopped = {}, 0, False
+        for epoch in range(config.ppo_epochs):
+            order = torch.randperm(batch, generator=torch.Generator().manual_seed(1000 * position + epoch)).tolist()
+            for at in range(0, batch, config.batch_size):
+                group = [units[i] for i in order[at:at + config.batch_size]]
+                info = toolplay.train_step(trainer, group, loss, size=lambda unit: sum(unit["mask"]), rows=lambda unit: [unit["row"]],
+                                           veto=lambda means: means["ratio"] > config.ratio_guard)
+                for name, value in info.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                count += 1
+            stopped = bool(config.kl_stop) and info["approx_kl"] > config.kl_stop
+            if stopped:
+                trainer.step = position + per_round  # the rest of the round is not learned from
+                break
+        log.update({name: value / count for name, value in sums.items() if name not in ("tokens", "terms", "skipped")}, skipped=trainer.skipped, stopped=int(stopped))
+        trainer.extra["kl_coef"] = beta.update(log["kl"], batch)
+        if held_out and (trainer.step >= trainer.total or config.eval_every and (round_ + 1) % config.eval_every == 0):
+            report, _ = evaluation.evaluate(model, tokenizer, held_out, max_new_tokens=config.max_new_tokens, style=config.tool_style, progress=False)
+            log.update({f"eval_{name}": report["metrics"][name]["value"] for name in ("tool_accuracy", "format", "response_quality")})
+        run.log(trainer.step, log, tokens=int(sum(sum(unit["mask"]) for unit in units)))
+        run.samples(trainer.step, [{"prompt": case.conversation["messages"][-1]["content"], "turns": e.turns, "results": [r.text() for r in e.results], "answer": case.answer,
+                                    "score": s, "tokens": [tokenizer.decode([i]) for i in e.ids[e.prompt:]], **{k: u[k][e.prompt:] for k in ("mask", "rewards", "advantages")}}
+                                   for case, e, s, u in list(zip(chosen, episodes, scores, units))[:2 * config.samples:config.samples]])
+
+    # 5. save
+    run.save_model(model, tokenizer)
+    run.finish()
+
+
+def inspect(folder, n=4):
+    """Print the newest kept samples of a run: what was said, and reward and advantage of every token of the model."""
+    from pathlib import Path
+
+    import toolplay
+    lines = toolplay.read_lines(Path(folder) / "samples.jsonl")[-n:]
+    for line in lines:
+        print(f"--- step {line['step']}, score {line['score']:.3f}, answer {line['answer']}\n{line['prompt']}")
+        for token, mask, reward, advantage in zip(line["tokens"], line["mask"], line["rewards"], line["advantages"]):
+            print(f"  {token!r:24}" + (f"reward {reward:+.3f}  advantage {advantage:+.3f}" if mask else "(not the model's)"))
+    if not lines:
+        from tools import UserError
+        raise UserError(f"{folder}: no samples.jsonl; it is no PPO run, or has not finished a round")
+
+
+def main(argv=None):
+    import toolplay
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if len(argv) == 2 and argv[0] == "--inspect":
+        return inspect(argv[1])
+    toolplay.main(["train", *argv])
+
+
+if __name__ == "__main__":
+    main()

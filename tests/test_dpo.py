@@ -1,0 +1,247 @@
+"""dpo.py: each loss by hand, pairs that say what is wrong with them, a reference that is computed once, whole runs."""
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small import model, tokenizer
+
+import data
+import dpo
+import lora
+import toolplay
+from tools import UserError, parse_calls
+
+ROOT = Path(toolplay.__file__).parent
+PC, PR, RC, RR = [torch.tensor(x, dtype=torch.float64) for x in ([-10.0, -3.0, -7.5], [-12.0, -2.5, -7.5], [-11.0, -2.0, -7.5], [-11.5, -4.0, -7.5])]
+H = [(-10 + 11) - (-12 + 11.5), (-3 + 2) - (-2.5 + 4), 0.0]  # 1.5, -2.5, 0
+log_sigmoid = lambda x: -math.log(1 + math.exp(-x))  # noqa: E731
+
+
+# ---------------------------------------------------------------- the losses
+
+@pytest.mark.parametrize("variant, smoothing, by_hand", [
+    ("sigmoid", 0.0, lambda h, b, e: -log_sigmoid(b * h)),
+    ("sigmoid", 0.1, lambda h, b, e: -(1 - e) * log_sigmoid(b * h) - e * log_sigmoid(-b * h)),
+    ("robust", 0.1, lambda h, b, e: (-(1 - e) * log_sigmoid(b * h) + e * log_sigmoid(-b * h)) / (1 - 2 * e)),
+    ("ipo", 0.0, lambda h, b, e: (h - 1 / (2 * b)) ** 2),
+    ("hinge", 0.0, lambda h, b, e: max(0.0, 1 - b * h))])
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_losses_by_hand(variant, smoothing, by_hand, beta):
+    loss, info = dpo.dpo_loss(PC, PR, RC, RR, beta, variant, smoothing)
+    assert loss.item() == pytest.approx(sum(by_hand(h, beta, smoothing) for h in H), rel=1e-12)
+    assert info["rewards/chosen"].item() == pytest.approx(beta * (1 - 1 + 0)) and info["rewards/rejected"].item() == pytest.approx(beta * (-0.5 + 1.5))
+    assert info["rewards/margin"].item() == pytest.approx(beta * sum(H)) and info["rewards/accuracy"].item() == 1
+    assert info["logp/chosen"].item() == -20.5 and info["logp/rejected"].item() == -22
+
+
+def test_simpo_by_hand_needs_no_reference():
+    loss, info = dpo.dpo_loss(PC, PR, None, None, 2.0, "simpo")
+    assert loss.item() == pytest.approx(sum(-log_sigmoid(2 * (c - r) - 0.5) for c, r in [(-10, -12), (-3, -2.5), (-7.5, -7.5)]), rel=1e-12)
+
+
+def test_known_values():
+    zero = torch.zeros(1, dtype=torch.float64)
+    assert dpo.dpo_loss(zero, zero, zero, zero)[0].item() == pytest.approx(math.log(2))     # an untrained policy
+    assert dpo.dpo_loss(zero, zero, zero, zero, 0.1, "ipo")[0].item() == pytest.approx(25)  # (1 / 0.2) ** 2
+    assert dpo.dpo_loss(zero, zero, zero, zero, 0.1, "hinge")[0].item() == 1
+
+
+@pytest.mark.parametrize("variant", dpo.VARIANTS)
+def test_gradients(variant):
+    inputs = [x.clone().requires_grad_() for x in (PC, PR)]
+    assert torch.autograd.gradcheck(lambda a, b: dpo.dpo_loss(a, b, RC, RR, 0.3, variant, 0.1)[0], inputs)
+    dpo.dpo_loss(*inputs, RC, RR, 0.3, variant, 0.1)[0].backward()
+    assert (inputs[0].grad <= 0).all() or variant == "ipo"  # more probability for the chosen answer
+
+
+@pytest.mark.parametrize("variant, smoothing", [("sigmod", 0), ("robust", 0.5), ("sigmoid", 1.0), ("sigmoid", -0.1)])
+def test_meaningless_settings_are_refused(variant, smoothing):
+    with pytest.raises(ValueError, match="variant|label_smoothing"):
+        dpo.dpo_loss(PC, PR, RC, RR, 0.1, variant, smoothing)
+
+
+def test_a_new_variant_is_one_function():
+    try:
+        @dpo.variant
+        def squared(chosen, rejected, beta, label_smoothing):
+            return (beta * (chosen - rejected)) ** 2
+        assert dpo.dpo_loss(PC, PR, RC, RR, 2.0, "squared")[0].item() == pytest.approx(sum(4 * h * h for h in H))
+    finally:
+        del dpo.VARIANTS["squared"]
+
+
+def test_sequence_logp():
+    logp, mask = torch.tensor([[-1.0, -2.0, -4.0], [-1.0, -1.0, -1.0]]), torch.tensor([[0, 1, 1], [0, 0, 0]])
+    assert dpo.sequence_logp(logp, mask).tolist() == [-6, 0] and dpo.sequence_logp(logp, mask, mean=True).tolist() == [-3, 0]
+
+
+def test_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "dpo.py", tmp_path)
+    code = "import sys, dpo, torch; z = torch.zeros(2); print(dpo.dpo_loss(z, z, z, z)[0].item()); assert not {'toolplay', 'data', 'tools', 'transformers'} & set(sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert out.stdout.startswith("1.386"), out.stderr
+
+
+# ---------------------------------------------------------------- pairs
+
+@pytest.fixture(scope="module")
+def gold():
+    return data.generate("train", 400, 3)
+
+
+@pytest.mark.parametrize("name", dpo.CORRUPTIONS)
+def test_corruptions(gold, name):
+    made = [(c, dpo.CORRUPTIONS[name](c, random.Random(n))) for n, c in enumerate(gold)]
+    made = [(c, worse) for c, worse in made if worse]
+    assert len(made) > 20
+    for c, worse in made:
+        better = c["messages"][:len(worse)]
+        assert better[:-1] == worse[:-1] and better[-1] != worse[-1] and worse[-1]["role"] == "assistant"
+        gold_calls, calls = better[-1].get("tool_calls"), worse[-1].get("tool_calls")
+        if name == "wrong_tool":
+            assert calls[0]["name"] != gold_calls[0]["name"] and calls[0]["name"] in dpo.names_of(c)
+        elif name == "malformed":
+            assert parse_calls(worse[-1]["content"])[1] and gold_calls
+        elif name in ("wrong_argument", "missing_argument"):
+            assert calls[0]["name"] == gold_calls[0]["name"] and calls[0]["arguments"] != gold_calls[0]["arguments"]
+        elif name == "missing_call":
+            assert gold_calls and not calls
+        elif name == "needless_call":
+            assert not gold_calls and calls
+        else:
+            assert better[-2]["role"] == "tool" and not calls
+
+
+def test_pairs_share_their_prompt_and_train_only_the_answers(gold):
+    pairs = dpo.corrupted_pairs(gold, tokenizer(), seed=1)
+    assert pairs == dpo.corrupted_pairs(gold, tokenizer(), seed=1) != dpo.corrupted_pairs(gold, tokenizer(), seed=2)
+    assert {pair.why for pair in pairs} == set(dpo.CORRUPTIONS)
+    for pair in pairs:
+        (a, mask_a), (b, mask_b) = pair[:2]
+        start = mask_a.index(1)
+        assert a[:start] == b[:start] and mask_b.index(1) == start and sum(mask_b)
+        assert (b[-1] == 257 or tokenizer().decode(b)[-1] == "\n") is (pair.why != "endless")
+
+
+def test_earlier_answers_and_tool_results_are_not_trained():
+    prompt = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "EARLIER"}, {"role": "user", "content": "2+2"}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2+2"}}]}
+    answer = lambda text: [call, {"role": "tool", "content": '{"result": 4}'}, {"role": "assistant", "content": text}]  # noqa: E731
+    pair = dpo.read_pair({"prompt": prompt, "chosen": answer("4"), "rejected": answer("5"), "tools": ["calculator"]}, tokenizer())
+    for (ids, mask), text in zip(pair[:2], "45"):
+        trained = tokenizer().decode([i for i, m in zip(ids, mask) if m])
+        assert "EARLIER" not in trained and "result" not in trained and trained.endswith(f"{text}<|im_end|>") and trained.startswith("<tool_call>")
+
+
+def test_pairs_as_trl_writes_them():
+    text = {"prompt": "2+2", "chosen": "4", "rejected": "5"}
+    lists = {key: [{"role": "user" if key == "prompt" else "assistant", "content": value}] for key, value in text.items()}
+    whole = {"chosen": lists["prompt"] + lists["chosen"], "rejected": lists["prompt"] + lists["rejected"]}
+    assert dpo.read_pair(text, tokenizer()) == dpo.read_pair(lists, tokenizer()) == dpo.read_pair(whole, tokenizer())
+
+
+@pytest.mark.parametrize("line", [[], {"chosen": "a"}, {"chosen": "a", "rejected": "b"}, {"prompt": "x", "chosen": "a", "rejected": "a"}, {"prompt": 1, "chosen": "a", "rejected": "b"},
+                                  {"prompt": "x", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}])
+def test_bad_pairs_are_named(line):
+    with pytest.raises(UserError):
+        dpo.read_pair(line, tokenizer())
+
+
+# ---------------------------------------------------------------- training
+
+def config(tmp_path, **more):
+    return toolplay.load_config({"method": "dpo", "model": "tiny", "examples": 16, "eval_examples": 4, "max_tokens": 4000, "batch_size": 4, "lora_r": 2, "steps": 4,
+                                 "eval_every": 2, "save_every": 1, "lr": 0.01, "run_dir": str(tmp_path / "run"), **more})
+
+
+def train(config, resume=False):
+    dpo.train(toolplay.Run(config, resume))
+    return [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("variant", dpo.VARIANTS)
+def test_a_run(tmp_path, variant, capsys):
+    lines = train(config(tmp_path, variant=variant))
+    assert "times fewer" in capsys.readouterr().err
+    first = {"sigmoid": math.log(2), "robust": math.log(2), "ipo": 25, "hinge": 1}
+    if variant in first:  # the policy starts as its reference
+        assert lines[0]["loss"] == pytest.approx(first[variant], abs=1e-5) and lines[0]["rewards/margin"] == pytest.approx(0, abs=1e-5)
+    assert {"rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logp/chosen", "logp/rejected"} <= set(lines[0])
+    assert "eval_accuracy" in lines[1] and (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_it_learns_the_preference(tmp_path, monkeypatch):
+    net, tok = model("llama"), tokenizer()  # tiny is too faint to learn much
+    monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (net, tok))
+    lines = train(config(tmp_path, steps=30, examples=8, batch_size=8, eval_examples=0, lr=0.02))
+    assert lines[-1]["rewards/accuracy"] == 1 and lines[-1]["rewards/margin"] > 0.5
+
+
+def test_any_split_into_micro_batches_gives_the_same_run(tmp_path):
+    runs = [train(config(tmp_path / str(budget), micro_tokens=budget, batch_size=3, steps=3))[:3] for budget in (1, 900, 10 ** 6)]
+    for one, other in zip(runs[0] * 2, runs[1] + runs[2]):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5) and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_resume_is_bit_identical_and_reads_the_reference(tmp_path, monkeypatch):
+    whole = config(tmp_path / "a")
+    train(whole)
+    cut = config(tmp_path / "b")
+    log = toolplay.Run.log
+
+    def stop(self, step, metrics, tokens=0):
+        log(self, step, metrics, tokens)
+        if step == 3:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(toolplay.Run, "log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    monkeypatch.setattr(dpo, "sequence_logp", lambda *a, f=dpo.sequence_logp: f(*a) if torch.is_grad_enabled() or a[0].shape[0] < 20 else pytest.fail("reference computed again"))
+    train(cut, resume=True)
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "reference.json"):
+        assert (Path(whole.run_dir) / name).read_bytes() == (Path(cut.run_dir) / name).read_bytes(), name
+
+
+def test_other_data_than_the_reference_was_computed_on_is_refused(tmp_path):
+    c = config(tmp_path)
+    train(c)
+    path = Path(c.run_dir) / "reference.json"
+    path.write_text(path.read_text().replace('"data_sha256": "', '"data_sha256": "0'))
+    with pytest.raises(UserError, match="reference.json.*data has changed"):
+        train(c, resume=True)
+
+
+def test_the_reference_is_where_training_starts(tmp_path):
+    """From the base model that is the base model; from an SFT run it is that run."""
+    base = config(tmp_path / "base")
+    train(base)
+    net, tok = toolplay.load_model("tiny")
+    pairs, held_out = dpo.datasets(base, tok)
+    rows = [row for pair in pairs + held_out for row in pair[:2]]
+    logp = lambda net: torch.stack([toolplay.token_logprobs(net, [row]).sum() for row in rows]).reshape(-1, 2)  # noqa: E731
+    kept = lambda c: torch.tensor(json.loads((Path(c.run_dir) / "reference.json").read_text())["logp"])  # noqa: E731
+    with torch.no_grad():
+        assert (kept(base) - logp(net)).abs().max() < 1e-3
+    after = config(tmp_path / "after", start_from=base.run_dir)
+    train(after)
+    with torch.no_grad():
+        lora.load_adapter(net, Path(base.run_dir) / "adapter")
+        assert (kept(after) - logp(net)).abs().max() < 1e-3
+    assert (kept(after) - kept(base)).abs().max() > 1e-2
+
+
+def test_tiny_config_and_show(capsys):
+    assert toolplay.load_config(ROOT / "configs" / "dpo_tiny.json").method == "dpo"
+    config_ = toolplay.load_config({"method": "dpo", "model": "tiny", "examples": 12, "max_tokens": 4000})
+    dpo.show(5, config_, tokenizer())
+    out = capsys.readouterr().out
+    assert out.count("---") == 5 and "\033[32;1m" in out and "\033[31;1m" in out
+
+
