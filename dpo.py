@@ -6,7 +6,7 @@ would fit a reward model to such judgements and then maximise it under a KL pena
 al. (2023, arXiv:2305.18290) solve that problem in closed form: the best policy's own log-ratio to the reference is the
 reward, so that the judgements can be fitted directly, with a classifier's loss and without sampling.
 
-    r(x, y) = beta log pi(y|x) / pi_ref(y|x)                                        implicit reward           (5)
+    r(x, y) = beta log pi(y|x) / pi_ref(y|x)  + a term of x alone, which cancels    implicit reward           (5)
     h       = log pi(y_w|x) / pi_ref(y_w|x)  -  log pi(y_l|x) / pi_ref(y_l|x)       log-ratio difference
     L_DPO   = - E log sigmoid(beta h)                                                                         (7)
 
@@ -22,7 +22,7 @@ What to watch: `logp/chosen` often falls, although it should rise; the loss only
 (Pal et al. 2024, arXiv:2402.13228). A fall to nothing means a beta too small or a step too large.
 
     python dpo.py configs/dpo.json          the same as: python toolplay.py train configs/dpo.json
-    python dpo.py --show 10                 pairs, with what differs highlighted
+    python dpo.py --show 10 [CONFIG]        pairs, with what differs highlighted
 """
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ import re
 import sys
 from collections import namedtuple
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -42,9 +43,15 @@ import torch.nn.functional as F
 @dataclass
 class Config:
     """DPO's own keys; the shared ones are in toolplay.Config. A pairs file is `source: jsonl` with its `path`."""
+    pairs: Literal["corrupted", "sampled"] = "corrupted"         # gold against a faulty copy, or the policy's own best against its worst
+    samples: Annotated[int, "> 0"] = 4   # sampled: answers to each prompt, scored with ppo.py's reward
+    temperature: Annotated[float, "> 0"] = 1.0                   # sampled: of the sampling
+    max_new_tokens: Annotated[int, "> 0"] = 64                   # sampled: bound of each turn
+    min_gap: Annotated[float, "> 0"] = 0.1                       # sampled: best and worst must differ by this much in reward
     variant: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"  # the loss, see VARIANTS
     beta: Annotated[float, "> 0"] = 0.1  # strength of the tie to the reference; 0.1 as in the paper
     label_smoothing: Annotated[float, "0 to 1"] = 0.0            # share of judgements taken to be wrong (sigmoid, robust)
+    simpo_margin: Annotated[float, ">= 0"] = 0.5                 # SimPO's gamma; its beta is 2 to 2.5 in the paper
 
 
 # --------------------------------------------------------------------------- 1. the losses
@@ -55,7 +62,7 @@ FREE = {"simpo"}          # they need no reference
 
 
 def variant(function):
-    """Register a loss: chosen and rejected are log-ratios to the reference, [B] (without one: the log-probs)."""
+    """Register a loss of (chosen, rejected, beta, label_smoothing): log-ratios to the reference, [B] (without one: the log-probs)."""
     VARIANTS[function.__name__] = function
     return function
 
@@ -87,12 +94,12 @@ def hinge(chosen, rejected, beta, label_smoothing):
 
 
 @variant
-def simpo(chosen, rejected, beta, label_smoothing, margin=0.5):
+def simpo(chosen, rejected, beta, label_smoothing, margin):
     """SimPO: no reference, mean log-probs, a target margin (Meng et al. 2024, arXiv:2405.14734, eq. 6)."""
     return -F.logsigmoid(beta * (chosen - rejected) - margin)
 
 
-def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp, beta=0.1, variant="sigmoid", label_smoothing=0.0):
+def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp, beta=0.1, variant="sigmoid", label_smoothing=0.0, simpo_margin=0.5):
     """The loss of B pairs, as a sum.
 
     *_logp: [B] log-probs of whole answers, sums over their trained tokens (for ipo and simpo: means, see
@@ -108,7 +115,8 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
         chosen, rejected = policy_chosen_logp, policy_rejected_logp                            # [B]
     else:
         chosen, rejected = policy_chosen_logp - ref_chosen_logp, policy_rejected_logp - ref_rejected_logp
-    losses = VARIANTS[variant](chosen, rejected, beta, label_smoothing)                         # [B]
+    more = {"margin": simpo_margin} if variant == "simpo" else {}
+    losses = VARIANTS[variant](chosen, rejected, beta, label_smoothing, **more)                 # [B]
     with torch.no_grad():
         info = {"rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected, "rewards/margin": beta * (chosen - rejected),
                 "rewards/accuracy": (chosen > rejected).float(), "logp/chosen": policy_chosen_logp, "logp/rejected": policy_rejected_logp}
@@ -154,6 +162,8 @@ def malformed(conversation, rng):
 
 def wrong_argument(conversation, rng):
     """An operator or a number changed, half of a city's name, a word of the question left out."""
+    from eval import same_call  # here, so that this file alone gives the losses
+    from tools import Call
     at, calls = first_call(conversation)
     texts = [(key, value) for key, value in (calls[0]["arguments"].items() if calls else ()) if isinstance(value, str)]
     if not texts:
@@ -164,8 +174,9 @@ def wrong_argument(conversation, rng):
                value.translate(str.maketrans("+-*/", "-+/*")) if key == "expression" else value,
                " ".join(w for i, w in enumerate(words) if i != hash_of(value) % len(words)) if len(words) > 1 else value[:-2],
                {"celsius": "fahrenheit", "fahrenheit": "celsius"}.get(value, value)]
-    changes = [c for c in changes if c.strip() and c != value]
-    return until(conversation, at, tool_calls=[{**calls[0], "arguments": {**calls[0]["arguments"], key: rng.choice(changes)}}]) if changes else None
+    worse = [{**calls[0], "arguments": {**calls[0]["arguments"], key: c}} for c in changes if c.strip()]
+    worse = [call for call in worse if not same_call(Call(**calls[0]), Call(**call))]  # a filler word less is no fault
+    return until(conversation, at, tool_calls=[rng.choice(worse)]) if worse else None
 
 
 def missing_argument(conversation, rng):
@@ -177,8 +188,8 @@ def missing_argument(conversation, rng):
 def missing_call(conversation, rng):
     """An answer out of the blue where a tool should have been asked."""
     at, calls = first_call(conversation)
-    guess = rng.choice([f"The answer is {rng.randint(2, 999)}.", f"It is about {rng.randint(2, 40)}.", "I'm sorry, I can't help with that.",
-                        "I'm a helpful assistant. What can I do for you?"])
+    guess = rng.choice([f"The answer is {rng.randint(2, 999)}.", f"It is about {rng.randint(2, 40)}.", f"That comes to {rng.randint(10, 5000)}.",
+                        f"It's {rng.randint(-5, 35)}°C and sunny.", f"It happened in {rng.randint(1500, 2020)}.", f"I think it is {rng.randint(2, 90)}, more or less."])
     return until(conversation, at, content=guess) if calls else None
 
 
@@ -195,7 +206,9 @@ def ignores_result(conversation, rng):
     if at is None:
         return None
     other = re.sub(r"\d+", lambda m: str(int(m.group()) + rng.randint(1, 30)), text)
-    return until(conversation, at, content=other if other != text else "I'm a helpful assistant. I don't know that.")
+    if other == text or '"error"' in conversation["messages"][at - 1]["content"]:  # nothing found, or an error: made up instead
+        other = rng.choice([f"It is {rng.randint(2, 400)}.", f"It's {rng.randint(-5, 35)}°C there and sunny.", f"That was in {rng.randint(1500, 2020)}."])
+    return until(conversation, at, content=other)
 
 
 def endless(conversation, rng):
@@ -236,7 +249,7 @@ def tempting_call(name, conversation):
     """A call such as a model makes that looks at single words: the numbers, the capitalised word, the whole message."""
     text = next(m["content"] for m in conversation["messages"] if m["role"] == "user")
     numbers, capital = re.findall(r"\d[\d.]*", text), re.findall(r"(?<!^)\b[A-Z]\w+", text)
-    arguments = {"calculator": {"expression": " * ".join(numbers[:2]) or "1 + 1"}, "weather": {"city": (capital or text.rstrip("?.! ").split())[-1]}}
+    arguments = {"calculator": {"expression": " * ".join(numbers[:2]) or "1 + 1"}, "weather": {"city": (capital or text.rstrip("?.! ").split() or ["here"])[-1]}}
     return {"name": name, "arguments": arguments.get(name, {"query": text.rstrip("?. ")})}
 
 
@@ -248,9 +261,8 @@ def corrupted_pairs(conversations, tokenizer, seed=0, style="signature"):
         for name in rng.sample(list(CORRUPTIONS), len(CORRUPTIONS)):
             worse = CORRUPTIONS[name](conversation, rng)
             if worse:
-                better = conversation["messages"][:len(worse)]
-                prompt = next(i for i, m in enumerate(better) if m["role"] == "assistant")
-                pairs.append(pair_of({**conversation, "messages": better[:prompt]}, better[prompt:], worse[prompt:], tokenizer, style, name))
+                *shared, better = conversation["messages"][:len(worse)]
+                pairs.append(pair_of({**conversation, "messages": shared}, [better], worse[-1:], tokenizer, style, name))
                 break
     return pairs
 
@@ -282,7 +294,7 @@ def read_pair(line, tokenizer, style="signature"):
     prompt, chosen, rejected = as_messages(line.get("prompt", []), "user"), as_messages(line["chosen"], "assistant"), as_messages(line["rejected"], "assistant")
     if not all(isinstance(part, list) for part in (prompt, chosen, rejected)):
         raise UserError('"prompt", "chosen" and "rejected" are texts or lists of messages')
-    while not line.get("prompt") and chosen and rejected and chosen[0] == rejected[0]:
+    while chosen and rejected and chosen[0] == rejected[0]:  # what both share is prompt: in means it would not cancel
         prompt, chosen, rejected = [*prompt, chosen[0]], chosen[1:], rejected[1:]
     if not prompt or not chosen or not rejected or chosen == rejected:
         raise UserError("the pair has no prompt, or its answers do not differ")
@@ -299,11 +311,17 @@ def train(run):
     import data
     import toolplay
     from sft import pad_mask
+    from tools import UserError
     config = run.config
+    if config.lora_dropout or config.label_smoothing >= (0.5 if config.variant == "robust" else 1):
+        raise UserError("dpo: lora_dropout must be 0 (the reference is the same model), label_smoothing below 1, and below 0.5 for robust")
 
-    # 1. data: pairs of rows, and the initial policy's log-probs of them
+    # 1. data: pairs of rows
     model, tokenizer = toolplay.prepare_model(config, run.device)
-    pairs, held_out = datasets(config, tokenizer)
+    if config.pairs == "sampled" and config.source == "manual":
+        pairs, held_out = sampled_datasets(run, model, tokenizer)
+    else:
+        pairs, held_out = datasets(config, tokenizer)
     tokens = sum(len(ids) for pair in pairs for ids, _ in pair[:2])
     nodes = sum(len(toolplay.Trie([list(ids) for ids, _ in pair[:2]])) for pair in pairs)
     print(f"{len(pairs)} pairs: {tokens} tokens, {nodes} trie nodes, {tokens / nodes:.2f} times fewer for sharing the prompt within a pair alone", file=sys.stderr)
@@ -314,32 +332,30 @@ def train(run):
         logp = toolplay.token_logprobs(model, rows, budget=None if torch.is_grad_enabled() else config.micro_tokens)
         return sequence_logp(logp, pad_mask(rows, run.device), config.variant in MEAN).reshape(-1, 2).T
 
-    # 2. reference
-    reference = reference_logp(run, pairs + held_out, answers)
+    # 2. reference: under the trainer's precision, or the first log-ratios would not be 0
+    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, 1)
+    reference = reference_logp(run, pairs + held_out, answers, trainer.autocast)
     units = [(*pair[:2], *ref) for pair, ref in zip(pairs, reference)]
     held_out = [(*pair[:2], *ref) for pair, ref in zip(held_out, reference[len(pairs):])]
 
     # 3. optimizer
     per_epoch = -(-len(units) // config.batch_size)
-    total = config.steps or max(1, round(config.epochs * per_epoch))
-    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, total)
+    total = trainer.total = config.steps or max(1, round(config.epochs * per_epoch))
     run.start(trainer)
 
     def loss(group):
         ref = torch.tensor([unit[2:] for unit in group], device=run.device)                    # [B, 2]
-        return dpo_loss(*answers(group), *ref.T, config.beta, config.variant, config.label_smoothing)
+        return dpo_loss(*answers(group), *ref.T, config.beta, config.variant, config.label_smoothing, config.simpo_margin)
 
     @torch.no_grad()
     def evaluate():
-        model.eval()
         with trainer.autocast():
             total, info = loss(held_out)
         return {"eval_loss": float(total) / len(held_out), "eval_accuracy": float(info["rewards/accuracy"]) / len(held_out)}
 
     # 4. loop
     order_of = functools.lru_cache(1)(lambda epoch: data.epoch_order([unit[0] for unit in units], config.seed, epoch, config.group))
-    for step in run.steps(trainer, total):
-        model.train()
+    for step in run.steps(trainer, total):  # always in eval mode: with dropout the policy would not be compared with its reference alone
         epoch, at = divmod(step, per_epoch)
         batch = [units[i] for i in order_of(epoch)[at * config.batch_size:(at + 1) * config.batch_size]]
         info = toolplay.train_step(trainer, batch, loss, rows=lambda unit: list(unit[:2]))
@@ -372,8 +388,53 @@ def datasets(config, tokenizer):
     return out
 
 
-def reference_logp(run, pairs, answers):
-    """The initial policy's log-probs of all pairs -> [(chosen, rejected)], from the run folder if they are there and fit.
+def sampled_pairs(model, tokenizer, conversations, config):
+    """On-policy pairs: of `samples` answers to each prompt the best against the worst, if the reward tells them apart.
+
+    The rows are the sampled ids themselves, token for token.
+    """
+    import eval as evaluation
+    import toolplay
+    from ppo import score
+    cases = [evaluation.as_case(c) for c in conversations]
+    chats = [case.conversation for case in cases for _ in range(config.samples)]
+    episodes = toolplay.rollout(model, tokenizer, chats, temperature=config.temperature, max_new_tokens=config.max_new_tokens, style=config.tool_style,
+                                seed=f"{config.seed} pairs", batch_size=64)
+    pairs = []
+    for n, case in enumerate(cases):
+        tries = episodes[n * config.samples:(n + 1) * config.samples]
+        scores = [score(case, episode)[0] for episode in tries]
+        best, worst = scores.index(max(scores)), scores.index(min(scores))
+        if scores[best] - scores[worst] >= config.min_gap:
+            pairs.append(Pair(*[(tries[i].ids, tries[i].mask) for i in (best, worst)], f"reward {scores[best]:.2f} against {scores[worst]:.2f}"))
+    return pairs
+
+
+def sampled_datasets(run, model, tokenizer):
+    """-> (training pairs, held-out pairs) sampled from the initial policy, once: they are kept in the run folder."""
+    import data
+    import lora
+    import toolplay
+    from tools import UserError
+    config, path = run.config, run.folder / "pairs.json"
+    if not path.exists():
+        if config.lora_r:
+            lora.merge(model)  # the same function, sampled from faster; unmerging is exact
+        out = [sampled_pairs(model, tokenizer, data.generate(split, count, config.seed, config.mix), config) if count else []
+               for split, count in (("train", config.examples), ("dev", config.eval_examples))]
+        if config.lora_r:
+            lora.unmerge(model)
+        print(f"{len(out[0])} of {config.examples} prompts gave a pair: the others' {config.samples} answers are equally good", file=sys.stderr)
+        if not out[0]:
+            raise UserError("no prompt gave a pair: raise temperature or samples, or start_from a run that gets some prompts right")
+        if run.rank:
+            return out
+        toolplay.write_json(path, out)
+    return [[Pair(*map(tuple, pair[:2]), pair[2]) for pair in part] for part in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def reference_logp(run, pairs, answers, autocast):
+    """The initial policy's log-probs of all pairs -> [[chosen, rejected]], from the run folder if they are there and fit.
 
     Must be called before a checkpoint is loaded: the model is the initial policy only until then.
     """
@@ -383,14 +444,15 @@ def reference_logp(run, pairs, answers):
     from tools import UserError
     if run.config.variant in FREE:
         return [(0.0, 0.0)] * len(pairs)
-    key = hashlib.sha256(json.dumps([run.config.model, run.config.start_from, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
+    weights = [hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(Path(run.config.start_from, "adapter").glob("*.safetensors"))] if run.config.start_from else []
+    key = hashlib.sha256(json.dumps([run.config.model, weights, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
     path = run.folder / "reference.json"
     if path.exists():
         kept = json.loads(path.read_text())
         if kept["data_sha256"] != key:
             raise UserError(f"{path}: these log-probs are of other pairs or another model; the data has changed since the run began. Start a new run")
         return kept["logp"]
-    with torch.no_grad():
+    with torch.no_grad(), autocast():
         logp = answers(pairs).T.tolist()
     if run.rank == 0:
         toolplay.write_json(path, {"data_sha256": key, "logp": logp})
@@ -417,11 +479,13 @@ def show(n, config, tokenizer):
 def main(argv=None):
     import toolplay
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["--show"] and len(argv) in (1, 2):
+    if argv[:1] != ["--show"]:
+        return toolplay.main(["train", *argv])
+    with toolplay.one_line_errors():
         count = int(argv[1]) if argv[1:] and argv[1].isdigit() else 10
-        config = toolplay.load_config({"method": "dpo", "examples": 4 * count})
-        return show(count, config, toolplay.load_model(config.model)[1])
-    toolplay.main(["train", *argv])
+        configs = [a for a in argv[1:] if a.endswith(".json")]
+        config = toolplay.load_config(configs[0] if configs else {"method": "dpo", "examples": 4 * count}, [a for a in argv if a[:2] == "--" and a != "--show"])
+        show(count, config, toolplay.load_model(config.model)[1])
 
 
 if __name__ == "__main__":

@@ -306,7 +306,82 @@ def format_report(report, title, records=None, show_failures=10):
     return "\n\n".join(parts + [f"{len(failed)} cases failed in some way; {min(show_failures, len(failed))} shown."] * bool(records))
 
 
-# --------------------------------------------------------------------------- 6. with a model
+# --------------------------------------------------------------------------- 6. runs against each other
+
+def columns_of(records):
+    """Records -> {metric: one number per case, nan where it does not apply} and which cases have a call due."""
+    def number(verdict):
+        verdict = float(np.mean(verdict)) if isinstance(verdict, list) and verdict else verdict
+        return np.nan if verdict is None or verdict == [] else float(verdict)
+    return {name: np.array([number(r["verdicts"][name]) for r in records]) for name in METRICS}, np.array([bool(r["due"]) for r in records])
+
+
+def compare(groups, draws=2000):
+    """{label: [records of each seed]} on the same cases -> {label: {metric: {"value", "low", "high", "difference", "d_low", "d_high", "n", "seeds"}}}.
+
+    A value is the mean over seeds and cases; its interval comes from a bootstrap that draws cases and, where there are
+    several, seeds (fixed seed of its own). The difference is to the first label on the same drawn cases: paired.
+    """
+    rng = np.random.default_rng(0)
+    tables = {label: [columns_of(records) for records in seeds] for label, seeds in groups.items()}
+    cases = len(next(iter(groups.values()))[0])
+    picks = [np.arange(cases)] + [rng.integers(0, cases, cases) for _ in range(draws)]
+    chosen = {label: [np.arange(len(seeds))] + [rng.integers(0, len(seeds), len(seeds)) for _ in range(draws)] for label, seeds in tables.items()}
+
+    def value(tables, name, pick):
+        if name != "overall":
+            found = np.concatenate([columns[name][pick] for columns, _ in tables])
+            return np.nan if np.isnan(found).all() else float(np.nanmean(found))
+        sides = [np.concatenate([columns[name][pick][due[pick] == side] for columns, due in tables]) for side in (True, False)]
+        sides = [side[~np.isnan(side)] for side in sides]
+        rates = [float(side.mean()) for side in sides if len(side)]
+        return float(np.prod(rates) ** (1 / len(rates))) if rates else np.nan
+    out, first = {label: {} for label in groups}, next(iter(groups))
+    for name in METRICS:
+        at = {label: np.array([value([seeds[s] for s in choice], name, pick) for choice, pick in zip(chosen[label], picks)]) for label, seeds in tables.items()}
+        for label, values in at.items():
+            low, high, d_low, d_high = [np.nan] * 4 if np.isnan(values).all() else (*np.nanpercentile(values[1:], [2.5, 97.5]),
+                                                                                   *np.nanpercentile((values - at[first])[1:], [2.5, 97.5]))
+            out[label][name] = {"value": values[0], "low": low, "high": high, "difference": values[0] - at[first][0], "d_low": d_low, "d_high": d_high,
+                                "n": int((~np.isnan(tables[label][0][0][name])).sum()), "seeds": len(tables[label])}
+    return out
+
+
+def compare_command(args):
+    """Compare runs on the same cases: each metric with its interval, paired differences to the first, seeds aggregated."""
+    import toolplay
+    groups, same = {}, None
+    for folder in map(Path, args.runs):
+        try:
+            result, config = json.loads((folder / "eval.json").read_text(encoding="utf-8")), json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: no result to compare ({type(error).__name__}); make one: python eval.py --run {folder}") from None
+        records = result.get("records") or []
+        cases = [(r["id"], r["prompt"]) for r in records]
+        if same is not None and cases != same or not cases:
+            raise UserError(f"{folder}: its eval.json is of other cases than {args.runs[0]}'s; run eval on all with the same --data, --n and --seed")
+        same = cases
+        settings = {k: v for k, v in config.items() if k not in ("seed", "run_dir", "comment", "provenance") and not k.startswith("wandb")}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append((folder, records))
+    labelled = {}
+    for members in groups.values():
+        label = re.sub(r"[-_.]?(s|seed)?[-_]?\d*$", "", members[0][0].name) if len(members) > 1 else members[0][0].name
+        label = label if label and label not in labelled else str(members[0][0])
+        labelled[label] = [records for _, records in members]
+    result = compare(labelled)
+    first = next(iter(result))
+    cell = lambda m, difference: "-" if m["value"] != m["value"] else f'{m["value"]:.3f} [{m["low"]:.2f}, {m["high"]:.2f}]' + (  # noqa: E731
+        f' ({m["difference"]:+.3f} [{m["d_low"]:+.2f}, {m["d_high"]:+.2f}])' if difference else "")
+    print(table(["metric", *(f"{label} ({len(labelled[label])} seed{'s' * (len(labelled[label]) > 1)})" for label in result)],
+                [[name, *(cell(of[name], label != first) for label, of in result.items())] for name in METRICS]))
+    print(f"\n{len(same)} cases; value [95 % interval] (paired difference to {first} [95 % interval])")
+    if args.csv:
+        keys = ["value", "low", "high", "difference", "d_low", "d_high", "n", "seeds"]
+        lines = [",".join(["run", "metric", *keys])] + [",".join([label, name, *(f"{of[name][k]:.6g}" for k in keys)]) for label, of in result.items() for name in METRICS]
+        toolplay.write_atomic(args.csv, lambda p: p.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------- 7. with a model
 
 def evaluate(model, tokenizer, cases, batch_size=128, max_new_tokens=96, style="signature", progress=True):
     """Greedy rollouts of the cases (Case objects, or what as_case takes) -> (report, records in the order of the cases)."""

@@ -27,7 +27,8 @@ Implementation details, after Huang et al. 2024 (arXiv:2403.17031) and "The 37 i
   declined 4 reward whitening (`whiten_rewards`, off: scores have a known scale)     13 lr 1e-5 and Adam eps 1e-5: those are for
            all weights; adapters take larger steps, and eps 1e-8 is the shared Trainer's
 Departures. The reference is where training starts (the SFT adapter kept aside, or the base model with adapters off): one
-model in memory. RLOO and GRPO take beta KL out of the score instead of adding a KL loss.
+model in memory. RLOO and GRPO take beta KL out of the score instead of adding a KL loss, and average over all tokens, not
+first over each episode's. Under torchrun every rank plays the whole round; only the learning is shared out.
 
     python ppo.py configs/ppo.json          the same as: python toolplay.py train configs/ppo.json
     python ppo.py --inspect RUN             sampled episodes with reward, advantage and mask of every token
@@ -35,8 +36,10 @@ model in memory. RLOO and GRPO take beta KL out of the score instead of adding a
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
+import random
 import re
 import sys
 from dataclasses import dataclass, field
@@ -120,10 +123,13 @@ def rloo_advantages(scores):
     return (scores - scores.mean(1, keepdim=True)) * (k / max(k - 1, 1))        # = score - mean of the others
 
 
-def grpo_advantages(scores, eps=1e-4):
-    """Equation (5). scores [prompts, samples] -> the same shape; 0 where all samples of a prompt are equally good."""
+def grpo_advantages(scores, eps=1e-4, least=0.02):
+    """Equation (5). scores [prompts, samples] -> the same shape; 0 where the samples of a prompt differ by less than `least`.
+
+    Without that bound, two answers that differ by a few tokens of length would count as much as right and wrong.
+    """
     spread = scores.std(1, keepdim=True) if scores.shape[1] > 1 else torch.zeros_like(scores[:, :1])
-    return (scores - scores.mean(1, keepdim=True)) / (spread + eps)
+    return torch.where(spread < least, 0.0, (scores - scores.mean(1, keepdim=True)) / (spread + eps))
 
 
 def policy_loss(logp, old_logp, advantages, mask, clip_range=0.2, dual_clip=0.0):
@@ -177,7 +183,7 @@ class AdaptiveKL:
         self.value, self.target, self.horizon = value, target, horizon
 
     def update(self, kl, episodes):
-        if self.target:
+        if self.target and math.isfinite(kl):
             self.value *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * episodes / self.horizon
         return self.value
 
@@ -189,15 +195,15 @@ class AdaptiveKL:
 
 
 def right_format(case, episode, verdicts):
-    """Every call parses and fits its schema, no turn holds a forged result or chat tag, something is said."""
+    """Every call parses and fits its schema, no turn holds a forged result or chat tag, and something is said in the end."""
     from eval import FORGED  # here, so that this file alone gives the losses
-    return float(bool(verdicts["format"]) and not any(FORGED.search(turn) for turn in episode.turns))
+    return float(bool(verdicts["format"]) and bool(episode.final.strip()) and not any(FORGED.search(turn) for turn in episode.turns))
 
 
 def right_tool(case, episode, verdicts):
     """The tool that is due was called, or rightly none. Where only a number is known, the calculator is due."""
     if verdicts["tool_accuracy"] is None:
-        return float({call.name for call in episode.calls} == {"calculator"})
+        return float(counts(case) and {call.name for call in episode.calls} == {"calculator"})
     return float(verdicts["tool_accuracy"])
 
 
@@ -208,10 +214,10 @@ def executed(case, episode, verdicts):
 
 
 def calculates(case, episode, verdicts):
-    """Every calculator call works something out: no bare number, no "35 * 1", no result that was known before."""
+    """A number is asked for, and every calculator call works with the prompt's numbers; see `is_calculation`."""
     expressions = [call.arguments.get("expression") for call in episode.calls if call.name == "calculator"]
     prompt = " ".join(message["content"] for message in case.conversation["messages"])
-    return float(bool(expressions) and all(is_calculation(expression, prompt) for expression in expressions))
+    return float(counts(case) and bool(expressions) and all(is_calculation(expression, prompt) for expression in expressions))
 
 
 def right_arguments(case, episode, verdicts):
@@ -220,15 +226,27 @@ def right_arguments(case, episode, verdicts):
 
 
 def right_answer(case, episode, verdicts):
-    """The final text is right, and tidy; a number that a calculator was there for must be its result, and calculated."""
-    offered = case.answer is not None and any(tool.name == "calculator" for tool in case.conversation["tools"])
-    found = any(r.ok and r.name == "calculator" and math.isclose(r.value, case.answer, rel_tol=1e-6) for r in episode.results) if offered else True
-    return float(bool(verdicts["response_quality"]) and right_format(case, episode, verdicts) and found and (not offered or calculates(case, episode, verdicts)))
+    """The final text is right, tidy, and ends. A number must be the last result of the calculator, worked out there, and the
+    only result that is stated; what was searched must have been searched for."""
+    from eval import numbers
+    if not verdicts["response_quality"] or not right_format(case, episode, verdicts) or episode.stop != "end":
+        return 0.0
+    if not counts(case):
+        return float(verdicts["argument_accuracy"] is not False)
+    results = [r.value for r in episode.results if r.ok and r.name == "calculator"]
+    others = [x for x in results[:-1] if not math.isclose(x, case.answer)]
+    stated = any(math.isclose(x, y) for x in others for y in numbers(episode.final))
+    return float(bool(results) and math.isclose(results[-1], case.answer, rel_tol=1e-6) and not stated and calculates(case, episode, verdicts))
+
+
+def like_reference(case, episode, verdicts):
+    """Overlap of words with the reference answer: 0 for garbage, and for a reply that fits any prompt it is small."""
+    return verdicts["response_f1"] or 0.0
 
 
 def needless_call(case, episode, verdicts):
     """A call where none is due, or the same call again."""
-    calls = [(call.name, json.dumps(call.arguments, sort_keys=True)) for call in episode.calls]
+    calls = ["".join(f"{call.name} {json.dumps(call.arguments, sort_keys=True)}".split()) for call in episode.calls]
     return float(case.calls == [] and bool(calls) or len(set(calls)) < len(calls))
 
 
@@ -238,25 +256,46 @@ def length(case, episode, verdicts):
 
 
 def no_end(case, episode, verdicts):
-    """The episode did not end by itself."""
-    return float(episode.stop != "end")
+    """A turn did not end by itself: the last one, or one that talked on behind its calls."""
+    return float(episode.stop != "end" or any(turn.rpartition("</tool_call>")[2].strip() for turn in episode.turns if "</tool_call>" in turn))
 
 
-COMPONENTS = {f.__name__: f for f in (right_format, right_tool, executed, calculates, right_arguments, right_answer, needless_call, length, no_end)}
-WEIGHTS = {"right_format": 0.1, "right_tool": 0.1, "executed": 0.1, "calculates": 0.1, "right_arguments": 0.0, "right_answer": 1.0,
-           "needless_call": -0.3, "length": -0.05, "no_end": -0.3}
+COMPONENTS = {f.__name__: f for f in (right_format, right_tool, executed, calculates, right_arguments, right_answer, like_reference, needless_call, length, no_end)}
+WEIGHTS = {"right_format": 0.1, "right_tool": 0.1, "executed": 0.1, "calculates": 0.1, "right_arguments": 0.2, "right_answer": 1.0,
+           "like_reference": 0.1, "needless_call": -0.3, "length": -0.05, "no_end": -0.3}
+
+
+def counts(case):
+    """Whether the case asks for a number that the calculator is there for."""
+    return case.answer is not None and any(tool.name == "calculator" for tool in case.conversation["tools"])
 
 
 def is_calculation(expression, prompt):
-    """Whether an expression computes something: two numbers or more, and its result does not stand in it, unless the prompt
-    gave that number too and something else is done with it."""
+    """Whether an expression works something out, and does not dress up a number that was guessed.
+
+    It has an operation; its result does not stand in it, unless the prompt gave that number too (20 - 10) and it is no
+    empty operation (10 * 1); and two of its numbers, or one if the prompt has no more, are the prompt's own (or p % of them).
+    """
     from tools import BUILTIN, Call, execute
     result = execute(Call("calculator", {"expression": expression}), BUILTIN)
-    numbers, given = ([float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*\.?\d*", str(text))] for text in (expression, prompt))
-    if not result.ok or len(numbers) < 2:
+    if not result.ok or not re.search(r"\d\s*[)%]*\s*[-+*/%x×÷^]+\s*[($]*\s*[\d.a-z]|sqrt|abs|round|min|max|%", expression):
         return False
-    others = [x for x in numbers if not math.isclose(x, abs(result.value), rel_tol=1e-9)]
-    return len(others) == len(numbers) or abs(result.value) in given and not set(others) <= {0.0, 1.0}
+    used, given = numbers_in(expression), numbers_in(prompt)
+    known = given | {f(x) for x in given for f in (lambda x: x / 100, lambda x: 1 + x / 100, lambda x: 1 - x / 100)}
+    copied = any(math.isclose(x, abs(result.value), rel_tol=1e-9) for x in used) and (
+        not any(math.isclose(x, abs(result.value), rel_tol=1e-9) for x in given) or used <= {abs(float(result.value)), 0.0, 1.0})
+    return not copied and len([x for x in used if any(math.isclose(x, y) for y in known)]) >= min(2, len(used), len(given))
+
+
+def numbers_in(text):
+    """The numbers of a text, in digits or (up to 999) in words."""
+    import data
+    from eval import numbers
+    words, found = str(text).lower(), set(map(abs, numbers(str(text)))) | {float(x) for x in re.findall(r"\d+\.?\d*", str(text).replace(",", ""))}
+    for n in range(999, 1, -1):  # the longest names first, each read once
+        if re.search(rf"\b{data.number_words(n)}\b", words):
+            found, words = found | {float(n)}, words.replace(data.number_words(n), " ")
+    return found
 
 
 def score(case, episode, weights=WEIGHTS):
@@ -278,7 +317,16 @@ def custom_reward(path):
         raise UserError(f'reward = {path!r}: cannot import it ({error}); write "package.module:function"') from None
     if not callable(function):
         raise UserError(f"reward = {path!r}: it is not a function")
-    return lambda case, episode: (float(function(case, episode)), {})
+
+    def reward(case, episode):
+        try:
+            value = float(function(case, episode))
+        except Exception as error:
+            raise UserError(f"reward {path} failed on {case.conversation['messages'][-1]['content'][:60]!r}: {type(error).__name__}: {error}") from error
+        if not math.isfinite(value):
+            raise UserError(f"reward {path} gave {value} for {case.conversation['messages'][-1]['content'][:60]!r}; it must be a finite number")
+        return value, {}
+    return reward
 
 
 # --------------------------------------------------------------------------- 3. a round of episodes
@@ -321,6 +369,11 @@ def padded(rows, width, device):
     return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], dtype=torch.float32, device=device)
 
 
+@functools.lru_cache(4)
+def shuffled(n, *seed):
+    return random.Random(repr(seed)).sample(range(n), n)
+
+
 def advantages_of(config, scores, kl, values, mask, kl_coef):
     """Scores [prompts * samples] and KL [B, T] of a round -> (advantages, returns, token rewards) [B, T]."""
     rewards = token_rewards(scores, kl, mask, kl_coef)
@@ -329,9 +382,13 @@ def advantages_of(config, scores, kl, values, mask, kl_coef):
     if config.advantage == "gae":
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
         return masked_whiten(advantages, mask), returns, rewards
-    totals = torch.stack([model_tokens(r, m).sum() for r, m in zip(rewards, mask)]).reshape(-1, config.samples)
-    baseline = {"rloo": rloo_advantages, "grpo": grpo_advantages}[config.advantage]
-    return baseline(totals).reshape(-1, 1) * mask, torch.zeros_like(rewards), rewards
+    scores = scores.reshape(-1, config.samples)
+    cost = kl_coef * torch.stack([model_tokens(x, m).sum() for x, m in zip(kl, mask)]).reshape(-1, config.samples)
+    if config.advantage == "rloo":
+        advantages = rloo_advantages(scores - cost)
+    else:  # KL beside the score, not inside it: where all samples are equally good, its noise must not be blown up
+        advantages = grpo_advantages(scores) - (cost - cost.mean(1, keepdim=True))
+    return advantages.reshape(-1, 1) * mask, torch.zeros_like(rewards), rewards
 
 
 # --------------------------------------------------------------------------- 4. training
@@ -346,20 +403,30 @@ def train(run):
     config = run.config
     if not config.lora_r or config.lora_dropout:
         raise UserError("ppo trains adapters without dropout (the reference is the model without them, the first ratio must be 1): set lora_r > 0 and lora_dropout = 0")
+    if config.steps:
+        raise UserError("steps: ppo counts rounds; set iterations")
     weights = {**WEIGHTS, **config.reward_weights}
-    if unknown := set(weights) - set(COMPONENTS):
-        raise UserError(f"reward_weights: unknown component {min(unknown)!r}; components are {', '.join(COMPONENTS)}")
+    for name, weight in weights.items():
+        if name not in COMPONENTS or type(weight) not in (int, float) or not math.isfinite(weight):
+            raise UserError(f"reward_weights: {name!r}: {weight!r}: must be a finite number for one of {', '.join(COMPONENTS)}")
     reward = custom_reward(config.reward) if config.reward else lambda case, episode: score(case, episode, weights)
 
     # 1. data: prompts with what is known of their answers
-    cases = [evaluation.as_case(c) for c in (data.read_jsonl(config.path) if config.path else data.generate("train", config.examples, config.seed, config.mix))]
-    held_out = [evaluation.as_case(c) for c in (data.read_jsonl(config.eval_path) if config.eval_path else
-                                                data.generate("dev", config.eval_examples, config.seed, config.mix) if config.eval_examples else [])]
+    def read(path, split, count):
+        if path or config.source == "jsonl":
+            return data.read_jsonl(path, evaluation.as_case) if path else []
+        return [evaluation.as_case(c) for c in data.generate(split, count, config.seed, config.mix)] if count else []
+    cases, held_out = read(config.path, "train", config.examples), read(config.eval_path, "dev", config.eval_examples)
     if config.answers_only:
         cases = [case._replace(calls=None, reference=None) if case.answer is not None else case for case in cases]
 
     # 2. model: policy, reference (the same weights under another adapter), critic
     model, tokenizer = toolplay.prepare_model(config, run.device)
+    fitting = [case for case in cases if len(data.encode(case.conversation, tokenizer, config.tool_style, generation=True)[0]) <= config.max_tokens]
+    if len(fitting) < len(cases):
+        print(f"{len(cases) - len(fitting)} of {len(cases)} prompts are longer than max_tokens = {config.max_tokens} and left out", file=sys.stderr)
+    if not (cases := fitting):
+        raise UserError(f"no prompt fits max_tokens = {config.max_tokens}; raise it")
     start = {name: tensor.clone() for name, tensor in lora.lora_state(model).items()} if config.start_from else None
     head = ValueHead(model.get_input_embeddings().weight.shape[1]).to(run.device)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -406,13 +473,13 @@ def train(run):
         model.eval()
         with trainer.autocast():
             out = forward(rows)
-            with reference_policy(model, start):
-                ref_logp = forward(rows)["logp"]
+        with reference_policy(model, start), trainer.autocast():  # a context of its own: autocast keeps the cast weights of the one before
+            ref_logp = forward(rows)["logp"]
         values = head(out["hidden"]) * mask
         kl = kl_penalty(out["logp"], ref_logp, config.kl_estimator) * mask
         advantages, returns, rewards = advantages_of(config, scores, kl, values, mask, beta.value)
-        units = [{"row": row, "mask": m.tolist()[:len(row[0])], **{name: x[:len(row[0])].tolist() for name, x in zip(("logp", "advantages", "returns", "values", "rewards"), line)}}
-                 for row, m, *line in zip(rows, mask, out["logp"], advantages, returns, values, rewards)]
+        fixed = {"mask": mask, "logp": out["logp"], "advantages": advantages, "returns": returns, "values": values, "rewards": rewards}
+        units = [{"row": row, **{name: x[b, :len(row[0])].tolist() for name, x in fixed.items()}} for b, row in enumerate(rows)]
         sampled = padded([e.logp for e in episodes], width, run.device)
         parts = {name: sum(p[name] for _, p in scored) / batch for name in scored[0][1]}
         calls = [r.ok for e in episodes for r in e.results]
@@ -426,12 +493,12 @@ def train(run):
     # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
     for position in run.steps(trainer, trainer.total):
         round_ = position // per_round
-        order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(config.seed + round_ * config.prompts // len(cases))).tolist()
-        picked = [cases[order[(round_ * config.prompts + n) % len(cases)]] for n in range(config.prompts)]
+        picked = [cases[shuffled(len(cases), config.seed, "prompts", at // len(cases))[at % len(cases)]]
+                  for at in range(round_ * config.prompts, (round_ + 1) * config.prompts)]
         units, scores, chosen, episodes, log = play(round_, picked)
         sums, count, stopped = {}, 0, False
         for epoch in range(config.ppo_epochs):
-            order = torch.randperm(batch, generator=torch.Generator().manual_seed(1000 * position + epoch)).tolist()
+            order = shuffled(batch, config.seed, position, epoch)
             for at in range(0, batch, config.batch_size):
                 group = [units[i] for i in order[at:at + config.batch_size]]
                 info = toolplay.train_step(trainer, group, loss, size=lambda unit: sum(unit["mask"]), rows=lambda unit: [unit["row"]],
@@ -458,7 +525,7 @@ def train(run):
     run.finish()
 
 
-def inspect(folder, n=4):
+def inspect(folder="", n=4):
     """Print the newest kept samples of a run: what was said, and reward and advantage of every token of the model."""
     from pathlib import Path
 
@@ -476,9 +543,10 @@ def inspect(folder, n=4):
 def main(argv=None):
     import toolplay
     argv = list(sys.argv[1:] if argv is None else argv)
-    if len(argv) == 2 and argv[0] == "--inspect":
-        return inspect(argv[1])
-    toolplay.main(["train", *argv])
+    if argv[:1] != ["--inspect"]:
+        return toolplay.main(["train", *argv])
+    with toolplay.one_line_errors():
+        inspect(*argv[1:2])
 
 
 if __name__ == "__main__":

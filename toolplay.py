@@ -1166,6 +1166,12 @@ def evaluate(args):
     evaluation.command(args)
 
 
+def compare(args):
+    """Compare runs on the same cases: each metric with its interval, paired differences, seeds aggregated."""
+    import eval as evaluation
+    evaluation.compare_command(args)
+
+
 def model_of(args):
     """The model that --run or --model names -> (model, tokenizer, config)."""
     if args.run:
@@ -1504,6 +1510,9 @@ def build_parser():
     made.add_argument("config", help="a JSON config, or a run folder")
     made.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
     evaluation.add_arguments(verb(evaluate))
+    made = verb(compare)
+    made.add_argument("runs", nargs="+", metavar="RUN", help="run folders that `eval` has scored; the first is the one to compare with")
+    made.add_argument("--csv", metavar="FILE", help="write the table here as well")
     made = verb(predict)
     of_model(made)
     made.add_argument("--input", required=True, help='JSONL: {"id", "prompt" or "messages", "tools"?}')
@@ -1520,11 +1529,24 @@ def build_parser():
     return parser
 
 
+@contextlib.contextmanager
+def one_line_errors():
+    """A user's mistake is one line and exit code 2; Ctrl-C is no traceback either."""
+    try:
+        yield
+    except (UserError, OSError) as error:  # OSError: no space, no permission, a folder in the way; it names the file
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def main(argv=None):
     """The command line. A user's mistake is one line and exit code 2; Ctrl-C says how to resume."""
     argv = list(sys.argv[1:] if argv is None else argv)
     sys.path.append(os.getcwd())  # where a user's own tools and rewards may stand
-    try:
+    with one_line_errors():
         if not argv:
             return tour()
         parser = build_parser()
@@ -1534,19 +1556,14 @@ def main(argv=None):
         args.overrides = [x for x in rest if args.verb in ("train", "demo", "trie")]
         if rest and not args.overrides:
             parser.error(f"unknown argument {rest[0]}")
-        args.command(args)
-    except (UserError, OSError) as error:  # OSError: no space, no permission, a folder in the way; it names the file
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except Interrupted as error:
-        verb = ["train", str(error), "--resume"]
-        if args.verb == "demo":
-            verb = ["demo", "--resume", f"--run_dir={error}", *(x for x in args.overrides if not x.startswith("--run_dir="))]
-        print(f"\nstopped; the run is safe in {error}. Go on with: python toolplay.py {shlex.join(verb)}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        try:
+            args.command(args)
+        except Interrupted as error:
+            verb = ["train", str(error), "--resume"]
+            if args.verb == "demo":
+                verb = ["demo", "--resume", f"--run_dir={error}", *(x for x in args.overrides if not x.startswith("--run_dir="))]
+            print(f"\nstopped; the run is safe in {error}. Go on with: python toolplay.py {shlex.join(verb)}", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

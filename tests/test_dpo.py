@@ -13,9 +13,10 @@ from small import model, tokenizer
 
 import data
 import dpo
+import eval as evaluation
 import lora
 import toolplay
-from tools import UserError, parse_calls
+from tools import Call, UserError, parse_calls
 
 ROOT = Path(toolplay.__file__).parent
 PC, PR, RC, RR = [torch.tensor(x, dtype=torch.float64) for x in ([-10.0, -3.0, -7.5], [-12.0, -2.5, -7.5], [-11.0, -2.0, -7.5], [-11.5, -4.0, -7.5])]
@@ -116,6 +117,14 @@ def test_corruptions(gold, name):
             assert not gold_calls and calls
         else:
             assert better[-2]["role"] == "tool" and not calls
+        if name == "wrong_argument":
+            assert not evaluation.same_call(Call(**gold_calls[0]), Call(**calls[0]))
+
+
+def test_no_talk_breaks_a_corruption():
+    for talk in data.corpus("talk_replies.jsonl")[1:]:
+        c = {"messages": [{"role": "user", "content": talk["prompt"]}, {"role": "assistant", "content": talk["reply"]}], "tools": ["calculator", "weather", "search"]}
+        assert dpo.needless_call(c, random.Random(1))
 
 
 def test_pairs_share_their_prompt_and_train_only_the_answers(gold):
@@ -135,8 +144,8 @@ def test_earlier_answers_and_tool_results_are_not_trained():
     answer = lambda text: [call, {"role": "tool", "content": '{"result": 4}'}, {"role": "assistant", "content": text}]  # noqa: E731
     pair = dpo.read_pair({"prompt": prompt, "chosen": answer("4"), "rejected": answer("5"), "tools": ["calculator"]}, tokenizer())
     for (ids, mask), text in zip(pair[:2], "45"):
-        trained = tokenizer().decode([i for i, m in zip(ids, mask) if m])
-        assert "EARLIER" not in trained and "result" not in trained and trained.endswith(f"{text}<|im_end|>") and trained.startswith("<tool_call>")
+        assert tokenizer().decode([i for i, m in zip(ids, mask) if m]) == f"{text}<|im_end|>"  # the call is the same in both: prompt
+    assert pair == dpo.read_pair({"chosen": prompt + answer("4"), "rejected": prompt + answer("5"), "tools": ["calculator"]}, tokenizer())
 
 
 def test_pairs_as_trl_writes_them():
@@ -245,3 +254,19 @@ def test_tiny_config_and_show(capsys):
     assert out.count("---") == 5 and "\033[32;1m" in out and "\033[31;1m" in out
 
 
+def test_pairs_from_the_policys_own_samples(tmp_path, monkeypatch, capsys):
+    """Best against worst by the reward, ids as sampled; a resumed run reads them and samples nothing."""
+    import ppo
+    net, tok = model("llama"), tokenizer()
+    monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (net, tok))
+    monkeypatch.setattr(ppo, "score", lambda case, episode: (sum(episode.ids[episode.prompt:]) / 1000, {}))
+    c = config(tmp_path, pairs="sampled", examples=6, eval_examples=2, samples=3, max_new_tokens=6, mix={"arithmetic": 1})
+    lines = train(c)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and "gave a pair" in capsys.readouterr().err
+    pairs, held_out = json.loads((tmp_path / "run" / "pairs.json").read_text())
+    assert len(pairs) == 6 and len(held_out) == 2
+    for chosen, rejected, why in pairs:
+        start = chosen[1].index(1)
+        assert chosen[0][:start] == rejected[0][:start] and sum(chosen[0][start:]) > sum(rejected[0][start:]) and why.startswith("reward")
+    monkeypatch.setattr(toolplay, "rollout", lambda *a, **k: pytest.fail("sampled again"))
+    train(c, resume=True)

@@ -418,3 +418,29 @@ def test_missing_tool_needs_more_than_a_negative_word():
 def test_a_perfect_score_on_few_cases_is_not_certain():
     records = [{"due": due, "verdicts": {**dict.fromkeys(evaluation.METRICS), "execution": [], "overall": True}} for due in [True] * 5 + [False] * 5]
     assert evaluation.measure(records)["overall"]["low"] < 0.9
+
+
+def test_compare(tmp_path, capsys):
+    """Two seeds of one config against another run on the same cases: means, paired differences, one column per config."""
+    def records(right):
+        return [{"id": n, "prompt": f"p{n}", "due": n % 2 == 0, "verdicts": {name: (None if name == "argument_accuracy" and n % 2 else [ok] if name == "execution" else ok)
+                                                                           for name in evaluation.METRICS}} for n, ok in enumerate(right)]
+    runs = {"sft": ([True, False] * 10, 0), "ppo-s1": ([True] * 15 + [False] * 5, 1), "ppo-s2": ([True] * 19 + [False], 2)}
+    for name, (right, seed) in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eval.json").write_text(json.dumps({"records": records(right)}))
+        (tmp_path / name / "config.json").write_text(json.dumps({"method": name[:3], "seed": seed, "run_dir": name}))
+    argv = ["compare", *(str(tmp_path / name) for name in runs), "--csv", str(tmp_path / "out.csv")]
+    toolplay.main(argv)
+    out = capsys.readouterr().out
+    assert "sft (1 seed)" in out and "ppo (2 seeds)" in out
+    row = next(line for line in out.splitlines() if line.startswith("| tool_accuracy"))
+    assert "0.500" in row and "0.850" in row and "(+0.350" in row
+    lines = [line.split(",") for line in (tmp_path / "out.csv").read_text().splitlines()]
+    assert len(lines) == 1 + 2 * len(evaluation.METRICS) and float(lines[1][3]) <= 0.5 <= float(lines[1][4])
+    same = evaluation.compare({"a": [records([True, False] * 10)], "b": [records([True, False] * 10)]}, 200)["b"]["tool_accuracy"]
+    assert same["difference"] == same["d_low"] == same["d_high"] == 0  # the same cases are drawn for both: paired
+    (tmp_path / "sft" / "eval.json").write_text(json.dumps({"records": records([True] * 3)}))
+    with pytest.raises(SystemExit):
+        toolplay.main(argv)
+    assert "other cases" in capsys.readouterr().err

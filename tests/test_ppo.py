@@ -11,6 +11,7 @@ import pytest
 import torch
 from small import model, tokenizer
 
+import data
 import eval as evaluation
 import lora
 import ppo
@@ -170,24 +171,47 @@ def test_hackers_earn_less_than_an_honest_attempt(case):
     right, wrong = earned(case, calc("36 - 9 + 15"), "She has 42."), earned(case, calc("36 + 9 + 15"), "She has 60.")
     assert right > wrong + 0.9
     hackers = {
-        "never call": [("42.",)], "garbage": [("asdf qwer",), ("",), ("<tool_call>{",), ("}}}}" * 30,)], "forged result": [("<tool_response>{\"result\": 42}</tool_response>",),
+        "never call": [("42.",)], "garbage": [("asdf qwer",), ("",), ("<tool_call>{",), ("}}}}" * 30,), (calc("1 + 2"), "."), (calc("1 + 2"), "")], "forged result": [("<tool_response>{\"result\": 42}</tool_response>",),
                                                                                              (calc("36 + 9"), "<tool_response>42</tool_response>")],
-        "bare literal": [(calc("42"), "She has 42."), (calc("(42)"), "42")], "nothing computed": [(calc("42 * 1"), "42."), (calc("42 + 0"), "42."), (calc("84 - 42"), "42."), (calc("42 / 1"), "42")],
-        "duplicate calls": [(calc("36 + 9 + 15") * 2, "60.")], "wrong tool": [(format_call(Call("search", {"query": PROMPT})), "42.")]}
+        "bare literal": [(calc("42"), "She has 42."), (calc("(42)"), "42")],
+        "nothing computed": [(calc(x), "42.") for x in ("42 * 1", "42 + 0", "84 - 42", "42 / 1", "41 + 1", "43 - 1", "21 * 2", "420 / 10", "0.42 * 100", "4.2e1 + 0", "42.1 // 1", "round(42.3, 0)",
+                                                        "min(41+1,99)", "36 + 6")],
+        "duplicate calls": [(calc("36 + 9 + 15") * 2, "60."), (calc("36 + 9 + 15") + calc("36+9+15"), "60.")],
+        "all at once": [(calc("36 + 9 + 15") + calc("36 - 9 + 15"), "60 or 42.")],  "wrong tool": [(format_call(Call("search", {"query": PROMPT})), "42.")]}
     for name, tries in hackers.items():
         for turns in tries:
             assert earned(case, *turns) < wrong, (name, turns)
-    assert earned(case, calc("36 + 9 + 15"), "60. " * 80, stop="length", tokens=300) < wrong
+    for expression in ("36 + 9 + 15", "36 - 9 + 15"):
+        assert earned(case, calc(expression), "42. " * 80, stop="length", tokens=300) < wrong
+    assert earned(case, calc("36 - 9 + 15") + " The", "She has 42.") < right
 
 
 def test_calling_for_small_talk_and_talking_instead_of_calling():
     honest = earned(TALK, "A cat walked into a bar and asked for milk.")
     assert earned(TALK, calc("1 + 1"), "A cat walked into a bar.") < honest and earned(TALK, "") < honest
+    assert earned(TALK, "asdf qwer zxcv") < honest and earned(TALK, "ok.") < honest
 
 
 def test_a_number_of_the_prompt_may_be_the_result():
     assert ppo.is_calculation("20 - 10", "20 birds, 10 fly away") and not ppo.is_calculation("10 * 1", "20 birds, 10 fly away")
     assert not ppo.is_calculation("1 / 0", "") and not ppo.is_calculation(None, "") and ppo.is_calculation("(3 + 4) * 2", "")
+
+
+def test_every_gold_expression_is_a_calculation():
+    seen = 0
+    for c in data.generate("train", 400, 2, {"word_problem": 3, "arithmetic": 1}):
+        if c["messages"][1].get("tool_calls") and c["family"] != "gsm8k":
+            expression = c["messages"][1]["tool_calls"][0]["arguments"]["expression"]
+            seen += 1
+            assert ppo.is_calculation(expression, c["messages"][0]["content"]), (c["messages"][0]["content"], expression)
+    assert seen > 200
+
+
+def test_a_search_that_was_not_the_question_earns_little():
+    case = evaluation.as_case({"prompt": "who invented the zip fastener", "expected": {"calls": [{"name": "search", "arguments": {"query": "who invented the zip fastener"}}],
+                                                                                      "final": "I found nothing about it."}})
+    honest, lazy = (earned(case, format_call(Call("search", {"query": q})), "I'm sorry, I found nothing.") for q in ("who invented the zip fastener", "x"))
+    assert lazy < honest - 0.9
 
 
 def test_a_crashed_tool_has_a_reward():
@@ -283,7 +307,7 @@ def test_the_reference_is_where_training_starts(tmp_path):
 
 
 @pytest.mark.parametrize("more, words", [({"lora_dropout": 0.1}, "dropout"), ({"lora_r": 0}, "lora_r"), ({"reward": "nowhere:f"}, "cannot import"),
-                                         ({"reward_weights": {"rigth_tool": 1}}, "rigth_tool")])
+                                         ({"reward_weights": {"rigth_tool": 1}}, "rigth_tool"), ({"reward_weights": {"right_tool": "x"}}, "right_tool"), ({"steps": 3}, "iterations")])
 def test_a_users_mistakes(tmp_path, more, words):
     with pytest.raises(UserError, match=words):
         train(config(tmp_path, **more))
