@@ -329,8 +329,9 @@ def write_value(value, kind, rng):
         return rng.choice([f"{digits}%"] * 4 + [f"{digits} percent", f"{digits} per cent"])
     if kind in ("money", "dollars"):
         return rng.choice([f"${comma}"] * 4 + [f"${digits}", f"{digits} dollars", f"{digits} bucks" if kind == "dollars" else f"{digits} USD"])
-    if kind == "int" and rng.random() < 0.2 and value < 10000:
-        return number_words(value)
+    if kind == "word" or kind == "int" and rng.random() < 0.2 and value < 10000:
+        words = number_words(value)
+        return rng.choice([words, words, words.replace(" and ", " "), words.replace("-", " ")])
     return comma if rng.random() < 0.35 else digits
 
 
@@ -420,8 +421,8 @@ class Writer:
                 result = calculate(expression)
             except Exception as error:
                 raise UserError(f'corpus family {family["id"]}: {expression}: {error}') from None
-            whole = family.get("whole", all(s.split()[0] in ("num", "int", "pct", "year") for s in slots.values()) and "steps" in family)
-            if result > 0 and not (whole and result != int(result)):
+            whole = family.get("whole", all(s.split()[0] in ("num", "int", "pct", "year", "word") for s in slots.values()) and "steps" in family)
+            if (result > 0 or family.get("negative")) and not (whole and result != int(result)):
                 break
         else:
             return None
@@ -581,8 +582,8 @@ def swap_word(word, table, rate, rng):
 
 # --------------------------------------------------------------------------- 4. whole conversations
 
-MIX = {"canonical": 3, "arithmetic": 17, "everyday": 14, "weather": 13, "search": 8, "no_tool": 11, "trap": 15,
-       "word_problem": 12, "missing_tool": 3, "two_calls": 2, "tool_error": 2}
+MIX = {"canonical": 3, "arithmetic": 22, "everyday": 17, "weather": 13, "search": 8, "no_tool": 9, "trap": 12,
+       "word_problem": 9, "missing_tool": 3, "two_calls": 2, "tool_error": 2}
 
 
 def final_answer(call, result, rng, story=False):
