@@ -280,6 +280,7 @@ def number_words(n):
             return f"{number_words(n // size)} {name}" + (f"{link}{number_words(n % size)}" if n % size else "")
 
 
+# Every unordered pair of numbers belongs to one split: two colours to train, one and the same colour to dev or test.
 COLOURS = {"dev": range(4), "test": range(4, 9)}
 
 
@@ -287,11 +288,6 @@ def colour(value):
     """Numbers have one of nine colours, at random but for ever. 4.50 has that of 45: however it is written."""
     text = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
     return zlib.crc32(text.replace(".", "").encode(), 8) % 9  # from 8, every colour has numbers under 13
-
-
-def split_of_pair(x, y):
-    """Every unordered pair of numbers belongs to one split: two colours to train, one colour to dev or test."""
-    return "train" if colour(x) != colour(y) else "dev" if colour(x) in COLOURS["dev"] else "test"
 
 
 @functools.lru_cache(maxsize=None)
@@ -304,16 +300,19 @@ def taken_pairs():
 
 def draw_values(slots, split, rng):
     """One value per slot ('num 2 99', 'money 1 50', ...) such that every pair of them belongs to `split`; None: no luck."""
-    values, wanted = {}, rng.choice(COLOURS[split]) if split != "train" and len(slots) > 1 else None
+    values, wanted = {}, None if split == "train" or len(slots) < 2 else rng.choice(COLOURS[split])  # one number alone has no pair
+
+    def fits(value):
+        if split == "train":
+            return colour(value) not in map(colour, values.values())
+        return wanted is None or colour(value) == wanted and not any(frozenset((float(value), float(v))) in taken_pairs() for v in values.values())
     for name, spec in slots.items():
         kind, low, high = spec.split()
         places = {"dec": rng.choice([1, 1, 2]), "money": 2}.get(kind, 0)
         for _ in range(60):
             value = rng.randint(int(float(low) * 10 ** places), int(float(high) * 10 ** places))
             value = round(value / 10 ** places, places) if places else value
-            if wanted is None and split != "train" or (colour(value) == wanted and not any(
-                    frozenset((float(value), float(v))) in taken_pairs() for v in values.values()) if wanted is not None
-                    else colour(value) not in map(colour, values.values())):
+            if fits(value):
                 values[name] = value
                 break
         else:

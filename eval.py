@@ -5,7 +5,7 @@ The idea. The model answers each case greedily, its calls are really executed, a
 one. A case is a conversation in training form (the prompt is everything before the first assistant message, the gold is
 what follows), or an object {"prompt" or "messages", "tools"?, "expected"?: {"calls"?, "answer"?, "final"?}}. A call is
 "due" when the gold has one; with no expectation at all only format and execution are measured. Gold calls are
-executed too: their results are the facts to look for. The first three metrics look at the first assistant turn alone.
+executed too: their results are the facts to look for. The first four metrics look at the first assistant turn alone.
 What does not apply to a case is not counted for it.
 
   tool_accuracy      The multiset of the names of the well-formed calls is the gold's. None due: nothing that looks like
@@ -18,6 +18,7 @@ What does not apply to a case is not counted for it.
                      accents, punctuation and spaces. City: a region after a comma may be left out. Query of search: F1 of
                      the content words >= 0.75, nothing but words left out (or added), the same numbers. Anything else: equal. Missing or extra arguments are wrong, except those
                      that state the default (weather in celsius).
+  call_accuracy      argument_accuracy where a call is due, tool_accuracy where none is: the calls are exactly right.
   execution          Share of the calls of all turns with an ok result; a malformed call is a failure; a tool's own
                      error (an unknown city) is right where a gold call errs too. A tool that has no function is left
                      out. Calls of one episode are counted as if independent.
@@ -53,7 +54,7 @@ import numpy as np
 import data
 from tools import BUILTIN, Call, Tool, UserError, _cities, _city_file, _normal, _terms, execute, load_tools, parse_calls
 
-METRICS = ("tool_accuracy", "format", "argument_accuracy", "execution", "response_quality", "response_f1", "overall")
+METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "execution", "response_quality", "response_f1", "overall")
 FORGED = re.compile(r"</?tool_response|<\|\w+\|>")
 NUMBER = re.compile(r"(?<![\w.])(?<!\d,)([-−]?)[$€£]?((?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(e[-+]?\d+)?", re.ASCII)
 CANNOT = re.compile(r"n['’]t (?:\w+ ){0,2}(?:have|know|check|see|search|look|find|work|calculate|do|tell|include|available)|\b(?:cannot|can not|unable|not able|without|"
@@ -206,10 +207,11 @@ def judge(case, episode):
         "tool_accuracy": None if due is None else right_tools,
         "format": valid if due or due is None and calling else plain,
         "argument_accuracy": right_tools and same_calls(case.calls, calls) if due else None,
+        "call_accuracy": None if due is None else right_tools and same_calls(case.calls, calls),
         "execution": [r.ok or may_err and r.error_type == "tool_error" for r in episode.results if r.error_type != "not_executable"],
         "response_quality": response(case, episode, gold_results),
         "response_f1": None if case.reference is None else f1(episode.final, case.reference)}
-    verdicts["overall"] = None if due is None else not any(verdicts[name] is False for name in METRICS[:3] + METRICS[4:5])
+    verdicts["overall"] = None if due is None else not any(verdicts[name] is False for name in ("call_accuracy", "format", "response_quality"))
     wrong = [name for name, verdict in verdicts.items() if verdict is False or name == "execution" and False in verdict]
     return {"id": case.id, "kind": case.kind, "tools": sorted(set(gold)) or ["none"] * (due is False), "due": due, "wrong": wrong,
             "prompt": case.conversation["messages"][-1]["content"], "expected": case.calls and [vars(call) for call in case.calls],
@@ -296,6 +298,9 @@ def compare_table(reports):
 def format_report(report, title, records=None, show_failures=10):
     """The report as Markdown; with `records` also the first failures: what was asked, expected and got."""
     parts = [f"## {title} ({report['n']} cases)", compare_table({"value [95 % interval]": report})]
+    if len(report["kinds"]) > 1:
+        known = [of["call_accuracy"]["value"] for of in report["kinds"].values() if of["call_accuracy"]["n"]]
+        parts.append(f"call_accuracy, mean over {len(known)} kinds: {np.mean(known):.3f}" if known else "")
     for key in ("kinds", "tools"):
         rows = [[name, of["format"]["n"], *(cell(metric, full=False) for metric in of.values())] for name, of in report[key].items()]
         parts.append(table([key, "n", *METRICS], rows))
