@@ -221,8 +221,8 @@ def calculates(case, episode, verdicts):
 
 
 def right_arguments(case, episode, verdicts):
-    """All arguments are the gold ones, where these are known."""
-    return float(bool(verdicts["argument_accuracy"]))
+    """All arguments are the gold ones, where these are known: an expression of the same value that works it out."""
+    return float(bool(verdicts["argument_accuracy"]) and (not counts(case) or calculates(case, episode, verdicts)))
 
 
 def right_answer(case, episode, verdicts):
@@ -245,9 +245,12 @@ def like_reference(case, episode, verdicts):
 
 
 def needless_call(case, episode, verdicts):
-    """A call where none is due, or the same call again."""
+    """A call where none is due, the same call again, or a calculation that nothing uses but to list its result."""
+    results = [(r.value, n) for n, r in enumerate(r for r in episode.results if r.name == "calculator") if r.ok]
+    expressions = [str(call.arguments.get("expression")) for call in episode.calls if call.name == "calculator"]
+    unused = [value for value, n in results[:-1] if not any(math.isclose(abs(value), x) for later in expressions[n + 1:] for x in numbers_in(later))]
     calls = ["".join(f"{call.name} {json.dumps(call.arguments, sort_keys=True)}".split()) for call in episode.calls]
-    return float(case.calls == [] and bool(calls) or len(set(calls)) < len(calls))
+    return float(case.calls == [] and bool(calls) or len(set(calls)) < len(calls) or counts(case) and bool(unused))
 
 
 def length(case, episode, verdicts):
@@ -275,26 +278,38 @@ def is_calculation(expression, prompt):
 
     It has an operation; its result does not stand in it, unless the prompt gave that number too (20 - 10) and it is no
     empty operation (10 * 1); and two of its numbers, or one if the prompt has no more, are the prompt's own (or p % of them).
+    A number that everybody knows (four legs, twelve months) multiplies or divides.
     """
     from tools import BUILTIN, Call, execute
     result = execute(Call("calculator", {"expression": expression}), BUILTIN)
-    if not result.ok or not re.search(r"\d\s*[)%]*\s*[-+*/%x×÷^]+\s*[($]*\s*[\d.a-z]|sqrt|abs|round|min|max|%", expression):
+    if not result.ok or not re.search(r"\d[)%\s]*[-+*/%x×÷^][-+*/(\s$×÷^]*[\d.a-z]|sqrt|abs|round|min|max|%", expression):
         return False
     used, given = numbers_in(expression), numbers_in(prompt)
     known = given | {f(x) for x in given for f in (lambda x: x / 100, lambda x: 1 + x / 100, lambda x: 1 - x / 100)}
     copied = any(math.isclose(x, abs(result.value), rel_tol=1e-9) for x in used) and (
         not any(math.isclose(x, abs(result.value), rel_tol=1e-9) for x in given) or used <= {abs(float(result.value)), 0.0, 1.0})
-    return not copied and len([x for x in used if any(math.isclose(x, y) for y in known)]) >= min(2, len(used), len(given))
+    theirs = len([x for x in used if any(math.isclose(x, y) for y in known)])
+    return not copied and (theirs >= min(2, len(used), len(given - {0.0, 1.0})) or theirs == 1 and not re.search("[-+]", expression))
 
 
 def numbers_in(text):
-    """The numbers of a text, in digits or (up to 999) in words."""
-    import data
+    """The numbers of a text, in digits or in words ("one thousand and seven")."""
+    from data import ONES, TENS
     from eval import numbers
-    words, found = str(text).lower(), set(map(abs, numbers(str(text)))) | {float(x) for x in re.findall(r"\d+\.?\d*", str(text).replace(",", ""))}
-    for n in range(999, 1, -1):  # the longest names first, each read once
-        if re.search(rf"\b{data.number_words(n)}\b", words):
-            found, words = found | {float(n)}, words.replace(data.number_words(n), " ")
+    alone = {"half": 2, "third": 3, "quarter": 4, "twice": 2, "double": 2, "triple": 3, "dozen": 12}
+    small = {**{word: n for n, word in enumerate(ONES)}, **{word: 10 * n for n, word in enumerate(TENS)}}
+    found = set(map(abs, numbers(str(text)))) | {float(x) for x in re.findall(r"\d+\.?\d*", str(text).replace(",", ""))}
+    total, current = 0, None  # of the words of one number: its finished thousands, and what follows them
+    for word in [*re.findall(r"[a-z]+", str(text).lower()), ""]:
+        if word in small:
+            current = (current or 0) + small[word]
+        elif word == "hundred" and current:
+            current *= 100
+        elif word == "thousand" and current:
+            total, current = total + 1000 * current, 0
+        elif word != "and":
+            found |= {float(x) for x in (current is not None and total + current, alone.get(word)) if x}
+            total, current = 0, None
     return found
 
 

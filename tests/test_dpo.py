@@ -192,10 +192,12 @@ def test_it_learns_the_preference(tmp_path, monkeypatch):
     assert lines[-1]["rewards/accuracy"] == 1 and lines[-1]["rewards/margin"] > 0.5
 
 
-def test_any_split_into_micro_batches_gives_the_same_run(tmp_path):
-    runs = [train(config(tmp_path / str(budget), micro_tokens=budget, batch_size=3, steps=3))[:3] for budget in (1, 900, 10 ** 6)]
-    for one, other in zip(runs[0] * 2, runs[1] + runs[2]):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5) and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+def test_any_split_into_micro_batches_gives_the_same_step(tmp_path):
+    start = Path(config(tmp_path / "start").run_dir)
+    train(config(tmp_path / "start", seed=5))
+    one, *others = [train(config(tmp_path / str(budget), micro_tokens=budget, batch_size=3, steps=1, start_from=str(start)))[0] for budget in (1, 900, 10 ** 6)]
+    for other in others:  # one step: what follows it is the same only as far as Adam does not blow rounding up
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5) and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
 
 
 def test_resume_is_bit_identical_and_reads_the_reference(tmp_path, monkeypatch):
@@ -257,14 +259,14 @@ def test_tiny_config_and_show(capsys):
 def test_pairs_from_the_policys_own_samples(tmp_path, monkeypatch, capsys):
     """Best against worst by the reward, ids as sampled; a resumed run reads them and samples nothing."""
     import ppo
-    net, tok = model("llama"), tokenizer()
-    monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (net, tok))
+    tok = tokenizer()
+    monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (model("llama"), tok))
     monkeypatch.setattr(ppo, "score", lambda case, episode: (sum(episode.ids[episode.prompt:]) / 1000, {}))
     c = config(tmp_path, pairs="sampled", examples=6, eval_examples=2, samples=3, max_new_tokens=6, mix={"arithmetic": 1})
     lines = train(c)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and "gave a pair" in capsys.readouterr().err
     pairs, held_out = json.loads((tmp_path / "run" / "pairs.json").read_text())
-    assert len(pairs) == 6 and len(held_out) == 2
+    assert 4 <= len(pairs) <= 6 and 1 <= len(held_out) <= 2  # a prompt whose answers score alike gives none
     for chosen, rejected, why in pairs:
         start = chosen[1].index(1)
         assert chosen[0][:start] == rejected[0][:start] and sum(chosen[0][start:]) > sum(rejected[0][start:]) and why.startswith("reward")
