@@ -721,22 +721,42 @@ def dataset(config, tokenizer):
 
 def encode_all(conversations, tokenizer, config, what):
     extra = [tool_from_schema(t) for t in config.tools]
-    rows, long = [], 0
+    rows = []
     for n, conversation in enumerate(conversations):
         if extra:
             conversation = {**conversation, "tools": [*(conversation.get("tools") or []), *extra]}
         ids, mask = encode(conversation, tokenizer, config.tool_style)
         if sum(mask) == 0:
             raise UserError(f"{what} conversation {n + 1}: it has no assistant turn, so nothing in it is trained")
-        if len(ids) > config.max_tokens:
-            long += 1
-        else:
-            rows.append((ids, mask))
-    if long:
-        print(f"{long} of {len(conversations)} {what} conversations are longer than max_tokens = {config.max_tokens} and left out", file=sys.stderr)
+        rows.append((ids, mask))
+    rows = fitting(rows, [len(ids) for ids, _ in rows], config.max_tokens, f"{what} conversations")
     if not rows:
         raise UserError(f"no {what} conversation fits max_tokens = {config.max_tokens}; raise it")
     return rows
+
+
+def fitting(items, lengths, limit, what):
+    """The items that are at most `limit` tokens long; how many are left out is said. None of them cut."""
+    kept = [item for item, length in zip(items, lengths) if length <= limit]
+    if len(kept) < len(items):
+        print(f"{len(items) - len(kept)} of {len(items)} {what} are longer than max_tokens = {limit} and left out", file=sys.stderr)
+    return kept
+
+
+class Batches:
+    """How a run goes through its rows: batches(step) are the indices of a step's batch, batches.total is the number of steps."""
+
+    def __init__(self, rows, config):
+        self.rows, self.config = rows, config
+        self.per_epoch = -(-len(rows) // config.batch_size)
+        self.total = config.steps or max(1, round(config.epochs * self.per_epoch))
+        self.epoch, self.order = None, []
+
+    def __call__(self, step):
+        epoch, at = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, epoch_order(self.rows, self.config.seed, epoch, self.config.group)
+        return self.order[at * self.config.batch_size:(at + 1) * self.config.batch_size]
 
 
 def epoch_order(rows, seed, epoch, group):

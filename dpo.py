@@ -26,7 +26,7 @@ What to watch: `logp/chosen` often falls, although it should rise; the loss only
 """
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import random
 import re
@@ -339,8 +339,8 @@ def train(run):
     held_out = [(*pair[:2], *ref) for pair, ref in zip(held_out, reference[len(pairs):])]
 
     # 3. optimizer
-    per_epoch = -(-len(units) // config.batch_size)
-    total = trainer.total = config.steps or max(1, round(config.epochs * per_epoch))
+    batches = data.Batches([unit[0] for unit in units], config)
+    total = trainer.total = batches.total
     run.start(trainer)
 
     def loss(group):
@@ -354,10 +354,8 @@ def train(run):
         return {"eval_loss": float(total) / len(held_out), "eval_accuracy": float(info["rewards/accuracy"]) / len(held_out)}
 
     # 4. loop
-    order_of = functools.lru_cache(1)(lambda epoch: data.epoch_order([unit[0] for unit in units], config.seed, epoch, config.group))
     for step in run.steps(trainer, total):  # always in eval mode: with dropout the policy would not be compared with its reference alone
-        epoch, at = divmod(step, per_epoch)
-        batch = [units[i] for i in order_of(epoch)[at * config.batch_size:(at + 1) * config.batch_size]]
+        batch = [units[i] for i in batches(step)]
         info = toolplay.train_step(trainer, batch, loss, rows=lambda unit: list(unit[:2]))
         if held_out and (trainer.step == total or config.eval_every and trainer.step % config.eval_every == 0):
             info.update(evaluate())
@@ -379,9 +377,7 @@ def datasets(config, tokenizer):
             pairs = read(path) if path else []
         else:
             pairs = corrupted_pairs(data.generate(split, count, config.seed, config.mix), tokenizer, config.seed, config.tool_style)
-        fit = [pair for pair in pairs if max(len(ids) for ids, _ in pair[:2]) <= config.max_tokens]
-        if len(fit) < len(pairs):
-            print(f"{len(pairs) - len(fit)} of {len(pairs)} {split} pairs are longer than max_tokens = {config.max_tokens} and left out", file=sys.stderr)
+        fit = data.fitting(pairs, [max(len(ids) for ids, _ in pair[:2]) for pair in pairs], config.max_tokens, f"{split} pairs")
         if split == "train" and not fit:
             raise UserError(f"no pair fits max_tokens = {config.max_tokens}; raise it")
         out.append(fit)
@@ -418,12 +414,9 @@ def sampled_datasets(run, model, tokenizer):
     from tools import UserError
     config, path = run.config, run.folder / "pairs.json"
     if not path.exists():
-        if config.lora_r:
-            lora.merge(model)  # the same function, sampled from faster; unmerging is exact
-        out = [sampled_pairs(model, tokenizer, data.generate(split, count, config.seed, config.mix), config) if count else []
-               for split, count in (("train", config.examples), ("dev", config.eval_examples))]
-        if config.lora_r:
-            lora.unmerge(model)
+        with lora.merged(model) if config.lora_r else contextlib.nullcontext():  # sampled from faster
+            out = [sampled_pairs(model, tokenizer, data.generate(split, count, config.seed, config.mix), config) if count else []
+                   for split, count in (("train", config.examples), ("dev", config.eval_examples))]
         print(f"{len(out[0])} of {config.examples} prompts gave a pair: the others' {config.samples} answers are equally good", file=sys.stderr)
         if not out[0]:
             raise UserError("no prompt gave a pair: raise temperature or samples, or start_from a run that gets some prompts right")

@@ -91,7 +91,6 @@ def as_case(item):
         raise UserError(f"the expected call names tool {min(missing)!r}, which is not offered")
     if (answer := expected.get("answer")) is not None and not is_number(answer):
         raise UserError(f'"answer" must be a number or null, not {str(answer)[:40]!r}')
-    "".join(text for _, text in data.turns(conversation)).encode()  # half a surrogate pair: a ValueError, which names it
     return Case(conversation, calls, answer, turn["content"] or None, str(item.get("kind") or item.get("part") or "all"), item.get("id"))
 
 

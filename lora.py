@@ -202,6 +202,16 @@ def merge(model):
         weight.copy_(weight + (delta.T if is_conv1d(layer.base) else delta))  # bf16 + fp32 is fp32
 
 
+@contextlib.contextmanager
+def merged(model):
+    """Within the block the adapters are merged: the same function without their extra products. Afterwards, bit-exactly not."""
+    merge(model)
+    try:
+        yield
+    finally:
+        unmerge(model)
+
+
 @torch.no_grad()
 def unmerge(model):
     """Take `merge` back: the base weights are again the same bits as before."""

@@ -344,7 +344,36 @@ def custom_reward(path):
     return reward
 
 
+def reward_of(config):
+    """The reward that a config asks for: (case, episode) -> (number, {component: value})."""
+    from tools import UserError
+    weights = {**WEIGHTS, **config.reward_weights}
+    for name, weight in weights.items():
+        if name not in COMPONENTS or type(weight) not in (int, float) or not math.isfinite(weight):
+            raise UserError(f"reward_weights: {name!r}: {weight!r}: must be a finite number for one of {', '.join(COMPONENTS)}")
+    return custom_reward(config.reward) if config.reward else lambda case, episode: score(case, episode, weights)
+
+
 # --------------------------------------------------------------------------- 3. a round of episodes
+
+def prompts_of(config, tokenizer):
+    """-> (cases to learn from, held-out cases); with `answers_only` the former know their number, not its expression."""
+    import data
+    from eval import as_case
+    from tools import UserError
+
+    def read(path, split, count):
+        if path or config.source == "jsonl":
+            return data.read_jsonl(path, as_case) if path else []
+        return [as_case(c) for c in data.generate(split, count, config.seed, config.mix)] if count else []
+    cases, held_out = read(config.path, "train", config.examples), read(config.eval_path, "dev", config.eval_examples)
+    if config.answers_only:
+        cases = [case._replace(calls=None, reference=None) if case.answer is not None else case for case in cases]
+    lengths = [len(data.encode(case.conversation, tokenizer, config.tool_style, generation=True)[0]) for case in cases]
+    if not (cases := data.fitting(cases, lengths, config.max_tokens, "prompts")):
+        raise UserError(f"no prompt fits max_tokens = {config.max_tokens}; raise it")
+    return cases, held_out
+
 
 class ValueHead(torch.nn.Linear):
     """V_t from the trunk's output before token t: D numbers -> one. Zero at the start, so that the first returns are rewards."""
@@ -410,7 +439,6 @@ def advantages_of(config, scores, kl, values, mask, kl_coef):
 
 def train(run):
     # Imported here so that this file alone gives the losses to anyone who copies it.
-    import data
     import eval as evaluation
     import lora
     import toolplay
@@ -420,28 +448,12 @@ def train(run):
         raise UserError("ppo trains adapters without dropout (the reference is the model without them, the first ratio must be 1): set lora_r > 0 and lora_dropout = 0")
     if config.steps:
         raise UserError("steps: ppo counts rounds; set iterations")
-    weights = {**WEIGHTS, **config.reward_weights}
-    for name, weight in weights.items():
-        if name not in COMPONENTS or type(weight) not in (int, float) or not math.isfinite(weight):
-            raise UserError(f"reward_weights: {name!r}: {weight!r}: must be a finite number for one of {', '.join(COMPONENTS)}")
-    reward = custom_reward(config.reward) if config.reward else lambda case, episode: score(case, episode, weights)
+    reward = reward_of(config)
 
     # 1. data: prompts with what is known of their answers
-    def read(path, split, count):
-        if path or config.source == "jsonl":
-            return data.read_jsonl(path, evaluation.as_case) if path else []
-        return [evaluation.as_case(c) for c in data.generate(split, count, config.seed, config.mix)] if count else []
-    cases, held_out = read(config.path, "train", config.examples), read(config.eval_path, "dev", config.eval_examples)
-    if config.answers_only:
-        cases = [case._replace(calls=None, reference=None) if case.answer is not None else case for case in cases]
-
     # 2. model: policy, reference (the same weights under another adapter), critic
     model, tokenizer = toolplay.prepare_model(config, run.device)
-    fitting = [case for case in cases if len(data.encode(case.conversation, tokenizer, config.tool_style, generation=True)[0]) <= config.max_tokens]
-    if len(fitting) < len(cases):
-        print(f"{len(cases) - len(fitting)} of {len(cases)} prompts are longer than max_tokens = {config.max_tokens} and left out", file=sys.stderr)
-    if not (cases := fitting):
-        raise UserError(f"no prompt fits max_tokens = {config.max_tokens}; raise it")
+    cases, held_out = prompts_of(config, tokenizer)
     start = {name: tensor.clone() for name, tensor in lora.lora_state(model).items()} if config.start_from else None
     head = ValueHead(model.get_input_embeddings().weight.shape[1]).to(run.device)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -476,10 +488,9 @@ def train(run):
     def play(round_, of):
         """Episodes of a round, and everything that stays fixed while it is learned from -> (units, log)."""
         chosen = [case for case in of for _ in range(config.samples)]
-        lora.merge(model)  # the same function, sampled from faster; unmerging is exact
-        episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen], temperature=config.temperature, style=config.tool_style,
-                                    max_new_tokens=config.max_new_tokens, max_turns=config.max_turns, seed=f"{config.seed} round {round_}", batch_size=batch)
-        lora.unmerge(model)
+        with lora.merged(model):  # sampled from faster
+            episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen], temperature=config.temperature, style=config.tool_style,
+                                        max_new_tokens=config.max_new_tokens, max_turns=config.max_turns, seed=f"{config.seed} round {round_}", batch_size=batch)
         scored = [reward(case, episode) for case, episode in zip(chosen, episodes)]
         scores = torch.tensor([s for s, _ in scored], dtype=torch.float32, device=run.device)
         rows = [(e.ids, e.mask) for e in episodes]

@@ -17,7 +17,6 @@ examples share is computed once.
 """
 from __future__ import annotations
 
-import functools
 import sys
 from dataclasses import dataclass
 
@@ -50,8 +49,8 @@ def train(run):
     # 2. model: base weights frozen, adapters trained (or every weight, with lora_r = 0)
     model, tokenizer = toolplay.prepare_model(config, run.device)
     train_rows, held_out = data.dataset(config, tokenizer)
-    per_epoch = -(-len(train_rows) // config.batch_size)
-    total = config.steps or max(1, round(config.epochs * per_epoch))
+    batches = data.Batches(train_rows, config)
+    total = batches.total
 
     # 3. optimizer
     trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, total)
@@ -69,12 +68,9 @@ def train(run):
         return float(total / info["tokens"])
 
     # 4. loop
-    order_of = functools.lru_cache(1)(lambda epoch: data.epoch_order(train_rows, config.seed, epoch, config.group))
     for step in run.steps(trainer, total):
         model.train()
-        epoch, at = divmod(step, per_epoch)
-        order = order_of(epoch)
-        batch = [train_rows[i] for i in order[at * config.batch_size:(at + 1) * config.batch_size]]
+        batch = [train_rows[i] for i in batches(step)]
         info = toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1]))
         info.pop("tokens")
         if held_out and (trainer.step == total or config.eval_every and trainer.step % config.eval_every == 0):

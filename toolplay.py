@@ -1280,8 +1280,8 @@ def trie(args):
     config = load_config(args.config, args.overrides)
     _, tokenizer = load_model(config.model)
     rows, _ = data.dataset(dataclasses.replace(config, eval_examples=0), tokenizer)
-    order = data.epoch_order(rows, config.seed, 0, config.group)
-    batches = [[rows[i] for i in order[k:k + config.batch_size]] for k in range(0, len(order), config.batch_size)]
+    plan = data.Batches(rows, config)
+    batches = [[rows[i] for i in plan(step)] for step in range(plan.per_epoch)]
     batches = [[batch[b] for b in group] for batch in batches for group in micro_batches([[row] for row in batch], config.micro_tokens)]
     print("batch   rows   tokens   padded   nodes   predicting   tokens/nodes")
     totals = np.zeros(4)
