@@ -581,7 +581,7 @@ def swap_word(word, table, rate, rng):
 
 # --------------------------------------------------------------------------- 4. whole conversations
 
-MIX = {"canonical": 3, "arithmetic": 22, "everyday": 17, "weather": 13, "search": 8, "no_tool": 9, "trap": 12,
+MIX = {"canonical": 3, "arithmetic": 20, "everyday": 16, "weather": 12, "search": 9, "no_tool": 8, "trap": 15,
        "word_problem": 9, "missing_tool": 3, "two_calls": 2, "tool_error": 2}
 
 
