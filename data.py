@@ -440,19 +440,27 @@ class Writer:
                  "Thing": thing.capitalize(), "city": self.pick("cities.json", "cities")["name"]}
         return {k: v.lower() if lower else v for k, v in words.items()}
 
-    def arithmetic(self, name="arithmetic.json"):
+    def arithmetic(self, name="arithmetic.json", steps=None):
         family = self.pick(name, "families")
+        while steps and family["steps"] != steps:
+            family = self.pick(name, "families")
         made = self.number_request(family)
         return made and (made[0], [Call("calculator", {"expression": made[1]})], family["id"], made[2])
 
     def everyday(self):
         return self.arithmetic("everyday.json")
 
-    def word_problem(self):
-        if self.split == "train" and self.rng.random() < 0.15:
+    def word_problem(self, steps=None):
+        if self.split == "train" and steps != 1 and self.rng.random() < 0.15:
             problem = self.rng.choice(corpus("gsm8k_short.jsonl")[1:])
             return problem["question"], [Call("calculator", {"expression": problem["expression"]})], "gsm8k", {}
-        return self.arithmetic(self.rng.choice(["stories_add.json", "stories_mul.json"]))
+        return self.arithmetic(self.rng.choice(["stories_add.json", "stories_mul.json"]), steps)
+
+    def one_step(self):
+        return self.word_problem(1)
+
+    def two_steps(self):
+        return self.word_problem(2)
 
     def place(self, lower):
         city = self.pick("cities.json", "cities")
@@ -583,6 +591,7 @@ def swap_word(word, table, rate, rng):
 
 MIX = {"canonical": 3, "arithmetic": 20, "everyday": 16, "weather": 12, "search": 9, "no_tool": 8, "trap": 15,
        "word_problem": 9, "missing_tool": 3, "two_calls": 2, "tool_error": 2}
+KINDS = [*MIX, "one_step", "two_steps"]  # the last two are the word problems of one operation, and of more
 
 
 def final_answer(call, result, rng, story=False):
@@ -620,7 +629,7 @@ def converse(kind, split, rng):
     messages = [{"role": "user", "content": prompt}]
     if calls:
         results = [execute(call, tools) for call in calls]
-        finals = [final_answer(c, r, rng, story=kind == "word_problem") for c, r in zip(calls, results)]
+        finals = [final_answer(c, r, rng, story=kind in ("word_problem", "one_step", "two_steps")) for c, r in zip(calls, results)]
         reply = finals[0] if len(finals) == 1 else fill(rng.choice(corpus("answers.json")["two"]), {"first": finals[0], "second": finals[1]})
         if len(finals) > 2:
             reply = " ".join(finals)
@@ -640,8 +649,8 @@ def generate(split, n, seed=0, mix=None):
     mix = {k: v for k, v in (mix or MIX).items() if k != "canonical" or split == "train"}
     if not mix:
         raise UserError(f"the {split} split has no canonical examples: they are all in train; add another kind to the mix")
-    if unknown := set(mix) - set(MIX):
-        raise UserError(f"unknown kind {sorted(unknown)[0]!r} in the mix; kinds are {', '.join(MIX)}")
+    if unknown := set(mix) - set(KINDS):
+        raise UserError(f"unknown kind {sorted(unknown)[0]!r} in the mix; kinds are {', '.join(KINDS)}")
     rng = random.Random(f"{split} {seed}")
     out, seen = [], set()
     for attempt in itertools.count():
@@ -791,7 +800,7 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=1000, help="how many to export (default 1000)")
     parser.add_argument("--split", choices=["train", "dev", "test"], default="train")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=list(MIX), help="only this kind")
+    parser.add_argument("--kind", choices=KINDS, help="only this kind")
     parser.add_argument("--sample-replies", action="store_true", help="write the base model's own replies to the no-tool talk")
     args = parser.parse_args(argv)
     mix = {args.kind: 1} if args.kind else None
@@ -810,7 +819,8 @@ def main(argv=None):
         else:
             parser.print_help()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

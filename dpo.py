@@ -170,9 +170,10 @@ def wrong_argument(conversation, rng):
         return None
     key, value = rng.choice(texts)
     words = value.split()
+    left_out = rng.randrange(max(len(words), 1))
     changes = [re.sub(r"\d(?=\D*$)", lambda m: str((int(m.group()) + rng.randint(1, 9)) % 10), value, count=1),
                value.translate(str.maketrans("+-*/", "-+/*")) if key == "expression" else value,
-               " ".join(w for i, w in enumerate(words) if i != hash_of(value) % len(words)) if len(words) > 1 else value[:-2],
+               " ".join(w for i, w in enumerate(words) if i != left_out) if len(words) > 1 else value[:-2],
                {"celsius": "fahrenheit", "fahrenheit": "celsius"}.get(value, value)]
     worse = [{**calls[0], "arguments": {**calls[0]["arguments"], key: c}} for c in changes if c.strip()]
     worse = [call for call in worse if not same_call(Call(**calls[0]), Call(**call))]  # a filler word less is no fault
@@ -239,10 +240,6 @@ def until(conversation, at, content="", tool_calls=None):
 
 def names_of(conversation):
     return [t if isinstance(t, str) else t.name if hasattr(t, "name") else t.get("function", t)["name"] for t in conversation.get("tools") or []]
-
-
-def hash_of(text):
-    return sum(map(ord, text))
 
 
 def tempting_call(name, conversation):

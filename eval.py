@@ -374,10 +374,10 @@ def compare_command(args):
         labelled[label] = [records for _, records in members]
     result = compare(labelled)
     first = next(iter(result))
-    cell = lambda m, difference: "-" if m["value"] != m["value"] else f'{m["value"]:.3f} [{m["low"]:.2f}, {m["high"]:.2f}]' + (  # noqa: E731
+    shown = lambda m, difference: "-" if m["value"] != m["value"] else f'{m["value"]:.3f} [{m["low"]:.2f}, {m["high"]:.2f}]' + (  # noqa: E731
         f' ({m["difference"]:+.3f} [{m["d_low"]:+.2f}, {m["d_high"]:+.2f}])' if difference else "")
     print(table(["metric", *(f"{label} ({len(labelled[label])} seed{'s' * (len(labelled[label]) > 1)})" for label in result)],
-                [[name, *(cell(of[name], label != first) for label, of in result.items())] for name in METRICS]))
+                [[name, *(shown(of[name], label != first) for label, of in result.items())] for name in METRICS]))
     print(f"\n{len(same)} cases; value [95 % interval] (paired difference to {first} [95 % interval])")
     if args.csv:
         keys = ["value", "low", "high", "difference", "d_low", "d_high", "n", "seeds"]

@@ -28,7 +28,8 @@ Implementation details, after Huang et al. 2024 (arXiv:2403.17031) and "The 37 i
            all weights; adapters take larger steps, and eps 1e-8 is the shared Trainer's
 Departures. The reference is where training starts (the SFT adapter kept aside, or the base model with adapters off): one
 model in memory. RLOO and GRPO take beta KL out of the score instead of adding a KL loss, and average over all tokens, not
-first over each episode's. Under torchrun every rank plays the whole round; only the learning is shared out.
+first over each episode's. With `value_lora` the critic is an adapter of its own on the same trunk: policy and value no longer
+pull at the same weights, for a second forward. Under torchrun the ranks share out the prompts of a round, and its learning.
 
     python ppo.py configs/ppo.json          the same as: python toolplay.py train configs/ppo.json
     python ppo.py --inspect RUN             sampled episodes with reward, advantage and mask of every token
@@ -65,6 +66,7 @@ class Config:
     dual_clip: Annotated[float, ">= 0"] = 0.0          # bound of rho A for A < 0 (Ye et al. 2020, eq. 5), 3 there; 0: none
     value_clip: Annotated[float, "> 0"] = 0.2          # eps of (3)
     vf_coef: Annotated[float, ">= 0"] = 0.1            # weight of the value loss
+    value_lora: bool = False                           # the critic has its own adapter on the trunk; else it shares the policy's
     entropy_coef: Annotated[float, ">= 0"] = 0.0       # weight of an entropy bonus
     kl_coef: Annotated[float, ">= 0"] = 0.05           # beta
     kl_estimator: Literal["k1", "k3"] = "k1"           # of the KL to the reference
@@ -387,25 +389,25 @@ class ValueHead(torch.nn.Linear):
         return super().forward(hidden)[..., 0]                                  # [B, T, D] -> [B, T]
 
 
-@contextlib.contextmanager
-def reference_policy(model, start):
-    """The model as training found it: with the adapter it started from (`start`, a state), or with none."""
-    import lora
-    if start is None:
-        with lora.lora_disabled(model):
-            yield
-        return
-    live = lora.lora_state(model)
-    kept = {name: tensor.clone() for name, tensor in live.items()}
-    try:
-        with torch.no_grad():
-            for name, tensor in live.items():
-                tensor.copy_(start[name])
-        yield
-    finally:
-        with torch.no_grad():
-            for name, tensor in live.items():
-                tensor.copy_(kept[name])
+class Policy(torch.nn.Module):
+    """The model as a function of rows (`toolplay.token_logprobs`), with its own adapter or with another one of that shape."""
+
+    def __init__(self, model, temperature, budget):
+        super().__init__()
+        self.model, self.options = model, (temperature, budget)
+
+    def forward(self, rows, want):
+        import toolplay
+        temperature, budget = self.options
+        return toolplay.token_logprobs(self.model, rows, temperature, None if torch.is_grad_enabled() else budget, want)
+
+    def switched(self, adapter, rows, want=()):
+        """As if `adapter`, {name: tensor} as of `adapter`, were the model's; gradients go to these tensors. No second model."""
+        return torch.func.functional_call(self, adapter, (rows, want))
+
+    def adapter(self):
+        """A copy of the adapter as it is now. Before training, B = 0: the base model."""
+        return {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
 
 
 def padded(rows, width, device):
@@ -435,6 +437,24 @@ def advantages_of(config, scores, kl, values, mask, kl_coef):
     return advantages.reshape(-1, 1) * mask, torch.zeros_like(rewards), rewards
 
 
+def judge_round(config, units, kl_coef, device):
+    """Write advantages, returns and token rewards into the units of a whole round -> log."""
+    width = max(len(unit["mask"]) for unit in units)
+    mask, logp, ref_logp, values, sampled = (padded(x, width, device) for x in [
+        *([unit[key] for unit in units] for key in ("mask", "logp", "ref_logp", "values")), [unit["episode"].logp for unit in units]])
+    kl = kl_penalty(logp, ref_logp, config.kl_estimator) * mask
+    scores = torch.tensor([unit["score"] for unit in units], dtype=torch.float32, device=device)
+    made = advantages_of(config, scores, kl, values * mask, mask, kl_coef)
+    for b, unit in enumerate(units):
+        unit.update({name: x[b, :len(unit["mask"])].tolist() for name, x in zip(("advantages", "returns", "rewards"), made)})
+    calls = [r.ok for unit in units for r in unit["episode"].results]
+    log = {"reward": float(scores.mean()), "reward_std": float(scores.std()) if len(units) > 1 else 0.0,
+           **{f"reward/{name}": sum(unit["parts"][name] for unit in units) / len(units) for name in units[0]["parts"]},
+           "kl": float(model_tokens(kl, mask).sum()) / len(units), "kl_coef": kl_coef, "tool_success": sum(calls) / max(len(calls), 1),
+           "response_length": float(mask.sum()) / len(units), "sampling_gap": float(((logp - sampled) * mask).abs().max())}
+    return {**log, "explained_variance": explained_variance(values * mask, made[1], mask)} if config.advantage == "gae" else log
+
+
 # --------------------------------------------------------------------------- 4. training
 
 def train(run):
@@ -451,14 +471,19 @@ def train(run):
     reward = reward_of(config)
 
     # 1. data: prompts with what is known of their answers
-    # 2. model: policy, reference (the same weights under another adapter), critic
     model, tokenizer = toolplay.prepare_model(config, run.device)
     cases, held_out = prompts_of(config, tokenizer)
-    start = {name: tensor.clone() for name, tensor in lora.lora_state(model).items()} if config.start_from else None
+
+    # 2. model: policy, reference (the same weights under another adapter), critic
+    policy = Policy(model, config.temperature, config.micro_tokens)
+    reference, critic = policy.adapter(), {}
     head = ValueHead(model.get_input_embeddings().weight.shape[1]).to(run.device)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if config.advantage == "gae":
         parameters.update({f"value_head.{n}": p for n, p in head.named_parameters()})
+        if config.value_lora:
+            critic = {name: p.requires_grad_() for name, p in policy.adapter().items()}
+            parameters.update({f"critic.{name}": p for name, p in critic.items()})
 
     # 3. optimizer
     batch = config.prompts * config.samples
@@ -468,60 +493,50 @@ def train(run):
     run.start(trainer)
     beta = AdaptiveKL(trainer.extra.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
 
-    def forward(rows, want=("hidden",)):
-        return toolplay.token_logprobs(model, rows, config.temperature, budget=None if torch.is_grad_enabled() else config.micro_tokens, want=want)
+    def values_of(rows, hidden):
+        return head(policy.switched(critic, rows, ("hidden",))["hidden"] if critic else hidden)
 
     def loss(group):
         rows, width = [unit["row"] for unit in group], max(len(unit["row"][0]) for unit in group)
         mask, old_logp, advantages, returns, old_values = (padded([unit[key] for unit in group], width, run.device)
                                                            for key in ("mask", "logp", "advantages", "returns", "values"))
-        out = forward(rows, ("hidden", "entropy"))
-        policy, info = policy_loss(out["logp"], old_logp, advantages, mask, config.clip_range, config.dual_clip)
+        out = policy(rows, ("hidden", "entropy"))
+        total, info = policy_loss(out["logp"], old_logp, advantages, mask, config.clip_range, config.dual_clip)
         entropy = model_tokens(out["entropy"], mask).sum()
-        total, info = policy - config.entropy_coef * entropy, {**info, "policy_loss": policy, "entropy": entropy}
+        total, info = total - config.entropy_coef * entropy, {**info, "policy_loss": total, "entropy": entropy}
         if config.advantage == "gae":
-            value, more = value_loss(head(out["hidden"]), old_values, returns, mask, config.value_clip)
+            value, more = value_loss(values_of(rows, out["hidden"]), old_values, returns, mask, config.value_clip)
             total, info = total + config.vf_coef * value, {**info, **more, "value_loss": value}
         return total, info
 
     @torch.no_grad()
     def play(round_, of):
-        """Episodes of a round, and everything that stays fixed while it is learned from -> (units, log)."""
+        """A rank's share of a round: episodes of its prompts with all that stays fixed while they are learned from."""
         chosen = [case for case in of for _ in range(config.samples)]
-        with lora.merged(model):  # sampled from faster
-            episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen], temperature=config.temperature, style=config.tool_style,
+        with lora.merged(model), run.counter("rollout", len(chosen)) as count:  # sampled from faster
+            episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen], temperature=config.temperature, style=config.tool_style, progress=count,
                                         max_new_tokens=config.max_new_tokens, max_turns=config.max_turns, seed=f"{config.seed} round {round_}", batch_size=batch)
-        scored = [reward(case, episode) for case, episode in zip(chosen, episodes)]
-        scores = torch.tensor([s for s, _ in scored], dtype=torch.float32, device=run.device)
         rows = [(e.ids, e.mask) for e in episodes]
-        width = max(len(ids) for ids, _ in rows)
-        mask = padded([m for _, m in rows], width, run.device)
         model.eval()
         with trainer.autocast():
-            out = forward(rows)
-        with reference_policy(model, start), trainer.autocast():  # a context of its own: autocast keeps the cast weights of the one before
-            ref_logp = forward(rows)["logp"]
-        values = head(out["hidden"]) * mask
-        kl = kl_penalty(out["logp"], ref_logp, config.kl_estimator) * mask
-        advantages, returns, rewards = advantages_of(config, scores, kl, values, mask, beta.value)
-        fixed = {"mask": mask, "logp": out["logp"], "advantages": advantages, "returns": returns, "values": values, "rewards": rewards}
-        units = [{"row": row, **{name: x[b, :len(row[0])].tolist() for name, x in fixed.items()}} for b, row in enumerate(rows)]
-        sampled = padded([e.logp for e in episodes], width, run.device)
-        parts = {name: sum(p[name] for _, p in scored) / batch for name in scored[0][1]}
-        calls = [r.ok for e in episodes for r in e.results]
-        log = {"reward": float(scores.mean()), "reward_std": float(scores.std()) if batch > 1 else 0.0, **{f"reward/{name}": value for name, value in parts.items()},
-               "kl": float(model_tokens(kl, mask).sum()) / batch, "kl_coef": beta.value, "tool_success": sum(calls) / max(len(calls), 1),
-               "response_length": float(mask.sum()) / batch, "sampling_gap": float(((out["logp"] - sampled) * mask).abs().max())}
-        if config.advantage == "gae":
-            log["explained_variance"] = explained_variance(values, returns, mask)
-        return units, [s for s, _ in scored], chosen, episodes, log
+            out, ref_logp = policy(rows, ("hidden",)), policy.switched(reference, rows)
+            values = values_of(rows, out["hidden"]) if config.advantage == "gae" else torch.zeros_like(ref_logp)
+        fixed = {"logp": out["logp"], "ref_logp": ref_logp, "values": values}
+        played = []
+        for b, (case, episode) in enumerate(zip(chosen, episodes)):
+            total, parts = reward(case, episode)
+            played.append({"episode": episode, "row": rows[b], "mask": episode.mask, "score": total, "parts": parts,
+                           **{name: x[b, :len(episode.ids)].tolist() for name, x in fixed.items()}})
+        return [played[n:n + config.samples] for n in range(0, len(played), config.samples)]
 
     # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
     for position in run.steps(trainer, trainer.total):
         round_ = position // per_round
         picked = [cases[shuffled(len(cases), config.seed, "prompts", at // len(cases))[at % len(cases)]]
                   for at in range(round_ * config.prompts, (round_ + 1) * config.prompts)]
-        units, scores, chosen, episodes, log = play(round_, picked)
+        played = toolplay.shared_out(picked, lambda own: play(round_, own) if own else [])
+        units = [{"case": case, **unit} for case, samples in zip(picked, played) for unit in samples]
+        log = judge_round(config, units, beta.value, run.device)
         sums, count, stopped = {}, 0, False
         for epoch in range(config.ppo_epochs):
             order = shuffled(batch, config.seed, position, epoch)
@@ -542,13 +557,19 @@ def train(run):
             report, _ = evaluation.evaluate(model, tokenizer, held_out, max_new_tokens=config.max_new_tokens, style=config.tool_style, progress=False)
             log.update({f"eval_{name}": report["metrics"][name]["value"] for name in ("tool_accuracy", "format", "response_quality")})
         run.log(trainer.step, log, tokens=int(sum(sum(unit["mask"]) for unit in units)))
-        run.samples(trainer.step, [{"prompt": case.conversation["messages"][-1]["content"], "turns": e.turns, "results": [r.text() for r in e.results], "answer": case.answer,
-                                    "score": s, "tokens": [tokenizer.decode([i]) for i in e.ids[e.prompt:]], **{k: u[k][e.prompt:] for k in ("mask", "rewards", "advantages")}}
-                                   for case, e, s, u in list(zip(chosen, episodes, scores, units))[:2 * config.samples:config.samples]])
+        run.samples(trainer.step, [sample_line(unit, tokenizer) for unit in units[:2 * config.samples:config.samples]])
 
     # 5. save
     run.save_model(model, tokenizer)
     run.finish()
+
+
+def sample_line(unit, tokenizer):
+    """What samples.jsonl keeps of an episode."""
+    case, episode = unit["case"], unit["episode"]
+    return {"prompt": case.conversation["messages"][-1]["content"], "turns": episode.turns, "results": [r.text() for r in episode.results], "answer": case.answer,
+            "score": unit["score"], "tokens": [tokenizer.decode([i]) for i in episode.ids[episode.prompt:]],
+            **{key: unit[key][episode.prompt:] for key in ("mask", "rewards", "advantages")}}
 
 
 def inspect(folder="", n=4):

@@ -160,8 +160,8 @@ def load_config(source, overrides=()):
             raise UserError(f"{origin[key]}: {key} = {json.dumps(value)}: {wrong}")
     config = cls(**given)
     for kind, weight in config.mix.items():
-        if kind not in data.MIX or _wrong(weight, Rate):
-            raise UserError(f"{origin['mix']}: mix: {json.dumps(kind)}: {json.dumps(weight)}: must be a number > 0 for one of {', '.join(data.MIX)}")
+        if kind not in data.KINDS or _wrong(weight, Rate):
+            raise UserError(f"{origin['mix']}: mix: {json.dumps(kind)}: {json.dumps(weight)}: must be a number > 0 for one of {', '.join(data.KINDS)}")
     if (config.source == "jsonl") != bool(config.path):
         raise UserError(f'{name}: source = "jsonl" needs "path", a JSONL file of conversations, and "path" needs source = "jsonl"')
     if not config.run_dir:
@@ -832,6 +832,19 @@ def all_sum(value, device):
     return total.item()
 
 
+def shared_out(items, work):
+    """work(the items of one rank) -> a result for each; -> the results of all, in the items' order, on every rank."""
+    rank, world = world_rank()
+    own = work(items[rank::world])
+    if world == 1:
+        return own
+    parts, results = [None] * world, [None] * len(items)
+    dist.all_gather_object(parts, own)
+    for r, part in enumerate(parts):
+        results[r::world] = part
+    return results
+
+
 def sum_gradients(parameters):
     """All-reduce the gradients in one flat buffer; a rank that had no unit adds zeros."""
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
@@ -943,6 +956,19 @@ class Run:
             self.bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def counter(self, what, total):
+        """A function that shows on the bar how many more of `total` are done, for work inside a step."""
+        done, name = [0], self.config.method
+
+        def count(n):
+            done[0] += n
+            self.bar.set_description(f"{name} {what} {done[0]}/{total}", refresh=n > 0)
+        try:
+            yield count
+        finally:
+            self.bar.set_description(name)
 
     def log(self, step, metrics, tokens=0):
         """Append one line to metrics.jsonl (and the wall clock to timing.jsonl), show it on the bar, tell W&B."""
@@ -1316,7 +1342,7 @@ def validate(args):
         return result.text()[:60]
 
     def templates():
-        return f"{sum(len(data.generate(split, 20, mix={kind: 1})) for split in ('train', 'dev', 'test') for kind in data.MIX if kind != 'canonical')} conversations written"
+        return f"{sum(len(data.generate(split, 20, mix={kind: 1})) for split in ('train', 'dev', 'test') for kind in data.KINDS if kind != 'canonical')} conversations written"
 
     def model():
         net, tokenizer = load_model(args.model)

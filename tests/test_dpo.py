@@ -1,4 +1,5 @@
 """dpo.py: each loss by hand, pairs that say what is wrong with them, a reference that is computed once, whole runs."""
+import dataclasses
 import json
 import math
 import random
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import small
 from small import model, tokenizer
 
 import data
@@ -44,6 +46,20 @@ def test_losses_by_hand(variant, smoothing, by_hand, beta):
 def test_simpo_by_hand_needs_no_reference():
     loss, info = dpo.dpo_loss(PC, PR, None, None, 2.0, "simpo")
     assert loss.item() == pytest.approx(sum(-log_sigmoid(2 * (c - r) - 0.5) for c, r in [(-10, -12), (-3, -2.5), (-7.5, -7.5)]), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_equal_to_trl(n):
+    """TRL 1.16's own trainers; golden/make.py says how its numbers were made."""
+    case = json.loads((ROOT / "tests" / "golden" / "dpo.json").read_text())[n]
+    mask, logp, ref = (torch.tensor(case[k], dtype=torch.float64) for k in ("mask", "logp", "ref_logp"))
+    assert len(case["losses"]) == 9
+    for name, loss in case["losses"].items():
+        variant, smoothing, beta = name.split()
+        four = [half for x in (logp, ref) for half in dpo.sequence_logp(x, mask, variant in dpo.MEAN).chunk(2)]
+        more = {"simpo_margin": float(smoothing)} if variant == "simpo" else {"label_smoothing": float(smoothing)}
+        ours, _ = dpo.dpo_loss(*four, beta=float(beta), variant=variant, **more)
+        assert ours.item() / len(four[0]) == pytest.approx(loss, rel=1e-6), name
 
 
 def test_known_values():
@@ -192,12 +208,39 @@ def test_it_learns_the_preference(tmp_path, monkeypatch):
     assert lines[-1]["rewards/accuracy"] == 1 and lines[-1]["rewards/margin"] > 0.5
 
 
-def test_any_split_into_micro_batches_gives_the_same_step(tmp_path):
-    start = Path(config(tmp_path / "start").run_dir)
-    train(config(tmp_path / "start", seed=5))
-    one, *others = [train(config(tmp_path / str(budget), micro_tokens=budget, batch_size=3, steps=1, start_from=str(start)))[0] for budget in (1, 900, 10 ** 6)]
-    for other in others:  # one step: what follows it is the same only as far as Adam does not blow rounding up
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5) and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+@pytest.mark.parametrize("variant", dpo.VARIANTS)
+def test_any_split_into_micro_batches_gives_the_same_step(tmp_path, monkeypatch, variant, start):
+    """All at once, one by one, and ragged: the same gradient."""
+    gradients = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda ps, *a: (gradients.append(torch.cat([p.grad.flatten() for p in ps])), clip(ps, *a))[1])
+    for budget in (10 ** 6, 1, 900):
+        train(config(tmp_path / str(budget), micro_tokens=budget, batch_size=3, steps=1, start_from=str(start), variant=variant, label_smoothing=0.1, eval_examples=0))
+    whole, *others = gradients
+    assert whole.norm() > 0
+    for other in others:
+        assert (whole - other).norm() < 1e-6 * whole.norm()
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A run whose adapter is not zero."""
+    c = config(tmp_path_factory.mktemp("start"), seed=5)
+    train(c)
+    return Path(c.run_dir)
+
+
+@pytest.mark.parametrize("place, nth", [("start", 1), ("step", 3), ("accumulation", 4), ("log", 2), ("rename", 3)])
+def test_kill_9_then_resume_is_bit_identical(tmp_path, place, nth):
+    settings = dict(dataclasses.asdict(config(tmp_path / "whole")), device="cpu", micro_tokens=1, steps=3, examples=8)
+    cut = dict(settings, run_dir=str(tmp_path / "cut"))
+    assert small.zygote().run("train", config=settings)[0] == [0]
+    codes, stderr = small.zygote().run("train", config=cut, place=place, nth=nth)
+    assert codes == [-9], stderr
+    codes, stderr = small.zygote().run("train", config=cut, resume=True)
+    assert codes == [0], stderr
+    for file in ("metrics.jsonl", "reference.json", "adapter/adapter_model.safetensors"):
+        assert Path(settings["run_dir"], file).read_bytes() == Path(cut["run_dir"], file).read_bytes(), file
 
 
 def test_resume_is_bit_identical_and_reads_the_reference(tmp_path, monkeypatch):

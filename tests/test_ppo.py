@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import small
+from safetensors.torch import load_file
 from small import model, tokenizer
 
 import data
@@ -23,6 +25,30 @@ T = lambda *rows: torch.tensor(rows, dtype=torch.float64)  # noqa: E731
 
 
 # ---------------------------------------------------------------- equations
+
+@pytest.mark.parametrize("n", range(6))
+def test_equal_to_verl(n):
+    """verl 0.9.1's own functions; golden/make.py says how its numbers were made."""
+    case = json.loads((ROOT / "tests" / "golden" / "ppo.json").read_text())[n]
+    given, made = ({k: torch.tensor(v, dtype=torch.float64) for k, v in case[part].items()} for part in ("given", "made"))
+    mask, tokens = given["mask"], given["mask"].sum()
+    advantages, returns = ppo.gae(given["rewards"], given["values"], mask, case["gamma"], case["lam"])
+    white = ppo.masked_whiten(advantages, mask)
+    policy, info = ppo.policy_loss(given["logp"], given["old_logp"], white, mask)
+    value, value_info = ppo.value_loss(given["new_values"], given["values"], returns, mask)
+    ours = {"advantages": white, "returns": returns, "whitened": ppo.masked_whiten(given["rewards"], mask), "scaled": ppo.masked_whiten(given["rewards"], mask, False),
+            "policy_loss": policy / tokens, "clip_fraction": info["clip_fraction"] / tokens, "value_loss": value / tokens,
+            "dual_clip_policy_loss": ppo.policy_loss(given["logp"], given["old_logp"], white, mask, dual_clip=1.5)[0] / tokens,
+            "value_clip_fraction": value_info["value_clip_fraction"] / tokens,
+            **{k: ppo.kl_penalty(given["logp"], given["ref_logp"], k) for k in ("k1", "k3")}}
+    scores = given["rewards"].sum(1).reshape(-1, 2)
+    ours |= {"rloo": ppo.rloo_advantages(scores).reshape(-1, 1) * mask, "grpo": ppo.grpo_advantages(scores, eps=1e-6, least=0).reshape(-1, 1) * mask}
+    assert set(ours) == set(made)
+    for name, value in ours.items():
+        inside = mask.expand_as(value) if value.dim() else torch.tensor(1.0)  # verl leaves numbers on tokens that are nobody's
+        assert torch.allclose(value * inside, made[name] * inside, rtol=1e-6, atol=1e-8), name
+    assert made["dual_clip_policy_loss"] != made["policy_loss"] or n
+
 
 def test_gae_by_hand():
     """Two tokens, gamma 0.9, lambda 0.5: A_2 = 1 - 0.3; A_1 = (0.2 + 0.9 * 0.3 - 0.1) + 0.45 * A_2."""
@@ -260,27 +286,45 @@ def test_it_learns(tmp_path, monkeypatch):
     assert lines[-1]["reward"] > 3 * lines[0]["reward"] > 0
 
 
-@pytest.mark.parametrize("moment", ["rollout", "epoch"])
-def test_resume_is_bit_identical(tmp_path, monkeypatch, moment):
-    whole, cut = config(tmp_path / "a", kl_target=6, iterations=3), config(tmp_path / "b", kl_target=6, iterations=3)
-    train(whole)
-    name = {"rollout": "_rollout_batch", "epoch": "train_step"}[moment]
-    real, calls = getattr(toolplay, name), []
-
-    def stop(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == {"rollout": 2, "epoch": 6}[moment]:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-    with monkeypatch.context() as patch:
-        patch.setattr(toolplay, name, stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(cut)
-    train(cut, resume=True)
+@pytest.mark.parametrize("place, nth", [("rollout", 5), ("rollout", 200), ("step", 3), ("step", 7), ("accumulation", 2), ("accumulation", 12), ("log", 2), ("inside the checkpoint", 2)])
+def test_kill_9_then_resume_is_bit_identical(uninterrupted, tmp_path, place, nth):
+    """In the middle of a rollout, of an epoch, of an accumulation: weights, critic, KL controller and logs."""
+    cut = dict(RESUMED, run_dir=str(tmp_path / "run"))
+    codes, stderr = small.zygote().run("train", config=cut, place=place, nth=nth)
+    assert codes == [-9], stderr
+    codes, stderr = small.zygote().run("train", config=cut, resume=True)
+    assert codes == [0], stderr
     for file in ("metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors"):
-        assert (Path(whole.run_dir) / file).read_bytes() == (Path(cut.run_dir) / file).read_bytes(), file
-    state = [next((Path(c.run_dir) / "checkpoint").glob("*/trained.safetensors")).read_bytes() for c in (whole, cut)]
-    assert state[0] == state[1] and b"value_head" in state[0]
+        assert (uninterrupted / file).read_bytes() == (tmp_path / "run" / file).read_bytes(), file
+    state = [next((folder / "checkpoint").glob("*/trained.safetensors")).read_bytes() for folder in (uninterrupted, tmp_path / "run")]
+    assert state[0] == state[1] and b"value_head" in state[0] and b"critic." in state[0]
+
+
+RESUMED = {**json.loads((ROOT / "configs" / "ppo_tiny.json").read_text()), "kl_target": 6, "iterations": 3, "value_lora": True, "micro_tokens": 60, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ppo") / "run"
+    codes, stderr = small.zygote().run("train", config=dict(RESUMED, run_dir=str(folder)))
+    assert codes == [0], stderr
+    lines = toolplay.read_lines(folder / "metrics.jsonl")
+    assert len({x["kl_coef"] for x in lines}) == 3  # the controller is at work
+    return folder
+
+
+def test_two_ranks_play_and_learn_as_one(tmp_path):
+    """The ranks share out the prompts; what each row draws does not depend on who draws it."""
+    made = {}
+    for ranks in (1, 2):
+        c = dict(RESUMED, run_dir=str(tmp_path / str(ranks)), prompts=3, iterations=2, eval_examples=0, save_every=100)
+        codes, stderr = small.zygote().run("train", ranks=ranks, config=c, timeout=60)
+        assert codes == [0] * ranks, stderr
+        made[ranks] = toolplay.read_lines(tmp_path / str(ranks) / "metrics.jsonl")
+    assert len(made[1]) == 2
+    assert made[1][0] == pytest.approx(made[2][0], rel=1e-4, abs=1e-5)
+    episodes = [[(x["prompt"], x["turns"]) for x in toolplay.read_lines(tmp_path / str(ranks) / "samples.jsonl") if x["step"] == made[1][0]["step"]] for ranks in (1, 2)]
+    assert episodes[0] == episodes[1]
 
 
 def test_guards(tmp_path):
@@ -291,19 +335,82 @@ def test_guards(tmp_path):
 
 
 def test_the_reference_is_where_training_starts(tmp_path):
-    c = config(tmp_path, lr=0.05)
-    train(c)
-    net, _ = toolplay.load_model("tiny")
-    lora.load_adapter(net, tmp_path / "run" / "adapter")
+    """The base model, or the run that training starts from: the KL of the first round is 0 either way, and in the first only then."""
     rows = [([5, 6, 7, 8], [0, 1, 1, 1])]
     with torch.no_grad():
-        base, trained = toolplay.load_model("tiny")[0], toolplay.token_logprobs(net, rows)
-        start = {name: torch.zeros_like(tensor) for name, tensor in lora.lora_state(net).items()}
-        for reference in (None, start):
-            with ppo.reference_policy(net, reference):
-                assert (toolplay.token_logprobs(net, rows) - toolplay.token_logprobs(base, rows)).abs().max() < 1e-6
-            assert torch.equal(toolplay.token_logprobs(net, rows), trained)
-    assert (trained - toolplay.token_logprobs(base, rows)).abs().max() > 1e-4
+        base = toolplay.token_logprobs(toolplay.load_model("tiny")[0], rows)
+        c = config(tmp_path, lr=0.05)
+        fresh = ppo.Policy(toolplay.prepare_model(c, torch.device("cpu"))[0], 1.0, None)
+        assert torch.allclose(fresh.switched(fresh.adapter(), rows), base, atol=1e-6)  # B = 0
+    train(c)
+    second = config(tmp_path / "second", start_from=str(tmp_path / "run"), lr=0.05)
+    with torch.no_grad():
+        policy = ppo.Policy(toolplay.prepare_model(second, torch.device("cpu"))[0], 1.0, None)
+        start, trained = policy.adapter(), policy(rows, ())
+        assert (trained - base).abs().max() > 1e-4
+        for p in policy.parameters():
+            p.add_(0.1 * p.requires_grad)
+        moved = policy(rows, ())
+        assert torch.equal(policy.switched(start, rows), trained) and torch.equal(policy(rows, ()), moved) and not torch.equal(moved, trained)
+    lines = train(second)
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-4) and abs(lines[1]["kl"]) > 1e-4
+
+
+def test_the_critics_own_adapter(tmp_path, monkeypatch):
+    """With value_lora the value loss moves the critic and leaves the policy alone; without, it moves the policy."""
+    monkeypatch.setattr(ppo, "gae", lambda rewards, values, mask, *_: (torch.zeros_like(values), (values + 1) * mask))  # nothing to gain, much to predict
+    for own in (True, False):
+        c = config(tmp_path / str(own), value_lora=own, iterations=1, kl_coef=0.0, vf_coef=1.0, lr=0.02, ppo_epochs=4, eval_examples=0)
+        train(c)
+        state = load_file(next((Path(c.run_dir) / "checkpoint").glob("*/trained.safetensors")))
+        policy_B = [v for k, v in state.items() if k.endswith("lora_B") and not k.startswith("critic.")]
+        assert all((v == 0).all() for v in policy_B) is own
+        assert any(k.startswith("critic.") and k.endswith("lora_B") and v.abs().max() > 0 for k, v in state.items()) is own
+        assert state["value_head.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo"])
+def test_any_split_into_micro_batches_gives_the_same_step(tmp_path, monkeypatch, advantage):
+    """All at once, one by one, and ragged: the same gradient."""
+    gradients = []
+    monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (sum(episode.ids) % 7 / 7, {}))  # the samples of a prompt differ
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda ps, *a: (gradients.append(torch.cat([p.grad.flatten() for p in ps if p.grad is not None])), clip(ps, *a))[1])
+    for budget in (10 ** 6, 1, 700):
+        train(config(tmp_path / str(budget), advantage=advantage, micro_tokens=budget, iterations=1, prompts=2, samples=3, batch_size=6, ppo_epochs=1, eval_examples=0))
+    whole, *others = gradients
+    assert whole.norm() > 0
+    for other in others:
+        assert (whole - other).norm() < 1e-6 * whole.norm()
+
+
+def test_text_is_never_tokenised_again(tmp_path, monkeypatch):
+    """The policy says "a", "b" where its tokenizer would write the one token "ab": what was sampled is what is trained."""
+    import transformers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "ab"])}, merges=[("a", "b")]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+    tok = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=toolplay.CHATML)
+    net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**small.sizes(), "vocab_size": len(tok), "eos_token_id": tok.eos_token_id}))
+    said = [tok.convert_tokens_to_ids(c) for c in "abba"] + [tok.eos_token_id]
+    assert tok.decode(said[:-1]) == "abba" and tok.encode("abba") != said[:-1]  # ambiguous
+    step = {}
+
+    def sample(logits, draws, temperature, top_p):
+        logp = torch.log_softmax(logits / temperature, -1)
+        n = step["n"] = step.get("n", -1) + 1
+        tokens = [said[n % len(said)]] * len(logits)
+        return tokens, logp[:, tokens[0]].tolist()
+    trained = []
+    real = toolplay.token_logprobs
+    monkeypatch.setattr(toolplay, "sample", sample)
+    monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (net, tok))
+    monkeypatch.setattr(toolplay, "token_logprobs", lambda m, rows, *a, **k: (trained.extend(rows), real(m, rows, *a, **k))[1])
+    lines = train(config(tmp_path, iterations=1, eval_examples=0, prompts=2, samples=2))
+    assert trained and all([i for i, m in zip(ids, mask) if m] == said for ids, mask in trained)
+    assert lines[0]["sampling_gap"] < 1e-4
 
 
 @pytest.mark.parametrize("more, words", [({"lora_dropout": 0.1}, "dropout"), ({"lora_r": 0}, "lora_r"), ({"reward": "nowhere:f"}, "cannot import"),

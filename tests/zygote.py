@@ -18,7 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 import transformers  # noqa: E402, F401
 
+import dpo  # noqa: E402, F401
+import eval  # noqa: E402, F401
 import lora  # noqa: E402
+import ppo  # noqa: E402, F401
 import sft  # noqa: E402
 import toolplay  # noqa: E402
 
@@ -51,6 +54,10 @@ def kill_at(place, nth):
 
     if place == "step":
         before(toolplay, "train_step")
+    elif place == "rollout":  # a token into it
+        before(toolplay, "extend")
+    elif place == "accumulation":  # between the micro-batches of a step
+        before(torch.Tensor, "backward")
     elif place == "log":
         before(toolplay.Run, "log", half_line)
     elif place == "checkpoint":
@@ -85,7 +92,7 @@ def train(config, place="", nth=1, resume=False, rank_cwds=None, slow_rank=None,
     if pid:  # in a container, the process that resumes often has the number of the one that was killed
         os.getpid = lambda: pid
     run = toolplay.Run(toolplay.load_config(config), resume=resume)
-    sft.train(run)
+    sys.modules[run.config.method].train(run)
 
 
 def steps(batches, micro_tokens, out):
