@@ -76,7 +76,7 @@ def sigmoid(chosen, rejected, beta, label_smoothing):
 
 @variant
 def robust(chosen, rejected, beta, label_smoothing):
-    """rDPO, unbiased when a share of the judgements is flipped (Chowdhury et al. 2024, arXiv:2403.00409, eq. 10)."""
+    """rDPO, unbiased when a share of the judgements is flipped (Chowdhury et al. 2024, arXiv:2403.00409, the loss "rDPO")."""
     h = chosen - rejected
     return (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (1 - 2 * label_smoothing)
 
@@ -89,7 +89,7 @@ def ipo(chosen, rejected, beta, label_smoothing):
 
 @variant
 def hinge(chosen, rejected, beta, label_smoothing):
-    """SLiC's loss on DPO's reward (Zhao et al. 2023, arXiv:2305.10425, eq. 1; Liu et al. 2024, arXiv:2309.06657, eq. 10)."""
+    """SLiC's loss on DPO's reward (Zhao et al. 2023, arXiv:2305.10425, eq. 1; Liu et al. 2024, arXiv:2309.06657, "hinge-norm")."""
     return torch.relu(1 - beta * (chosen - rejected))
 
 

@@ -1,0 +1,239 @@
+"""
+common.py - what the benchmarks share: sides in processes of their own, the clock, the memory, FLOPs and the machine's peak
+
+Each side of a comparison is a function of (folder, options) and runs in a fresh process, one after the other, never at
+once; the first role prepares what the others read. Memory is ru_maxrss of the process; "over model" is that peak less the
+resident size just after the model was loaded (Linux only).
+
+FLOPs of a training step of ours, for the share of the machine's matmul peak. N trie nodes, n of them predict a trained
+token (only there the head runs). A product of [N, in] with [in, out] is 2 N in out.
+    frozen linear layers    2 N in out forward, the same backward (gradient of the input; frozen weights have none)
+    LoRA, per layer         2 N r (in + out) forward, twice that backward (gradients of A and B, and of the input)
+    head                    2 n D V forward, the same backward
+Left out: the input gradient of the first block's q, k and v (embeddings are frozen, nobody asks for it); attention, norms,
+the softmax and the optimizer (so the share is slightly too low, never too high). The peak is the best of several
+square fp32 torch.mm in the same process, after training.
+
+The peers are extras for these scripts alone. torch and transformers stay as they are with exactly this line:
+
+    .venv/bin/pip install --no-deps trl==1.16.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 pandas==3.1.1 pyarrow==26.0.1 python-dateutil==4.0.0 tzdata==2026.6 xxhash==4.1.0 psutil==7.2.2 requests==2.34.2 charset-normalizer==3.5.2 urllib3==2.8.0
+"""
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# The parent process imports nothing heavy: a child's ru_maxrss starts at the size of the process that started it.
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP, COMPARED = 2, 10
+R, ALPHA, MAX_NORM = 16, 32, 1.0
+
+
+def parser(description, **defaults):
+    made = argparse.ArgumentParser(description=description)
+    for name, value in {"seed": 0, "model": "smollm2-135m", **defaults}.items():
+        made.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    made.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peers (default: this one)")
+    made.add_argument("--out", help="also write everything to this JSON file")
+    made.add_argument("--role", help=argparse.SUPPRESS)
+    made.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return made
+
+
+def run_roles(script, options, roles, wanted, text):
+    """Run the wanted roles in processes of their own; print text({role: result}) -> (lines, summary); write --out."""
+    if options.role:
+        if not options.role.startswith("trl"):  # TRL's side uses nothing of this project
+            sys.path.insert(0, str(ROOT))
+        (options.folder / f"{options.role}.json").write_text(json.dumps(roles[options.role](options.folder, options)))
+        return
+    settings = {k: v for k, v in vars(options).items() if k not in ("role", "folder", "out", "peer_python", "peers")}
+    sides = {}
+    with tempfile.TemporaryDirectory() as name:
+        for role in wanted:
+            print(f"{role} ...", file=sys.stderr)
+            python = options.peer_python if role.startswith("trl") else sys.executable
+            command = [python, str(Path(script).resolve()), f"--role={role}", f"--folder={name}", *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items())]
+            if subprocess.run(command).returncode:
+                sys.exit(f"{role}: failed (see above)")
+            sides[role] = json.loads(Path(name, f"{role}.json").read_text())
+    lines, summary = text(sides)
+    facts = next(side["provenance"] for side in sides.values() if "provenance" in side)
+    packages = {**facts["packages"], **next((side["versions"] for side in sides.values() if "versions" in side), {})}
+    lines += [f"seed {options.seed}, {datetime.date.today()}, {cpu_name()}, {facts['threads']} threads, commit {facts['git_commit']}",
+              ", ".join(f"{k} {v}" for k, v in packages.items())]
+    print("\n".join(lines))
+    if options.out:
+        made = {**summary, "date": str(datetime.date.today()), "cpu": cpu_name(), "packages": packages, "settings": settings, "sides": sides}
+        Path(options.out).write_text(json.dumps(made, indent=1) + "\n")
+
+
+def cpu_name():
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.processor())
+
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def measured(losses, clock, loaded):
+    """clock: the time at the start and after every step."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return {"losses": losses, "seconds": [b - a for a, b in zip(clock, clock[1:])], "peak_mib": peak, "over_model_mib": peak - loaded}
+
+
+def tell(losses, clock):
+    print(f"  step {len(losses)}: loss {losses[-1]:.6f}, {clock[-1] - clock[-2]:.2f} s", file=sys.stderr)
+
+
+def prepare_model(folder, options):
+    """Write base/ (the model) and adapter/ (PEFT's layout) -> tokenizer. lora_B starts at small random numbers instead
+    of zero, so that a mistake in either half of the adapter shows in the first loss already."""
+    import torch
+
+    import lora
+    import toolplay
+    model, tokenizer = toolplay.load_model(options.model)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    lora.add_lora(model, ["all-linear"], R, ALPHA, seed=options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    for name, tensor in lora.lora_state(model).items():
+        if name.endswith("lora_B"):
+            tensor.normal_(0, 0.01, generator=generator)
+    lora.save_adapter(model, folder / "adapter", str(folder / "base"))
+    return tokenizer
+
+
+def our_model(folder):
+    """-> (model with the prepared adapter, resident MiB)."""
+    import lora
+    import toolplay
+    model, _ = toolplay.load_model(str(folder / "base"))
+    lora.load_adapter(model, folder / "adapter")
+    return model, resident_mib()
+
+
+def peer_model(folder):
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import peft
+    import torch
+    import transformers
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
+    return model, transformers.AutoTokenizer.from_pretrained(folder / "base"), resident_mib()
+
+
+# What TRL's trainers are told, so that both sides do the same: AdamW, cosine to zero without warm-up, given order, fp32.
+def peer_settings(folder, options, lr, checkpointing):
+    return dict(output_dir=str(folder / "trl"), max_steps=options.steps, per_device_train_batch_size=options.batch_size,
+                gradient_accumulation_steps=1, learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=0, weight_decay=0.0,
+                adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, max_grad_norm=MAX_NORM, max_length=None,
+                train_sampling_strategy="sequential", gradient_checkpointing=checkpointing,
+                bf16=False, fp16=False, use_cpu=True, seed=options.seed, dataloader_pin_memory=False,
+                logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True)
+
+
+def recorded(Trainer, losses, clock):
+    """(a trainer class that keeps its losses, a callback that keeps the time after every step)"""
+    import transformers
+
+    class Recorded(Trainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            losses.append(loss.item())
+            return loss
+
+    class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            clock.append(time.perf_counter())
+
+        def on_step_end(self, *args, **kwargs):
+            clock.append(time.perf_counter())
+            tell(losses, clock)
+    return Recorded, Clock()
+
+
+def peer_versions():
+    import accelerate
+    import peft
+    import torch
+    import transformers
+    import trl
+    return {m.__name__: m.__version__ for m in (trl, peft, accelerate, transformers, torch)}
+
+
+def step_flops(model, units, budget):
+    """{"nodes": N, "flops"} of one step on units (lists of rows): forward and backward as the docstring counts them."""
+    import lora
+    import toolplay
+    nodes = predicting = 0
+    for group in toolplay.micro_batches(units, budget):
+        rows = [row for u in group for row in units[u]]
+        trie = toolplay.Trie([list(ids) for ids, _ in rows])
+        nodes += len(trie)
+        predicting += len({trie.path[b][t - 1] for b, (ids, mask) in enumerate(rows) for t in range(1, len(ids)) if mask[t]})
+    flops = 4 * predicting * model.get_output_embeddings().weight.numel()
+    for name, layer in lora.lora_layers(model).items():
+        first = ".layers.0.self_attn." in name and not name.endswith("o_proj")  # no input gradient there
+        flops += 2 * nodes * layer.base.weight.numel() * (1 if first else 2)
+        flops += 6 * nodes * (layer.lora_A.numel() + layer.lora_B.numel()) - first * 2 * nodes * layer.lora_A.numel()
+    return {"nodes": nodes, "flops": flops}
+
+
+def matmul_peak():
+    """Best FLOP/s of square fp32 matrix products."""
+    import torch
+    best = 0.0
+    for n in (1024, 2048, 4096):
+        a, b = torch.randn(n, n), torch.randn(n, n)
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ b
+            best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def with_share_of_peak(out, model, steps, budget, seed):
+    """Add nodes, FLOPs and the share of the peak to a side's numbers; steps: the units of each step."""
+    import toolplay
+    counts, peak = [step_flops(model, units, budget) for units in steps], matmul_peak()
+    return {**out, "nodes": [c["nodes"] for c in counts], "gflop": [c["flops"] / 1e9 for c in counts], "matmul_peak_gflops": peak / 1e9,
+            "share_of_peak": [c["flops"] / s / peak for c, s in zip(counts, out["seconds"])], "provenance": toolplay.provenance(seed)}
+
+
+def against_peers(sides, options, what, tolerance):
+    """The table of a training step of ours against TRL's -> (lines, summary). `what`: examples, pairs."""
+    def speed_of(side):
+        return options.batch_size / statistics.median(side["seconds"][WARM_UP:] or side["seconds"])
+    us, peers = sides["ours"], [name for name in sides if name.startswith("trl")]
+    speed, n, first = speed_of(us), min(COMPARED, options.steps), WARM_UP if options.steps > WARM_UP else 0
+    lines = [f"{'':<20}{what + '/s':>11}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}{'over model MiB':>16}{'ratio':>8}{'max loss diff':>15}"]
+    lines.append(f"{'toolplay':<20}{speed:>11.2f}{'':>8}{us['peak_mib']:>10.0f}{'':>8}{us['over_model_mib']:>16.0f}")
+    summary = {"per_s": {"ours": speed}, "speed_ratio": {}, "peak_ratio": {}, "over_model_ratio": {}, "max_loss_difference": {},
+               "share_of_matmul_peak": statistics.median(us["share_of_peak"][first:])}
+    for name in peers:
+        side = sides[name]
+        theirs = summary["per_s"][name] = speed_of(side)
+        ratio = summary["speed_ratio"][name] = speed / theirs
+        peak = summary["peak_ratio"][name] = us["peak_mib"] / side["peak_mib"]
+        over = summary["over_model_ratio"][name] = us["over_model_mib"] / side["over_model_mib"]
+        difference = summary["max_loss_difference"][name] = max(abs(a - b) for a, b in zip(us["losses"][:n], side["losses"][:n]))
+        lines.append(f"{name:<20}{theirs:>11.2f}{ratio:>7.2f}x{side['peak_mib']:>10.0f}{peak:>7.2f}x{side['over_model_mib']:>16.0f}{over:>7.2f}x{difference:>15.1e}")
+    info = sides["prepare"]
+    lines += [
+        "",
+        f"losses of the first {n} steps agree to {tolerance}: " + ", ".join(f"{p}: {'yes' if d <= tolerance else 'NO'}" for p, d in summary["max_loss_difference"].items()),
+        f"our step: {statistics.median(us['gflop'][first:]):.0f} GFLOP on {statistics.median(us['nodes'][first:]):.0f} trie nodes, "
+        f"{summary['share_of_matmul_peak']:.0%} of the measured fp32 matmul peak ({us['matmul_peak_gflops']:.0f} GFLOP/s)",
+        f"{options.model}, batch {options.batch_size}, {options.steps} steps, first {first} are warm-up, {info['tokens'] / info['examples']:.0f} tokens for each of the {what}; ratios: ours / theirs"]
+    return lines, summary

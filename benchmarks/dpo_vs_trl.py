@@ -1,0 +1,110 @@
+"""
+dpo_vs_trl.py - our DPO step against TRL's DPOTrainer: the same pairs, the same losses, less time, less memory
+
+Both sides train the same LoRA adapter of smollm2-135m on the same pairs (a gold conversation and its copy with one fault,
+dpo.corrupted_pairs of data.generate("train", seed 0)) in the same order, in fp32, with the same AdamW, step size, clipping and
+loss (sigmoid, beta 0.1, mean over a batch of 8). The reference is the adapter that training starts from. The trained tokens
+are those of the last turn, all of a pair's answer, so that TRL's completion mask says the same as ours.
+
+Fairness. TRL computes its reference in every step (its default); ours once, beforehand: that time is shared out over our
+steps, as if the data were passed over once only. TRL runs "plain" (no gradient checkpointing: its fastest) and
+"checkpointing" (its default). The first two steps are warm-up. How memory and FLOPs are counted, and what to install: common.py.
+
+    .venv/bin/python benchmarks/dpo_vs_trl.py --out benchmarks/dpo_vs_trl.json
+"""
+import json
+import sys
+import time
+
+import common
+
+TOOLS = ["calculator", "weather", "search"]
+LR, BETA = 1e-4, 0.1
+
+
+def prepare(folder, options):
+    """Write pairs.json: the two rows of every pair, in order."""
+    import data
+    import dpo
+    tokenizer = common.prepare_model(folder, options)
+    count = options.steps * options.batch_size
+    gold = [{**c, "tools": TOOLS} for c in data.generate("train", 2 * count + 100, options.seed) if c["kind"] != "missing_tool"]
+    pairs = [pair[:2] for pair in dpo.corrupted_pairs(gold, tokenizer, options.seed)][:count]
+    if len(pairs) < count:
+        sys.exit(f"only {len(pairs)} pairs for {options.steps} steps of {options.batch_size}")
+    for ids, mask in (row for pair in pairs for row in pair):
+        assert mask[mask.index(1):] == [1] * (len(mask) - mask.index(1)), "a tool result among the trained tokens"
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    return {"examples": len(pairs), "tokens": sum(len(ids) for pair in pairs for ids, _ in pair)}
+
+
+def ours(folder, options):
+    """The loop of dpo.train without its run folder, evaluation and log."""
+    import torch
+
+    import dpo
+    import toolplay
+    from sft import pad_mask
+    config = toolplay.load_config({"method": "dpo", "lr": LR, "schedule": "cosine", "warmup": 0, "max_grad_norm": common.MAX_NORM,
+                                   "batch_size": options.batch_size, "precision": "fp32", "device": "cpu"})
+    pairs = json.loads((folder / "pairs.json").read_text())
+    model, loaded = common.our_model(folder)
+    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, options.steps)
+
+    def answers(group):
+        rows = [row for pair in group for row in pair[:2]]
+        logp = toolplay.token_logprobs(model, rows, budget=None if torch.is_grad_enabled() else config.micro_tokens)
+        return dpo.sequence_logp(logp, pad_mask(rows)).reshape(-1, 2).T
+    begin = time.perf_counter()
+    with torch.no_grad():
+        reference = torch.cat([answers(pairs[i:i + 64]).T for i in range(0, len(pairs), 64)]).tolist()
+    reference_s = time.perf_counter() - begin
+    units = [(*pair, *ref) for pair, ref in zip(pairs, reference)]
+
+    def loss(group):
+        return dpo.dpo_loss(*answers(group), *torch.tensor([unit[2:] for unit in group]).T, BETA)
+
+    batches = [units[i:i + options.batch_size] for i in range(0, len(units), options.batch_size)]
+    losses, clock = [], [time.perf_counter()]
+    for batch in batches:
+        losses.append(toolplay.train_step(trainer, batch, loss, rows=lambda unit: list(unit[:2]))["loss"])
+        clock.append(time.perf_counter())
+        common.tell(losses, clock)
+    out = common.with_share_of_peak(common.measured(losses, clock, loaded), model, [[list(unit[:2]) for unit in batch] for batch in batches], config.micro_tokens, options.seed)
+    return {**out, "seconds": [s + reference_s / len(batches) for s in out["seconds"]], "reference_s": reference_s}
+
+
+def trl(folder, options, checkpointing):
+    """TRL's DPOTrainer on tokenised pairs."""
+    model, tokenizer, loaded = common.peer_model(folder)
+    import trl
+    from datasets import Dataset
+    pairs, columns = json.loads((folder / "pairs.json").read_text()), {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    for (chosen, mask), (rejected, _) in pairs:
+        start = mask.index(1)
+        for name, ids in (("prompt_ids", chosen[:start]), ("chosen_ids", chosen[start:]), ("rejected_ids", rejected[start:])):
+            columns[name].append(ids)
+    losses, clock = [], []
+    Trainer, callback = common.recorded(trl.DPOTrainer, losses, clock)
+
+    class Given(Trainer):
+        def _prepare_dataset(self, dataset, *args):
+            return dataset  # it is tokenised
+    settings = trl.DPOConfig(**common.peer_settings(folder, options, LR, checkpointing), beta=BETA, loss_type=["sigmoid"])
+    Given(model=model, args=settings, train_dataset=Dataset.from_dict(columns), callbacks=[callback], processing_class=tokenizer).train()
+    return {**common.measured(losses, clock, loaded), "versions": common.peer_versions()}
+
+
+ROLES = {"prepare": prepare, "ours": ours, "trl plain": lambda f, o: trl(f, o, False), "trl checkpointing": lambda f, o: trl(f, o, True)}
+
+
+def main():
+    parser = common.parser("our DPO step against TRL's DPOTrainer", steps=12, batch_size=8)
+    parser.add_argument("--peers", default="plain,checkpointing", help="which TRL settings to run")
+    options = parser.parse_args()
+    wanted = ["prepare", "ours", *(f"trl {peer}" for peer in filter(None, options.peers.split(",")))]
+    common.run_roles(__file__, options, ROLES, wanted, lambda sides: common.against_peers(sides, options, "pairs", 1e-3))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""
+ppo_breakdown.py - where the time of a PPO round goes: rollout, reference and old log-probs, update
+
+Runs some rounds of a PPO config as it stands, with a clock around the three parts. The first round is warm-up. The share of
+the matmul peak is that of the update alone; how FLOPs are counted: common.py.
+
+    .venv/bin/python benchmarks/ppo_breakdown.py --config configs/ppo.json --start-from RUN
+"""
+import statistics
+import tempfile
+import time
+
+import common
+
+
+def ours(folder, options):
+    import ppo
+    import toolplay
+    overrides = [f"--iterations={options.rounds}", f"--run_dir={tempfile.mkdtemp(dir=folder)}/run", "--eval_examples=0", "--eval_every=0"]
+    overrides += [f"--start_from={options.start_from}"] if options.start_from else []
+    config = toolplay.load_config(options.config, overrides)
+    spent, rounds, steps, models = {}, [], [], []
+
+    def clocked(owner, name, part):
+        real = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            start = time.perf_counter()
+            out = real(*args, **kwargs)
+            spent[part] = spent.get(part, 0.0) + time.perf_counter() - start
+            return out
+        setattr(owner, name, wrapped)
+    prepare = toolplay.prepare_model
+
+    def kept(*args):
+        made = prepare(*args)
+        models.append(made[0])
+        return made
+    toolplay.prepare_model = kept
+    clocked(toolplay, "rollout", "rollout")
+    step = toolplay.train_step
+
+    def train_step(trainer, units, *args, **kwargs):
+        start = time.perf_counter()
+        out = step(trainer, units, *args, **kwargs)
+        seconds = time.perf_counter() - start
+        spent["update"] = spent.get("update", 0.0) + seconds
+        steps.append((len(rounds), seconds, [[unit["row"]] for unit in units]))
+        return out
+    toolplay.train_step = train_step
+    log = toolplay.Run.log
+    begin = [time.perf_counter()]
+
+    def logged(run, number, metrics, tokens=0):
+        now = time.perf_counter()
+        rounds.append({**spent, "whole": now - begin[0], "tokens": tokens})
+        spent.clear()
+        begin[0] = now
+        log(run, number, metrics, tokens)
+    toolplay.Run.log = logged
+    ppo.train(toolplay.Run(config))
+    peak = common.matmul_peak()
+    shares = [common.step_flops(models[0], units, config.micro_tokens)["flops"] / seconds / peak for n, seconds, units in steps if n]
+    return {"rounds": rounds, "share_of_peak": statistics.median(shares), "matmul_peak_gflops": peak / 1e9, "provenance": toolplay.provenance(config.seed),
+            "episodes": config.prompts * config.samples}
+
+
+def text(sides):
+    us = sides["ours"]
+    mean = {key: statistics.mean(r[key] for r in us["rounds"][1:]) for key in ("rollout", "update", "whole", "tokens")}
+    mean["reference, old log-probs, reward"] = mean["whole"] - mean["rollout"] - mean["update"]
+    parts = ("rollout", "reference, old log-probs, reward", "update", "whole")
+    lines = [f"{part:<36}{mean[part]:>8.2f} s{mean[part] / mean['whole']:>7.0%}" for part in parts]
+    return [*lines, f"{us['episodes']} episodes, {mean['tokens']:.0f} sampled tokens a round; the update reaches {us['share_of_peak']:.0%} of the matmul peak "
+            f"({us['matmul_peak_gflops']:.0f} GFLOP/s)"], {"seconds": mean, "share_of_matmul_peak": us["share_of_peak"]}
+
+
+def main():
+    parser = common.parser("where the time of a PPO round goes", config="configs/ppo.json", start_from="", rounds=4)
+    common.run_roles(__file__, parser.parse_args(), {"ours": ours}, ["ours"], text)
+
+
+if __name__ == "__main__":
+    main()
