@@ -360,10 +360,11 @@ def compare_command(args):
             result, config = json.loads((folder / "eval.json").read_text(encoding="utf-8")), json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: no result to compare ({type(error).__name__}); make one: python eval.py --run {folder}") from None
-        records = result.get("records") or []
+        records = [r for r in result.get("records") or [] if not args.kind or r["kind"] in args.kind.split(",")]
         cases = [(r["id"], r["prompt"]) for r in records]
         if same is not None and cases != same or not cases:
-            raise UserError(f"{folder}: its eval.json is of other cases than {args.runs[0]}'s; run eval on all with the same --data, --n and --seed")
+            raise UserError(f"{folder}: its eval.json is of other cases than {args.runs[0]}'s; run eval on all with the same --data, --n and --seed" if cases or not args.kind else
+                            f"{folder}: its eval.json has no case of kind {args.kind!r}")
         same = cases
         settings = {k: v for k, v in config.items() if k not in ("seed", "run_dir", "comment", "provenance") and not k.startswith("wandb")}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append((folder, records))

@@ -1538,6 +1538,7 @@ def build_parser():
     evaluation.add_arguments(verb(evaluate))
     made = verb(compare)
     made.add_argument("runs", nargs="+", metavar="RUN", help="run folders that `eval` has scored; the first is the one to compare with")
+    made.add_argument("--kind", metavar="K[,K]", help="only the cases of these kinds")
     made.add_argument("--csv", metavar="FILE", help="write the table here as well")
     made = verb(predict)
     of_model(made)

@@ -423,7 +423,7 @@ def test_a_perfect_score_on_few_cases_is_not_certain():
 def test_compare(tmp_path, capsys):
     """Two seeds of one config against another run on the same cases: means, paired differences, one column per config."""
     def records(right):
-        return [{"id": n, "prompt": f"p{n}", "due": n % 2 == 0, "verdicts": {name: (None if name == "argument_accuracy" and n % 2 else [ok] if name == "execution" else ok)
+        return [{"id": n, "kind": f"k{n % 2}", "prompt": f"p{n}", "due": n % 2 == 0, "verdicts": {name: (None if name == "argument_accuracy" and n % 2 else [ok] if name == "execution" else ok)
                                                                            for name in evaluation.METRICS}} for n, ok in enumerate(right)]
     runs = {"sft": ([True, False] * 10, 0), "ppo-s1": ([True] * 15 + [False] * 5, 1), "ppo-s2": ([True] * 19 + [False], 2)}
     for name, (right, seed) in runs.items():
@@ -438,6 +438,12 @@ def test_compare(tmp_path, capsys):
     assert "0.500" in row and "0.850" in row and "(+0.350" in row
     lines = [line.split(",") for line in (tmp_path / "out.csv").read_text().splitlines()]
     assert len(lines) == 1 + 2 * len(evaluation.METRICS) and float(lines[1][3]) <= 0.5 <= float(lines[1][4])
+    toolplay.main([*argv, "--kind", "k1"])  # the odd ones, which the first run gets all wrong
+    out = capsys.readouterr().out
+    assert "10 cases" in out and "0.000" in next(line for line in out.splitlines() if line.startswith("| tool_accuracy"))
+    with pytest.raises(SystemExit):
+        toolplay.main([*argv, "--kind", "k7"])
+    assert "no case of kind 'k7'" in capsys.readouterr().err
     same = evaluation.compare({"a": [records([True, False] * 10)], "b": [records([True, False] * 10)]}, 200)["b"]["tool_accuracy"]
     assert same["difference"] == same["d_low"] == same["d_high"] == 0  # the same cases are drawn for both: paired
     (tmp_path / "sft" / "eval.json").write_text(json.dumps({"records": records([True] * 3)}))

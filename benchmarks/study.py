@@ -1,0 +1,162 @@
+"""
+study.py - what DPO and PPO teach that imitation does not: every run, every score, every picture, in one command
+
+    .venv/bin/python benchmarks/study.py                 everything, about seven hours on two cores; what is done is skipped
+    .venv/bin/python benchmarks/study.py start gae-0     only these
+    .venv/bin/python benchmarks/study.py plot            docs/ppo.png and docs/dpo.png from the runs that are there
+
+All runs start from one SFT checkpoint (configs/sft_start.json), which has never seen the expression of a word problem with
+more than one operation. Then, each for the same wall-clock time (--minutes, from the first step to the last):
+
+    gae-0 gae-1 gae-2, rloo-0, grpo-0    ppo.py from answers alone (configs/ppo.json, other seeds and advantages)
+    sft-0 sft-1 sft-2                    more SFT on fresh examples of what the checkpoint was trained on: the control
+    rft-0                                the honest rival: sample, keep what answered right, fine-tune on that (Yuan et al. 2023)
+    dpo-0 dpo-1 dpo-2                    configs/dpo.json
+
+Scores: runs/study/test.jsonl, the test split: word problems of several operations (story families that no run has seen), and
+as many of all other kinds. Read them with
+
+    .venv/bin/python toolplay.py compare --kind two_steps runs/study/start runs/study/gae-* ...
+"""
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+RUNS = ROOT / "runs" / "study"
+N = 300  # test cases of either part
+STAGES = ["start", *(f"{name}-{seed}" for seed in range(3) for name in ("gae", "sft", "dpo")), "rloo-0", "grpo-0", "rft-0", "plot"]
+
+
+def toolplay(*argv):
+    subprocess.run([sys.executable, str(ROOT / "toolplay.py"), *map(str, argv)], check=True, cwd=ROOT)
+
+
+def cases():
+    """The test cases, written once."""
+    import data
+    path = RUNS / "test.jsonl"
+    if not path.exists():
+        others = {kind: weight for kind, weight in data.MIX.items() if kind not in ("canonical", "word_problem")} | {"one_step": 9}
+        made = data.generate("test", N, 0, {"two_steps": 1}) + data.generate("test", N, 0, others)
+        path.write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in made), encoding="utf-8")
+    return path
+
+
+def train(name, config, *overrides):
+    folder = RUNS / name
+    if not (folder / "adapter").is_dir():
+        done = (folder / "config.json").exists()
+        toolplay("train", folder if done else ROOT / "configs" / config, *(["--resume"] if done else [f"--run_dir={folder}", *overrides]))
+    if not (folder / "eval.json").exists():
+        toolplay("eval", "--run", folder, "--data", cases(), "--failures", 0)
+
+
+def rejection_sampling(name, seed, minutes):
+    """Sample from the start for 40 % of the time, keep right answers (one of a prompt), and train on them for the rest."""
+    import data
+    import ppo
+    import toolplay as tp
+    from eval import as_case
+    from tools import Result
+    folder = RUNS / name
+    path = RUNS / f"{name}.jsonl"
+    if not path.exists():
+        model, tokenizer, config = tp.load_run(RUNS / "start")
+        conversations = data.generate("train", 4000, seed + 1, tp.load_config(ROOT / "configs" / "ppo.json").mix)
+        kept, begin = [], time.time()
+        for at in range(0, len(conversations), 16):
+            if time.time() - begin > 0.4 * minutes * 60:
+                break
+            group = conversations[at:at + 16]
+            cases = [as_case(c) for c in group]
+            cases = [c._replace(calls=None, reference=None) if c.answer is not None else c for c in cases]
+            episodes = tp.rollout(model, tokenizer, [c.conversation for c in cases for _ in range(4)], max_new_tokens=48, max_turns=3, seed=f"{seed} {at}", batch_size=64)
+            for n, (case, conversation) in enumerate(zip(cases, group)):
+                right = [e for e in episodes[4 * n:4 * n + 4] if ppo.score(case, e)[1]["right_answer"] == 1 and len(e.turns) <= 2]
+                if right:
+                    e = right[0]
+                    messages = conversation["messages"][:1]
+                    if e.calls:
+                        messages = messages + [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls]}]
+                        messages += [{"role": "tool", "content": r.text() if isinstance(r, Result) else str(r)} for r in e.results]
+                    kept.append({"kind": conversation["kind"], "messages": messages + [{"role": "assistant", "content": e.final}], "tools": conversation["tools"]})
+        print(f"{len(kept)} right answers to {at + 16} prompts, 4 samples each")
+        path.write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in kept), encoding="utf-8")
+    train(name, "sft_start.json", f"--seed={seed}", "--source=jsonl", f"--path={path}", "--mix={}", f"--start_from={RUNS / 'start'}", f"--steps={int(0.6 * minutes * 60 / STEP_S)}",
+          "--lr=0.0005", "--eval_every=0", "--eval_examples=0")
+    return folder
+
+
+STEP_S = 3.0  # seconds of an SFT step of 8 examples on two cores (timing.jsonl of the start says what it was)
+
+
+def stage(name, minutes):
+    method, _, seed = name.partition("-")
+    start = f"--start_from={RUNS / 'start'}"
+    if name == "start":
+        train("start", "sft_start.json")
+    elif name == "plot":
+        plot()
+    elif method in ("gae", "rloo", "grpo"):
+        train(name, "ppo.json", start, f"--seed={seed}", f"--advantage={method}")
+    elif method == "sft":
+        train(name, "sft_start.json", start, f"--seed={int(seed) + 1}", f"--examples={int(minutes * 60 / STEP_S) * 8}", "--lr=0.0005", "--eval_every=0", "--eval_examples=0")
+    elif method == "dpo":
+        train(name, "dpo.json", start, f"--seed={seed}")
+    else:
+        rejection_sampling(name, int(seed), minutes)
+
+
+def plot():
+    """The learning curves over minutes."""
+    import matplotlib
+
+    from toolplay import read_lines
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def curve(axis, folder, key, label, colour, smooth=5):
+        lines, clock = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timing.jsonl")
+        points = [((c["seconds"] - clock[0]["seconds"]) / 60, x[key]) for x, c in zip(lines, clock) if x.get(key) is not None]
+        if points:
+            minutes, values = zip(*points)
+            values = [sum(values[max(0, n - smooth + 1):n + 1]) / len(values[max(0, n - smooth + 1):n + 1]) for n in range(len(values))]
+            axis.plot(minutes, values, color=colour, alpha=0.9, label=label)
+    colours = {"gae": "#4477aa", "rloo": "#cc3311", "grpo": "#228833", "dpo": "#4477aa"}
+    for name, methods, keys in (("ppo", ("gae", "rloo", "grpo"), ("reward/right_answer", "kl", "entropy", "response_length")),
+                                ("dpo", ("dpo",), ("rewards/margin", "rewards/accuracy", "logp/chosen", "logp/rejected"))):
+        figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6))
+        for key, axis in zip(keys, axes):
+            for method in methods:
+                for seed, folder in enumerate(sorted(RUNS.glob(f"{method}-[0-9]"))):
+                    if (folder / "metrics.jsonl").exists():
+                        curve(axis, folder, key, method if seed == 0 else None, colours[method])
+            axis.set(title=key, xlabel="minutes")
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].legend(frameon=False)
+        figure.tight_layout()
+        figure.savefig(ROOT / "docs" / f"{name}.png", dpi=110)
+        pyplot.close(figure)
+        print(ROOT / "docs" / f"{name}.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="what DPO and PPO teach that imitation does not")
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)} (default: all)")
+    parser.add_argument("--minutes", type=float, default=28.0, help="wall-clock time of the SFT and RFT runs (default 28: what ppo.json takes)")
+    options = parser.parse_args()
+    if unknown := set(options.stages) - set(STAGES):
+        parser.error(f"unknown stage {sorted(unknown)[0]}; stages are {', '.join(STAGES)}")
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for name in options.stages or STAGES:
+        print(f"== {name}", flush=True)
+        stage(name, options.minutes)
+
+
+if __name__ == "__main__":
+    main()
