@@ -36,8 +36,8 @@ import sys
 import zlib
 from pathlib import Path
 
-from tools import (BUILTIN, Call, UserError, calculate, execute, format_call, format_result, load_tools, render_tools,
-                   tool_from_schema)
+from tools import (BUILTIN, Call, Result, UserError, _loads, calculate, execute, format_call, format_result, load_tools,
+                   render_tools, tool_from_schema)
 
 CORPORA = Path(__file__).parent / "configs" / "corpora"
 SYSTEM = "You are a helpful assistant."
@@ -710,22 +710,210 @@ def sample_replies(path=CORPORA / "talk_replies.jsonl", limit=24):
     Path(path).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
-# --------------------------------------------------------------------------- 6. datasets
+# --------------------------------------------------------------------------- 6. ToolBench
+
+# Qin et al. 2023 (arXiv:2307.16789). Three shapes of files: answer trees, "toolllama" dialogues, and bare instructions, which
+# have no answers. The first two become conversations: functions are tools, the call of Finish is the final answer.
+OBSERVATIONS = (1024, 512, 256, 128)  # characters that are kept of a tool's result: the first that lets a conversation fit
+RESERVED = ("from", "class", "return", "false", "true", "id", "and")
+
+
+class Unusable(ValueError):
+    """Why an item of a data set is left out, in a few words."""
+
+
+def standard_name(text):
+    """ToolBench's names: "Get Player's-ID" -> get_player_s_id, "2fa" -> get_2fa, "id" -> is_id."""
+    name = re.sub(r"_+", "_", re.sub(r"[^a-z0-9_]", "_", str(text).lower())).strip("_")
+    return f"get_{name}" if name[:1].isdigit() else f"is_{name}" if name in RESERVED else name
+
+
+def toolbench_api(api):
+    """An entry of an instruction's api_list -> tool schema; the name is that of the answers: api_for_tool, its last 64 characters."""
+    types = {"NUMBER": "integer", "BOOLEAN": "boolean"}
+    fields = {key: [(standard_name(p["name"]), types.get(str(p.get("type")).upper(), "string"), p.get("description")) for p in api.get(key) or []]
+              for key in ("required_parameters", "optional_parameters")}
+    properties = {name: {"type": kind, **({"description": text} if text else {})} for group in fields.values() for name, kind, text in group if name}
+    return {"name": f"{standard_name(api['api_name'])}_for_{standard_name(api['tool_name'])}"[-64:], "description": (api.get("api_description") or "").strip(),
+            "parameters": {"type": "object", "properties": properties, "required": [name for name, _, _ in fields["required_parameters"] if name]}}
+
+
+def toolbench_function(function):
+    """A function of an answer -> tool schema, its description without the wrapping."""
+    text = re.sub(r'^.*The description of this function is: "?|"$', "", function.get("description") or "", flags=re.DOTALL).strip()
+    known = ("type", "description", "enum", "items", "default")
+    properties = {name: {k: v for k, v in field.items() if k in known} for name, field in ((function.get("parameters") or {}).get("properties") or {}).items()}
+    required = [name for name in (function.get("parameters") or {}).get("required") or [] if name in properties]
+    return {"name": function["name"], "description": text, "parameters": {"type": "object", "properties": properties, "required": required}}
+
+
+def toolbench_items(content):
+    """What a file holds -> its items, each with the name of its shape."""
+    items = content if isinstance(content, list) else [content]
+    shapes = {"answer tree": "answer_generation", "dialogue": "conversations", "instruction": "api_list"}
+    out = [(next((shape for shape, key in shapes.items() if isinstance(item, dict) and key in item), None), item) for item in items]
+    if not any(shape for shape, _ in out):
+        raise Unusable("it is none of ToolBench's shapes")
+    return out
+
+
+def toolbench_steps(shape, item):
+    """An item -> (function descriptions, [(role, text, (function name, argument text) or None)])."""
+    if shape == "answer tree":
+        answer = item["answer_generation"]
+        if not answer.get("train_messages"):
+            raise Unusable("no train_messages: the search found no answer")
+        # Cumulative: one list a step. The last one holds them all.
+        steps = [(m["role"], m.get("content") or "", (m["function_call"].get("name"), m["function_call"].get("arguments") or "{}") if m.get("function_call") else None)
+                 for m in answer["train_messages"][-1]]
+        return answer["function"], steps
+    steps, functions = [], None
+    for turn in item["conversations"]:
+        role, text, call = turn["from"], turn["value"], None
+        if role == "system":  # its text ends in a Python list of the functions
+            import ast
+            try:
+                functions = ast.literal_eval(text[text.index("["):text.rindex("]") + 1])  # literals only: nothing is executed
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                raise Unusable("its list of functions cannot be read") from None
+        elif role == "assistant" and (found := re.fullmatch(r"(.*?)\s*Action:\s*(.*?)\s*Action Input:\s*(.*)", text, re.DOTALL)):
+            text, call = re.sub(r"^\s*Thought:\s*", "", found[1]), (found[2], found[3])
+        steps.append((role, text, call))
+    if functions is None:
+        raise Unusable("its list of functions cannot be read")
+    return functions, steps
+
+
+def toolbench_arguments(text):
+    """The argument text of a call -> dict, or None. Real ones hold raw newlines and commas too many."""
+    try:
+        arguments = _loads(text, strict=False) if isinstance(text, str) else text
+    except (ValueError, RecursionError):
+        return None
+    return arguments if isinstance(arguments, dict) else None
+
+
+def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
+    """An item -> (conversation, number of calls left out because they were broken). Raises Unusable with the reason."""
+    if shape == "instruction":
+        raise Unusable("an instruction without an answer")
+    try:
+        functions, steps = toolbench_steps(shape, item)
+        tools = {f["name"]: toolbench_function(f) for f in functions if f["name"] != "Finish"}
+        messages, waiting, dropped, finished = [], 0, 0, False
+        for role, text, call in steps:
+            if finished:
+                break
+            if role == "user":
+                messages.append({"role": "user", "content": re.sub(r"\s*Begin!\s*$", "", text).strip()})
+            elif role in ("function", "tool"):
+                if waiting:
+                    messages.append({"role": "tool", "content": toolbench_observation(text, observation)})
+                waiting = 0
+            elif role == "assistant":
+                arguments = toolbench_arguments(call[1]) if call else None
+                if call and call[0] == "Finish":
+                    if arguments is None or not str(arguments.get("final_answer") or "").strip() or arguments.get("return_type") != "give_answer":
+                        raise Unusable("it gives up, or its Finish is broken")
+                    messages.append({"role": "assistant", "content": str(arguments["final_answer"]).strip()})
+                    finished = True
+                elif call and (arguments is None or call[0] not in tools):
+                    dropped += 1  # a name that is not offered, or no JSON: never to be learned
+                elif call:
+                    messages.append({"role": "assistant", "content": text.strip(), "tool_calls": [{"name": call[0], "arguments": arguments}]})
+                    waiting = 1
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise Unusable(f"it is damaged ({type(error).__name__}: {error})"[:120]) from None
+    if not finished:
+        raise Unusable("no Finish: a step of a longer conversation, or cut off")
+    try:
+        return check_conversation({"kind": "toolbench", "messages": messages, "tools": list(tools.values())}), dropped
+    except UserError as error:
+        raise Unusable(f"it is no conversation ({error})"[:120]) from None
+
+
+def toolbench_observation(text, limit):
+    """{"error": "", "response": ...} -> our {"result": ...} or {"error": ...}, at most `limit` characters of it."""
+    try:
+        found = json.loads(text)
+        error, text = (found.get("error"), str(found.get("response", ""))) if isinstance(found, dict) and "response" in found else ("", text)
+    except (ValueError, RecursionError):
+        error = ""
+    return Result("", not error, text[:limit], message=f"{error} {text}".strip()[:limit], max_chars=10 * limit).text()
+
+
+def read_toolbench(path, fits=lambda conversation: True, report=None):
+    """ToolBench files (one, a folder, a glob) -> conversations that fit. A summary is printed; `report`: also written there as JSON.
+
+    Nothing is fatal but a path that holds nothing usable. A conversation that does not fit has its tool results clipped further
+    (OBSERVATIONS), and is left out if that does not help.
+    """
+    import glob
+    import os
+    from collections import Counter
+    names = sorted(str(p) for p in Path(path).rglob("*.json*") if p.is_file()) if os.path.isdir(path) else sorted(glob.glob(str(path), recursive=True))
+    if not names:
+        raise UserError(f"{path}: no such file or folder, or no *.json in it")
+    kept, counts, damaged, seen, calls_dropped = [], Counter(), {}, set(), 0
+    for name in names:
+        try:
+            text = Path(name).read_bytes().decode("utf-8-sig")
+            if not text.strip():
+                raise Unusable("it is empty")
+            items = toolbench_items(json.loads(text) if not name.endswith(".jsonl") else [json.loads(line) for line in text.splitlines() if line.strip()])
+        except (OSError, ValueError, RecursionError) as error:
+            damaged[name] = str(error)[:120] or type(error).__name__
+            continue
+        for shape, item in items:
+            try:
+                if shape is None:
+                    raise Unusable("it is none of ToolBench's shapes")
+                for observation in OBSERVATIONS:
+                    conversation, dropped = toolbench_conversation(shape, item, observation)
+                    if fits(conversation):
+                        break
+                else:
+                    raise Unusable("too long, even with its results clipped")
+                key = json.dumps([turns(conversation)], ensure_ascii=False)
+                if key in seen:
+                    raise Unusable("the same as an earlier one")
+            except Unusable as error:
+                counts[str(error)] += 1
+                continue
+            seen.add(key)
+            kept.append(conversation)
+            calls_dropped += dropped
+            counts["used" if observation == OBSERVATIONS[0] else "used, its results clipped"] += 1
+    summary = {"path": str(path), "files": len(names), "damaged_files": damaged, "conversations": len(kept), "calls_left_out": calls_dropped, "items": dict(counts.most_common())}
+    lines = [f"ToolBench, {path}: {len(kept)} conversations from {len(names)} files; {calls_dropped} broken or made-up calls left out of them"]
+    lines += [f"  {count:7d}  {what}" for what, count in counts.most_common()] + [f"  damaged  {name}: {why}" for name, why in damaged.items()]
+    print("\n".join(lines), file=sys.stderr)
+    if report:
+        Path(report).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not kept:
+        raise UserError(f"{path}: nothing usable in {len(names)} files (see above)")
+    return kept
+
+
+# --------------------------------------------------------------------------- 7. datasets
 
 def dataset(config, tokenizer):
     """The rows a run trains and evaluates on -> (train rows, held-out rows), each a list of (ids, mask).
 
     Conversations longer than max_tokens are left out and counted, never cut. A row that trains nothing is an error.
     """
-    if config.source == "manual":
-        train = generate("train", config.examples, config.seed, config.mix)
-    else:
-        train = read_jsonl(config.path)
-    if config.eval_path:
-        held_out = read_jsonl(config.eval_path)
-    else:
-        held_out = generate("dev", config.eval_examples, config.seed, config.mix) if config.source == "manual" else []
+    train, held_out = (conversations(config, split, tokenizer) for split in ("train", "dev"))
     return encode_all(train, tokenizer, config, "training"), encode_all(held_out, tokenizer, config, "evaluation") if held_out else []
+
+
+def conversations(config, split, tokenizer, line=check_conversation):
+    """What a run learns from ("train") or is evaluated on ("dev"), as its `source` says; `line` reads what a line of a JSONL file holds."""
+    path, count = (config.path, config.examples) if split == "train" else (config.eval_path, config.eval_examples)
+    if path and config.source == "toolbench":
+        return read_toolbench(path, lambda c: len(encode(c, tokenizer, config.tool_style)[0]) <= config.max_tokens)
+    if path:
+        return read_jsonl(path, line)
+    return generate(split, count, config.seed, config.mix) if config.source == "manual" and count else []
 
 
 def encode_all(conversations, tokenizer, config, what):
@@ -793,6 +981,14 @@ def coloured(conversation, tokenizer):
     return "".join(out)
 
 
+def write_jsonl(path, conversations):
+    """Export conversations as JSONL, if a path is given."""
+    if path:
+        lines = [json.dumps({**c, "tools": [t if isinstance(t, (str, dict)) else t.schema() for t in c["tools"]]}, ensure_ascii=False) + "\n" for c in conversations]
+        Path(path).write_text("".join(lines), encoding="utf-8")
+        print(f"{len(lines)} conversations written to {path}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write, show and export training conversations.")
     parser.add_argument("--show", type=int, metavar="N", help="print N examples, the trained tokens in green")
@@ -801,21 +997,23 @@ def main(argv=None):
     parser.add_argument("--split", choices=["train", "dev", "test"], default="train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=KINDS, help="only this kind")
+    parser.add_argument("--toolbench", metavar="PATH", help="read ToolBench files (a file, folder or glob) instead; with --out: export them")
+    parser.add_argument("--report", metavar="FILE", help="write what became of ToolBench's items here, as JSON")
     parser.add_argument("--sample-replies", action="store_true", help="write the base model's own replies to the no-tool talk")
     args = parser.parse_args(argv)
     mix = {args.kind: 1} if args.kind else None
     try:
         if args.sample_replies:
             sample_replies()
+        elif args.toolbench and not args.show:
+            write_jsonl(args.out, read_toolbench(args.toolbench, report=args.report))
         elif args.show:
             import toolplay  # only here: data.py stands below toolplay.py
             _, tokenizer = toolplay.load_model("smollm2-135m")
-            for conversation in generate(args.split, args.show, args.seed, mix):
-                print(f'--- {conversation["kind"]} ({conversation["family"]})\n{coloured(conversation, tokenizer)}')
+            for conversation in read_toolbench(args.toolbench)[:args.show] if args.toolbench else generate(args.split, args.show, args.seed, mix):
+                print(f'--- {conversation["kind"]} ({conversation.get("family", "")})\n{coloured(conversation, tokenizer)}')
         elif args.out:
-            lines = [json.dumps(c, ensure_ascii=False) + "\n" for c in generate(args.split, args.n, args.seed, mix)]
-            Path(args.out).write_text("".join(lines), encoding="utf-8")
-            print(f"{len(lines)} conversations written to {args.out}")
+            write_jsonl(args.out, generate(args.split, args.n, args.seed, mix))
         else:
             parser.print_help()
     except UserError as error:

@@ -367,13 +367,10 @@ def datasets(config, tokenizer):
     """-> (training pairs, held-out pairs); pairs longer than max_tokens are left out and counted."""
     import data
     from tools import UserError
-    read = lambda path: data.read_jsonl(path, lambda line: read_pair(line, tokenizer, config.tool_style))  # noqa: E731
     out = []
-    for split, count, path in (("train", config.examples, config.path), ("dev", config.eval_examples, config.eval_path)):
-        if path or config.source == "jsonl":
-            pairs = read(path) if path else []
-        else:
-            pairs = corrupted_pairs(data.generate(split, count, config.seed, config.mix), tokenizer, config.seed, config.tool_style)
+    for split in ("train", "dev"):
+        made = data.conversations(config, split, tokenizer, lambda line: read_pair(line, tokenizer, config.tool_style))
+        pairs = made if made and isinstance(made[0], Pair) else corrupted_pairs(made, tokenizer, config.seed, config.tool_style)
         fit = data.fitting(pairs, [max(len(ids) for ids, _ in pair[:2]) for pair in pairs], config.max_tokens, f"{split} pairs")
         if split == "train" and not fit:
             raise UserError(f"no pair fits max_tokens = {config.max_tokens}; raise it")

@@ -420,12 +420,154 @@ def talk_loss(model, tokenizer, split="test", n=100):
     return -float(logp.sum()) / sum(sum(mask) for _, mask in rows)
 
 
+# --------------------------------------------------------------------------- 8. BFCL
+
+# The Berkeley Function-Calling Leaderboard (Patil et al. 2025), for judging only: nothing here is ever trained on. The
+# verdicts are those of the package's own ast_checker for Python. Where that raises an exception (a value that it cannot
+# compare, a function that is not described), the calls are wrong here.
+BFCL = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance", "live_simple", "live_multiple")
+BFCL_TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict, "any": str}
+plain = lambda x: re.sub(r"[ ,./\-_*^]", "", x).lower().replace("'", '"') if type(x) is str else x  # noqa: E731
+
+
+def bfcl_valid(category, functions, calls, answers):
+    """Whether calls [(name, arguments)] are right. functions: the descriptions; answers: [{name: {parameter: [accepted values]}}].
+
+    irrelevance: no call is right. Else as many calls as answers; where several are due, in any order, matched greedily.
+    """
+    if category.endswith("irrelevance"):
+        return not calls
+    if len(calls) != len(answers):
+        return False
+    described = {f["name"]: f for f in reversed(functions)}
+    left = list(calls)
+    for answer in answers:
+        (name, accepted), = answer.items()
+        # With one function only, the official checker takes it without a look at its name.
+        function = described.get(name) if "parallel" in category or "multiple" in category else functions[0]
+        hit = next((call for call in left if function and bfcl_call_valid(function, call, accepted)), None)
+        if hit is None:
+            return False
+        left.remove(hit)
+    return True
+
+
+def bfcl_call_valid(function, call, accepted):
+    """One call: the right name, every required parameter, no unknown one, each value accepted; "" in the list: it may be left out."""
+    name, arguments = call
+    known = function["parameters"]["properties"]
+    if name != function["name"] or not isinstance(arguments, dict) or set(function["parameters"].get("required", [])) - set(arguments):
+        return False
+    try:
+        return (all(key in known and key in accepted and bfcl_value_valid(known[key], value, accepted[key]) for key, value in arguments.items())
+                and all(key in arguments or "" in values for key, values in accepted.items()))
+    except (TypeError, AttributeError, KeyError, IndexError):
+        return False  # where the official checker breaks down
+
+
+def bfcl_value_valid(schema, value, accepted):
+    """Exact types, but an int does for a float; strings without their spaces, punctuation and case; see the branches."""
+    kind = BFCL_TYPES[schema["type"]]
+    inner = BFCL_TYPES[schema["items"]["type"]] if schema["type"] in ("array", "tuple") else None
+    value = float(value) if kind is float and type(value) is int else list(value) if schema["type"] == "tuple" and type(value) is tuple else value
+
+    def right_type(value, kind, accepted):
+        return type(value) is kind or type(value) is kind_of(accepted)
+    kind_of = lambda values: next((type(x) for x in values if x != ""), None)  # noqa: E731
+    if type(value) is not kind:  # the type of the accepted values does too: a variable's name, say
+        return type(value) is kind_of(accepted) and value in accepted
+    if inner and not any(type(item) is not list or all(right_type(x, inner, item) for x in value) for item in accepted):
+        return False
+    if kind_of(accepted) not in (None, kind):
+        return value in accepted
+    if kind is dict:
+        return bfcl_dict_valid(value, accepted)
+    if inner is dict:  # each in its place
+        return any(len(value) == len(item) and all(bfcl_dict_valid(v, [x]) for v, x in zip(value, item)) for item in accepted)
+    if kind is str:
+        return plain(value) in [plain(x) for x in accepted if type(x) is str]
+    if kind is list:
+        return [plain(x) for x in value] in [[plain(x) for x in item] for item in accepted]
+    return value in accepted
+
+
+def bfcl_dict_valid(value, accepted):
+    """Each key has its own list of accepted values; those that may be left out hold ""."""
+    return any(all(key in item and plain(x) in [plain(y) for y in item[key]] for key, x in value.items())
+               and all(key in value or "" in choices for key, choices in item.items()) for item in accepted if item != "")
+
+
+def bfcl_schema(schema):
+    """BFCL's parameter description as a JSON schema."""
+    types = {"dict": "object", "float": "number", "tuple": "array"}
+    made = {k: v for k, v in schema.items() if k in ("description", "enum", "default", "required", "type") and v is not None}
+    if made.get("type") == "any":
+        del made["type"]
+    elif "type" in made:
+        made["type"] = types.get(made["type"], made["type"])
+    if "properties" in schema:
+        made["properties"] = {name: bfcl_schema(field) for name, field in schema["properties"].items()}
+    return made | ({"items": bfcl_schema(schema["items"])} if schema.get("items") else {})
+
+
+def bfcl_cases(suite, folder=None):
+    """"bfcl:a,b" -> [{"category", "id", "conversation", "functions", "answers"}]. folder: with BFCL_v4_*.json; default: of the package bfcl-eval."""
+    import importlib.util
+    name, _, categories = suite.partition(":")
+    categories = [c for c in categories.split(",") if c]
+    if name != "bfcl" or not categories or set(categories) - set(BFCL):
+        raise UserError(f"--suite {suite}: must be bfcl: and some of {','.join(BFCL)}")
+    if "irrelevance" in categories and "simple_python" not in categories:
+        categories.insert(0, "simple_python")  # never calling at all must not win
+    if folder is None:
+        spec = importlib.util.find_spec("bfcl_eval")
+        if spec is None:
+            raise UserError("--suite bfcl: the package is not installed; pip install --no-deps bfcl-eval==2026.3.23, or name its data folder with --bfcl FOLDER")
+        folder = Path(spec.submodule_search_locations[0]) / "data"
+    cases = []
+    for category in categories:
+        file = f"BFCL_v4_{category}.json"
+        try:
+            items = [json.loads(line) for line in (Path(folder) / file).read_text(encoding="utf-8").splitlines() if line.strip()]
+            gold = {} if category == "irrelevance" else {x["id"]: x["ground_truth"] for x in map(json.loads, filter(
+                str.strip, (Path(folder) / "possible_answer" / file).read_text(encoding="utf-8").splitlines()))}
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{Path(folder) / file}: cannot be read ({error})") from None
+        for item in items:
+            tools = {f["name"]: {"name": f["name"], "description": f["description"], "parameters": bfcl_schema(f["parameters"])} for f in item["function"]}
+            cases.append({"category": category, "id": item["id"], "functions": item["function"], "answers": gold.get(item["id"], []),
+                          "conversation": data.check_conversation({"messages": item["question"][0], "tools": list(tools.values())})})
+    return cases
+
+
+def bfcl(model, tokenizer, cases, style="signature", batch_size=32, max_new_tokens=192):
+    """Greedy first turns -> (table, {category: {"value", "low", "high", "n", "too_long"}}, records). A prompt beyond the context is wrong."""
+    from tqdm import tqdm
+
+    import toolplay
+    order = sorted(range(len(cases)), key=lambda n: len(data.turns(cases[n]["conversation"], style)[0][1]))
+    with tqdm(total=len(cases), desc="bfcl", unit="case", dynamic_ncols=True) as bar:
+        episodes = dict(zip(order, toolplay.rollout(model, tokenizer, [cases[n]["conversation"] for n in order], temperature=0.0, max_turns=1,
+                                                    max_new_tokens=max_new_tokens, batch_size=batch_size, style=style, progress=bar.update)))
+    records, report = [], {}
+    for n, case in enumerate(cases):
+        calls, too_long = [(c.name, c.arguments) for c in episodes[n].calls], episodes[n].stop == "length" and not sum(episodes[n].mask)
+        records.append({"id": case["id"], "category": case["category"], "output": episodes[n].turns[0], "calls": calls, "too_long": too_long,
+                        "valid": not too_long and bfcl_valid(case["category"], case["functions"], calls, case["answers"])})
+    for category in dict.fromkeys(r["category"] for r in records):
+        own = [r for r in records if r["category"] == category]
+        report[category] = {**estimate([float(r["valid"]) for r in own]), "too_long": sum(r["too_long"] for r in own)}
+    return table(["BFCL category", "valid [95 % interval]", "beyond the context"], [[name, cell(r), r["too_long"]] for name, r in report.items()]), report, records
+
+
 def add_arguments(parser):
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", help="a run folder; the result is also kept there, as eval.json")
     which.add_argument("--model", help="smollm2-135m, tiny, a hub name, a folder or a .gguf file")
     parser.add_argument("--split", choices=["test", "dev"], default="test", help="of the templates (default test)")
     parser.add_argument("--data", metavar="FILE", help="cases from a JSONL file instead of the templates")
+    parser.add_argument("--suite", metavar="bfcl:A,B", help=f"judge first turns as BFCL does; categories: {', '.join(BFCL)}")
+    parser.add_argument("--bfcl", metavar="FOLDER", help="where BFCL_v4_*.json are (default: in the package bfcl-eval)")
     parser.add_argument("--n", type=int, help="how many cases (default: 200 of the templates, every line of --data)")
     parser.add_argument("--seed", type=int, default=0, help="of the templates")
     parser.add_argument("--failures", type=int, default=10, metavar="N", help="how many failures to show (default 10)")
@@ -437,7 +579,14 @@ def command(args):
     import toolplay
     if args.n is not None and args.n < 1 or args.out and not Path(args.out).parent.is_dir():
         raise UserError("--n must be at least 1, and the folder of --out must be there")
+    suite = bfcl_cases(args.suite, args.bfcl)[:args.n] if args.suite else []
     model, tokenizer, config = toolplay.model_of(args)
+    if suite:
+        text, report, records = bfcl(model, tokenizer, suite, config.tool_style)
+        print(text)
+        for path in [f"{args.run}/bfcl.json"] * bool(args.run) + [args.out] * bool(args.out):
+            toolplay.write_json(path, {"data": args.suite, "report": report, "records": records})
+        return
     cases = data.read_jsonl(args.data, as_case)[:args.n] if args.data else data.generate(args.split, args.n or 200, args.seed, config.mix)
     report, records = evaluate(model, tokenizer, cases, style=config.tool_style)
     print(format_report(report, f"{args.run or args.model} on {args.data or args.split}", records, args.failures))

@@ -361,14 +361,9 @@ def reward_of(config):
 def prompts_of(config, tokenizer):
     """-> (cases to learn from, held-out cases); with `answers_only` the former know their number, not its expression."""
     import data
-    from eval import as_case
+    from eval import Case, as_case
     from tools import UserError
-
-    def read(path, split, count):
-        if path or config.source == "jsonl":
-            return data.read_jsonl(path, as_case) if path else []
-        return [as_case(c) for c in data.generate(split, count, config.seed, config.mix)] if count else []
-    cases, held_out = read(config.path, "train", config.examples), read(config.eval_path, "dev", config.eval_examples)
+    cases, held_out = ([c if isinstance(c, Case) else as_case(c) for c in data.conversations(config, split, tokenizer, as_case)] for split in ("train", "dev"))
     if config.answers_only:
         cases = [case._replace(calls=None, reference=None) if case.answer is not None else case for case in cases]
     lengths = [len(data.encode(case.conversation, tokenizer, config.tool_style, generation=True)[0]) for case in cases]

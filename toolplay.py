@@ -78,9 +78,9 @@ class Config:
     lora_rslora: bool = False            # scale by alpha / sqrt(r) instead
     lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names or patterns
     # data (data.py)
-    source: Literal["manual", "jsonl"] = "manual"                # manual: the templates; jsonl: conversations from `path`
-    path: str = ""                       # JSONL file of training conversations, for source jsonl
-    eval_path: str = ""                  # JSONL file for evaluation during training; empty: the dev templates (none for jsonl)
+    source: Literal["manual", "jsonl", "toolbench"] = "manual"   # manual: the templates; jsonl, toolbench: conversations from `path`
+    path: str = ""                       # JSONL file of training conversations, or ToolBench's files: one, a folder or a glob
+    eval_path: str = ""                  # the same for evaluation during training; empty: the dev templates (none for jsonl, toolbench)
     examples: Positive = 4000            # how many template conversations to write
     eval_examples: NotNegative = 100     # how many to keep for evaluation during training
     mix: dict = field(default_factory=dict)                      # weights of the kinds of templates; empty: data.MIX
@@ -162,8 +162,8 @@ def load_config(source, overrides=()):
     for kind, weight in config.mix.items():
         if kind not in data.KINDS or _wrong(weight, Rate):
             raise UserError(f"{origin['mix']}: mix: {json.dumps(kind)}: {json.dumps(weight)}: must be a number > 0 for one of {', '.join(data.KINDS)}")
-    if (config.source == "jsonl") != bool(config.path):
-        raise UserError(f'{name}: source = "jsonl" needs "path", a JSONL file of conversations, and "path" needs source = "jsonl"')
+    if (config.source != "manual") != bool(config.path):
+        raise UserError(f'{name}: source = "jsonl" (or "toolbench") needs "path", where the conversations are, and "path" needs such a source')
     if not config.run_dir:
         config.run_dir = f"runs/{Path(name).stem if not isinstance(source, dict) else method}"
     return config

@@ -336,8 +336,8 @@ def _read_call(text):
     return Call(name, arguments)
 
 
-def _loads(text):
-    """Strict JSON, but for trailing commas; raises ValueError or RecursionError."""
+def _loads(text, strict=True):
+    """Strict JSON, but for trailing commas (and raw newlines in strings, if not strict); raises ValueError or RecursionError."""
     def unique(pairs):
         if len(pairs) != len(dict(pairs)):
             raise ValueError("the same key twice in one object")
@@ -345,7 +345,7 @@ def _loads(text):
 
     # A string is matched whole and kept; so only a comma outside of strings goes.
     text = re.sub(r'("(?:[^"\\]|\\.)*(?:"|\\?\Z))|,(?=\s*[}\]])', r"\1", text, flags=re.DOTALL)
-    return _clean(json.loads(text, object_pairs_hook=unique))
+    return _clean(json.loads(text, object_pairs_hook=unique, strict=strict))
 
 
 def _clean(value, depth=0):

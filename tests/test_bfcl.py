@@ -1,0 +1,152 @@
+"""eval.py's BFCL verdicts against the official checker, on calls that are right, nearly right and wild."""
+import copy
+import json
+import random
+import sys
+import types
+
+import pytest
+
+import data
+import eval as evaluation
+import toolplay
+from tools import UserError
+
+SUITE = "bfcl:" + ",".join(evaluation.BFCL)
+
+
+@pytest.fixture(scope="module")
+def official():
+    pytest.importorskip("bfcl_eval")
+    mapping = type("Any", (dict,), {"__missing__": lambda self, key: types.SimpleNamespace(underscore_to_dot=False)})()
+    sys.modules["bfcl_eval.constants.model_config"] = types.SimpleNamespace(MODEL_CONFIG_MAPPING=mapping)  # the real one imports every vendor's client
+    from bfcl_eval.constants.enums import Language
+    from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker
+
+    def verdict(category, functions, calls, answers):
+        return ast_checker(functions, [{name: arguments} for name, arguments in calls], answers, Language.PYTHON, category, "any")["valid"]
+    return verdict
+
+
+@pytest.fixture(scope="module")
+def cases(official):
+    return evaluation.bfcl_cases(SUITE)
+
+
+def gold_value(choices, rng):
+    choice = rng.choice([c for c in choices if c != ""] or choices or [""])
+    if isinstance(choice, dict):
+        return {k: rng.choice(v) for k, v in choice.items() if v and ("" not in v or rng.random() < 0.5 and any(x != "" for x in v))}
+    if isinstance(choice, list):
+        return [gold_value([x], rng) if isinstance(x, dict) else x for x in choice]
+    return choice
+
+
+def gold_calls(answers, rng):
+    return [(name, {k: gold_value(v, rng) for k, v in accepted.items() if "" not in v or rng.random() < 0.5 and any(x != "" for x in v)})
+            for answer in answers for name, accepted in answer.items()]
+
+
+def other_value(value, rng):
+    """Something near: another case, type, order, a part of it."""
+    options = [None, True, "", 0, 1.5, [], {}, "x", [value], str(value), {"a": value}]
+    if isinstance(value, str):
+        options += [value.upper(), value.replace(" ", ""), value + ".", f"'{value}'", value[:-1], value.replace(",", ";"), value.split()]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        options += [float(value), int(value) if value == value and abs(value) < 1e15 else 0, value + 1, -value, str(value), bool(value)]
+    if isinstance(value, list):
+        options += [value[::-1], value[:-1], value + value[:1], tuple(value), [str(x) for x in value], [other_value(x, rng) for x in value], ", ".join(map(str, value))]
+    if isinstance(value, dict):
+        options += [dict(list(value.items())[1:]), {**value, "zz": 1}, {k: other_value(v, rng) for k, v in value.items()}, list(value.items())]
+    return rng.choice(options)
+
+
+def spoiled(calls, functions, rng):
+    calls = copy.deepcopy(calls)
+    how = rng.randrange(9)
+    if not calls or how == 0:
+        return calls + [(functions[0]["name"], {})]
+    n = rng.randrange(len(calls))
+    name, arguments = calls[n]
+    if how == 1:
+        del calls[n]
+    elif how == 2:
+        calls[n] = (rng.choice([f["name"] for f in functions] + [name + "x", name.replace(".", "_")]), arguments)
+    elif how == 3 and arguments:
+        del arguments[rng.choice(list(arguments))]
+    elif how == 4:
+        known = rng.choice(functions)["parameters"]["properties"]
+        arguments[rng.choice([*known, "unknown"])] = rng.choice([1, "a", [], {}, None])
+    elif how == 5:
+        rng.shuffle(calls)
+    elif how == 6:
+        calls.append(copy.deepcopy(calls[n]))
+    elif arguments:
+        key = rng.choice(list(arguments))
+        arguments[key] = other_value(arguments[key], rng)
+    return calls
+
+
+def test_verdicts_are_the_official_ones(official, cases):
+    rng, counts, breakdowns = random.Random(0), {True: 0, False: 0}, 0
+    for case in cases:
+        if case["category"] == "irrelevance":
+            continue
+        for attempt in range(7):
+            calls = gold_calls(case["answers"], rng)
+            for _ in range(rng.choice([1, 1, 2]) if attempt else 0):
+                calls = spoiled(calls, case["functions"], rng)
+            ours = evaluation.bfcl_valid(case["category"], case["functions"], copy.deepcopy(calls), case["answers"])
+            try:
+                theirs = official(case["category"], case["functions"], copy.deepcopy(calls), case["answers"])
+            except Exception:  # it breaks down on values that it cannot compare; ours says wrong
+                breakdowns += 1
+                continue
+            assert ours == theirs, (case["id"], calls, case["answers"])
+            counts[ours] += 1
+    assert counts[True] > 2500 and counts[False] > 5000 and breakdowns < 500
+
+
+def test_gold_answers_are_right(cases):
+    rng = random.Random(1)
+    right = {}
+    for case in cases:
+        right.setdefault(case["category"], []).append(evaluation.bfcl_valid(case["category"], case["functions"], gold_calls(case["answers"], rng), case["answers"]))
+    shares = {category: sum(r) / len(r) for category, r in right.items()}
+    assert all(shares[c] == 1 for c in ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance"))
+    assert shares["live_simple"] > 0.97 and shares["live_multiple"] > 0.97
+    assert [len(right[c]) for c in ("simple_python", "multiple", "parallel", "irrelevance", "live_simple")] == [400, 200, 200, 240, 258]
+
+
+def test_irrelevance_never_stands_alone():
+    pytest.importorskip("bfcl_eval")
+    assert {c["category"] for c in evaluation.bfcl_cases("bfcl:irrelevance")} == {"irrelevance", "simple_python"}
+
+
+def tiny_suite(tmp_path):
+    tool = {"name": "math.add", "description": "Add.", "parameters": {"type": "dict", "properties": {"a": {"type": "integer"}, "b": {"type": "float"}}, "required": ["a"]}}
+    for category, question in (("simple_python", "Add 1 and 2"), ("irrelevance", "Sing")):
+        (tmp_path / f"BFCL_v4_{category}.json").write_text(json.dumps({"id": f"{category}_0", "question": [[{"role": "user", "content": question}]], "function": [tool]}) + "\n")
+    (tmp_path / "possible_answer").mkdir()
+    (tmp_path / "possible_answer" / "BFCL_v4_simple_python.json").write_text(json.dumps({"id": "simple_python_0", "ground_truth": [{"math.add": {"a": [1], "b": [2.0, ""]}}]}) + "\n")
+    return tmp_path
+
+
+def test_a_model_is_judged(tmp_path, capsys):
+    """End to end from a folder: official names and types reach the prompt as JSON schema; the result is printed and kept."""
+    folder = tiny_suite(tmp_path)
+    case = evaluation.bfcl_cases("bfcl:simple_python", folder)[0]
+    assert "math.add(a: integer, b?: number) - Add." in data.turns(case["conversation"])[0][1]
+    calls = [("math.add", {"a": 1, "b": 2})]
+    assert evaluation.bfcl_valid("simple_python", case["functions"], calls, case["answers"])
+    toolplay.main(["eval", "--model", "tiny", "--suite", "bfcl:irrelevance", "--bfcl", str(folder), "--out", str(tmp_path / "out.json")])
+    out = capsys.readouterr().out
+    assert "simple_python" in out and "irrelevance" in out
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["report"]["simple_python"]["n"] == 1 and len(result["records"]) == 2
+
+
+@pytest.mark.parametrize("suite, words", [("bfcl:simple", "must be bfcl:"), ("other", "must be bfcl:"), ("bfcl:multiple", "cannot be read")])
+def test_mistakes(tmp_path, suite, words):
+    with pytest.raises(UserError, match=words):
+        evaluation.bfcl_cases(suite, tiny_suite(tmp_path))

@@ -1,0 +1,154 @@
+"""ToolBench's files as they are in the wild: three shapes, real damage. All texts here are written for these tests."""
+import json
+
+import pytest
+import small
+
+import data
+import toolplay
+from tools import UserError
+
+WRAPPED = 'This is the subfunction for tool "x", you can use this tool.The description of this function is: "%s"'
+FUNCTIONS = [{"name": "find_book_for_library", "description": WRAPPED % "Find a book.", "parameters": {"type": "object", "properties": {
+                 "title": {"type": "string", "description": "its title", "example_value": "Emma"}, "is_id": {"type": "integer", "description": ""}}, "required": ["title"], "optional": ["is_id"]}},
+             {"name": "Finish", "description": "End.", "parameters": {"type": "object", "properties": {"return_type": {"type": "string", "enum": ["give_answer", "give_up_and_restart"]},
+                                                                                                       "final_answer": {"type": "string"}}, "required": ["return_type"], "optional": []}}]
+
+
+def call(name, arguments, content=None):
+    return {"role": "assistant", "content": content, "function_call": {"name": name, "arguments": arguments}}
+
+
+def finish(text="It is there.", kind="give_answer"):
+    return call("Finish", json.dumps({"return_type": kind, "final_answer": text}))
+
+
+def result(text, name="find_book_for_library"):
+    return {"role": "function", "name": name, "content": json.dumps({"error": "", "response": text})}
+
+
+def tree(*middle, end=None, **more):
+    messages = [{"role": "system", "content": "You are AutoGPT"}, {"role": "user", "content": "\nFind Emma for me.\nBegin!\n"}, *middle, end or finish()]
+    return {"win": True, "tree": {}, "forward_args": {}, "compare_candidates": [], "answer_generation": {
+        "valid_data": True, "finish_type": "give_answer", "function": FUNCTIONS, "train_messages": [messages[:3], messages], "query": "Find Emma for me.", **more}}
+
+
+def dialogue(*turns, functions=FUNCTIONS):
+    start = [("system", f"You are AutoGPT.\nSpecifically, you have access to the following APIs: {functions!r}"), ("user", "\nFind Emma for me.\nBegin!\n")]
+    return {"id": "Step 1: Find Emma", "conversations": [{"from": who, "value": text} for who, text in [*start, *turns]]}
+
+
+LLAMA_END = ("assistant", 'Thought: I know.\nAction: Finish\nAction Input: {"return_type": "give_answer", "final_answer": "It is there."}')
+INSTRUCTION = {"query": "Find Emma", "query_id": 7, "relevant APIs": [["Library", "Find Book"]], "api_list": [{
+    "category_name": "Books", "tool_name": "City Library (v2)", "api_name": "2 Find-Book", "api_description": " Finds a book. ", "method": "GET",
+    "required_parameters": [{"name": "from", "type": "DATE (YYYY-MM-DD)", "description": "first day", "default": ""}, {"name": "Max Count", "type": "NUMBER", "description": "", "default": 5}],
+    "optional_parameters": [{"name": "verbose", "type": "BOOLEAN", "description": "", "default": ""}]}]}
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_an_answer_tree(tmp_path):
+    item = tree(call("find_book_for_library", '{\n "title": "Emma",\n}', "I look it up."), result("shelf 3"), {"role": "user", "content": "Go on."})
+    c, = data.read_toolbench(write(tmp_path, "a.json", item))
+    assert [(m["role"], m["content"]) for m in c["messages"]] == [("user", "Find Emma for me."), ("assistant", "I look it up."), ("tool", '{"result": "shelf 3"}'), ("user", "Go on."),
+                                                                  ("assistant", "It is there.")]
+    assert c["messages"][1]["tool_calls"] == [{"name": "find_book_for_library", "arguments": {"title": "Emma"}}]
+    assert [t.signature() for t in c["tools"]] == ["find_book_for_library(title: string, is_id?: integer) - Find a book."]  # Finish is the answer, not a tool
+    ids, mask = data.encode(c, small.tokenizer())
+    trained = bytes(i for i, m in zip(ids, mask) if m and i < 256)
+    assert sum(mask) and len(trained) > 50
+
+
+def test_a_dialogue(tmp_path):
+    turns = [("assistant", 'Thought: Look.\nAction: find_book_for_library\nAction Input: {"title": "Em\nma"}'), ("function", json.dumps({"error": "busy", "response": ""})), LLAMA_END]
+    c, = data.read_toolbench(write(tmp_path, "toolllama.json", [dialogue(*turns), dialogue(*turns[:1]), dialogue(*turns)]))  # a step of it, and a copy
+    assert c["messages"][1] == {"role": "assistant", "content": "Look.", "tool_calls": [{"name": "find_book_for_library", "arguments": {"title": "Em\nma"}}]}
+    assert c["messages"][2]["content"] == '{"error": "busy"}' and c["messages"][-1]["content"] == "It is there."
+
+
+def test_an_instruction_has_names_but_no_answer(tmp_path):
+    tool = data.toolbench_api(INSTRUCTION["api_list"][0])
+    assert tool["name"] == "get_2_find_book_for_city_library_v2" and tool["description"] == "Finds a book."
+    assert tool["parameters"] == {"type": "object", "required": ["is_from", "max_count"], "properties": {
+        "is_from": {"type": "string", "description": "first day"}, "max_count": {"type": "integer"}, "verbose": {"type": "boolean"}}}
+    with pytest.raises(UserError, match="nothing usable"):
+        data.read_toolbench(write(tmp_path, "q.json", [INSTRUCTION]))
+
+
+@pytest.mark.parametrize("name, standard", [("Get Player's-ID", "get_player_s_id"), ("2fa", "get_2fa"), ("id", "is_id"), ("__A  b__", "a_b"), ("Ünï", "n"), ("class", "is_class")])
+def test_standard_names(name, standard):
+    assert data.standard_name(name) == standard
+
+
+def test_long_names_keep_their_end():
+    api = {**INSTRUCTION["api_list"][0], "api_name": "a" * 80}
+    assert data.toolbench_api(api)["name"].endswith("_for_city_library_v2") and len(data.toolbench_api(api)["name"]) == 64
+
+
+def test_broken_and_made_up_calls_are_never_trained_on(tmp_path):
+    bad = [call("find_book_for_library", "{title: Emma"), result("?"), call("no_such_function", "{}"), result("no such function"), call("find_book_for_library", '["Emma"]'), result("?")]
+    path = write(tmp_path, "a.json", tree(*bad, call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3")))
+    c, = data.read_toolbench(path, report=tmp_path / "report.json")
+    assert [m["role"] for m in c["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert json.loads((tmp_path / "report.json").read_text())["calls_left_out"] == 3
+
+
+@pytest.mark.parametrize("item, why", [
+    (tree(end=finish(kind="give_up_and_restart")), "gives up"), (tree(end=call("Finish", "{broken")), "gives up"), (tree(end=finish("  ")), "gives up"),
+    (tree(end={"role": "assistant", "content": "No Finish."}), "no Finish"), (tree(train_messages=[]), "train_messages"), (tree(function=None), "damaged"),
+    (dialogue(LLAMA_END, functions=[]) | {"conversations": [{"from": "system", "value": "no list"}]}, "functions cannot be read"),
+    (dialogue(LLAMA_END) | {"conversations": "x"}, "damaged"), (INSTRUCTION, "instruction"), ({"other": 1}, "none of ToolBench"), (7, "none of ToolBench")])
+def test_what_cannot_be_used_is_counted(tmp_path, item, why):
+    path = write(tmp_path, "a.json", [item, tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"))])
+    assert len(data.read_toolbench(path, report=tmp_path / "report.json")) == 1
+    items = json.loads((tmp_path / "report.json").read_text())["items"]
+    assert items["used"] == 1 and sum(n for reason, n in items.items() if why in reason) == 1
+
+
+def test_damaged_files_are_named(tmp_path, capsys):
+    good = json.dumps(tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3")))
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep", "bom.json", "\ufeff" + good)
+    write(tmp_path, "cut.json", good[:500])
+    write(tmp_path, "empty.json", "")
+    write(tmp_path, "other.json", '{"a": [1, 2]}')
+    (tmp_path / "latin.json").write_bytes('{"a": "é"}'.encode("latin-1"))
+    assert len(data.read_toolbench(tmp_path)) == 1
+    err = capsys.readouterr().err
+    assert all(name in err for name in ("cut.json", "empty.json", "other.json", "latin.json")) and "bom.json" not in err and "1 conversations from 5 files" in err
+    assert len(data.read_toolbench(str(tmp_path / "deep" / "*.json"))) == 1
+    with pytest.raises(UserError, match="no such file"):
+        data.read_toolbench(tmp_path / "nowhere")
+
+
+def test_results_are_clipped_until_it_fits(tmp_path):
+    item = tree(call("find_book_for_library", '{"title": "Emma"}'), result("word " * 1000))
+    path = write(tmp_path, "a.json", item)
+    length = lambda c: sum(len(m["content"]) for m in c["messages"])  # noqa: E731
+    assert 1000 < length(data.read_toolbench(path)[0]) < 1200
+    assert length(data.read_toolbench(path, lambda c: length(c) < 400)[0]) < 400
+    with pytest.raises(UserError, match="nothing usable"):
+        data.read_toolbench(path, lambda c: False)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "ppo"])
+def test_it_is_a_source_for_every_method(tmp_path, method):
+    item = tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"))
+    config = toolplay.load_config({"method": method, "model": "tiny", "source": "toolbench", "path": str(write(tmp_path, "a.json", item)), "max_tokens": 4000,
+                                   "run_dir": str(tmp_path / "run"), **({"iterations": 1, "prompts": 1, "samples": 2, "max_new_tokens": 4} if method == "ppo" else {"steps": 1})})
+    __import__(method).train(toolplay.Run(config))
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_the_command_line(tmp_path, capsys):
+    write(tmp_path, "a.json", tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3")))
+    data.main(["--toolbench", str(tmp_path / "a.json"), "--out", str(tmp_path / "out.jsonl"), "--report", str(tmp_path / "report.json")])
+    assert "1 conversations written" in capsys.readouterr().out and (tmp_path / "report.json").exists()
+    assert len(data.read_jsonl(tmp_path / "out.jsonl")) == 1
+    with pytest.raises(SystemExit) as exit_:
+        data.main(["--toolbench", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x.jsonl")])
+    assert exit_.value.code == 2
