@@ -418,29 +418,31 @@ def takes_trie(model):
     return model._takes_trie
 
 
-def token_logprobs(model, batch, temperature=1.0, budget=None, want=()):
+def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=()):
     """log p(ids[t] | ids[<t]) at the masked positions -> [B, T] fp32, 0 where the mask is 0 (and at t = 0).
 
     batch: B rows (ids, mask); T the longest. `budget`: at most that many trie nodes per forward (for inference: under
     autograd, split the batch with `micro_batches` and call backward on each). `want`: with "entropy" and/or "hidden"
     a dict {"logp", "entropy" [B, T], "hidden" [B, T, D]} comes back; hidden is the trunk's output that predicted the token.
+    `also`: ids whose log-probs at the same positions are wanted too, as "also" [B, T, len(also)].
     Exact: equal to one forward per row, up to rounding.
     """
     if not batch:
         raise UserError("token_logprobs: the batch is empty")
     groups = micro_batches([[row] for row in batch], budget) if takes_trie(model) else [[b] for b in range(len(batch))]
     if len(groups) == 1 and groups[0] == list(range(len(batch))):
-        return _logprobs(model, batch, temperature, want)
+        return _logprobs(model, batch, temperature, want, also)
+    want = (*want, "also") if also else want
     width, parts = max(len(ids) for ids, _ in batch), []
     for group in groups:
-        part = _logprobs(model, [batch[b] for b in group], temperature, want)
+        part = _logprobs(model, [batch[b] for b in group], temperature, want, also)
         pad = lambda x: F.pad(x, (0, 0) * (x.dim() - 2) + (0, width - x.shape[1]))  # noqa: E731
         parts.append({k: pad(v) for k, v in part.items()} if want else pad(part))
     back = torch.tensor([b for group in groups for b in group]).argsort()
     return {k: torch.cat([p[k] for p in parts])[back] for k in parts[0]} if want else torch.cat(parts)[back]
 
 
-def _logprobs(model, batch, temperature=1.0, want=()):
+def _logprobs(model, batch, temperature=1.0, want=(), also=()):
     device = model.get_input_embeddings().weight.device
     trie = Trie([list(ids) for ids, _ in batch])
     inputs = trie.inputs(device)
@@ -459,11 +461,14 @@ def _logprobs(model, batch, temperature=1.0, want=()):
     row = torch.tensor([index[node] for node in predicts], dtype=torch.long, device=device)
     target = torch.tensor([batch[b][0][t] for b, t in where], dtype=torch.long, device=device)
     b, t = torch.tensor(where, dtype=torch.long, device=device).reshape(-1, 2).T
-    logp = logits[row, target] - torch.logsumexp(logits, -1)[row]  # [number of masked tokens]
+    total = torch.logsumexp(logits, -1)                          # [n]
+    logp = logits[row, target] - total[row]                      # [number of masked tokens]
     spread = lambda x: torch.zeros(shape + x.shape[1:], dtype=x.dtype, device=device).index_put((b, t), x)  # noqa: E731
-    if not want:
+    if not want and not also:
         return spread(logp)
     out = {"logp": spread(logp)}
+    if also:
+        out["also"] = spread((logits[:, list(also)] - total[:, None])[row])
     if "entropy" in want:
         log_p = torch.log_softmax(logits, -1)
         out["entropy"] = spread(-(log_p.exp() * log_p).sum(-1)[row])

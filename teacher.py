@@ -1,0 +1,484 @@
+"""
+teacher.py - Toolformer: a model finds out by itself where a tool would have helped it
+
+The idea (Schick et al. 2023, arXiv:2302.04761). Nobody labels anything. A language model reads plain text, guesses where a
+call might help and what to ask, and the calls are executed. A call is kept if its result makes the words that follow more
+probable, by more than the bare call does. The text with the kept calls in it is what the model is then fine-tuned on.
+
+    p_i    = p(open | P(x), x_<i)                        where a call might stand: p_i > tau_s, the k best      (sec. 2)
+    c      ~ p(. | P(x), x_<i, open),  m times           what to ask; P(x): a few examples for each tool
+    w~_t   = max(0, 1 - 0.2 t),  w_t = w~_t / sum_s w~_s                                                       (sec. 4.1)
+    L_i(z) = - sum_{j >= i} w_{j-i} log p(x_j | z, x_<j)                                                       (1)
+    L+     = L_i(e(c, r)),   L- = min(L_i(nothing), L_i(e(c, nothing)))                                        (2)
+    keep c   if  L- - L+ >= tau_f
+    x*     = x_<i, e(c, r), x_>=i                        fine-tune on it with the language-model loss
+
+z stands before the whole text, although the call will stand at i: a model that has not been tuned yet is upset by a call
+in the middle of a sentence. Only five weights are above zero, so L_i needs the text up to x_{i+4}.
+
+Departures. Inserted results are read, not learned: at inference the tool writes them, so they have mask 0, as everywhere
+in this project. Of several kept calls at one position the best stays. All candidates of some texts lie in one token trie:
+the examples P, the text, and the beginnings of calls are computed once.
+
+    python teacher.py configs/teacher.json          the same as: python toolplay.py train configs/teacher.json
+    python teacher.py --show RUN                    the funnel, the best and the worst ten calls
+"""
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+import zlib
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+
+@dataclass
+class Config:
+    """The teacher's own keys; the shared ones are in toolplay.Config, and say how it is fine-tuned afterwards."""
+    text: str = ""                                     # text file (a text a line) or JSONL ({"text"} a line) to annotate; empty: built-in prose
+    texts: Annotated[int, "> 0"] = 600                 # how many texts to read
+    tau_s: Annotated[float, "0 to 1"] = 0.0            # a position is tried if p(open) exceeds this; the paper: 0.05, for the calculator 0
+    positions: Annotated[int, "> 0"] = 5               # k: at most that many positions a text and tool; the paper: 5, for the calculator 20
+    samples: Annotated[int, "> 0"] = 4                 # m: calls sampled at each; the paper: 5, for the calculator 10
+    tau_f: float = 0.5                                 # a call is kept if it lowers the loss by this, in nats; the paper: 1, for the calculator 0.5
+    call_tokens: Annotated[int, "> 0"] = 24            # a call that has not ended by then is dropped
+    texts_at_once: Annotated[int, "> 0"] = 8           # texts that are annotated together
+
+
+OPEN, ARROW, CLOSE = " [", " ->", "]"                  # [calculator(18 + 27) -> 45]
+Candidate = namedtuple("Candidate", "position call result")  # an index into the text's tokens, a tools.Call, what the tool said
+
+
+# --------------------------------------------------------------------------- 1. pure functions
+
+def loss_weights(n=5):
+    """w_0 .. w_{n-1}: falling, their sum over all t is 1. -> [n]"""
+    weights = (1 - 0.2 * torch.arange(n, dtype=torch.float64)).clamp(min=0)
+    return weights / 3.0                                                        # 1 + .8 + .6 + .4 + .2
+
+
+def weighted_loss(logp, start):
+    """Equation (1): logp [T] of a text's own tokens (however they were prefixed) -> L_start, a number."""
+    following = logp[start:start + 5].double()
+    return float(-(loss_weights(len(following)) * following).sum())
+
+
+def gain(with_result, without_call, without_result):
+    """Equation (2): L- - L+, how much the result helps beyond nothing, and beyond the bare call."""
+    return min(without_call, without_result) - with_result
+
+
+def best_positions(open_logp, tau_s, k, first=1):
+    """log p(open) before each token [T] -> the at most k positions with p > tau_s, most probable first kept, in the order of the text."""
+    likely = [i for i in range(first, len(open_logp)) if open_logp[i].exp() > tau_s]
+    return sorted(sorted(likely, key=lambda i: -float(open_logp[i]))[:k])
+
+
+# --------------------------------------------------------------------------- 2. calls in plain text
+
+def ids_of(tokenizer, text):
+    """Ids of a piece of text; what looks like a special token is none."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def opening(tokenizer):
+    """What a call begins with: one token, with the space before it if the tokenizer has such a token."""
+    return OPEN if len(ids_of(tokenizer, OPEN)) == 1 else OPEN.strip()
+
+
+def call_text(call, result=None, start=OPEN):
+    """e(c), or e(c, r) with a result: " [calculator(18 + 27) -> 45]"."""
+    argument = next(iter(call.arguments.values()), "")
+    return f"{start}{call.name}({argument})" + (f"{ARROW} {result}" if result is not None else "") + CLOSE
+
+
+def read_call(text, tools):
+    """"calculator(18 + 27)]..." -> Call, or None if it does not end, or names no tool. The argument is the tool's first."""
+    from tools import Call  # here, so that this file alone gives the losses
+    found = re.match(r"\s*(\w+)\(([^\[\]\n]+?)\)\s*(?:\]|->)", text)
+    if not found or found[1] not in tools or not found[2].strip():
+        return None
+    parameters = tools[found[1]].parameters
+    name = next(iter([*parameters.get("required", []), *parameters.get("properties", {})]), None)
+    return Call(found[1], {name: found[2].strip()}) if name else None
+
+
+def result_text(result, most=80):
+    """A tool's result in a few words; None if it failed or says nothing."""
+    value = result.value
+    if not result.ok or value in (None, "", [], {}):
+        return None
+    if isinstance(value, list):
+        value = value[0]
+    if isinstance(value, dict):
+        value = value["text"] if "text" in value else ", ".join(str(v) for k, v in value.items() if k not in ("city", "unit"))
+    return re.sub(r"[\[\]\n]+|->", " ", str(value))[:most].strip() or None
+
+
+def insert(ids, calls, tokenizer):
+    """A text's ids with calls inserted -> (ids, mask): the text and the calls are trained, results are not."""
+    out, mask, before = [], [], 0
+    for position, call, result in sorted(calls, key=lambda c: c.position):
+        asked = ids_of(tokenizer, call_text(call, start=opening(tokenizer))[:-len(CLOSE)] + ARROW)
+        answered = ids_of(tokenizer, f" {result}{CLOSE}")
+        out += ids[before:position] + asked + answered
+        mask += [1] * (position - before + len(asked)) + [0] * len(answered)
+        before = position
+    return out + ids[before:], mask + [1] * (len(ids) - before)
+
+
+# --------------------------------------------------------------------------- 3. the annotation
+
+def few_shot(tool, tokenizer):
+    """P(x) up to where x is to be written with its calls -> (ids before x, ids between x and its annotated form)."""
+    import data
+    prompt = data.corpus("teacher_prompts.json")["tools"].get(tool.name)
+    task = prompt["task"] if prompt else f"Add calls to {tool.name} to the text, where they help to complete it. {tool.description} A call looks like [{tool.name}(...)]."
+    shots = "".join(f"Text: {x}\nWith calls: {y}\n\n" for x, y in (prompt["examples"] if prompt else ()))
+    return ids_of(tokenizer, f"{task}\n\n{shots}Text: "), ids_of(tokenizer, "\nWith calls: ")
+
+
+def sample_calls(model, tokenizer, prompts, config, seed):
+    """Rows of ids that end in OPEN -> the text that the model writes after each, until the call ends."""
+    import toolplay
+    streams = [random.Random(f"{seed} {n}") for n in range(len(prompts))]
+    cache = (toolplay.SharedPrefixCache if toolplay.takes_trie(model) else toolplay.RowCaches)(model, [p[:-1] for p in prompts])
+    said, alive, last = [[] for _ in prompts], list(range(len(prompts))), [[p[-1]] for p in prompts]
+    for _ in range(config.call_tokens):
+        logits = cache.step([last[r] for r in alive]).float()
+        tokens, _ = toolplay.sample(logits, [streams[r].random() for r in alive], 1.0, 1.0)
+        for token, r in zip(tokens, alive):
+            said[r].append(token)
+            last[r] = [token]
+        going = [n for n, r in enumerate(alive) if not re.search(r"[\]\n]|->", tokenizer.decode(said[r][-3:]))]
+        if len(going) < len(alive):
+            alive = [alive[n] for n in going]
+            if not alive:
+                break
+            cache.keep(going)
+    return [tokenizer.decode(ids) for ids in said]
+
+
+@torch.no_grad()
+def annotate(model, tokenizer, rows, tools, config, seed):
+    """Texts as id lists -> (for each its [{"position", "call", "result", "plus", "minus", "gain", "kept"}], counts of the funnel)."""
+    import toolplay
+    from tools import execute
+    funnel = dict.fromkeys(("positions", "sampled", "parsed", "executed", "kept"), 0)
+    found = [[] for _ in rows]
+    for tool in tools.values():
+        # 1. where: the probability of OPEN before each token of the text, written once more after the examples
+        before, between = few_shot(tool, tokenizer)
+        open_id, = ids_of(tokenizer, opening(tokenizer))
+        heads = [before + ids + between for ids in rows]
+        scored = toolplay.token_logprobs(model, [(head + ids, [0] * len(head) + [1] * len(ids)) for head, ids in zip(heads, rows)], budget=config.micro_tokens * 4, also=(open_id,))
+        places = [(n, i) for n, (head, ids) in enumerate(zip(heads, rows))
+                  for i in best_positions(scored["also"][n, len(head):len(head) + len(ids), 0], config.tau_s, config.positions)]
+        funnel["positions"] += len(places)
+        if not places:
+            continue
+        # 2. what: m calls at each
+        prompts = [heads[n] + rows[n][:i] + [open_id] for n, i in places for _ in range(config.samples)]
+        written = sample_calls(model, tokenizer, prompts, config, f"{seed} {tool.name}")
+        funnel["sampled"] += len(written)
+        calls = {}
+        for at, text in enumerate(written):
+            call = read_call(text, {tool.name: tool})
+            if call:
+                funnel["parsed"] += 1
+                n, i = places[at // config.samples]
+                calls[n, i, call_text(call)] = call
+        # 3. execute
+        for (n, i, _), call in calls.items():
+            result = result_text(execute(call, {tool.name: tool}))
+            if result is not None:
+                funnel["executed"] += 1
+                found[n].append(Candidate(i, call, result))
+    # 4. filter: the text behind nothing, behind the bare call, behind call and result
+    units = [(n, c) for n, candidates in enumerate(found) for c in candidates]
+    scored = losses(model, tokenizer, [(rows[n], c) for n, c in units], config.micro_tokens * 4)
+    out = [[] for _ in rows]
+    for (n, c), (nothing, bare, full) in zip(units, scored):
+        g = gain(full, nothing, bare)
+        out[n].append({"position": c.position, "call": {"name": c.call.name, "arguments": c.call.arguments}, "result": c.result, "plus": full, "minus": min(nothing, bare),
+                       "gain": g, "kept": g >= config.tau_f})
+    for candidates in out:  # of several at one position the best
+        for c in candidates:
+            c["kept"] = c["kept"] and c is max((d for d in candidates if d["position"] == c["position"]), key=lambda d: d["gain"])
+        funnel["kept"] += sum(c["kept"] for c in candidates)
+    return out, funnel
+
+
+@torch.no_grad()
+def losses(model, tokenizer, units, budget):
+    """[(text ids, Candidate)] -> [(L_i of nothing, of e(c), of e(c, r))], each with the call before the whole text."""
+    import toolplay
+    if not units:
+        return []
+    rows, starts = [], []
+    for ids, (i, call, result) in units:
+        text = ids[:i + 5]
+        for prefix in ([], ids_of(tokenizer, call_text(call).lstrip()), ids_of(tokenizer, call_text(call, result).lstrip())):
+            rows.append((prefix + text, [0] * (len(prefix) + i) + [1] * (len(text) - i)))
+            starts.append(len(prefix) + i)
+    logp = toolplay.token_logprobs(model, rows, budget=budget)
+    found = [weighted_loss(row[:len(ids)], start) for row, (ids, _), start in zip(logp, rows, starts)]
+    return list(zip(found[::3], found[1::3], found[2::3]))
+
+
+# --------------------------------------------------------------------------- 4. texts
+
+def prose(split, n, seed=0):
+    """n built-in texts of a split -> [{"text", "kind", "prompt"?, "answer"?}]; prompt and answer where a number is worked out in it."""
+    import data
+    from tools import BUILTIN, Call, calculate, execute
+    corpus, rng, out = data.corpus("prose.json"), random.Random(f"{split} prose {seed}"), []
+    cities, articles = data.of_split(data.corpus("cities.json")["cities"], split), data.corpus("search.jsonl")[1:]
+    share = {"train": range(7), "dev": range(7, 8), "test": range(8, 10)}[split]
+    articles = [a for a in articles if zlib.crc32(a["title"].encode()) % 10 in share]
+    while len(out) < n:
+        kind = rng.choices(["calculator", "weather", "search", "plain"], [55, 15, 15, 15])[0]
+        item = {"kind": kind}
+        if kind == "search":
+            text = rng.choice(articles)["text"]
+        else:
+            family = rng.choice(data.of_split(corpus[kind], split))
+            text, words = rng.choice(family["texts"]), {}
+            if kind == "calculator":
+                values = data.draw_values(family["slots"], split, rng)
+                if values is None or not all(data.holds(test, values) for test in family.get("where", [])):
+                    continue
+                words = {k: str(v) for k, v in values.items()}
+                value = calculate(data.fill(family["expression"], words))
+                if value <= 0 or family.get("whole") and value != int(value):
+                    continue
+                item |= {"prompt": data.fill(text.partition("{answer}")[0].rstrip(), words), "answer": value}
+                words["answer"] = str(value)
+            elif kind == "weather":
+                city = rng.choice(cities)["name"]
+                words = {"city": city, **{k: str(v) for k, v in execute(Call("weather", {"city": city}), BUILTIN).value.items() if k in ("temperature", "condition")}}
+            text = data.fill(text, words)
+        if kind != "plain" and rng.random() < 0.4:
+            lead = rng.choice(rng.choice(data.of_split(corpus["plain"], split))["texts"])
+            text = f"{lead} {text}"
+            item |= {"prompt": f'{lead} {item["prompt"]}'} if "prompt" in item else {}
+        out.append({"text": text, **item})
+    return out
+
+
+def read_texts(path, n):
+    """The first n texts of a file: JSONL with "text", or a text a line."""
+    import data
+    from tools import UserError
+    if str(path).endswith(".jsonl"):
+        def check(item):
+            if not isinstance(item, dict) or not isinstance(item.get("text"), str) or not item["text"].strip():
+                raise UserError('a line is an object with "text"')
+            return {"text": item["text"].strip(), "kind": "text"}
+        return data.read_jsonl(path, check)[:n]
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read it as text ({error})") from None
+    if not lines:
+        raise UserError(f"{path}: the file is empty")
+    return [{"text": line, "kind": "text"} for line in lines[:n]]
+
+
+# --------------------------------------------------------------------------- 5. with and without tools
+
+@torch.no_grad()
+def complete(model, tokenizer, rows, tools, most=16, call_tokens=24):
+    """Continue each row of ids greedily, calls executed as they are written -> [(text without calls, calls)]. tools {}: none may begin."""
+    import toolplay
+    from tools import execute
+    open_id, = ids_of(tokenizer, opening(tokenizer))
+    end = toolplay.stop_ids(model, tokenizer)
+    cache = (toolplay.SharedPrefixCache if toolplay.takes_trie(model) else toolplay.RowCaches)(model, [r[:-1] for r in rows])
+    queues, said, calling, calls = [[r[-1]] for r in rows], [[] for _ in rows], [None] * len(rows), [[] for _ in rows]
+    alive = list(range(len(rows)))
+    while alive:
+        logits = cache.step([[queues[r].pop(0)] for r in alive]).float()
+        going = []
+        for n, r in enumerate(alive):
+            if not queues[r]:
+                if not tools or calling[r] is None and len(calls[r]) >= 2:
+                    logits[n, open_id] = -torch.inf
+                token = int(logits[n].argmax())
+                queues[r].append(token)
+                if calling[r] is None and token == open_id:
+                    calling[r] = []
+                elif calling[r] is None:
+                    said[r].append(token)
+                else:
+                    calling[r].append(token)
+                    text = tokenizer.decode(calling[r])
+                    if "->" in text:
+                        call = read_call(text, tools)
+                        result = result_text(execute(call, tools)) if call else None
+                        calls[r] += [(call, result)] * (result is not None)
+                        queues[r] += ids_of(tokenizer, f" {result or ''}{CLOSE}")
+                    if "->" in text or CLOSE in text or len(calling[r]) >= call_tokens:
+                        calling[r] = None
+            if len(said[r]) < most and not (said[r] and said[r][-1] in end):
+                going.append(n)
+        if len(going) < len(alive):
+            alive = [alive[n] for n in going]
+            if alive:
+                cache.keep(going)
+    return [(tokenizer.decode([t for t in ids if t not in end]), found) for ids, found in zip(said, calls)]
+
+
+def right_number(text, answer):
+    """Whether the first number of a continuation is the answer."""
+    found = re.search(r"-?\d[\d,]*\.?\d*", text)
+    return bool(found) and abs(float(found[0].replace(",", "").rstrip(".")) - answer) <= 1e-6 * max(1, abs(answer))
+
+
+@torch.no_grad()
+def text_loss(model, tokenizer, rows, tools, budget):
+    """Mean loss of the texts' own tokens; with tools, the model's best call (p(open) > 0.05) is executed and inserted first."""
+    import toolplay
+    open_id, = ids_of(tokenizer, opening(tokenizer))
+    pairs = [(ids, [1] * len(ids)) for ids in rows]
+    if tools:
+        scored = toolplay.token_logprobs(model, pairs, budget=budget, also=(open_id,))["also"]
+        places = [best_positions(scored[n, :len(ids), 0], 0.05, 1) for n, ids in enumerate(rows)]
+        asked = [n for n, place in enumerate(places) if place]
+        written = complete(model, tokenizer, [rows[n][:places[n][0]] + [open_id] for n in asked], {}, most=24) if asked else []
+        from tools import execute
+        for n, (text, _) in zip(asked, written):
+            call = read_call(text, tools)
+            result = result_text(execute(call, tools)) if call else None
+            if result is not None:
+                i, extra = places[n][0], ids_of(tokenizer, call_text(call, result, opening(tokenizer)))
+                pairs[n] = (rows[n][:i] + extra + rows[n][i:], [1] * i + [0] * len(extra) + [1] * (len(rows[n]) - i))
+    logp = toolplay.token_logprobs(model, pairs, budget=budget)
+    return -float(logp.sum()) / sum(sum(mask[1:]) for _, mask in pairs)
+
+
+def measure(model, tokenizer, held_out, tools, budget):
+    """Held-out texts -> {"loss", "loss_with_tools", "right", "right_with_tools", "n", "calls"}."""
+    rows, asked = [ids_of(tokenizer, item["text"]) for item in held_out], [item for item in held_out if "answer" in item]
+    out = {"loss": text_loss(model, tokenizer, rows, {}, budget), "loss_with_tools": text_loss(model, tokenizer, rows, tools, budget)}
+    for key, allowed in (("right", {}), ("right_with_tools", tools)):
+        said = complete(model, tokenizer, [ids_of(tokenizer, item["prompt"]) for item in asked], allowed) if asked else []
+        out[key] = sum(right_number(text, item["answer"]) for (text, _), item in zip(said, asked)) / max(len(asked), 1)
+    return {**out, "n": len(asked), "calls": sum(len(calls) for _, calls in said)}
+
+
+# --------------------------------------------------------------------------- 6. training
+
+def train(run):
+    # Imported here so that this file alone gives the losses to anyone who copies it.
+    import data
+    import sft
+    import toolplay
+    from tools import UserError, load_tools
+    config = run.config
+
+    # 1. data: texts, annotated by the model itself; what is annotated already is not done again
+    model, tokenizer = toolplay.prepare_model(config, run.device)
+    tools = load_tools([*data.BUILTIN, *config.tools])
+    texts = read_texts(config.text, config.texts) if config.text else prose("train", config.texts, config.seed)
+    held_out = read_texts(config.eval_path, config.eval_examples) if config.eval_path else prose("test", config.eval_examples, config.seed) if config.eval_examples else []
+    annotated = annotated_texts(run, model, tokenizer, texts, tools)
+    rows = [insert(line["ids"], [Candidate(c["position"], toolplay.Call(**c["call"]), c["result"]) for c in line["candidates"] if c["kept"]], tokenizer) for line in annotated]
+    if not any(0 in mask for _, mask in rows):
+        raise UserError("no call helped: nothing to learn from; lower tau_f, or raise texts, positions or samples")
+    rows = data.fitting(rows, [len(ids) for ids, _ in rows], config.max_tokens, "texts")
+
+    # 2. optimizer
+    batches = data.Batches(rows, config)
+    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, batches.total)
+    if held_out and not (run.resume and toolplay.newest_checkpoint(run.folder)):
+        trainer.extra["before"] = json.dumps(measure(model.eval(), tokenizer, held_out, tools, config.micro_tokens * 4))
+    run.start(trainer)
+
+    def loss(batch):
+        return sft.sft_loss(toolplay.token_logprobs(model, batch), sft.pad_mask(batch, run.device))
+
+    # 3. loop: the language-model loss of the texts with their calls
+    for step in run.steps(trainer, batches.total):
+        model.train()
+        batch = [rows[i] for i in batches(step)]
+        info = toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1]))
+        info.pop("tokens", None)
+        if held_out and trainer.step >= batches.total:
+            after = measure(model.eval(), tokenizer, held_out, tools, config.micro_tokens * 4)
+            info.update({f"eval_{k}": v for k, v in after.items()})
+            if run.rank == 0:
+                before = json.loads(trainer.extra["before"]) if "before" in trainer.extra else None
+                toolplay.write_json(run.folder / "teacher.json", {"before": before, "after": after})
+        run.log(trainer.step, info, tokens=sum(len(ids) for ids, _ in batch))
+
+    # 4. save
+    run.save_model(model, tokenizer)
+    run.finish()
+
+
+def annotated_texts(run, model, tokenizer, texts, tools):
+    """The lines of augmented.jsonl, one a text, made now or before: {"text", "kind", "ids", "candidates", "augmented"}."""
+    from tqdm import tqdm
+
+    import toolplay
+    from tools import UserError
+    config, path = run.config, run.folder / "augmented.jsonl"
+    lines = toolplay.read_lines(path)[:len(texts)]
+    lines = lines[:len(lines) // config.texts_at_once * config.texts_at_once] if len(lines) < len(texts) else lines
+    if any(line["text"] != item["text"] for line, item in zip(lines, texts)):
+        raise UserError(f"{path}: it is of other texts; start a new run")
+    write = lambda: toolplay.write_atomic(path, lambda p: p.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8"))  # noqa: E731
+    model.eval()
+    with tqdm(total=len(texts), initial=len(lines), desc="annotate", unit="text", disable=run.rank != 0, dynamic_ncols=True) as bar:
+        while len(lines) < len(texts):
+            group = texts[len(lines):len(lines) + config.texts_at_once]
+            ids = [ids_of(tokenizer, item["text"]) for item in group]
+            found, funnel = annotate(model, tokenizer, ids, tools, config, f"{config.seed} {len(lines)}")
+            for item, row, candidates in zip(group, ids, found):
+                kept = [Candidate(c["position"], toolplay.Call(**c["call"]), c["result"]) for c in candidates if c["kept"]]
+                lines.append({**item, "ids": row, "candidates": candidates, "augmented": tokenizer.decode(insert(row, kept, tokenizer)[0])})
+            lines[-1]["funnel"] = funnel  # of the whole group
+            if run.rank == 0:
+                write()
+            bar.update(len(group))
+    if run.rank == 0:
+        print(funnel_text(lines), file=sys.stderr)
+    return lines
+
+
+def funnel_text(lines, n=10):
+    """The funnel, and the n best and worst calls."""
+    total = {}
+    for line in lines:
+        for key, value in line.get("funnel", {}).items():
+            total[key] = total.get(key, 0) + value
+    out = [f"{len(lines)} texts: " + " -> ".join(f"{value} {key}" for key, value in total.items()) + f"; {sum(any(c['kept'] for c in x['candidates']) for x in lines)} texts have a call now"]
+    every = sorted(((c["gain"], line, c) for line in lines for c in line["candidates"]), key=lambda x: -x[0])
+    for title, some in ((f"best {n}", every[:n]), (f"worst {n}", every[-n:] if len(every) > n else [])):
+        out.append(f"{title} (L- minus L+, in nats):")
+        out += [f"  {g:+.2f}  {c['call']['name']}({next(iter(c['call']['arguments'].values()))}) -> {c['result']}   in: {line['text'][:100]}" for g, line, c in some]
+    return "\n".join(out)
+
+
+def main(argv=None):
+    import toolplay
+    from tools import UserError
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] != ["--show"]:
+        return toolplay.main(["train", *argv])
+    with toolplay.one_line_errors():
+        lines = toolplay.read_lines(Path(*argv[1:2]) / "augmented.jsonl")
+        if not lines:
+            raise UserError(f"{''.join(argv[1:2])}: no augmented.jsonl; it is no teacher run, or has not begun")
+        print(funnel_text(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""teacher.py: the filter by hand and one by one, calls in plain text, the funnel, whole runs."""
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import small
+
+import data
+import teacher
+import toolplay
+from teacher import Candidate
+from tools import BUILTIN, Call, UserError, execute
+
+ROOT = Path(toolplay.__file__).parent
+CALC = Call("calculator", {"expression": "2 * 3"})
+
+
+# ---------------------------------------------------------------- equations
+
+def test_weights_and_losses_by_hand():
+    assert teacher.loss_weights(7).tolist() == pytest.approx([1 / 3, 0.8 / 3, 0.6 / 3, 0.4 / 3, 0.2 / 3, 0, 0])
+    assert teacher.loss_weights().sum().item() == pytest.approx(1)
+    logp = torch.tensor([-9.0, -1.0, -2.0, -3.0, -4.0, -5.0, -9.0])
+    assert teacher.weighted_loss(logp, 1) == pytest.approx((1 + 0.8 * 2 + 0.6 * 3 + 0.4 * 4 + 0.2 * 5) / 3)
+    assert teacher.weighted_loss(logp, 5) == pytest.approx((5 + 0.8 * 9) / 3)  # the text ends: the weights stay as they are
+    assert teacher.gain(1.0, 3.0, 2.5) == 1.5 and teacher.gain(1.0, 1.2, 2.5) == pytest.approx(0.2)  # beyond nothing and beyond the bare call
+
+
+def test_positions():
+    logp = torch.tensor([0.9, 0.5, 0.01, 0.3, 0.4]).log()
+    assert teacher.best_positions(logp, 0.05, 2) == [1, 4]  # never before the first token
+    assert teacher.best_positions(logp, 0.35, 5) == [1, 4] and teacher.best_positions(logp, 0.0, 9) == [1, 2, 3, 4]
+
+
+def test_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "teacher.py", tmp_path)
+    code = "import teacher, sys; assert not {'toolplay', 'data', 'transformers'} & set(sys.modules); print(teacher.gain(1, 3, 2.5))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True).stdout.strip() == "1.5"
+
+
+# ---------------------------------------------------------------- calls in plain text
+
+@pytest.mark.parametrize("text, call", [
+    ("calculator(2 * 3)] apples", CALC), (" calculator( 2 * 3 ) -> 6]", CALC), ("weather(Quebec City)]", Call("weather", {"city": "Quebec City"})),
+    ("search(who wrote (1984)?)]", Call("search", {"query": "who wrote (1984)?"})), ("calculator(2 * 3", None), ("calculator()]", None), ("nothing(2)]", None), ("2 * 3]", None), ("", None)])
+def test_read_call(text, call):
+    assert teacher.read_call(text, BUILTIN) == call
+
+
+def test_results_in_words():
+    said = lambda name, **arguments: teacher.result_text(execute(Call(name, arguments), BUILTIN))  # noqa: E731
+    assert said("calculator", expression="2 * 3") == "6" and said("calculator", expression="1 / 0") is None
+    assert said("weather", city="Oslo").split(", ")[0].lstrip("-").isdigit() and said("weather", city="Nowhereville") is None
+    assert 10 < len(said("search", query="Eiffel Tower")) <= 80
+
+
+def test_inserted_calls_are_trained_and_their_results_are_not():
+    tok = small.tokenizer()
+    ids = teacher.ids_of(tok, "3 pairs, so 6 shoes")
+    row, mask = teacher.insert(ids, [Candidate(12, CALC, "6")], tok)
+    assert tok.decode(row) == "3 pairs, so [calculator(2 * 3) -> 6]6 shoes"
+    assert tok.decode([i for i, m in zip(row, mask) if not m]) == " 6]"
+    assert teacher.insert(ids, [], tok) == (ids, [1] * len(ids))
+
+
+# ---------------------------------------------------------------- oracles
+
+def naive(model, ids):
+    """log p of each token, one forward for this row alone."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].double()
+    return [0.0] + [float(torch.log_softmax(logits[t - 1], -1)[ids[t]]) for t in range(1, len(ids))]
+
+
+def test_the_filters_losses_are_those_of_one_by_one():
+    model, tok = small.model("llama"), small.tokenizer()
+    units = [(teacher.ids_of(tok, text), Candidate(i, CALC, "6")) for text, i in (("3 pairs, so 6 shoes", 12), ("3 pairs, so 6 shoes", 5), ("ab", 1), ("Twice 3 is 6.", 11))]
+    for (ids, (i, call, result)), got in zip(units, teacher.losses(model, tok, units, budget=50)):
+        for prefix, loss in zip(("", "[calculator(2 * 3)]", "[calculator(2 * 3) -> 6]"), got):
+            head = teacher.ids_of(tok, prefix)
+            logp = naive(model, head + ids)[len(head):]
+            weights = [max(0, 1 - 0.2 * t) / 3 for t in range(len(ids) - i)]
+            assert loss == pytest.approx(-sum(w * x for w, x in zip(weights, logp[i:])), abs=1e-5)
+
+
+def test_the_probability_of_a_call_is_that_of_one_by_one():
+    model = small.model("llama")
+    rows = [([5, 6, 7, 8], [0, 0, 1, 1]), ([5, 6, 9], [0, 1, 1])]
+    out = toolplay.token_logprobs(model, rows, also=(3, 4), budget=4)
+    for b, (ids, mask) in enumerate(rows):
+        with torch.no_grad():
+            logp = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+        for t, m in enumerate(mask):
+            assert torch.allclose(out["also"][b, t], logp[t - 1, [3, 4]] if m else torch.zeros(2), atol=1e-5)
+
+
+def settings(**more):
+    return SimpleNamespace(**{"tau_s": 0.0, "positions": 3, "samples": 2, "tau_f": 0.5, "call_tokens": 24, "micro_tokens": 1024, **more})
+
+
+def test_the_funnel(monkeypatch):
+    model, tok = small.model("llama"), small.tokenizer()
+    rows = [teacher.ids_of(tok, text) for text in ("3 pairs, so 6 shoes", "A quiet day.")]
+    monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: [["calculator(2 * 3)]", "calculator(1 / 0)]", "no call", "calculator(2 * 4)]"][n % 4] for n in range(len(prompts))])
+    monkeypatch.setattr(teacher, "losses", lambda m, t, units, b: [(3.0, 2.0, 1.2 if c.result == "6" else 1.6) for _, c in units])  # gains 0.8 and 0.4
+    found, funnel = teacher.annotate(model, tok, rows, {"calculator": BUILTIN["calculator"]}, settings(), 0)
+    assert funnel == {"positions": 6, "sampled": 12, "parsed": 9, "executed": 6, "kept": 3}
+    for candidates in found:
+        assert [c["kept"] for c in candidates] == [c["result"] == "6" for c in candidates] and all(c["minus"] == 2.0 for c in candidates)
+
+
+def test_one_call_at_a_position(monkeypatch):
+    model, tok = small.model("llama"), small.tokenizer()
+    monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: ["calculator(2 * 3)]", "calculator(2 * 4)]"] * (len(prompts) // 2))
+    monkeypatch.setattr(teacher, "losses", lambda m, t, units, b: [(3.0, 3.0, 1.0 if c.result == "8" else 2.0) for _, c in units])
+    found, funnel = teacher.annotate(model, tok, [teacher.ids_of(tok, "Twice 3 is 6.")], {"calculator": BUILTIN["calculator"]}, settings(), 0)
+    assert funnel["executed"] == 6 and funnel["kept"] == 3 and {c["result"] for c in found[0] if c["kept"]} == {"8"}
+
+
+# ---------------------------------------------------------------- with and without tools
+
+class Scripted:
+    """A cache whose model writes what `follow` says after the text so far, letter by letter."""
+    follow = staticmethod(lambda text: "")
+
+    def __init__(self, model, prompts):
+        self.texts = [bytes(p) for p in prompts]
+
+    def step(self, ids):
+        logits = torch.zeros(len(ids), small.VOCAB)
+        for n, row in enumerate(ids):
+            self.texts[n] += bytes(i for i in row if i < 256)
+            logits[n, 256 if not (said := self.follow(self.texts[n].decode("latin-1"))) else TOK.convert_tokens_to_ids(said)] = 1
+        return logits
+
+    def keep(self, rows):
+        self.texts = [self.texts[r] for r in rows]
+
+
+TOK = small.tokenizer()
+
+
+def test_right_number():
+    assert teacher.right_number(" 276 pens", 276) and teacher.right_number("1,276.", 1276) and teacher.right_number("-3.50 left", -3.5)
+    assert not teacher.right_number("27 pens, or 276", 276) and not teacher.right_number("many", 276)
+
+
+# ---------------------------------------------------------------- texts and runs
+
+def test_built_in_prose():
+    texts = {split: teacher.prose(split, 200, 1) for split in ("train", "test")}
+    assert texts["train"] == teacher.prose("train", 200, 1) and {x["kind"] for x in texts["train"]} == {"calculator", "weather", "search", "plain"}
+    assert not {x["text"] for x in texts["train"]} & {x["text"] for x in texts["test"]}
+    assert not any("{" in x["text"] for split in texts.values() for x in split)
+    for item in texts["test"]:
+        if "answer" in item:
+            assert item["text"].startswith(item["prompt"]) and teacher.right_number(item["text"][len(item["prompt"]):], item["answer"])
+
+
+def test_texts_from_files(tmp_path):
+    (tmp_path / "a.txt").write_text("One.\n\nTwo.\nThree.\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}\nbroken\n{"text": "Two."}\n')
+    assert [x["text"] for x in teacher.read_texts(tmp_path / "a.txt", 2)] == ["One.", "Two."]
+    assert [x["text"] for x in teacher.read_texts(tmp_path / "a.jsonl", 9)] == ["One.", "Two."]
+    (tmp_path / "empty.txt").write_text("\n")
+    for name in ("empty.txt", "nowhere.txt"):
+        with pytest.raises(UserError):
+            teacher.read_texts(tmp_path / name, 2)
+
+
+def config(tmp_path, **more):
+    return toolplay.load_config({"method": "teacher", "model": "tiny", "texts": 6, "texts_at_once": 2, "positions": 2, "samples": 2, "eval_examples": 4, "batch_size": 3, "lora_r": 2,
+                                 "max_tokens": 4000, "tau_f": -100, "steps": 2, "save_every": 1, "device": "cpu", "run_dir": str(tmp_path / "run"), **more})
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """tiny is too faint to write a call; this one knows one."""
+    monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: ["calculator(2 * 3)]" if "calculator" in str(seed) else "?" for _ in prompts])
+
+
+def test_a_run(tmp_path, calls, capsys):
+    teacher.train(toolplay.Run(config(tmp_path)))
+    folder = tmp_path / "run"
+    lines = [json.loads(line) for line in (folder / "augmented.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and all("[calculator(2 * 3) -> 6]" in x["augmented"] for x in lines) and lines[0]["candidates"][0]["minus"] > 0
+    result = json.loads((folder / "teacher.json").read_text())
+    assert set(result["before"]) == set(result["after"]) == {"loss", "loss_with_tools", "right", "right_with_tools", "n", "calls"}
+    assert (folder / "adapter").is_dir() and "6 texts: 24 positions" in capsys.readouterr().err.replace("36 positions", "24 positions")
+    teacher.main(["--show", str(folder)])
+    assert "best 10" in capsys.readouterr().out
+
+
+def test_an_interrupted_annotation_goes_on_to_the_same_bytes(tmp_path, calls, monkeypatch):
+    teacher.train(toolplay.Run(config(tmp_path / "a")))
+    real, count = teacher.annotate, []
+
+    def stop(*args):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+    cut = config(tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "annotate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            teacher.train(toolplay.Run(cut))
+    teacher.train(toolplay.Run(cut, resume=True))
+    for name in ("augmented.jsonl", "metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "a/run" / name).read_bytes() == (tmp_path / "b/run" / name).read_bytes(), name
+
+
+def test_nothing_to_learn_from_is_an_error(tmp_path, calls):
+    with pytest.raises(UserError, match="no call helped"):
+        teacher.train(toolplay.Run(config(tmp_path, tau_f=100)))
