@@ -589,8 +589,8 @@ def swap_word(word, table, rate, rng):
 
 # --------------------------------------------------------------------------- 4. whole conversations
 
-MIX = {"canonical": 3, "arithmetic": 20, "everyday": 16, "weather": 12, "search": 9, "no_tool": 8, "trap": 15,
-       "word_problem": 9, "missing_tool": 3, "two_calls": 2, "tool_error": 2}
+MIX = {"canonical": 3, "arithmetic": 19, "everyday": 23, "weather": 11, "search": 9, "no_tool": 8, "trap": 12,
+       "word_problem": 8, "missing_tool": 3, "two_calls": 2, "tool_error": 2}
 KINDS = [*MIX, "one_step", "two_steps"]  # the last two are the word problems of one operation, and of more
 
 

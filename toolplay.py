@@ -563,10 +563,10 @@ class SharedPrefixCache:
         own = own.masked_fill(~self.mask.repeat(1, H // heads, 1)[:, None], float("-inf"))
         pk, pv = self.prefix.get(module.layer_idx, (k[:1, :, :0], v[:1, :, :0]))
         flat = q.transpose(0, 1).reshape(heads, -1, d)
-        shared = (flat @ pk[0].transpose(1, 2)).reshape(heads, B, -1, pk.shape[2]).transpose(0, 1)
+        shared = (flat @ pk[0].transpose(1, 2)).reshape(heads, B, H // heads * m, pk.shape[2]).transpose(0, 1)
         p = torch.softmax(torch.cat([shared, own], -1), -1)
         p_shared, p_own = p.split([pk.shape[2], k.shape[2]], -1)
-        out = (p_shared.transpose(0, 1).reshape(heads, -1, pk.shape[2]) @ pv[0]).reshape(heads, B, -1, d).transpose(0, 1)
+        out = (p_shared.transpose(0, 1).reshape(heads, B * (H // heads) * m, pk.shape[2]) @ pv[0]).reshape(heads, B, H // heads * m, d).transpose(0, 1)
         return (out + p_own @ v).reshape(B, H, m, d)
 
     def step(self, ids):
@@ -1476,6 +1476,9 @@ TOUR = [
     ("look at the data", ["data", "--show", "12"], "seconds", "data.py: conversations, and which tokens are trained"),
     ("the token trie", ["trie", "configs/sft_demo.json"], "seconds", "what the rows of a batch share, and what that saves"),
     ("a tiny training run", ["train", "configs/sft_tiny.json"], "seconds", "sft.py end to end on a random two-layer model"),
+    ("preference pairs", ["dpo", "--show", "6"], "seconds", "dpo.py: a good answer, and a copy of it with one realistic fault"),
+    ("tiny DPO", ["train", "configs/dpo_tiny.json"], "seconds", "dpo.py end to end: rewards, margins, the log-prob of the chosen"),
+    ("tiny PPO", ["train", "configs/ppo_tiny.json"], "seconds", "ppo.py end to end: rollouts, advantages, the clipped objective"),
     ("the demo", ["demo"], "ten minutes", "a real model learns to call tools; before and after"),
     ("the careful run", ["train", "configs/sft.json"], "about an hour", "the model to keep"),
 ]
@@ -1498,7 +1501,7 @@ def tour():
     if not choice.isdigit() or not 1 <= int(choice) <= len(TOUR):
         raise UserError(f"{choice!r}: choose a number from 1 to {len(TOUR)}")
     verb, *rest = TOUR[int(choice) - 1][1]
-    if verb in ("lora", "data"):
+    if verb in ("lora", "data", "dpo"):
         return importlib.import_module(verb).main(rest)
     rest = [str(ROOT / x) if x.endswith(".json") else x for x in rest]
     if verb == "train" and (Path("runs") / Path(rest[0]).stem / "config.json").exists():

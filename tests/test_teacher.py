@@ -125,25 +125,53 @@ def test_one_call_at_a_position(monkeypatch):
 
 # ---------------------------------------------------------------- with and without tools
 
+TOK = small.tokenizer()
+
+
 class Scripted:
-    """A cache whose model writes what `follow` says after the text so far, letter by letter."""
+    """A cache whose model writes what `follow` says after the text so far, letter by letter, and ends where that says nothing."""
     follow = staticmethod(lambda text: "")
 
     def __init__(self, model, prompts):
-        self.texts = [bytes(p) for p in prompts]
+        self.texts = [TOK.decode(p) for p in prompts]
 
     def step(self, ids):
         logits = torch.zeros(len(ids), small.VOCAB)
         for n, row in enumerate(ids):
-            self.texts[n] += bytes(i for i in row if i < 256)
-            logits[n, 256 if not (said := self.follow(self.texts[n].decode("latin-1"))) else TOK.convert_tokens_to_ids(said)] = 1
+            self.texts[n] += TOK.decode(row)
+            said = self.follow(self.texts[n])
+            logits[n, teacher.ids_of(TOK, said)[0] if said else TOK.eos_token_id] = 2
+            logits[n, teacher.ids_of(TOK, "x")[0]] = 1  # what it would say if it may not say that
         return logits
 
     def keep(self, rows):
         self.texts = [self.texts[r] for r in rows]
 
 
-TOK = small.tokenizer()
+def continued(script, text):
+    """The letter that follows `text` in the first line of a script that begins with it."""
+    return next((line[len(text)] for line in script if line.startswith(text) and len(line) > len(text)), "")
+
+
+def test_calls_are_executed_while_the_text_is_written(monkeypatch):
+    script = ["2 pairs of 3: [calculator(2 * 3) -> 6] 6 shoes", "In Nowhere: [weather(Nowhere) -> ] fog", "No call: [what] is this", "Open: [calculator(1 + 1 + 1 + 1 + 1 + 1"]
+    monkeypatch.setattr(toolplay, "SharedPrefixCache", Scripted)
+    monkeypatch.setattr(Scripted, "follow", staticmethod(lambda text: continued(script, text)))
+    prompts = [teacher.ids_of(TOK, line[:line.index(":") + 2]) for line in script]
+    said = teacher.complete(small.model("llama"), TOK, prompts, BUILTIN, most=12, call_tokens=30)
+    assert said[0] == (" 6 shoes", [(CALC, "6")]) and said[1] == (" fog", []) and said[2] == (" is this", [])
+    assert said[3][1] == []
+    without = teacher.complete(small.model("llama"), TOK, prompts, {}, most=3)
+    assert all(calls == [] and "[" not in text for text, calls in without)
+
+
+def test_a_cache_without_a_shared_prefix():
+    model = small.model("llama")
+    cache = toolplay.SharedPrefixCache(model, [[1, 2, 3], [4, 5]])
+    with torch.no_grad():
+        got = cache.step([[6], [7]])
+        for row, ids in zip(got, ([1, 2, 3, 6], [4, 5, 7])):
+            assert torch.allclose(row, model(torch.tensor([ids])).logits[0, -1], atol=1e-4)
 
 
 def test_right_number():
