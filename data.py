@@ -442,10 +442,13 @@ class Writer:
 
     def arithmetic(self, name="arithmetic.json", steps=None):
         family = self.pick(name, "families")
-        while steps and family["steps"] != steps:
+        while steps and family.get("steps", operations(family["expression"])) != steps:
             family = self.pick(name, "families")
         made = self.number_request(family)
         return made and (made[0], [Call("calculator", {"expression": made[1]})], family["id"], made[2])
+
+    def sums(self):
+        return self.arithmetic(steps=1)
 
     def everyday(self):
         return self.arithmetic("everyday.json")
@@ -558,6 +561,11 @@ class Writer:
         return example["prompt"], [Call(c["name"], c["arguments"]) for c in example["calls"]], "canonical", {"reply": example.get("reply")}
 
 
+def operations(expression):
+    """How many operations an expression has; sqrt and the like are one."""
+    return len(re.findall(r"\*\*|//|[-+*/%]|[a-z]{3,}", re.sub(r"\{\w+\}", "0", expression)))
+
+
 def holds(test, values):
     """'a > b' or 'a >= 3' between slots and numbers."""
     left, sign, right = test.split()
@@ -591,7 +599,7 @@ def swap_word(word, table, rate, rng):
 
 MIX = {"canonical": 3, "arithmetic": 19, "everyday": 23, "weather": 11, "search": 9, "no_tool": 8, "trap": 12,
        "word_problem": 8, "missing_tool": 3, "two_calls": 2, "tool_error": 2}
-KINDS = [*MIX, "one_step", "two_steps"]  # the last two are the word problems of one operation, and of more
+KINDS = [*MIX, "sums", "one_step", "two_steps"]  # arithmetic of one operation; word problems of one operation, and of more
 
 
 def final_answer(call, result, rng, story=False):
@@ -661,7 +669,7 @@ def generate(split, n, seed=0, mix=None):
         kind = rng.choices(list(mix), list(mix.values()))[0]
         made = converse(kind, split, rng)
         if made and (prompt := made["messages"][0]["content"]) not in seen:
-            if kind not in ("no_tool", "canonical"):  # these are few and may come again, under other tools
+            if split != "train" or kind not in ("no_tool", "canonical"):  # these are few and may come again in training, under other tools
                 seen.add(prompt)
             out.append(made)
 
