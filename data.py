@@ -599,7 +599,8 @@ def swap_word(word, table, rate, rng):
 
 MIX = {"canonical": 3, "arithmetic": 19, "everyday": 23, "weather": 11, "search": 9, "no_tool": 8, "trap": 12,
        "word_problem": 8, "missing_tool": 3, "two_calls": 2, "tool_error": 2}
-KINDS = [*MIX, "sums", "one_step", "two_steps"]  # arithmetic of one operation; word problems of one operation, and of more
+# arithmetic of one operation; word problems of one operation, and of more; invented functions (section 5)
+KINDS = [*MIX, "sums", "one_step", "two_steps", "api_one", "api_choice", "api_parallel", "api_ask", "api_none"]
 
 
 def final_answer(call, result, rng, story=False):
@@ -621,6 +622,8 @@ def final_answer(call, result, rng, story=False):
 
 def converse(kind, split, rng):
     """One conversation of a kind: request, calls, executed results, final answer. None when the draw did not fit."""
+    if kind.startswith("api_"):
+        return api_conversation(kind, split, rng)
     writer = Writer(split, rng)
     made = getattr(writer, kind)()
     if made is None:
@@ -674,7 +677,194 @@ def generate(split, n, seed=0, mix=None):
             out.append(made)
 
 
-# --------------------------------------------------------------------------- 5. the base model's own replies
+# --------------------------------------------------------------------------- 5. many tools
+
+# Invented APIs (configs/corpora/apis.json), in ToolBench's spirit: a model that only knows three tools knows three strings.
+# Whole domains belong to one split. Names come in several styles, and are sometimes replaced by meaningless ones, so that the
+# descriptions must be read (function masking, Lin et al. 2024, arXiv:2410.04587).
+STYLES = {"snake": lambda domain, words: "_".join(words), "camel": lambda domain, words: words[0] + "".join(w.capitalize() for w in words[1:]),
+          "dotted": lambda domain, words: f"{domain}.{'_'.join(words)}"}
+MONTHS = "January February March April May June July August September October November December".split()
+
+
+class ApiWriter:
+    """Writes requests to invented functions, in one style of names. All choices come from `rng`."""
+
+    def __init__(self, split, rng):
+        self.split, self.rng, self.style = split, rng, rng.choice(list(STYLES))
+        self.domains = of_split(corpus("apis.json")["domains"], split)
+        self.described, self.masked = rng.random() < 0.8, rng.random() < 0.12
+
+    def function(self, domain=None):
+        domain = domain or self.rng.choice(self.domains)
+        return domain, self.rng.choice(domain["functions"])
+
+    def key(self, parameter):
+        """A parameter's name in this style; dotted names have snake parameters."""
+        return STYLES["camel" if self.style == "camel" else "snake"]("", parameter["name"])
+
+    def tool(self, domain, function, number=0):
+        """-> (tool schema, {our parameter name: the name that the schema gives it})."""
+        names = {self.key(p): f"arg{n + 1}" if self.masked else self.key(p) for n, p in enumerate(function["parameters"])}
+        properties = {names[self.key(p)]: self.field(p) for p in function["parameters"]}
+        required = [names[self.key(p)] for p in function["parameters"] if p["required"]]
+        name = f"func_{number + 1}" if self.masked else STYLES[self.style](domain["name"], function["words"])
+        return {"name": name, "description": self.rng.choice(function["descriptions"]),
+                "parameters": {"type": "object", "properties": properties, "required": required}}, names
+
+    def field(self, parameter):
+        field = {"type": parameter["type"]}
+        if self.described or self.masked:
+            field["description"] = self.rng.choice(parameter["description"])
+        for key in ("enum", "default"):
+            if key in parameter:
+                field[key] = parameter[key]
+        if parameter["type"] == "array":
+            field["items"] = {"type": parameter["items"]}
+        if parameter["type"] == "object":
+            field["properties"] = {self.key(p): self.field(p) for p in parameter["properties"]}
+            field["required"] = [self.key(p) for p in parameter["properties"] if p["required"]]
+        return field
+
+    def value(self, kind):
+        """-> (the value in an argument, how a person may write it)."""
+        rng = self.rng
+        if isinstance(kind, list):
+            value = rng.choice(kind)
+            return value, str(value)
+        name, *limits = kind.split()
+        if name == "city":
+            city = rng.choice(of_split(corpus("cities.json")["cities"], self.split))["name"]
+            return city, city
+        if name == "person":
+            people = corpus("stories_add.json")["names"]
+            person = f"{rng.choice(people)['name']} {rng.choice(corpus('extra.json')['surnames'])}"
+            return person, person
+        if name == "date":
+            year, month, day = rng.choice([2026, 2026, 2027]), rng.randint(1, 12), rng.randint(1, 28)
+            end = "th" if day in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
+            said = [f"{year}-{month:02}-{day:02}", f"{MONTHS[month - 1]} {day}, {year}", f"{day} {MONTHS[month - 1]} {year}", f"the {day}{end} of {MONTHS[month - 1]} {year}"]
+            return said[0], rng.choice(said)
+        if name == "time":
+            hour, minute = rng.randint(6, 22), rng.choice([0, 0, 15, 30, 45])
+            twelve, part = (hour - 1) % 12 + 1, "in the morning" if hour < 12 else "in the evening" if hour > 17 else "in the afternoon"
+            said = [f"{hour:02}:{minute:02}", f"{twelve}:{minute:02} {'am' if hour < 12 else 'pm'}" if minute else f"{twelve} {'am' if hour < 12 else 'pm'}"]
+            if words := {0: "{} o'clock", 15: "quarter past {}", 30: "half past {}"}.get(minute):
+                said.append(f"{words.format(number_words(twelve))} {part}")
+            return said[0], rng.choice(said)
+        if name == "email":
+            address = f"{rng.choice(corpus('stories_add.json')['names'])['name'].lower()}.{rng.choice(corpus('extra.json')['surnames']).lower()}@{rng.choice(['mail', 'post', 'inbox'])}.example"
+            return address, address
+        if name == "code":
+            code = "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=2)) + f"-{rng.randint(1000, 9999)}"
+            return code, code
+        low, high = float(limits[0]), float(limits[1])
+        if name == "int":
+            value = rng.randint(int(low), int(high))
+            said = ["a dozen"] * (value == 12) + ([number_words(value)] if 0 <= value < 100 else []) + [f"{value:,}"] * (value > 999)
+            return value, rng.choice(said) if said and rng.random() < 0.3 else str(value)
+        value = round(rng.uniform(low, high), 2 if name == "money" else 1)
+        return value, f"${value:.2f}" if name == "money" and rng.random() < 0.7 else str(value)
+
+    def argument(self, parameter):
+        """-> (value, phrase) of a parameter; an object's phrases are those of its fields."""
+        rng = self.rng
+        if parameter["type"] == "object":
+            made = {self.key(p): self.argument(p) for p in parameter["properties"] if p["required"] or rng.random() < 0.5}
+            return {k: v for k, (v, _) in made.items()}, " ".join(text for _, text in made.values())
+        if "enum" in parameter or parameter["type"] == "boolean":
+            value = rng.choice(parameter.get("enum") or [True, False])
+            return value, rng.choice(parameter["phrases"][str(value).lower() if isinstance(value, bool) else str(value)])
+        if parameter["type"] == "array":
+            items = []
+            for _ in range(rng.choice([1, 2, 2, 3])):
+                item = self.value(parameter["values"])
+                items += [item] if item[0] not in [i for i, _ in items] else []
+            words = [said for _, said in items]
+            return [v for v, _ in items], rng.choice(parameter["phrases"]).replace("{v}", words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
+        value, said = self.value(parameter["values"])
+        return value, rng.choice(parameter["phrases"]).replace("{v}", said)
+
+    def request(self, function, names, without=None):
+        """-> (text, arguments under the schema's names); `without`: a parameter that is left unsaid."""
+        chosen = [p for p in function["parameters"] if p is not without and (p["required"] or self.rng.random() < 0.4)]
+        made = [(names[self.key(p)], *self.argument(p)) for p in chosen]
+        words = [value for _, value, _ in made if isinstance(value, str)]
+        if len(set(words)) < len(words):  # from euros to euros
+            return self.request(function, names, without)
+        phrases = [text for _, _, text in made]
+        self.rng.shuffle(phrases)
+        template = self.rng.choice(function["requests"])
+        text = " ".join(template.replace("{..}", " ".join(phrases)).split())
+        return re.sub(r" ([?.,!])", r"\1", text), {name: value for name, value, _ in made}
+
+    def others(self, domain, n):
+        """n functions of other domains."""
+        out = []
+        while len(out) < n:
+            other = self.function()
+            if other[0] is not domain and other not in out:
+                out.append(other)
+        return out
+
+    def result(self, function):
+        return {key: self.value(kind)[0] for key, kind in function["result"].items()}
+
+
+def api_conversation(kind, split, rng):
+    """One conversation with invented functions: request, calls, mock results, answer; or a question back, or a refusal."""
+    writer, answers = ApiWriter(split, rng), corpus("answers.json")
+    domain, function = writer.function()
+    calls, reply, prompts = [], None, []
+    if kind == "api_none":
+        offered = writer.others(domain, rng.randint(1, 4))
+    else:
+        offered = [(domain, function)]
+        if kind == "api_choice" or kind != "api_one" and rng.random() < 0.6:  # near misses, and others
+            near = [f for f in domain["functions"] if f is not function]
+            offered += [(domain, f) for f in rng.sample(near, rng.randint(1, 3))] + writer.others(domain, rng.randint(0, 2))
+    rng.shuffle(offered)
+    made = [(d, f, *writer.tool(d, f, n)) for n, (d, f) in enumerate(offered)]
+    if len({tool["name"] for _, _, tool, _ in made}) < len(made):
+        return None
+    if kind == "api_none":
+        text, _ = writer.request(function, {writer.key(p): writer.key(p) for p in function["parameters"]})
+        prompts, reply = [text], rng.choice(answers["api"]["none"])
+    else:
+        tool, names = next((tool, names) for d, f, tool, names in made if f is function)
+        if kind == "api_ask":
+            required = [p for p in function["parameters"] if p["required"] and p["type"] not in ("boolean", "object")]
+            if len(required) < 2:
+                return None
+            missing = rng.choice(required)
+            prompts = [writer.request(function, names, missing)[0]]
+            reply = fill(rng.choice(answers["api"]["ask"]), {"what": " ".join(missing["name"])})
+        else:
+            for _ in range(rng.choice([2, 2, 3]) if kind == "api_parallel" else 1):
+                text, arguments = writer.request(function, names)
+                prompts.append(text)
+                calls.append(Call(tool["name"], arguments))
+            if kind == "api_parallel" and len({json.dumps(c.arguments, sort_keys=True) for c in calls}) < len(calls):
+                return None
+    prompt = prompts[0] if len(prompts) == 1 else fill(rng.choice(answers["api"]["joined"]), {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": decapitalise(prompts[-1])})
+    if rng.random() < 0.25:
+        prompt = prompt.lower() if not any(isinstance(v, str) and v != v.lower() for c in calls for v in c.arguments.values()) else prompt.rstrip(".?!")
+    messages = [{"role": "user", "content": prompt}]
+    if calls:
+        results = [writer.result(function) for _ in calls]
+        messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
+        messages += [{"role": "tool", "content": format_result(Result(c.name, True, r))} for c, r in zip(calls, results)]
+        said = "; ".join(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in r.items()) for r in results)
+        reply = fill(rng.choice(answers["api"]["done"]), {"result": said})
+    if split == "train" and calls and rng.random() < 0.75:
+        del messages[2:]
+    else:
+        messages.append({"role": "assistant", "content": reply})
+    return {"kind": kind, "family": f"{domain['name']}.{'_'.join(function['words'])}", "split": split, "messages": messages,
+            "tools": [tool for _, _, tool, _ in made], "answer": None, "facts": {}}
+
+
+# --------------------------------------------------------------------------- 6. the base model's own replies
 
 def talk_prompts():
     """Every no-tool message -> [{"prompt", "kind", "split"}]: the talk kinds, and the traps that need no tool."""
@@ -718,7 +908,7 @@ def sample_replies(path=CORPORA / "talk_replies.jsonl", limit=24):
     Path(path).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
-# --------------------------------------------------------------------------- 6. ToolBench
+# --------------------------------------------------------------------------- 7. ToolBench
 
 # Qin et al. 2023 (arXiv:2307.16789). Three shapes of files: answer trees, "toolllama" dialogues, and bare instructions, which
 # have no answers. The first two become conversations: functions are tools, the call of Finish is the final answer.
@@ -903,7 +1093,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None):
     return kept
 
 
-# --------------------------------------------------------------------------- 7. datasets
+# --------------------------------------------------------------------------- 8. datasets
 
 def dataset(config, tokenizer):
     """The rows a run trains and evaluates on -> (train rows, held-out rows), each a list of (ids, mask).

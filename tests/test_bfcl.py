@@ -92,7 +92,7 @@ def test_verdicts_are_the_official_ones(official, cases):
     for case in cases:
         if case["category"] == "irrelevance":
             continue
-        for attempt in range(7):
+        for attempt in range(5):
             calls = gold_calls(case["answers"], rng)
             for _ in range(rng.choice([1, 1, 2]) if attempt else 0):
                 calls = spoiled(calls, case["functions"], rng)
@@ -104,7 +104,7 @@ def test_verdicts_are_the_official_ones(official, cases):
                 continue
             assert ours == theirs, (case["id"], calls, case["answers"])
             counts[ours] += 1
-    assert counts[True] > 2500 and counts[False] > 5000 and breakdowns < 500
+    assert counts[True] > 2000 and counts[False] > 3500 and breakdowns < 400
 
 
 def filled(answer, functions):

@@ -1,0 +1,100 @@
+"""The invented APIs: enough of them, of every type, kept apart by split; requests that say what the calls need."""
+import json
+import random
+from collections import Counter
+
+import pytest
+
+import data
+from tools import BUILTIN, _problems, load_tools
+
+KINDS = [kind for kind in data.KINDS if kind.startswith("api_")]
+
+
+@pytest.fixture(scope="module")
+def made():
+    return {(split, kind): data.generate(split, n, 0, {kind: 1}) for split, n in (("train", 150), ("dev", 30), ("test", 60)) for kind in KINDS}
+
+
+def parameters(function):
+    for p in function["parameters"]:
+        yield p
+        yield from p.get("properties", [])
+
+
+def test_there_are_enough_of_them():
+    domains = data.corpus("apis.json")["domains"]
+    functions = [(d["name"], tuple(f["words"])) for d in domains for f in d["functions"]]
+    assert len(domains) >= 25 and len(set(functions)) == len(functions) >= 300
+    types = Counter("enum" if "enum" in p else p["type"] for d in domains for f in d["functions"] for p in parameters(f))
+    assert set(types) == {"string", "integer", "number", "boolean", "enum", "array", "object"} and min(types.values()) >= 10
+    assert all(1 <= len(f["parameters"]) <= 6 and any(p["required"] for p in f["parameters"]) for d in domains for f in d["functions"])
+    assert any(not p["required"] and "default" in p for d in domains for f in d["functions"] for p in f["parameters"])
+
+
+def test_every_function_can_be_asked_for():
+    rng = random.Random(0)
+    for domain in data.corpus("apis.json")["domains"]:
+        for function in domain["functions"]:
+            writer = data.ApiWriter(domain["split"], rng)
+            writer.masked = False
+            tool, names = writer.tool(domain, function)
+            text, arguments = writer.request(function, names)
+            assert "{" not in text and not list(_problems(arguments, {**tool["parameters"], "type": "object"})), (domain["name"], function["words"], arguments)
+            assert set(tool["parameters"]["required"]) <= set(arguments)
+
+
+def test_domains_belong_to_one_split(made):
+    families = {split: {c["family"] for (s, _), cs in made.items() if s == split for c in cs} for split in ("train", "dev", "test")}
+    domains = {split: {family.partition(".")[0] for family in families[split]} for split in families}
+    assert not domains["train"] & domains["test"] and not domains["train"] & domains["dev"] and not domains["dev"] & domains["test"]
+    words = {split: {tuple(f["words"]) for d in data.corpus("apis.json")["domains"] if d["split"] == split for f in d["functions"]} for split in families}
+    assert len(words["test"] & words["train"]) <= 0.1 * len(words["test"])  # "list members" may be said in two worlds
+
+
+def test_calls_fit_the_tools_that_are_offered(made):
+    for (split, kind), conversations in made.items():
+        for c in conversations:
+            tools = load_tools(c["tools"])
+            calls = c["messages"][1].get("tool_calls", [])
+            assert bool(calls) is (kind not in ("api_ask", "api_none"))
+            assert len(calls) == {"api_parallel": len(calls)}.get(kind, len(calls[:1])) and (kind != "api_parallel" or len(calls) >= 2)
+            for call in calls:
+                assert not list(_problems(call["arguments"], {"type": "object", **tools[call["name"]].parameters})), c
+            assert len(tools) >= {"api_choice": 2}.get(kind, 1)
+            data.check_conversation(c)
+
+
+def test_the_request_says_what_the_call_needs(made):
+    """Codes, names and titles stand in the message word for word."""
+    found = 0
+    for c in made["train", "api_one"] + made["test", "api_choice"]:
+        text = c["messages"][0]["content"].lower()
+        for call in c["messages"][1]["tool_calls"]:
+            for key, value in call["arguments"].items():
+                if isinstance(value, str) and any(ch.isupper() for ch in value):
+                    assert value.lower() in text, (value, text)
+                    found += 1
+    assert found > 50
+
+
+def test_styles_and_masks(made):
+    names = [tool["name"] for (split, _), cs in made.items() if split == "train" for c in cs for tool in c["tools"]]
+    masked = [n for n in names if n.startswith("func_")]
+    assert 0.05 < len(masked) / len(names) < 0.25
+    assert any("." in n for n in names) and any("_" in n and "." not in n and n not in masked for n in names) and any(n != n.lower() for n in names)
+    assert not set(names) & set(BUILTIN)
+
+
+def test_questions_back_and_refusals(made):
+    for c in made["train", "api_ask"]:
+        assert "?" in c["messages"][1]["content"] or "tell me" in c["messages"][1]["content"]
+    for c in made["test", "api_none"]:
+        domain, _, words = c["family"].partition(".")
+        function = next(f for d in data.corpus("apis.json")["domains"] if d["name"] == domain for f in d["functions"] if "_".join(f["words"]) == words)
+        assert not any(tool["description"] in function["descriptions"] for tool in c["tools"])
+
+
+def test_the_seed_decides(made):
+    again = data.generate("train", 150, 0, {"api_choice": 1})
+    assert json.dumps(again) == json.dumps(made["train", "api_choice"]) != json.dumps(data.generate("train", 150, 1, {"api_choice": 1}))
