@@ -125,8 +125,11 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
 
 
 def sequence_logp(logp, mask, mean=False):
-    """Log-probs of tokens [B, T] under their mask [B, T] -> of whole answers [B]: the sum, or the mean, over trained tokens."""
-    mask = mask.to(logp.dtype)
+    """Log-probs of tokens [B, T] under their mask [B, T] -> of whole answers [B]: the sum, or the mean, over trained tokens.
+
+    In float64: the loss looks at small differences of sums of hundreds of terms.
+    """
+    mask = mask.double()
     total = (logp * mask).sum(-1)
     return total / mask.sum(-1).clamp(min=1) if mean else total
 
@@ -341,7 +344,7 @@ def train(run):
     run.start(trainer)
 
     def loss(group):
-        ref = torch.tensor([unit[2:] for unit in group], device=run.device)                    # [B, 2]
+        ref = torch.tensor([unit[2:] for unit in group], dtype=torch.float64, device=run.device)                    # [B, 2]
         return dpo_loss(*answers(group), *ref.T, config.beta, config.variant, config.label_smoothing, config.simpo_margin)
 
     @torch.no_grad()

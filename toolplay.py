@@ -457,7 +457,8 @@ def _logprobs(model, batch, temperature=1.0, want=(), also=()):
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0])) if "hidden" in want else contextlib.nullcontext()
     with hook:  # the head runs only on the nodes that predict a trained token
-        logits = model(**inputs, logits_to_keep=torch.tensor(nodes or [0], device=device)).logits[0].float() / temperature  # [n, V]
+        logits = model(**inputs, logits_to_keep=torch.tensor(nodes or [0], device=device)).logits[0]                       # [n, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # half precision is too coarse for a softmax
     row = torch.tensor([index[node] for node in predicts], dtype=torch.long, device=device)
     target = torch.tensor([batch[b][0][t] for b, t in where], dtype=torch.long, device=device)
     b, t = torch.tensor(where, dtype=torch.long, device=device).reshape(-1, 2).T

@@ -62,7 +62,7 @@ def ours(folder, options):
     units = [(*pair, *ref) for pair, ref in zip(pairs, reference)]
 
     def loss(group):
-        return dpo.dpo_loss(*answers(group), *torch.tensor([unit[2:] for unit in group]).T, BETA)
+        return dpo.dpo_loss(*answers(group), *torch.tensor([unit[2:] for unit in group], dtype=torch.float64).T, BETA)
 
     batches = [units[i:i + options.batch_size] for i in range(0, len(units), options.batch_size)]
     losses, clock = [], [time.perf_counter()]
