@@ -1461,7 +1461,7 @@ def plot(folder, reports):
                   label=label, color=["#bbbbbb", "#228833"][n % 2])
     right.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
     right.set(ylim=(0, 1.05), title="Test split, 95 % intervals")
-    right.legend(frameon=False)
+    right.legend(frameon=False, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # clear of the bars
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
