@@ -32,7 +32,9 @@ def prepare(folder, options):
     pairs = [pair[:2] for pair in dpo.corrupted_pairs(gold, tokenizer, options.seed)][:count]
     if len(pairs) < count:
         sys.exit(f"only {len(pairs)} pairs for {options.steps} steps of {options.batch_size}")
-    for ids, mask in (row for pair in pairs for row in pair):
+    last = lambda mask: len(mask) - mask[::-1].index(1)  # noqa: E731  (the newline behind the end of turn trains nothing)
+    pairs = [[(ids[:last(mask)], mask[:last(mask)]) for ids, mask in pair] for pair in pairs]
+    for _, mask in (row for pair in pairs for row in pair):
         assert mask[mask.index(1):] == [1] * (len(mask) - mask.index(1)), "a tool result among the trained tokens"
     (folder / "pairs.json").write_text(json.dumps(pairs))
     return {"examples": len(pairs), "tokens": sum(len(ids) for pair in pairs for ids, _ in pair)}
