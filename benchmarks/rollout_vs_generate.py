@@ -24,8 +24,7 @@ def prepare(folder, options):
     import lora
     import toolplay
     if options.run:
-        model, tokenizer, _ = toolplay.load_run(options.run)
-        lora.merge(model)
+        model, tokenizer, _ = toolplay.load_run(options.run)  # merged already
         for name, layer in lora.lora_layers(model).items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base)
