@@ -26,14 +26,17 @@ no pair of numbers. A model that learned the templates by heart gets nothing for
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import functools
+import glob
 import itertools
 import json
 import random
 import re
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 
 from tools import (BUILTIN, Call, Result, UserError, _loads, calculate, execute, format_call, format_result, load_tools,
@@ -353,18 +356,21 @@ def of_split(items, split):
     return [item for item in items if item["split"] == split]
 
 
+@functools.lru_cache(maxsize=None)
+def pool(name, key, split):
+    """The items of a split in a list of a corpus file, filtered once."""
+    return of_split(corpus(name)[key], split)
+
+
 class Writer:
     """Writes requests in the words of one split. All choices come from `rng`: the same seed writes the same text."""
 
     def __init__(self, split, rng):
         self.split, self.rng = split, rng
-        self.pools = {}
 
     def pick(self, name, key):
         """A random item of this split from a list in a corpus file."""
-        if (name, key) not in self.pools:
-            self.pools[name, key] = of_split(corpus(name)[key], self.split)
-        return self.rng.choice(self.pools[name, key])
+        return self.rng.choice(pool(name, key, self.split))
 
     def register(self, text, rambling=True):
         """Restyle a template, slots untouched: openers, closers, context, typos, texting, case, punctuation.
@@ -692,11 +698,10 @@ class ApiWriter:
 
     def __init__(self, split, rng):
         self.split, self.rng, self.style = split, rng, rng.choice(list(STYLES))
-        self.domains = of_split(corpus("apis.json")["domains"], split)
         self.described, self.masked = rng.random() < 0.8, rng.random() < 0.12
 
-    def function(self, domain=None):
-        domain = domain or self.rng.choice(self.domains)
+    def function(self):
+        domain = self.rng.choice(pool("apis.json", "domains", self.split))
         return domain, self.rng.choice(domain["functions"])
 
     def key(self, parameter):
@@ -734,7 +739,7 @@ class ApiWriter:
             return value, str(value)
         name, *limits = kind.split()
         if name == "city":
-            city = rng.choice(of_split(corpus("cities.json")["cities"], self.split))["name"]
+            city = rng.choice(pool("cities.json", "cities", self.split))["name"]
             return city, city
         if name == "person":
             people = corpus("stories_add.json")["names"]
@@ -824,14 +829,14 @@ def api_conversation(kind, split, rng):
             near = [f for f in domain["functions"] if f is not function]
             offered += [(domain, f) for f in rng.sample(near, rng.randint(1, 3))] + writer.others(domain, rng.randint(0, 2))
     rng.shuffle(offered)
-    made = [(d, f, *writer.tool(d, f, n)) for n, (d, f) in enumerate(offered)]
-    if len({tool["name"] for _, _, tool, _ in made}) < len(made):
+    made = [(f, *writer.tool(d, f, n)) for n, (d, f) in enumerate(offered)]
+    if len({tool["name"] for _, tool, _ in made}) < len(made):
         return None
     if kind == "api_none":
         text, _ = writer.request(function, {writer.key(p): writer.key(p) for p in function["parameters"]})
         prompts, reply = [text], rng.choice(answers["api"]["none"])
     else:
-        tool, names = next((tool, names) for d, f, tool, names in made if f is function)
+        tool, names = next((tool, names) for f, tool, names in made if f is function)
         if kind == "api_ask":
             required = [p for p in function["parameters"] if p["required"] and p["type"] not in ("boolean", "object")]
             if len(required) < 2:
@@ -861,7 +866,7 @@ def api_conversation(kind, split, rng):
     else:
         messages.append({"role": "assistant", "content": reply})
     return {"kind": kind, "family": f"{domain['name']}.{'_'.join(function['words'])}", "split": split, "messages": messages,
-            "tools": [tool for _, _, tool, _ in made], "answer": None, "facts": {}}
+            "tools": [tool for _, tool, _ in made], "answer": None, "facts": {}}
 
 
 # --------------------------------------------------------------------------- 6. the base model's own replies
@@ -969,7 +974,6 @@ def toolbench_steps(shape, item):
     for turn in item["conversations"]:
         role, text, call = turn["from"], turn["value"], None
         if role == "system":  # its text ends in a Python list of the functions
-            import ast
             try:
                 functions = ast.literal_eval(text[text.index("["):text.rindex("]") + 1])  # literals only: nothing is executed
             except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -1046,10 +1050,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None):
     Nothing is fatal but a path that holds nothing usable. A conversation that does not fit has its tool results clipped further
     (OBSERVATIONS), and is left out if that does not help.
     """
-    import glob
-    import os
-    from collections import Counter
-    names = sorted(str(p) for p in Path(path).rglob("*.json*") if p.is_file()) if os.path.isdir(path) else sorted(glob.glob(str(path), recursive=True))
+    names = sorted(str(p) for p in Path(path).rglob("*.json*") if p.is_file()) if Path(path).is_dir() else sorted(glob.glob(str(path), recursive=True))
     if not names:
         raise UserError(f"{path}: no such file or folder, or no *.json in it")
     kept, counts, damaged, seen, calls_dropped = [], Counter(), {}, set(), 0
@@ -1058,7 +1059,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None):
             text = Path(name).read_bytes().decode("utf-8-sig")
             if not text.strip():
                 raise Unusable("it is empty")
-            items = toolbench_items(json.loads(text) if not name.endswith(".jsonl") else [json.loads(line) for line in text.splitlines() if line.strip()])
+            items = toolbench_items(json.loads(text) if not name.endswith(".jsonl") else [json.loads(line) for line in text.split("\n") if line.strip()])
         except (OSError, ValueError, RecursionError) as error:
             damaged[name] = str(error)[:120] or type(error).__name__
             continue

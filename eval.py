@@ -362,9 +362,10 @@ def compare_command(args):
             raise UserError(f"{folder}: no result to compare ({type(error).__name__}); make one: python eval.py --run {folder}") from None
         records = [r for r in result.get("records") or [] if not args.kind or r["kind"] in args.kind.split(",")]
         cases = [(r["id"], r["prompt"]) for r in records]
+        if not cases and args.kind:
+            raise UserError(f"{folder}: its eval.json has no case of kind {args.kind!r}")
         if same is not None and cases != same or not cases:
-            raise UserError(f"{folder}: its eval.json is of other cases than {args.runs[0]}'s; run eval on all with the same --data, --n and --seed" if cases or not args.kind else
-                            f"{folder}: its eval.json has no case of kind {args.kind!r}")
+            raise UserError(f"{folder}: its eval.json is of other cases than {args.runs[0]}'s; run eval on all with the same --data, --n and --seed")
         same = cases
         settings = {k: v for k, v in config.items() if k not in ("seed", "run_dir", "comment", "provenance") and not k.startswith("wandb")}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append((folder, records))
@@ -471,12 +472,11 @@ def bfcl_value_valid(schema, value, accepted):
     inner = BFCL_TYPES[schema["items"]["type"]] if schema["type"] in ("array", "tuple") else None
     value = float(value) if kind is float and type(value) is int else list(value) if schema["type"] == "tuple" and type(value) is tuple else value
 
-    def right_type(value, kind, accepted):
-        return type(value) is kind or type(value) is kind_of(accepted)
-    kind_of = lambda values: next((type(x) for x in values if x != ""), None)  # noqa: E731
+    def kind_of(values):
+        return next((type(x) for x in values if x != ""), None)
     if type(value) is not kind:  # the type of the accepted values does too: a variable's name, say
         return type(value) is kind_of(accepted) and value in accepted
-    if inner and not any(type(item) is not list or all(right_type(x, inner, item) for x in value) for item in accepted):
+    if inner and not any(type(item) is not list or all(type(x) in (inner, kind_of(item)) for x in value) for item in accepted):
         return False
     if kind_of(accepted) not in (None, kind):
         return value in accepted
@@ -524,13 +524,15 @@ def bfcl_cases(suite, folder=None):
         if spec is None:
             raise UserError("--suite bfcl: the package is not installed; pip install --no-deps bfcl-eval==2026.3.23, or name its data folder with --bfcl FOLDER")
         folder = Path(spec.submodule_search_locations[0]) / "data"
+
+    def lines(file):
+        return [json.loads(line) for line in (Path(folder) / file).read_bytes().splitlines() if line.strip()]
     cases = []
     for category in categories:
         file = f"BFCL_v4_{category}.json"
         try:
-            items = [json.loads(line) for line in (Path(folder) / file).read_text(encoding="utf-8").splitlines() if line.strip()]
-            gold = {} if category == "irrelevance" else {x["id"]: x["ground_truth"] for x in map(json.loads, filter(
-                str.strip, (Path(folder) / "possible_answer" / file).read_text(encoding="utf-8").splitlines()))}
+            items = lines(file)
+            gold = {} if category == "irrelevance" else {x["id"]: x["ground_truth"] for x in lines(f"possible_answer/{file}")}
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{Path(folder) / file}: cannot be read ({error})") from None
         for item in items:
@@ -579,14 +581,16 @@ def command(args):
     import toolplay
     if args.n is not None and args.n < 1 or args.out and not Path(args.out).parent.is_dir():
         raise UserError("--n must be at least 1, and the folder of --out must be there")
+
+    def keep(name, result):
+        for path in [f"{args.run}/{name}"] * bool(args.run) + [args.out] * bool(args.out):
+            toolplay.write_json(path, result)
     suite = bfcl_cases(args.suite, args.bfcl)[:args.n] if args.suite else []
     model, tokenizer, config = toolplay.model_of(args)
     if suite:
         text, report, records = bfcl(model, tokenizer, suite, config.tool_style)
         print(text)
-        for path in [f"{args.run}/bfcl.json"] * bool(args.run) + [args.out] * bool(args.out):
-            toolplay.write_json(path, {"data": args.suite, "report": report, "records": records})
-        return
+        return keep("bfcl.json", {"data": args.suite, "report": report, "records": records})
     cases = data.read_jsonl(args.data, as_case)[:args.n] if args.data else data.generate(args.split, args.n or 200, args.seed, config.mix)
     report, records = evaluate(model, tokenizer, cases, style=config.tool_style)
     print(format_report(report, f"{args.run or args.model} on {args.data or args.split}", records, args.failures))
@@ -597,8 +601,7 @@ def command(args):
             report["talk_loss_before"] = talk_loss(*toolplay.load_model(config.model, toolplay.pick_device("auto")), args.split)
         before = f", {report['talk_loss_before']:.3f} before training" if args.run else ""
         print(f"\nLoss of the base model's own small talk: {report['talk_loss']:.3f}{before}")
-    for path in [f"{args.run}/eval.json"] * bool(args.run) + [args.out] * bool(args.out):
-        toolplay.write_json(path, {"data": args.data or args.split, "seed": args.seed, "report": report, "records": records})
+    keep("eval.json", {"data": args.data or args.split, "seed": args.seed, "report": report, "records": records})
 
 
 def main(argv=None):

@@ -121,6 +121,19 @@ def result_text(result, most=80):
     return re.sub(r"[\[\]\n]+|->", " ", str(value))[:most].strip() or None
 
 
+def asked_tool(text, tools):
+    """What the model wrote behind OPEN -> (Call or None, its executed result in words or None)."""
+    from tools import execute
+    call = read_call(text, tools)
+    return call, result_text(execute(call, tools)) if call else None
+
+
+def kept_calls(candidates):
+    """The kept ones of a line of augmented.jsonl."""
+    from tools import Call
+    return [Candidate(c["position"], Call(**c["call"]), c["result"]) for c in candidates if c["kept"]]
+
+
 def insert(ids, calls, tokenizer):
     """A text's ids with calls inserted -> (ids, mask): the text and the calls are trained, results are not."""
     out, mask, before = [], [], 0
@@ -148,7 +161,7 @@ def sample_calls(model, tokenizer, prompts, config, seed):
     """Rows of ids that end in OPEN -> the text that the model writes after each, until the call ends."""
     import toolplay
     streams = [random.Random(f"{seed} {n}") for n in range(len(prompts))]
-    cache = (toolplay.SharedPrefixCache if toolplay.takes_trie(model) else toolplay.RowCaches)(model, [p[:-1] for p in prompts])
+    cache = toolplay.prompt_cache(model, [p[:-1] for p in prompts])
     said, alive, last = [[] for _ in prompts], list(range(len(prompts))), [[p[-1]] for p in prompts]
     for _ in range(config.call_tokens):
         logits = cache.step([last[r] for r in alive]).float()
@@ -238,8 +251,8 @@ def prose(split, n, seed=0):
     """n built-in texts of a split -> [{"text", "kind", "prompt"?, "answer"?}]; prompt and answer where a number is worked out in it."""
     import data
     from tools import BUILTIN, Call, calculate, execute
-    corpus, rng, out = data.corpus("prose.json"), random.Random(f"{split} prose {seed}"), []
-    cities, articles = data.of_split(data.corpus("cities.json")["cities"], split), data.corpus("search.jsonl")[1:]
+    rng, out = random.Random(f"{split} prose {seed}"), []
+    cities, articles = data.pool("cities.json", "cities", split), data.corpus("search.jsonl")[1:]
     share = {"train": range(7), "dev": range(7, 8), "test": range(8, 10)}[split]
     articles = [a for a in articles if zlib.crc32(a["title"].encode()) % 10 in share]
     while len(out) < n:
@@ -248,7 +261,7 @@ def prose(split, n, seed=0):
         if kind == "search":
             text = rng.choice(articles)["text"]
         else:
-            family = rng.choice(data.of_split(corpus[kind], split))
+            family = rng.choice(data.pool("prose.json", kind, split))
             text, words = rng.choice(family["texts"]), {}
             if kind == "calculator":
                 values = data.draw_values(family["slots"], split, rng)
@@ -265,7 +278,7 @@ def prose(split, n, seed=0):
                 words = {"city": city, **{k: str(v) for k, v in execute(Call("weather", {"city": city}), BUILTIN).value.items() if k in ("temperature", "condition")}}
             text = data.fill(text, words)
         if kind != "plain" and rng.random() < 0.4:
-            lead = rng.choice(rng.choice(data.of_split(corpus["plain"], split))["texts"])
+            lead = rng.choice(rng.choice(data.pool("prose.json", "plain", split))["texts"])
             text = f"{lead} {text}"
             item |= {"prompt": f'{lead} {item["prompt"]}'} if "prompt" in item else {}
         out.append({"text": text, **item})
@@ -297,10 +310,9 @@ def read_texts(path, n):
 def complete(model, tokenizer, rows, tools, most=16, call_tokens=24):
     """Continue each row of ids greedily, calls executed as they are written -> [(text without calls, calls)]. tools {}: none may begin."""
     import toolplay
-    from tools import execute
     open_id, = ids_of(tokenizer, opening(tokenizer))
     end = toolplay.stop_ids(model, tokenizer)
-    cache = (toolplay.SharedPrefixCache if toolplay.takes_trie(model) else toolplay.RowCaches)(model, [r[:-1] for r in rows])
+    cache = toolplay.prompt_cache(model, [r[:-1] for r in rows])
     queues, said, calling, calls = [[r[-1]] for r in rows], [[] for _ in rows], [None] * len(rows), [[] for _ in rows]
     alive = list(range(len(rows)))
     while alive:
@@ -320,8 +332,7 @@ def complete(model, tokenizer, rows, tools, most=16, call_tokens=24):
                     calling[r].append(token)
                     text = tokenizer.decode(calling[r])
                     if "->" in text:
-                        call = read_call(text, tools)
-                        result = result_text(execute(call, tools)) if call else None
+                        call, result = asked_tool(text, tools)
                         calls[r] += [(call, result)] * (result is not None)
                         queues[r] += ids_of(tokenizer, f" {result or ''}{CLOSE}")
                     if "->" in text or CLOSE in text or len(calling[r]) >= call_tokens:
@@ -352,10 +363,8 @@ def text_loss(model, tokenizer, rows, tools, budget):
         places = [best_positions(scored[n, :len(ids), 0], 0.05, 1) for n, ids in enumerate(rows)]
         asked = [n for n, place in enumerate(places) if place]
         written = complete(model, tokenizer, [rows[n][:places[n][0]] + [open_id] for n in asked], {}, most=24) if asked else []
-        from tools import execute
         for n, (text, _) in zip(asked, written):
-            call = read_call(text, tools)
-            result = result_text(execute(call, tools)) if call else None
+            call, result = asked_tool(text, tools)
             if result is not None:
                 i, extra = places[n][0], ids_of(tokenizer, call_text(call, result, opening(tokenizer)))
                 pairs[n] = (rows[n][:i] + extra + rows[n][i:], [1] * i + [0] * len(extra) + [1] * (len(rows[n]) - i))
@@ -389,7 +398,7 @@ def train(run):
     texts = read_texts(config.text, config.texts) if config.text else prose("train", config.texts, config.seed)
     held_out = read_texts(config.eval_path, config.eval_examples) if config.eval_path else prose("test", config.eval_examples, config.seed) if config.eval_examples else []
     annotated = annotated_texts(run, model, tokenizer, texts, tools)
-    rows = [insert(line["ids"], [Candidate(c["position"], toolplay.Call(**c["call"]), c["result"]) for c in line["candidates"] if c["kept"]], tokenizer) for line in annotated]
+    rows = [insert(line["ids"], kept_calls(line["candidates"]), tokenizer) for line in annotated]
     if not any(0 in mask for _, mask in rows):
         raise UserError("no call helped: nothing to learn from; lower tau_f, or raise texts, positions or samples")
     rows = data.fitting(rows, [len(ids) for ids, _ in rows], config.max_tokens, "texts")
@@ -434,7 +443,8 @@ def annotated_texts(run, model, tokenizer, texts, tools):
     lines = lines[:len(lines) // config.texts_at_once * config.texts_at_once] if len(lines) < len(texts) else lines
     if any(line["text"] != item["text"] for line, item in zip(lines, texts)):
         raise UserError(f"{path}: it is of other texts; start a new run")
-    write = lambda: toolplay.write_atomic(path, lambda p: p.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8"))  # noqa: E731
+    if run.rank == 0:
+        toolplay.write_lines(path, lines)  # whole groups only: a killed run may have left a part of one
     model.eval()
     with tqdm(total=len(texts), initial=len(lines), desc="annotate", unit="text", disable=run.rank != 0, dynamic_ncols=True) as bar:
         while len(lines) < len(texts):
@@ -442,11 +452,11 @@ def annotated_texts(run, model, tokenizer, texts, tools):
             ids = [ids_of(tokenizer, item["text"]) for item in group]
             found, funnel = annotate(model, tokenizer, ids, tools, config, f"{config.seed} {len(lines)}")
             for item, row, candidates in zip(group, ids, found):
-                kept = [Candidate(c["position"], toolplay.Call(**c["call"]), c["result"]) for c in candidates if c["kept"]]
-                lines.append({**item, "ids": row, "candidates": candidates, "augmented": tokenizer.decode(insert(row, kept, tokenizer)[0])})
+                lines.append({**item, "ids": row, "candidates": candidates, "augmented": tokenizer.decode(insert(row, kept_calls(candidates), tokenizer)[0])})
             lines[-1]["funnel"] = funnel  # of the whole group
             if run.rank == 0:
-                write()
+                with open(path, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[-len(group):])
             bar.update(len(group))
     if run.rank == 0:
         print(funnel_text(lines), file=sys.stderr)
@@ -461,7 +471,7 @@ def funnel_text(lines, n=10):
             total[key] = total.get(key, 0) + value
     out = [f"{len(lines)} texts: " + " -> ".join(f"{value} {key}" for key, value in total.items()) + f"; {sum(any(c['kept'] for c in x['candidates']) for x in lines)} texts have a call now"]
     every = sorted(((c["gain"], line, c) for line in lines for c in line["candidates"]), key=lambda x: -x[0])
-    for title, some in ((f"best {n}", every[:n]), (f"worst {n}", every[-n:] if len(every) > n else [])):
+    for title, some in ((f"best {n}", every[:n]), (f"worst {n}", every[n:][-n:])):
         out.append(f"{title} (L- minus L+, in nats):")
         out += [f"  {g:+.2f}  {c['call']['name']}({next(iter(c['call']['arguments'].values()))}) -> {c['result']}   in: {line['text'][:100]}" for g, line, c in some]
     return "\n".join(out)

@@ -432,14 +432,14 @@ def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=())
     groups = micro_batches([[row] for row in batch], budget) if takes_trie(model) else [[b] for b in range(len(batch))]
     if len(groups) == 1 and groups[0] == list(range(len(batch))):
         return _logprobs(model, batch, temperature, want, also)
-    want = (*want, "also") if also else want
+    named = want or also
     width, parts = max(len(ids) for ids, _ in batch), []
     for group in groups:
         part = _logprobs(model, [batch[b] for b in group], temperature, want, also)
         pad = lambda x: F.pad(x, (0, 0) * (x.dim() - 2) + (0, width - x.shape[1]))  # noqa: E731
-        parts.append({k: pad(v) for k, v in part.items()} if want else pad(part))
+        parts.append({k: pad(v) for k, v in part.items()} if named else pad(part))
     back = torch.tensor([b for group in groups for b in group]).argsort()
-    return {k: torch.cat([p[k] for p in parts])[back] for k in parts[0]} if want else torch.cat(parts)[back]
+    return {k: torch.cat([p[k] for p in parts])[back] for k in parts[0]} if named else torch.cat(parts)[back]
 
 
 def _logprobs(model, batch, temperature=1.0, want=(), also=()):
@@ -611,6 +611,11 @@ class RowCaches:
         self.caches = [self.caches[r] for r in rows]
 
 
+def prompt_cache(model, prompts):
+    """The cache that suits the model's attention, filled with B prompts (lists of ids)."""
+    return (SharedPrefixCache if takes_trie(model) else RowCaches)(model, prompts)
+
+
 @torch.no_grad()
 def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top_p=1.0, max_new_tokens=128, max_turns=4,
             seed=0, batch_size=32, style="signature", progress=None):
@@ -657,7 +662,7 @@ def stop_ids(model, tokenizer):
 
 
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
-    cache = (SharedPrefixCache if takes_trie(model) else RowCaches)(model, [e.ids[:-1] for e, _, _ in rows])
+    cache = prompt_cache(model, [e.ids[:-1] for e, _, _ in rows])
     stops = stop_ids(model, tokenizer)
     queues = [[e.ids[-1]] for e, _, _ in rows]  # ids not yet fed to the model
     turns = [[] for _ in rows]                  # ids of the turn under way
@@ -806,9 +811,8 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
     parameters = list(trainer.parameters.values())
     if world > 1:
         sum_gradients(parameters)
-        names = [None] * world
-        dist.all_gather_object(names, sorted(sums))  # a rank without a unit has no names of its own
-        sums = {name: all_sum(sums.get(name, 0.0), trainer.device) for name in sorted(set().union(*names))}
+        names = set().union(*gathered(sorted(sums)))  # a rank without a unit has no names of its own
+        sums = {name: all_sum(sums.get(name, 0.0), trainer.device) for name in sorted(names)}
     if all(p.grad is None for p in parameters):
         raise UserError("no gradient reached any trained parameter: the Trainer must be given the model's own parameters, not copies")
     trainer.scaler.unscale_(trainer.optimizer)
@@ -838,15 +842,19 @@ def all_sum(value, device):
     return total.item()
 
 
+def gathered(own):
+    """What each rank has -> the list of it, on every rank."""
+    values = [own] * world_rank()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, own)
+    return values
+
+
 def shared_out(items, work):
     """work(the items of one rank) -> a result for each; -> the results of all, in the items' order, on every rank."""
     rank, world = world_rank()
-    own = work(items[rank::world])
-    if world == 1:
-        return own
-    parts, results = [None] * world, [None] * len(items)
-    dist.all_gather_object(parts, own)
-    for r, part in enumerate(parts):
+    results = [None] * len(items)
+    for r, part in enumerate(gathered(work(items[rank::world]))):
         results[r::world] = part
     return results
 
@@ -882,6 +890,10 @@ def write_atomic(path, write):
 
 def write_json(path, value):
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8"))
+
+
+def write_lines(path, values):
+    write_atomic(path, lambda p: p.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in values), encoding="utf-8"))
 
 
 # What the progress bar shows of a step's metrics.
@@ -936,7 +948,7 @@ class Run:
                 if not (self.folder / name).exists():
                     continue
                 lines = [x for x in read_lines(self.folder / name) if x["step"] <= trainer.step]
-                write_atomic(self.folder / name, lambda p: p.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8"))  # noqa: B023
+                write_lines(self.folder / name, lines)
             if self.config.wandb:
                 self.wandb = open_wandb(self.config, self.folder)
 
@@ -1092,10 +1104,7 @@ def rng_state():
     name, keys, *rest = np.random.get_state()
     own = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
            "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    states = [own] * world_rank()[1]
-    if len(states) > 1:
-        dist.all_gather_object(states, own)
-    return states
+    return gathered(own)
 
 
 def save_checkpoint(folder, trainer, rng):
@@ -1261,7 +1270,7 @@ def predict(args):
     done = {json.dumps(line.get("id"), ensure_ascii=False) for line in finished}
     todo = [(key, conversation) for key, conversation in items if json.dumps(key, ensure_ascii=False) not in done]
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(output, lambda p: p.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in finished), encoding="utf-8"))
+    write_lines(output, finished)
     with open(output, "a", encoding="utf-8") as file, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True) as bar:
         for start in range(0, len(todo), args.batch_size):
             batch = todo[start:start + args.batch_size]

@@ -76,6 +76,16 @@ def run_roles(script, options, roles, wanted, text):
         Path(options.out).write_text(json.dumps(made, indent=1) + "\n")
 
 
+def main_against_trl(script, what, prepare, ours, trl, **defaults):
+    """The command line of a comparison with TRL. trl(folder, options, checkpointing); `what`: examples, pairs."""
+    roles = {"prepare": prepare, "ours": ours, "trl plain": lambda f, o: trl(f, o, False), "trl checkpointing": lambda f, o: trl(f, o, True)}
+    made = parser(sys.modules["__main__"].__doc__.strip().splitlines()[0], **defaults)
+    made.add_argument("--peers", default="plain,checkpointing", help="which TRL settings to run")
+    options = made.parse_args()
+    wanted = ["prepare", "ours", *(f"trl {peer}" for peer in filter(None, options.peers.split(",")))]
+    run_roles(script, options, roles, wanted, lambda sides: against_peers(sides, options, what, 1e-3))
+
+
 def cpu_name():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.processor())

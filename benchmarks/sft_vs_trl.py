@@ -74,16 +74,5 @@ def trl(folder, options, checkpointing):
     return {**common.measured(losses, clock, loaded), "versions": common.peer_versions()}
 
 
-ROLES = {"prepare": prepare, "ours": ours, "trl plain": lambda f, o: trl(f, o, False), "trl checkpointing": lambda f, o: trl(f, o, True)}
-
-
-def main():
-    parser = common.parser("our SFT step against TRL's SFTTrainer", steps=12, batch_size=16)
-    parser.add_argument("--peers", default="plain,checkpointing", help="which TRL settings to run")
-    options = parser.parse_args()
-    wanted = ["prepare", "ours", *(f"trl {peer}" for peer in filter(None, options.peers.split(",")))]
-    common.run_roles(__file__, options, ROLES, wanted, lambda sides: common.against_peers(sides, options, "examples", 1e-3))
-
-
 if __name__ == "__main__":
-    main()
+    common.main_against_trl(__file__, "examples", prepare, ours, trl, steps=12, batch_size=16)

@@ -62,7 +62,6 @@ def rejection_sampling(name, seed, minutes):
     import ppo
     import toolplay as tp
     from eval import as_case
-    from tools import Result
     folder = RUNS / name
     path = RUNS / f"{name}.jsonl"
     if not path.exists():
@@ -83,7 +82,7 @@ def rejection_sampling(name, seed, minutes):
                     messages = conversation["messages"][:1]
                     if e.calls:
                         messages = messages + [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls]}]
-                        messages += [{"role": "tool", "content": r.text() if isinstance(r, Result) else str(r)} for r in e.results]
+                        messages += [{"role": "tool", "content": r.text()} for r in e.results]
                     kept.append({"kind": conversation["kind"], "messages": messages + [{"role": "assistant", "content": e.final}], "tools": conversation["tools"]})
         print(f"{len(kept)} right answers to {at + 16} prompts, 4 samples each")
         path.write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in kept), encoding="utf-8")

@@ -109,6 +109,23 @@ class Zygote:
         self.process.wait()
 
 
+def killed_then_resumed(config, place, nth, uninterrupted, files):
+    """Train; kill -9 at the nth arrival at a place; resume: the files must be those of the run that nothing happened to."""
+    codes, stderr = zygote().run("train", config=config, place=place, nth=nth)
+    assert codes == [-9], stderr
+    codes, stderr = zygote().run("train", config=config, resume=True)
+    assert codes == [0], stderr
+    for file in files:
+        assert (uninterrupted / file).read_bytes() == (Path(config["run_dir"]) / file).read_bytes(), file
+
+
+def recorded_gradients(monkeypatch):
+    """A list that gets the whole gradient of every training step from here on."""
+    gradients, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda ps, *a: (gradients.append(torch.cat([p.grad.flatten() for p in ps if p.grad is not None])), clip(ps, *a))[1])
+    return gradients
+
+
 @functools.cache
 def zygote():
     """The one that all tests share."""

@@ -211,7 +211,6 @@ def test_it_learns_the_preference(tmp_path, monkeypatch):
 @pytest.mark.parametrize("variant", dpo.VARIANTS)
 def test_any_split_into_micro_batches_gives_the_same_step(tmp_path, monkeypatch, variant):
     """All at once, one by one, and ragged: the same gradient. In double precision, where it does not depend on the shapes of products."""
-    gradients = []
     net = small.model("gpt2").double()  # Llama's norms compute in fp32 whatever the model does
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (copy.deepcopy(net), tokenizer()))
     message = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
@@ -219,9 +218,7 @@ def test_any_split_into_micro_batches_gives_the_same_step(tmp_path, monkeypatch,
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     start = config(tmp_path / "start", source="jsonl", path=str(tmp_path / "pairs.jsonl"), seed=5, eval_examples=0, steps=2)
     train(start)  # an adapter that is not zero
-    gradients.clear()
-    clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda ps, *a: (gradients.append(torch.cat([p.grad.flatten() for p in ps])), clip(ps, *a))[1])
+    gradients = small.recorded_gradients(monkeypatch)
     for budget in (10 ** 6, 1, 120):
         train(config(tmp_path / str(budget), source="jsonl", path=str(tmp_path / "pairs.jsonl"), micro_tokens=budget, batch_size=3, steps=1, start_from=start.run_dir,
                      variant=variant, label_smoothing=0.1, eval_examples=0))
@@ -263,13 +260,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("place, nth", [("start", 1), ("step", 3), ("accumulation", 6)])
 def test_kill_9_then_resume_is_bit_identical(uninterrupted, tmp_path, place, nth):
-    cut = dict(RESUMED, run_dir=str(tmp_path / "run"))
-    codes, stderr = small.zygote().run("train", config=cut, place=place, nth=nth)
-    assert codes == [-9], stderr
-    codes, stderr = small.zygote().run("train", config=cut, resume=True)
-    assert codes == [0], stderr
-    for file in ("metrics.jsonl", "reference.json", "adapter/adapter_model.safetensors"):
-        assert (uninterrupted / file).read_bytes() == (tmp_path / "run" / file).read_bytes(), file
+    small.killed_then_resumed(dict(RESUMED, run_dir=str(tmp_path / "run")), place, nth, uninterrupted, ["metrics.jsonl", "reference.json", "adapter/adapter_model.safetensors"])
 
 
 def test_resume_is_bit_identical_and_reads_the_reference(tmp_path, monkeypatch):

@@ -290,13 +290,7 @@ def test_it_learns(tmp_path, monkeypatch):
 @pytest.mark.parametrize("place, nth", [("rollout", 60), ("step", 3), ("step", 7), ("accumulation", 12), ("inside the checkpoint", 2)])
 def test_kill_9_then_resume_is_bit_identical(uninterrupted, tmp_path, place, nth):
     """In the middle of a rollout, of an epoch, of an accumulation: weights, critic, KL controller and logs."""
-    cut = dict(RESUMED, run_dir=str(tmp_path / "run"))
-    codes, stderr = small.zygote().run("train", config=cut, place=place, nth=nth)
-    assert codes == [-9], stderr
-    codes, stderr = small.zygote().run("train", config=cut, resume=True)
-    assert codes == [0], stderr
-    for file in ("metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors"):
-        assert (uninterrupted / file).read_bytes() == (tmp_path / "run" / file).read_bytes(), file
+    small.killed_then_resumed(dict(RESUMED, run_dir=str(tmp_path / "run")), place, nth, uninterrupted, ["metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors"])
     state = [next((folder / "checkpoint").glob("*/trained.safetensors")).read_bytes() for folder in (uninterrupted, tmp_path / "run")]
     assert state[0] == state[1] and b"value_head" in state[0] and b"critic." in state[0]
 
@@ -373,12 +367,10 @@ def test_the_critics_own_adapter(tmp_path, monkeypatch):
 @pytest.mark.parametrize("advantage", ["gae", "rloo"])
 def test_any_split_into_micro_batches_gives_the_same_step(tmp_path, monkeypatch, advantage):
     """All at once, one by one, and ragged: the same gradient. In double precision, where it does not depend on the shapes of products."""
-    gradients = []
     net, tok = toolplay.load_model("tiny")
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (copy.deepcopy(net).double(), tok))
     monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (sum(episode.ids) % 7 / 7, {}))  # the samples of a prompt differ
-    clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda ps, *a: (gradients.append(torch.cat([p.grad.flatten() for p in ps if p.grad is not None])), clip(ps, *a))[1])
+    gradients = small.recorded_gradients(monkeypatch)
     for budget in (10 ** 6, 1, 700):
         train(config(tmp_path / str(budget), advantage=advantage, micro_tokens=budget, iterations=1, prompts=2, samples=3, batch_size=6, ppo_epochs=1, eval_examples=0))
     whole, *others = gradients
