@@ -603,8 +603,8 @@ def swap_word(word, table, rate, rng):
 
 # --------------------------------------------------------------------------- 4. whole conversations
 
-MIX = {"canonical": 3, "arithmetic": 19, "everyday": 23, "weather": 11, "search": 9, "no_tool": 8, "trap": 12,
-       "word_problem": 8, "missing_tool": 3, "two_calls": 2, "tool_error": 2}
+MIX = {"canonical": 2, "arithmetic": 19, "everyday": 35, "weather": 10, "search": 9, "no_tool": 7, "trap": 9,
+       "word_problem": 5, "missing_tool": 2, "two_calls": 1, "tool_error": 1}
 # arithmetic of one operation; word problems of one operation, and of more; invented functions (section 5)
 KINDS = [*MIX, "sums", "one_step", "two_steps", "api_one", "api_choice", "api_parallel", "api_ask", "api_none"]
 
