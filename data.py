@@ -606,7 +606,8 @@ def swap_word(word, table, rate, rng):
 MIX = {"canonical": 2, "arithmetic": 19, "everyday": 35, "weather": 10, "search": 9, "no_tool": 7, "trap": 9,
        "word_problem": 5, "missing_tool": 2, "two_calls": 1, "tool_error": 1}
 # arithmetic of one operation; word problems of one operation, and of more; invented functions (section 5)
-KINDS = [*MIX, "sums", "one_step", "two_steps", "api_one", "api_choice", "api_parallel", "api_ask", "api_none"]
+SYNTHETIC = {"api_one": 3, "api_choice": 4, "api_parallel": 3, "api_ask": 1, "api_none": 2}
+KINDS = [*MIX, "sums", "one_step", "two_steps", *SYNTHETIC]
 
 
 def final_answer(call, result, rng, story=False):
@@ -1094,7 +1095,46 @@ def read_toolbench(path, fits=lambda conversation: True, report=None):
     return kept
 
 
-# --------------------------------------------------------------------------- 8. datasets
+# --------------------------------------------------------------------------- 8. what a teacher found
+
+def read_teacher(path, split, n, seed=0):
+    """Conversations from the calls that survived in a run of teacher.py (its folder, or its augmented.jsonl), at most n.
+
+    The user asks for the rest of a text; the assistant makes the call, and goes on from its result. As many texts, at most,
+    are gone on with without a call. One text in ten belongs to `dev`, the others to `train`.
+    """
+    def check(line):
+        try:
+            return line["text"], [(c["offset"], Call(**c["call"])) for c in line["candidates"] if c["kept"]]
+        except (TypeError, KeyError):
+            raise UserError("it is no line of a teacher's augmented.jsonl") from None
+
+    def example(text, offset, call=None):
+        before, rest = text[:offset].strip(), text[offset:].strip()
+        messages = [{"role": "user", "content": fill(rng.choice(corpus("teacher_prompts.json")["complete"]), {"text": before})}]
+        answer = None
+        if call:
+            result = execute(call, tools)
+            messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": call.name, "arguments": call.arguments}]}, {"role": "tool", "content": result.text()}]
+            answer = result.value if call.name == "calculator" and rest.startswith(str(result.value)) else None
+        return {"kind": call.name if call else "no_tool", "messages": [*messages, {"role": "assistant", "content": rest}], "tools": list(BUILTIN), "answer": answer}
+    file = Path(path) / "augmented.jsonl" if Path(path).is_dir() else Path(path)
+    rng, tools, calling, silent = random.Random(f"{split} teacher {seed}"), load_tools(), [], []
+    for number, (text, kept) in enumerate(read_jsonl(file, check)):
+        if (number % 10 == 9) != (split == "dev"):
+            continue
+        between = [m.start() for m in re.finditer(r"\s", text)]
+        calling += [example(text, offset, call) for offset, call in kept if offset in between and call.name in tools]
+        if not kept and between:
+            silent.append(example(text, between[len(between) // 2]))
+    if not calling and split == "train":
+        raise UserError(f"{file}: no call of a built-in tool survived in it; run teacher.py on more texts, or with a lower tau_f")
+    out = calling + silent[:len(calling)]
+    rng.shuffle(out)
+    return out[:n]
+
+
+# --------------------------------------------------------------------------- 9. datasets
 
 def dataset(config, tokenizer):
     """The rows a run trains and evaluates on -> (train rows, held-out rows), each a list of (ids, mask).
@@ -1108,19 +1148,37 @@ def dataset(config, tokenizer):
 def conversations(config, split, tokenizer, line=check_conversation):
     """What a run learns from ("train") or is evaluated on ("dev"), as its `source` says; `line` reads what a line of a JSONL file holds."""
     path, count = (config.path, config.examples) if split == "train" else (config.eval_path, config.eval_examples)
-    if path and config.source == "toolbench":
-        return read_toolbench(path, lambda c: len(encode(c, tokenizer, config.tool_style)[0]) <= config.max_tokens)
-    if path:
-        return read_jsonl(path, line)
-    return generate(split, count, config.seed, config.mix) if config.source == "manual" and count else []
+    made = []
+    if config.source == "jsonl" and path:
+        made = read_jsonl(path, line)
+    if config.source == "teacher" and count:
+        made = read_teacher(path or config.path, split, count, config.seed)
+    if config.source == "toolbench" and path:
+        try:
+            made = read_toolbench(path, lambda c: len(encode(c, tokenizer, config.tool_style)[0]) <= config.max_tokens)
+        except UserError as error:
+            if not config.fallback:
+                raise
+            stand_in(config, error)
+    if config.source in ("manual", "synthetic") and count:
+        made = generate(split, count, config.seed, mix_of(config))
+    extra = [tool_from_schema(t) for t in config.tools]
+    return [{**item, "tools": [*(item.get("tools") or []), *extra]} if extra and isinstance(item, dict) else item for item in made]
+
+
+def mix_of(config):
+    return config.mix or (SYNTHETIC if config.source == "synthetic" else MIX)
+
+
+def stand_in(config, why):
+    """The synthetic generator takes ToolBench's place in a run, and says so: here, and in its config.json."""
+    print(f"{why}: invented functions (data.SYNTHETIC) stand in for ToolBench", file=sys.stderr)
+    config.source, config.fallback = "synthetic", "synthetic"
 
 
 def encode_all(conversations, tokenizer, config, what):
-    extra = [tool_from_schema(t) for t in config.tools]
     rows = []
     for n, conversation in enumerate(conversations):
-        if extra:
-            conversation = {**conversation, "tools": [*(conversation.get("tools") or []), *extra]}
         ids, mask = encode(conversation, tokenizer, config.tool_style)
         if sum(mask) == 0:
             raise UserError(f"{what} conversation {n + 1}: it has no assistant turn, so nothing in it is trained")

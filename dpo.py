@@ -411,10 +411,10 @@ def sampled_datasets(run, model, tokenizer):
     from tools import UserError
     config, path = run.config, run.folder / "pairs.json"
     if not path.exists():
+        prompts = [data.conversations(config, split, tokenizer) for split in ("train", "dev")]
         with lora.merged(model) if config.lora_r else contextlib.nullcontext():  # sampled from faster
-            out = [sampled_pairs(model, tokenizer, data.generate(split, count, config.seed, config.mix), config) if count else []
-                   for split, count in (("train", config.examples), ("dev", config.eval_examples))]
-        print(f"{len(out[0])} of {config.examples} prompts gave a pair: the others' {config.samples} answers are equally good", file=sys.stderr)
+            out = [sampled_pairs(model, tokenizer, chats, config) if chats else [] for chats in prompts]
+        print(f"{len(out[0])} of {len(prompts[0])} prompts gave a pair: the others' {config.samples} answers are equally good", file=sys.stderr)
         if not out[0]:
             raise UserError("no prompt gave a pair: raise temperature or samples, or start_from a run that gets some prompts right")
         if run.rank:

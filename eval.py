@@ -591,9 +591,10 @@ def command(args):
         text, report, records = bfcl(model, tokenizer, suite, config.tool_style)
         print(text)
         return keep("bfcl.json", {"data": args.suite, "report": report, "records": records})
-    cases = data.read_jsonl(args.data, as_case)[:args.n] if args.data else data.generate(args.split, args.n or 200, args.seed, config.mix)
+    cases = data.read_jsonl(args.data, as_case)[:args.n] if args.data else data.generate(args.split, args.n or 200, args.seed, data.mix_of(config))
     report, records = evaluate(model, tokenizer, cases, style=config.tool_style)
-    print(format_report(report, f"{args.run or args.model} on {args.data or args.split}", records, args.failures))
+    stands_in = " (trained on invented functions, which stood in for ToolBench)" if config.fallback and config.source == "synthetic" else ""
+    print(format_report(report, f"{args.run or args.model}{stands_in} on {args.data or args.split}", records, args.failures))
     if not args.data:
         report["talk_loss"] = talk_loss(model, tokenizer, args.split)
         if args.run:
@@ -601,7 +602,7 @@ def command(args):
             report["talk_loss_before"] = talk_loss(*toolplay.load_model(config.model, toolplay.pick_device("auto")), args.split)
         before = f", {report['talk_loss_before']:.3f} before training" if args.run else ""
         print(f"\nLoss of the base model's own small talk: {report['talk_loss']:.3f}{before}")
-    keep("eval.json", {"data": args.data or args.split, "seed": args.seed, "report": report, "records": records})
+    keep("eval.json", {"data": args.data or args.split, "trained_on": config.source + stands_in if args.run else None, "seed": args.seed, "report": report, "records": records})
 
 
 def main(argv=None):

@@ -219,7 +219,8 @@ def annotate(model, tokenizer, rows, tools, config, seed):
     out = [[] for _ in rows]
     for (n, c), (nothing, bare, full) in zip(units, scored):
         g = gain(full, nothing, bare)
-        out[n].append({"position": c.position, "call": {"name": c.call.name, "arguments": c.call.arguments}, "result": c.result, "plus": full, "minus": min(nothing, bare),
+        offset = len(tokenizer.decode(rows[n][:c.position]))  # in the text, for data.read_teacher
+        out[n].append({"position": c.position, "offset": offset, "call": {"name": c.call.name, "arguments": c.call.arguments}, "result": c.result, "plus": full, "minus": min(nothing, bare),
                        "gain": g, "kept": g >= config.tau_f})
     for candidates in out:  # of several at one position the best
         for c in candidates:

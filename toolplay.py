@@ -78,12 +78,13 @@ class Config:
     lora_rslora: bool = False            # scale by alpha / sqrt(r) instead
     lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names or patterns
     # data (data.py)
-    source: Literal["manual", "jsonl", "toolbench"] = "manual"   # manual: the templates; jsonl, toolbench: conversations from `path`
-    path: str = ""                       # JSONL file of training conversations, or ToolBench's files: one, a folder or a glob
-    eval_path: str = ""                  # the same for evaluation during training; empty: the dev templates (none for jsonl, toolbench)
-    examples: Positive = 4000            # how many template conversations to write
+    source: Literal["manual", "synthetic", "jsonl", "toolbench", "teacher"] = "manual"  # templates; invented functions; what `path` holds (also "data")
+    path: str = ""                       # JSONL file of training conversations; ToolBench's files: one, a folder or a glob; a teacher run
+    eval_path: str = ""                  # the same for evaluation during training; empty: the dev split (none for jsonl, toolbench)
+    fallback: Literal["", "synthetic"] = ""                      # what stands in where ToolBench's path holds nothing usable; always so without a path
+    examples: Positive = 4000            # how many conversations to write
     eval_examples: NotNegative = 100     # how many to keep for evaluation during training
-    mix: dict = field(default_factory=dict)                      # weights of the kinds of templates; empty: data.MIX
+    mix: dict = field(default_factory=dict)                      # weights of the kinds; empty: data.MIX, for synthetic data.SYNTHETIC
     max_tokens: Positive = 1024          # longer conversations are left out and counted, never cut
     tool_style: Literal["signature", "json"] = "signature"       # how tools are written into the system prompt
     tools: list = field(default_factory=list)                    # further tools: {"name", "description", "parameters", "function": "package.module:name"}
@@ -145,6 +146,8 @@ def load_config(source, overrides=()):
         except (ValueError, RecursionError):
             given[key] = text
         origin[key], typed[key] = "command line", text
+    if "data" in given and "source" not in given:  # another name for it
+        given["source"], origin["source"] = given.pop("data"), origin["data"]
     method = given.get("method", "sft")
     if method not in METHODS:
         raise UserError(f'{origin["method"]}: method = {method!r}: must be one of {", ".join(METHODS)}')
@@ -162,8 +165,10 @@ def load_config(source, overrides=()):
     for kind, weight in config.mix.items():
         if kind not in data.KINDS or _wrong(weight, Rate):
             raise UserError(f"{origin['mix']}: mix: {json.dumps(kind)}: {json.dumps(weight)}: must be a number > 0 for one of {', '.join(data.KINDS)}")
-    if (config.source != "manual") != bool(config.path):
-        raise UserError(f'{name}: source = "jsonl" (or "toolbench") needs "path", where the conversations are, and "path" needs such a source')
+    if config.source == "toolbench" and not config.path:
+        data.stand_in(config, "no path to ToolBench's files is given")
+    if (config.source in ("jsonl", "toolbench", "teacher")) != bool(config.path) and not config.fallback:
+        raise UserError(f'{name}: source = "jsonl" (or "toolbench", "teacher") needs "path", where the conversations are, and "path" needs such a source')
     if not config.run_dir:
         config.run_dir = f"runs/{Path(name).stem if not isinstance(source, dict) else method}"
     return config
@@ -924,7 +929,7 @@ class Run:
                 raise UserError(f"{self.folder} already holds a run: continue it with --resume, or choose another place with --run_dir=...")
             before = dataclasses.asdict(load_config(old))
             for key in flat:
-                if flat[key] != before[key] and key not in ("run_dir", "wandb", "device"):
+                if flat[key] != before[key] and key not in ("run_dir", "wandb", "device", *["source"] * bool(before["fallback"])):
                     raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(before[key])}, now {json.dumps(flat[key])}; "
                                     "resume with the same config, or start a new run with --run_dir=...")
         if world_rank()[1] > 1:
@@ -935,7 +940,10 @@ class Run:
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not old.exists():
-                write_json(old, {**flat, "provenance": provenance(config.seed)})
+                self.write_config()
+
+    def write_config(self):
+        write_json(self.folder / "config.json", {**dataclasses.asdict(self.config), "provenance": provenance(self.config.seed)})
 
     def start(self, trainer):
         """Pick up the newest checkpoint if there is one, cut the log back to it, open Weights & Biases."""
@@ -944,6 +952,7 @@ class Run:
             load_checkpoint(found, trainer)
             print(f"resuming {self.folder} after step {trainer.step}", file=sys.stderr)
         if self.rank == 0:
+            self.write_config()  # once more: what stood in for unusable data is known now
             for name in ("metrics.jsonl", "timing.jsonl", "samples.jsonl"):
                 if not (self.folder / name).exists():
                     continue

@@ -247,3 +247,45 @@ def test_an_interrupted_annotation_goes_on_to_the_same_bytes(tmp_path, calls, mo
 def test_nothing_to_learn_from_is_an_error(tmp_path, calls):
     with pytest.raises(UserError, match="no call helped"):
         teacher.train(toolplay.Run(config(tmp_path, tau_f=100)))
+
+
+# ---------------------------------------------------------------- the calls as conversations
+
+def found(tmp_path):
+    """Ten texts as a teacher run leaves them: one kept call, one dropped, eight without."""
+    text = "Two bags of 3 apples are 6 apples."
+    candidate = {"position": 7, "offset": text.index(" 6"), "call": {"name": "calculator", "arguments": {"expression": "2 * 3"}}, "result": "6", "kept": True}
+    lines = [{"text": text, "candidates": [candidate]}, {"text": text, "candidates": [{**candidate, "kept": False}]}] + [{"text": f"Nothing to count in text {n}.", "candidates": []} for n in range(8)]
+    (tmp_path / "augmented.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_surviving_calls_become_conversations(tmp_path):
+    made = data.read_teacher(found(tmp_path), "train", 50)
+    assert made == data.read_teacher(tmp_path / "augmented.jsonl", "train", 50) and len(made) == 2  # as many without a call as with one
+    with_call, = (c for c in made if c["kind"] == "calculator")
+    asked, called, result, said = with_call["messages"]
+    assert "Two bags of 3 apples are" in asked["content"] and " 6" not in asked["content"]
+    assert called["tool_calls"] == [{"name": "calculator", "arguments": {"expression": "2 * 3"}}] and result["content"] == '{"result": 6}'
+    assert said["content"] == "6 apples." and with_call["answer"] == 6
+    without, = (c for c in made if c["kind"] == "no_tool")
+    assert "tool_calls" not in without["messages"][1] and without["answer"] is None
+    assert len(data.read_teacher(tmp_path, "train", 1)) == 1 and data.read_teacher(tmp_path, "dev", 9) == []  # no call survived in the tenth text
+
+
+def test_a_run_without_surviving_calls_is_an_error(tmp_path):
+    (tmp_path / "augmented.jsonl").write_text(json.dumps({"text": "No call here.", "candidates": []}) + "\n")
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError):
+            data.read_teacher(path, "train", 5)
+    with pytest.raises(UserError, match="path"):
+        toolplay.load_config({"data": "teacher"})
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "ppo"])
+def test_they_are_data_for_every_method(tmp_path, method):
+    more = {"iterations": 1, "prompts": 2, "samples": 2, "max_new_tokens": 4} if method == "ppo" else {"steps": 1}
+    config = toolplay.load_config({"method": method, "model": "tiny", "data": "teacher", "path": str(found(tmp_path)), "max_tokens": 4000, "eval_examples": 2,
+                                   "device": "cpu", "run_dir": str(tmp_path / "run"), **more})
+    __import__(method).train(toolplay.Run(config))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["source"] == "teacher" and (tmp_path / "run" / "adapter").is_dir()

@@ -1,5 +1,6 @@
 """ToolBench's files as they are in the wild: three shapes, real damage. All texts here are written for these tests."""
 import json
+from pathlib import Path
 
 import pytest
 import small
@@ -152,3 +153,40 @@ def test_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         data.main(["--toolbench", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x.jsonl")])
     assert exit_.value.code == 2
+
+
+# ---------------------------------------------------------------- without ToolBench
+
+SETTINGS = {"method": "sft", "model": "tiny", "source": "toolbench", "steps": 1, "examples": 6, "eval_examples": 3, "max_tokens": 4000}
+
+
+def test_without_a_path_invented_functions_stand_in_and_it_is_said(tmp_path, capsys):
+    config = toolplay.load_config({**SETTINGS, "run_dir": str(tmp_path / "run")})
+    assert "no path" in capsys.readouterr().err
+    made = data.conversations(config, "train", None)
+    assert len(made) == 6 and all(c["kind"].startswith("api_") for c in made) and len(data.conversations(config, "dev", None)) == 3
+    toolplay.main(["train", str(write(tmp_path, "c.json", SETTINGS)), f"--run_dir={tmp_path / 'run'}"])
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (kept["source"], kept["fallback"]) == ("synthetic", "synthetic")
+    toolplay.main(["eval", "--run", str(tmp_path / "run"), "--n", "2"])
+    assert "stood in for ToolBench" in capsys.readouterr().out and "ToolBench" in json.loads((tmp_path / "run" / "eval.json").read_text())["trained_on"]
+
+
+def test_a_fallback_takes_the_place_of_a_useless_path(tmp_path, capsys):
+    """Asked for in the config; without it a path that holds nothing usable is an error."""
+    path = str(write(tmp_path, "a.json", [{"neither": "nor"}]))
+    with pytest.raises(UserError, match="nothing usable"):
+        data.conversations(toolplay.load_config({**SETTINGS, "path": path}), "train", toolplay.load_model("tiny")[1])
+    run = str(tmp_path / "run")
+    config = write(tmp_path, "c.json", {**SETTINGS, "path": path, "fallback": "synthetic", "run_dir": run})
+    toolplay.main(["train", str(config)])
+    assert "nothing usable" in capsys.readouterr().err
+    assert json.loads(Path(run, "config.json").read_text())["source"] == "synthetic"
+    toolplay.main(["train", str(config), "--resume"])  # the same run, although it is another source by now
+
+
+def test_a_good_path_needs_no_fallback(tmp_path, capsys):
+    item = tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"))
+    config = toolplay.load_config({**SETTINGS, "path": str(write(tmp_path, "a.json", item)), "fallback": "synthetic"})
+    made = data.conversations(config, "train", toolplay.load_model("tiny")[1])
+    assert len(made) == 1 and config.source == "toolbench" and "stand in" not in capsys.readouterr().err

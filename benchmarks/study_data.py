@@ -1,0 +1,108 @@
+"""
+study_data.py - manual, synthetic and teacher data at equal numbers of examples: what does a model learn from each?
+
+    .venv/bin/python benchmarks/study_data.py            everything, about an hour on two cores; what is done is skipped
+    .venv/bin/python benchmarks/study_data.py --table    the table and docs/data.png from the runs that are there
+
+Each run is SmolLM2-135M after --steps steps of SFT on N conversations of one source: the templates (data.MIX), invented
+functions (data.SYNTHETIC), or what a run of teacher.py found (--teacher). Scored on the test split of the templates, and on
+invented functions of domains that no run has seen; call accuracy: the first turn's calls are exactly right, or rightly none.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+SOURCES = ("manual", "synthetic", "teacher")
+CASES = {"templates": "MIX", "functions": "SYNTHETIC"}
+
+
+def cases(folder, n):
+    """The two files of test cases, written once -> {name: path}."""
+    import data
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, mix in CASES.items():
+        if not (path := folder / f"{name}.jsonl").exists():
+            data.write_jsonl(path, data.generate("test", n, 0, getattr(data, mix)))
+    return {name: folder / f"{name}.jsonl" for name in CASES}
+
+
+def score(folder, name, options):
+    """{set of cases: [call accuracy of each case]} of a run; trained and evaluated if that is not done yet."""
+    def toolplay(*argv):
+        subprocess.run([sys.executable, str(ROOT / "toolplay.py"), *map(str, argv)], check=True, cwd=ROOT)
+    source, n, seed = name
+    run = folder / f"{source}-{n}-{seed}"
+    if not (run / "adapter").is_dir():
+        path = [f"--path={options.teacher}"] if source == "teacher" else []
+        toolplay("train", *(["--resume", run] if (run / "config.json").exists() else [
+            ROOT / "configs" / "study_data.json", f"--run_dir={run}", f"--source={source}", f"--examples={n}", f"--seed={seed}", f"--steps={options.steps}", *path]))
+    out = {}
+    for what, path in cases(folder, options.cases).items():
+        if not (made := run / f"{what}.json").exists():
+            toolplay("eval", "--run", run, "--data", path, "--failures", 0, "--out", made)
+        out[what] = [bool(r["verdicts"]["call_accuracy"]) for r in json.loads(made.read_text())["records"]]
+    return out
+
+
+def table(folder, options, seeds):
+    """Markdown of mean and spread over the seeds, from the runs that are there; and the picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(CASES), figsize=(4.2 * len(CASES), 3.4), sharey=True)
+    print(f"| data | examples | {' | '.join(CASES)} |\n| --- | ---: |{' ---: |' * len(CASES)}")
+    points = {}
+    for source in SOURCES:
+        for n in options.sizes:
+            done = [score(folder, (source, n, seed), options) for seed in seeds if (folder / f"{source}-{n}-{seed}" / "functions.json").exists()]
+            if not done:
+                continue
+            cells = []
+            for what in CASES:
+                shares = [sum(run[what]) / len(run[what]) for run in done]
+                points.setdefault((what, source), []).append((n, statistics.mean(shares), min(shares), max(shares)))
+                cells.append(f"{statistics.mean(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})")
+            print(f"| {source} | {n} | {' | '.join(cells)} |")
+    for axis, what in zip(axes, CASES):
+        for source, colour in zip(SOURCES, ("#4477aa", "#cc3311", "#228833")):
+            if found := points.get((what, source)):
+                x, mean, low, high = zip(*found)
+                axis.plot(x, mean, "o-", color=colour, label=source)
+                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set(title=f"call accuracy: {what}", xlabel="examples", xscale="log", ylim=(0, 1), xticks=options.sizes)
+        axis.set_xticklabels(options.sizes)
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "data.png", dpi=110)
+    print(f"\n{ROOT / 'docs' / 'data.png'}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--teacher", default="runs/teacher", help="the run of teacher.py that the teacher data come from (default runs/teacher)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[50, 200], help="numbers of examples (default 50 200)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50, help="optimizer steps of every run (default 50)")
+    parser.add_argument("--cases", type=int, default=200, help="test cases of either kind (default 200)")
+    parser.add_argument("--folder", default="runs/study_data")
+    parser.add_argument("--table", action="store_true", help="only the table and the picture")
+    options = parser.parse_args()
+    folder = Path(options.folder)
+    if not options.table:
+        for seed in range(options.seeds):
+            for n in options.sizes:
+                for source in SOURCES:
+                    print(f"== {source}, {n} examples, seed {seed}", flush=True)
+                    score(folder, (source, n, seed), options)
+    table(folder, options, range(options.seeds))
+
+
+if __name__ == "__main__":
+    main()
