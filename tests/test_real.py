@@ -6,6 +6,7 @@ import torch
 
 import data
 import lora
+import ppo
 import sft
 import toolplay
 from tools import load_tools
@@ -49,6 +50,15 @@ def test_it_learns_a_call_and_the_rollout_executes_it(real):
     assert episode.results[0].ok and episode.results[0].value["city"] == "Oslo"
     logp = toolplay.token_logprobs(model, [(episode.ids, episode.mask)])[0]
     assert torch.allclose(logp, torch.tensor(episode.logp), atol=2e-4)
+    # PPO's first ratio is 1: the log-probs that are learned from are those of the tokens as they were sampled, split and batched otherwise
+    sampled = toolplay.rollout(model, tokenizer, [prompt] * 2, load_tools(["weather"]), temperature=1.0, max_new_tokens=16, max_turns=2)
+    rows = [(e.ids, e.mask) for e in (episode, *sampled)]
+    policy, mask = ppo.Policy(model, 1.0, 200), ppo.padded([m for _, m in rows], max(len(m) for _, m in rows), "cpu")
+    with torch.no_grad():
+        old = policy(rows, ())
+    new = policy(rows, ("hidden", "entropy"))["logp"]
+    assert len(toolplay.micro_batches([[row] for row in rows], 200)) > 1 and new.requires_grad
+    assert ((new - old).exp() - 1).abs()[mask.bool()].max() < 1e-5
     with lora.lora_disabled(model):
         base = toolplay.token_logprobs(model, [row])
     assert (base - toolplay.token_logprobs(model, [row])).abs().max() > 0.5
