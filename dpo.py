@@ -15,7 +15,8 @@ not choose them, so they are conditions and no terms (implementations that sum o
 
 Departures. The reference is the policy as training found it (an SFT run, or the base model, which is the same thing while
 B = 0); it never changes, so its log-probs are computed once, kept in the run folder and checked against the data, and no
-second model is held in memory. Both answers and all pairs of a micro-batch lie in one token trie: the prompt is computed
+second model is held in memory. IPO's log-ratios are means over the tokens (as in TRL; its eq. 17 has sums), and the hinge
+stands without SLiC's regularisation term. Both answers and all pairs of a micro-batch lie in one token trie: the prompt is computed
 once, and so are the turns that the two answers share.
 
 What to watch: `logp/chosen` often falls, although it should rise; the loss only asks that `logp/rejected` falls faster
@@ -109,8 +110,8 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}: must be one of {', '.join(VARIANTS)}")
-    if not 0 <= label_smoothing < (0.5 if variant == "robust" else 1):
-        raise ValueError(f"label_smoothing = {label_smoothing}: must be in [0, 1), and below 0.5 for robust, which divides by 1 - 2 label_smoothing")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing = {label_smoothing}: must be in [0, 0.5); from there on the judgements say nothing, or the reverse")
     if variant in FREE:
         chosen, rejected = policy_chosen_logp, policy_rejected_logp                            # [B]
     else:
@@ -147,7 +148,7 @@ def wrong_tool(conversation, rng):
     """Another of the offered tools, with arguments that the message suggests."""
     at, calls = first_call(conversation)
     others = [name for name in names_of(conversation) if calls and name != calls[0]["name"]]
-    return until(conversation, at, tool_calls=[tempting_call(rng.choice(others), conversation)]) if others else None
+    return until(conversation, at, tool_calls=[tempting_call(rng.choice(others), conversation), *calls[1:]]) if others else None
 
 
 def malformed(conversation, rng):
@@ -180,13 +181,15 @@ def wrong_argument(conversation, rng):
                {"celsius": "fahrenheit", "fahrenheit": "celsius"}.get(value, value)]
     worse = [{**calls[0], "arguments": {**calls[0]["arguments"], key: c}} for c in changes if c.strip()]
     worse = [call for call in worse if not same_call(Call(**calls[0]), Call(**call))]  # a filler word less is no fault
-    return until(conversation, at, tool_calls=[rng.choice(worse)]) if worse else None
+    return until(conversation, at, tool_calls=[rng.choice(worse), *calls[1:]]) if worse else None
 
 
 def missing_argument(conversation, rng):
     """A call without its first argument."""
     at, calls = first_call(conversation)
-    return until(conversation, at, tool_calls=[{**calls[0], "arguments": dict(list(calls[0]["arguments"].items())[1:])}]) if calls else None
+    if not calls or not calls[0]["arguments"]:
+        return None
+    return until(conversation, at, tool_calls=[{**calls[0], "arguments": dict(list(calls[0]["arguments"].items())[1:])}, *calls[1:]])
 
 
 def missing_call(conversation, rng):
@@ -294,7 +297,7 @@ def read_pair(line, tokenizer, style="signature"):
     prompt, chosen, rejected = as_messages(line.get("prompt", []), "user"), as_messages(line["chosen"], "assistant"), as_messages(line["rejected"], "assistant")
     if not all(isinstance(part, list) for part in (prompt, chosen, rejected)):
         raise UserError('"prompt", "chosen" and "rejected" are texts or lists of messages')
-    while chosen and rejected and chosen[0] == rejected[0]:  # what both share is prompt: in means it would not cancel
+    while chosen and rejected and chosen[0] == rejected[0]:  # what both share is prompt: in mean log-probs (ipo, simpo) it would not cancel
         prompt, chosen, rejected = [*prompt, chosen[0]], chosen[1:], rejected[1:]
     if not prompt or not chosen or not rejected or chosen == rejected:
         raise UserError("the pair has no prompt, or its answers do not differ")
@@ -313,12 +316,12 @@ def train(run):
     from sft import pad_mask
     from tools import UserError
     config = run.config
-    if config.lora_dropout or config.label_smoothing >= (0.5 if config.variant == "robust" else 1):
-        raise UserError("dpo: lora_dropout must be 0 (the reference is the same model), label_smoothing below 1, and below 0.5 for robust")
+    if config.lora_dropout or config.label_smoothing >= 0.5:
+        raise UserError("dpo: lora_dropout must be 0 (the reference is the same model), and label_smoothing below 0.5")
 
     # 1. data: pairs of rows
     model, tokenizer = toolplay.prepare_model(config, run.device)
-    if config.pairs == "sampled" and config.source == "manual":
+    if config.pairs == "sampled" and config.source != "jsonl":
         pairs, held_out = sampled_datasets(run, model, tokenizer)
     else:
         pairs, held_out = datasets(config, tokenizer)
@@ -374,7 +377,7 @@ def datasets(config, tokenizer):
     for split in ("train", "dev"):
         made = data.conversations(config, split, tokenizer, lambda line: read_pair(line, tokenizer, config.tool_style))
         pairs = made if made and isinstance(made[0], Pair) else corrupted_pairs(made, tokenizer, config.seed, config.tool_style)
-        fit = data.fitting(pairs, [max(len(ids) for ids, _ in pair[:2]) for pair in pairs], config.max_tokens, f"{split} pairs")
+        fit = fitting(pairs, config, f"{split} pairs")
         if split == "train" and not fit:
             raise UserError(f"no pair fits max_tokens = {config.max_tokens}; raise it")
         out.append(fit)
@@ -400,7 +403,12 @@ def sampled_pairs(model, tokenizer, conversations, config):
         best, worst = scores.index(max(scores)), scores.index(min(scores))
         if scores[best] - scores[worst] >= config.min_gap:
             pairs.append(Pair(*[(tries[i].ids, tries[i].mask) for i in (best, worst)], f"reward {scores[best]:.2f} against {scores[worst]:.2f}"))
-    return pairs
+    return fitting(pairs, config, "sampled pairs")
+
+
+def fitting(pairs, config, what):
+    import data
+    return data.fitting(pairs, [max(len(ids) for ids, _ in pair[:2]) for pair in pairs], config.max_tokens, what)
 
 
 def sampled_datasets(run, model, tokenizer):
@@ -414,7 +422,7 @@ def sampled_datasets(run, model, tokenizer):
         prompts = [data.conversations(config, split, tokenizer) for split in ("train", "dev")]
         with lora.merged(model) if config.lora_r else contextlib.nullcontext():  # sampled from faster
             out = [sampled_pairs(model, tokenizer, chats, config) if chats else [] for chats in prompts]
-        print(f"{len(out[0])} of {len(prompts[0])} prompts gave a pair: the others' {config.samples} answers are equally good", file=sys.stderr)
+        print(f"{len(out[0])} of {len(prompts[0])} prompts gave a pair: the rewards of the others' {config.samples} answers differ by less than {config.min_gap}", file=sys.stderr)
         if not out[0]:
             raise UserError("no prompt gave a pair: raise temperature or samples, or start_from a run that gets some prompts right")
         if run.rank:
@@ -435,7 +443,7 @@ def reference_logp(run, pairs, answers, autocast):
     if run.config.variant in FREE:
         return [(0.0, 0.0)] * len(pairs)
     weights = [hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(Path(run.config.start_from, "adapter").glob("*.safetensors"))] if run.config.start_from else []
-    key = hashlib.sha256(json.dumps([run.config.model, weights, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([run.config.model, weights, run.config.precision, run.device.type, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
     path = run.folder / "reference.json"
     if path.exists():
         kept = json.loads(path.read_text())
@@ -449,10 +457,18 @@ def reference_logp(run, pairs, answers, autocast):
     return logp
 
 
-def show(n, config, tokenizer):
+def show(n, config):
     """Print n pairs: the prompt's last message, and where the two answers differ (green: chosen, red: rejected)."""
     import difflib
-    pairs, _ = datasets(config, tokenizer)
+
+    import data
+    import toolplay
+    if config.pairs == "sampled" and config.source != "jsonl":
+        model, tokenizer = toolplay.prepare_model(config, toolplay.pick_device(config.device))
+        pairs = sampled_pairs(model.eval(), tokenizer, data.conversations(config, "train", tokenizer)[:4 * n], config)
+    else:
+        tokenizer = toolplay.load_model(config.model)[1]
+        pairs, _ = datasets(config, tokenizer)
     for pair in pairs[:n]:
         start = next(t for t, m in enumerate(pair.chosen[1]) if m)
         texts = [tokenizer.decode(ids[start:]).rstrip("\n") for ids, _ in pair[:2]]
@@ -475,7 +491,7 @@ def main(argv=None):
         count = int(argv[1]) if argv[1:] and argv[1].isdigit() else 10
         configs = [a for a in argv[1:] if a.endswith(".json")]
         config = toolplay.load_config(configs[0] if configs else {"method": "dpo", "examples": 4 * count}, [a for a in argv if a[:2] == "--" and a != "--show"])
-        show(count, config, toolplay.load_model(config.model)[1])
+        show(count, config)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ The idea. A linear layer W0 has millions of weights, but the *change* that fine-
 it needs far fewer numbers. So W0 is frozen, and only a product of two thin matrices is learned:
 A squeezes the input from `in` down to `r` numbers, B widens them to `out`. B starts at zero, so
 training starts exactly at the base model. Switched off, the adapter leaves the base model bit
-for bit, which gives DPO and PPO their reference model for free.
+for bit, and can serve as the reference model of DPO and PPO for free.
 
 The equations.
 
@@ -191,6 +191,8 @@ def lora_disabled(model):
 def merge(model):
     """Add the adapters to the base weights (summed in fp32), keeping a copy for `unmerge`."""
     layers = require_layers(model, merged=False)
+    if not all(layer.enabled for layer in layers.values()):
+        raise ValueError("the adapters are switched off here; merge outside of lora_disabled")
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     if shared := [name for name, layer in layers.items() if uses[id(layer.base.weight)] > 1]:
         raise ValueError(f"{shared[0]} cannot be merged: its weight is shared with another layer, which would change as well")
@@ -204,7 +206,7 @@ def merge(model):
 
 @contextlib.contextmanager
 def merged(model):
-    """Within the block the adapters are merged: the same function without their extra products. Afterwards, bit-exactly not."""
+    """Within the block the adapters are merged: the same function up to rounding, without their extra products. Afterwards, bit-exactly not."""
     merge(model)
     try:
         yield

@@ -11,14 +11,15 @@ sampled them is clipped, and a KL penalty ties the policy to a reference.
     rho_t   = pi(x_t) / pi_old(x_t)
     L_clip  = - E min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                   (2) PPO, Schulman et al. 2017, eq. 7
     L_value = E 1/2 max((V_t - R_t)^2, (clip(V_t, V_old +- eps) - R_t)^2)             (3) lm-human-preferences
-    RLOO: A = score_i - mean of the other samples' scores                             (4) Ahmadian et al. 2024, eq. 9
+    RLOO: A = score_i - mean of the other samples' scores                             (4) Ahmadian et al. 2024, "RLOO"
     GRPO: A = (score_i - mean) / std over the samples of one prompt                   (5) Shao et al. 2024, sec. 4.1.2
 
 t counts the model's own tokens only. Tool results stand between them, but nobody chose them: the recursion (1) steps over
 them as if they were not there, so that no advantage, return or loss depends on how long a tool's answer is. (Recursions
 that walk through them, with mask 0, discount and leak values across: TRL 0.11, OpenRLHF.)
 
-Implementation details, after Huang et al. 2024 (arXiv:2403.17031) and "The 37 implementation details":
+Implementation details, after Huang et al. 2024 (arXiv:2403.17031) and "The 37 implementation details", in an
+order of our own:
   done     1 KL in the per-token reward (k1, or k3)     2 adaptive KL coefficient (`AdaptiveKL`)     3 score on the last model token
            5 advantages whitened under the mask, returns computed before     6 gamma 1, lambda 0.95     7 ratio clip 0.2
            8 value clip 0.2, 1/2 max, coefficient 0.1     9 value head starts at zero     10 logits divided by the temperature
@@ -27,8 +28,9 @@ Implementation details, after Huang et al. 2024 (arXiv:2403.17031) and "The 37 i
   declined 4 reward whitening (`whiten_rewards`, off: scores have a known scale)     13 lr 1e-5 and Adam eps 1e-5: those are for
            all weights; adapters take larger steps, and eps 1e-8 is the shared Trainer's
 Departures. The reference is where training starts (the SFT adapter kept aside, or the base model with adapters off): one
-model in memory. RLOO and GRPO take beta KL out of the score instead of adding a KL loss, and average over all tokens, not
-first over each episode's. With `value_lora` the critic is an adapter of its own on the same trunk: policy and value no longer
+model in memory. RLOO has clipped ratios of tokens and several epochs here, where the paper has plain REINFORCE of whole
+answers. GRPO takes beta KL out of the advantage instead of adding a KL loss, leaves prompts alone whose scores hardly
+differ, and averages over all tokens, not first over each episode's. With `value_lora` the critic is an adapter of its own on the same trunk: policy and value no longer
 pull at the same weights, for a second forward. Under torchrun the ranks share out the prompts of a round, and its learning.
 
     python ppo.py configs/ppo.json          the same as: python toolplay.py train configs/ppo.json
@@ -63,10 +65,10 @@ class Config:
     gamma: Annotated[float, "0 to 1"] = 1.0            # discount
     lam: Annotated[float, "0 to 1"] = 0.95             # GAE's lambda
     clip_range: Annotated[float, "> 0"] = 0.2          # eps of (2)
-    dual_clip: Annotated[float, ">= 0"] = 0.0          # bound of rho A for A < 0 (Ye et al. 2020, eq. 5), 3 there; 0: none
+    dual_clip: Annotated[float, ">= 0"] = 0.0          # bound of rho A for A < 0, above 1 (Ye et al. 2020, eq. 5: 3); 0: none
     value_clip: Annotated[float, "> 0"] = 0.2          # eps of (3)
     vf_coef: Annotated[float, ">= 0"] = 0.1            # weight of the value loss
-    value_lora: bool = False                           # the critic has its own adapter on the trunk; else it shares the policy's
+    value_lora: bool = False                           # gae: the critic has its own adapter on the trunk; else it shares the policy's
     entropy_coef: Annotated[float, ">= 0"] = 0.0       # weight of an entropy bonus
     kl_coef: Annotated[float, ">= 0"] = 0.05           # beta
     kl_estimator: Literal["k1", "k3"] = "k1"           # of the KL to the reference
@@ -74,8 +76,8 @@ class Config:
     kl_horizon: Annotated[float, "> 0"] = 10000.0      # episodes over which it is steered
     kl_stop: Annotated[float, ">= 0"] = 0.0            # end a round's learning when KL to the sampling policy, a token, exceeds this; 0: never
     ratio_guard: Annotated[float, "> 0"] = 10.0        # a minibatch whose mean ratio exceeds this is skipped
-    whiten_rewards: bool = False                       # scale rewards to unit variance (their mean is kept)
-    answers_only: bool = True                          # the reward knows the final number, never the expression
+    whiten_rewards: bool = False                       # gae: scale rewards to unit variance (their mean is kept)
+    answers_only: bool = True                          # of a case with a number only that is known, never its expression
     reward: str = ""                                   # own reward, "package.module:function" of (case, episode); empty: the components
     reward_weights: dict = field(default_factory=dict)  # component -> weight, over WEIGHTS
 
@@ -186,7 +188,7 @@ class AdaptiveKL:
 
     def update(self, kl, episodes):
         if self.target and math.isfinite(kl):
-            self.value *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * episodes / self.horizon
+            self.value *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * min(episodes / self.horizon, 1)
         return self.value
 
 
@@ -401,7 +403,7 @@ class Policy(torch.nn.Module):
         return torch.func.functional_call(self, adapter, (rows, want))
 
     def adapter(self):
-        """A copy of the adapter as it is now. Before training, B = 0: the base model."""
+        """A copy of the adapter as it is now: before training that of `start_from`, or (B = 0) the base model."""
         return {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
 
 
@@ -463,6 +465,10 @@ def train(run):
         raise UserError("ppo trains adapters without dropout (the reference is the model without them, the first ratio must be 1): set lora_r > 0 and lora_dropout = 0")
     if config.steps:
         raise UserError("steps: ppo counts rounds; set iterations")
+    if config.advantage != "gae" and config.samples < 2:
+        raise UserError(f"samples = {config.samples}: {config.advantage} compares the samples of a prompt; at least 2 are needed")
+    if 0 < config.dual_clip <= 1:
+        raise UserError(f"dual_clip = {config.dual_clip}: must be above 1 (or 0: none); below, it would stop every lesson of a bad episode")
     reward = reward_of(config)
 
     # 1. data: prompts with what is known of their answers
@@ -486,6 +492,8 @@ def train(run):
     per_round = config.ppo_epochs * minibatches
     trainer = toolplay.Trainer(config, parameters, config.iterations * per_round)
     run.start(trainer)
+    if trainer.extra.setdefault("reference", started := fingerprint(reference)) != started:
+        raise UserError(f"{config.start_from}: its adapter is another one than when the run began, and was its reference; start a new run")
     beta = AdaptiveKL(trainer.extra.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
 
     def values_of(rows, hidden):
@@ -498,7 +506,9 @@ def train(run):
         out = policy(rows, ("hidden", "entropy"))
         total, info = policy_loss(out["logp"], old_logp, advantages, mask, config.clip_range, config.dual_clip)
         entropy = model_tokens(out["entropy"], mask).sum()
-        total, info = total - config.entropy_coef * entropy, {**info, "policy_loss": total, "entropy": entropy}
+        info = {**info, "policy_loss": total, "entropy": entropy.detach()}
+        if config.entropy_coef:
+            total = total - config.entropy_coef * entropy
         if config.advantage == "gae":
             value, more = value_loss(values_of(rows, out["hidden"]), old_values, returns, mask, config.value_clip)
             total, info = total + config.vf_coef * value, {**info, **more, "value_loss": value}
@@ -533,18 +543,18 @@ def train(run):
         units = [{"case": case, **unit} for case, samples in zip(picked, played) for unit in samples]
         log = judge_round(config, units, beta.value, run.device)
         sums, count, stopped = {}, 0, False
-        for epoch in range(config.ppo_epochs):
+        for n in range(per_round):
+            epoch, at = divmod(n, minibatches)
             order = shuffled(batch, config.seed, position, epoch)
-            for at in range(0, batch, config.batch_size):
-                group = [units[i] for i in order[at:at + config.batch_size]]
-                info = toolplay.train_step(trainer, group, loss, size=lambda unit: sum(unit["mask"]), rows=lambda unit: [unit["row"]],
-                                           veto=lambda means: means["ratio"] > config.ratio_guard)
-                for name, value in info.items():
-                    sums[name] = sums.get(name, 0.0) + value
-                count += 1
-            stopped = bool(config.kl_stop) and info["approx_kl"] > config.kl_stop
-            if stopped:
-                trainer.step = position + per_round  # the rest of the round is not learned from
+            group = [units[i] for i in order[at * config.batch_size:(at + 1) * config.batch_size]]
+            info = toolplay.train_step(trainer, group, loss, size=lambda unit: sum(unit["mask"]), rows=lambda unit: [unit["row"]],
+                                       veto=lambda means: means["ratio"] > config.ratio_guard)
+            for name, value in info.items():
+                sums[name] = sums.get(name, 0.0) + value
+            count += 1
+            left = per_round - count
+            if stopped := bool(config.kl_stop and left and info["approx_kl"] > config.kl_stop):
+                trainer.step, trainer.updates = trainer.step + left, trainer.updates + left  # the rest of the round is not learned from
                 break
         log.update({name: value / count for name, value in sums.items() if name not in ("tokens", "terms", "skipped")}, skipped=trainer.skipped, stopped=int(stopped))
         trainer.extra["kl_coef"] = beta.update(log["kl"], batch)
@@ -557,6 +567,12 @@ def train(run):
     # 5. save
     run.save_model(model, tokenizer)
     run.finish()
+
+
+def fingerprint(tensors):
+    """A short hash of {name: tensor}."""
+    import hashlib
+    return hashlib.sha256(b"".join(x.float().cpu().numpy().tobytes() for _, x in sorted(tensors.items()))).hexdigest()[:16]
 
 
 def sample_line(unit, tokenizer):

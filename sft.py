@@ -6,12 +6,12 @@ and its end-of-turn token. What it only reads (system prompt, user, tool results
 
     L = - (1 / M)  sum_b sum_t  m[b,t] log p(x[b,t] | x[b,<t]),      M = sum_b sum_t m[b,t]                       (1)
 
-This is the language-model loss of GPT (Radford et al. 2018, eq. 1) under a mask, as instruction tuning uses it (Ouyang
-et al. 2022, arXiv:2203.02155, section 3.5). M counts the trained tokens of the whole optimizer step, however it is split
+This is the language-model loss of GPT (Radford et al. 2018, eq. 1) under a mask, as instruction tuning uses it (Wei et
+al. 2022, arXiv:2109.01652). M counts the trained tokens of the whole optimizer step, however it is split
 into micro-batches or over machines: the mean of the micro-batches' means would weigh a token in a short answer more.
 
 Departures: none from the equation. The log-probs come from a token trie (toolplay.py), so that the long prompt that all
-examples share is computed once.
+examples share is computed once (with `lora_dropout` they share its dropout noise, too).
 
     python sft.py configs/sft_demo.json          the same as: python toolplay.py train configs/sft_demo.json
 """

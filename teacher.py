@@ -9,7 +9,7 @@ probable, by more than the bare call does. The text with the kept calls in it is
     c      ~ p(. | P(x), x_<i, open),  m times           what to ask; P(x): a few examples for each tool
     w~_t   = max(0, 1 - 0.2 t),  w_t = w~_t / sum_s w~_s                                                       (sec. 4.1)
     L_i(z) = - sum_{j >= i} w_{j-i} log p(x_j | z, x_<j)                                                       (1)
-    L+     = L_i(e(c, r)),   L- = min(L_i(nothing), L_i(e(c, nothing)))                                        (2)
+    L+     = L_i(e(c, r)),   L- = min(L_i(nothing), L_i(e(c)))          e(c): the call without a result           (2)
     keep c   if  L- - L+ >= tau_f
     x*     = x_<i, e(c, r), x_>=i                        fine-tune on it with the language-model loss
 
@@ -17,8 +17,12 @@ z stands before the whole text, although the call will stand at i: a model that 
 in the middle of a sentence. Only five weights are above zero, so L_i needs the text up to x_{i+4}.
 
 Departures. Inserted results are read, not learned: at inference the tool writes them, so they have mask 0, as everywhere
-in this project. Of several kept calls at one position the best stays. All candidates of some texts lie in one token trie:
+in this project. When the tuned model writes, a call begins where its token is the most probable one (the paper: among the ten
+most probable), at most twice. Of several kept calls at one position the best stays. All candidates of some texts lie in one token trie:
 the examples P, the text, and the beginnings of calls are computed once.
+
+Before and after the fine-tuning (there is no `eval_every` here) the loss of held-out texts and the share of right sums is
+measured, with tools and without, on `eval_path` or the built-in prose of the test split.
 
     python teacher.py configs/teacher.json          the same as: python toolplay.py train configs/teacher.json
     python teacher.py --show RUN                    the funnel, the best and the worst ten calls
@@ -43,10 +47,10 @@ class Config:
     """The teacher's own keys; the shared ones are in toolplay.Config, and say how it is fine-tuned afterwards."""
     text: str = ""                                     # text file (a text a line) or JSONL ({"text"} a line) to annotate; empty: built-in prose
     texts: Annotated[int, "> 0"] = 600                 # how many texts to read
-    tau_s: Annotated[float, "0 to 1"] = 0.0            # a position is tried if p(open) exceeds this; the paper: 0.05, for the calculator 0
-    positions: Annotated[int, "> 0"] = 5               # k: at most that many positions a text and tool; the paper: 5, for the calculator 20
-    samples: Annotated[int, "> 0"] = 4                 # m: calls sampled at each; the paper: 5, for the calculator 10
-    tau_f: float = 0.5                                 # a call is kept if it lowers the loss by this, in nats; the paper: 1, for the calculator 0.5
+    tau_s: Annotated[float, "0 to 1"] = 0.0            # a position is tried if p(open) exceeds this; the paper: 0.05, for calculator and translation 0
+    positions: Annotated[int, "> 0"] = 5               # k: at most that many positions a text and tool; the paper: 5, for these 20
+    samples: Annotated[int, "> 0"] = 4                 # m: calls sampled at each; the paper: 5, for these 10
+    tau_f: float = 0.5                                 # a call is kept if it lowers the loss by this, in nats; the paper: 1, for these 0.5
     call_tokens: Annotated[int, "> 0"] = 24            # a call that has not ended by then is dropped
     texts_at_once: Annotated[int, "> 0"] = 8           # texts that are annotated together
 
@@ -153,8 +157,9 @@ def few_shot(tool, tokenizer):
     import data
     prompt = data.corpus("teacher_prompts.json")["tools"].get(tool.name)
     task = prompt["task"] if prompt else f"Add calls to {tool.name} to the text, where they help to complete it. {tool.description} A call looks like [{tool.name}(...)]."
-    shots = "".join(f"Text: {x}\nWith calls: {y}\n\n" for x, y in (prompt["examples"] if prompt else ()))
-    return ids_of(tokenizer, f"{task}\n\n{shots}Text: "), ids_of(tokenizer, "\nWith calls: ")
+    # Texts begin a line, so that their first words are the same tokens here and alone.
+    shots = "".join(f"Text:\n{x}\nWith calls:\n{y}\n\n" for x, y in (prompt["examples"] if prompt else ()))
+    return ids_of(tokenizer, f"{task}\n\n{shots}Text:\n"), ids_of(tokenizer, "\nWith calls:\n")
 
 
 def sample_calls(model, tokenizer, prompts, config, seed):
@@ -183,7 +188,7 @@ def annotate(model, tokenizer, rows, tools, config, seed):
     """Texts as id lists -> (for each its [{"position", "call", "result", "plus", "minus", "gain", "kept"}], counts of the funnel)."""
     import toolplay
     from tools import execute
-    funnel = dict.fromkeys(("positions", "sampled", "parsed", "executed", "kept"), 0)
+    funnel = dict.fromkeys(("positions", "sampled", "parsed", "distinct", "executed", "kept"), 0)
     found = [[] for _ in rows]
     for tool in tools.values():
         # 1. where: the probability of OPEN before each token of the text, written once more after the examples
@@ -208,6 +213,7 @@ def annotate(model, tokenizer, rows, tools, config, seed):
                 n, i = places[at // config.samples]
                 calls[n, i, call_text(call)] = call
         # 3. execute
+        funnel["distinct"] += len(calls)
         for (n, i, _), call in calls.items():
             result = result_text(execute(call, {tool.name: tool}))
             if result is not None:
@@ -315,18 +321,20 @@ def complete(model, tokenizer, rows, tools, most=16, call_tokens=24):
     end = toolplay.stop_ids(model, tokenizer)
     cache = toolplay.prompt_cache(model, [r[:-1] for r in rows])
     queues, said, calling, calls = [[r[-1]] for r in rows], [[] for _ in rows], [None] * len(rows), [[] for _ in rows]
+    begun = [0] * len(rows)  # calls that were begun, to a good end or not
     alive = list(range(len(rows)))
     while alive:
         logits = cache.step([[queues[r].pop(0)] for r in alive]).float()
         going = []
         for n, r in enumerate(alive):
             if not queues[r]:
-                if not tools or calling[r] is None and len(calls[r]) >= 2:
+                if not tools or calling[r] is None and begun[r] >= 2:
                     logits[n, open_id] = -torch.inf
                 token = int(logits[n].argmax())
                 queues[r].append(token)
                 if calling[r] is None and token == open_id:
                     calling[r] = []
+                    begun[r] += 1
                 elif calling[r] is None:
                     said[r].append(token)
                 else:
@@ -397,12 +405,14 @@ def train(run):
     model, tokenizer = toolplay.prepare_model(config, run.device)
     tools = load_tools([*data.BUILTIN, *config.tools])
     texts = read_texts(config.text, config.texts) if config.text else prose("train", config.texts, config.seed)
+    texts = data.fitting(texts, [len(ids_of(tokenizer, item["text"])) for item in texts], config.max_tokens, "texts")
+    if not texts:
+        raise UserError(f"no text fits max_tokens = {config.max_tokens}; raise it, or write shorter texts, one a line")
     held_out = read_texts(config.eval_path, config.eval_examples) if config.eval_path else prose("test", config.eval_examples, config.seed) if config.eval_examples else []
     annotated = annotated_texts(run, model, tokenizer, texts, tools)
     rows = [insert(line["ids"], kept_calls(line["candidates"]), tokenizer) for line in annotated]
     if not any(0 in mask for _, mask in rows):
         raise UserError("no call helped: nothing to learn from; lower tau_f, or raise texts, positions or samples")
-    rows = data.fitting(rows, [len(ids) for ids, _ in rows], config.max_tokens, "texts")
 
     # 2. optimizer
     batches = data.Batches(rows, config)
@@ -418,7 +428,7 @@ def train(run):
     for step in run.steps(trainer, batches.total):
         model.train()
         batch = [rows[i] for i in batches(step)]
-        info = toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1]))
+        info = toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1][1:]))  # nothing predicts the first token
         info.pop("tokens", None)
         if held_out and trainer.step >= batches.total:
             after = measure(model.eval(), tokenizer, held_out, tools, config.micro_tokens * 4)

@@ -242,6 +242,9 @@ def test_merge_in_the_wrong_state():
     for action in (merge, lambda m: lora_disabled(m).__enter__()):
         with pytest.raises(ValueError, match="unmerge first"):
             action(model)
+    unmerge(model)
+    with lora_disabled(model), pytest.raises(ValueError, match="switched off"):
+        merge(model)
     with pytest.raises(ValueError, match="no LoRA adapters"):
         merge(toy())
     with pytest.raises(ValueError, match="no LoRA adapters"):

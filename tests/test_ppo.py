@@ -327,6 +327,27 @@ def test_guards(tmp_path):
     assert lines[-1]["skipped"] == 8  # every minibatch has a larger mean ratio
     lines = train(config(tmp_path / "b", kl_stop=1e-12, lr=0.1))
     assert lines[0]["stopped"] == 1 and [x["step"] for x in lines] == [4, 8]
+    whole = train(config(tmp_path / "c", lr=0.1))
+    assert lines[1]["lr"] > whole[1]["lr"] > 0  # the mean of its first steps alone: the schedule went on over those left out
+    once = train(config(tmp_path / "d", kl_stop=1e-12, lr=0.1, ppo_epochs=1, batch_size=64))
+    assert once[0]["stopped"] == 0  # nothing was left out
+
+
+@pytest.mark.parametrize("wrong, names", [({"advantage": "rloo", "samples": 1}, "samples"), ({"advantage": "grpo", "samples": 1}, "samples"), ({"dual_clip": 0.5}, "dual_clip")])
+def test_settings_that_teach_nothing_are_refused(tmp_path, wrong, names):
+    with pytest.raises(UserError, match=names):
+        train(config(tmp_path, **wrong))
+
+
+def test_another_reference_on_resume_is_refused(tmp_path):
+    """The run that training started from was trained once more in the meantime."""
+    train(config(tmp_path / "start", iterations=1))
+    second = config(tmp_path, start_from=str(tmp_path / "start" / "run"), iterations=1)
+    train(second)
+    shutil.rmtree(tmp_path / "start")
+    train(config(tmp_path / "start", iterations=1, lr=0.1))
+    with pytest.raises(UserError, match="reference"):
+        ppo.train(toolplay.Run(second, resume=True))
 
 
 def test_the_reference_is_where_training_starts(tmp_path):

@@ -110,7 +110,7 @@ def test_the_funnel(monkeypatch):
     monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: [["calculator(2 * 3)]", "calculator(1 / 0)]", "no call", "calculator(2 * 4)]"][n % 4] for n in range(len(prompts))])
     monkeypatch.setattr(teacher, "losses", lambda m, t, units, b: [(3.0, 2.0, 1.2 if c.result == "6" else 1.6) for _, c in units])  # gains 0.8 and 0.4
     found, funnel = teacher.annotate(model, tok, rows, {"calculator": BUILTIN["calculator"]}, settings(), 0)
-    assert funnel == {"positions": 6, "sampled": 12, "parsed": 9, "executed": 6, "kept": 3}
+    assert funnel == {"positions": 6, "sampled": 12, "parsed": 9, "distinct": 9, "executed": 6, "kept": 3}
     for candidates in found:
         assert [c["kept"] for c in candidates] == [c["result"] == "6" for c in candidates] and all(c["minus"] == 2.0 for c in candidates)
 
@@ -163,6 +163,14 @@ def test_calls_are_executed_while_the_text_is_written(monkeypatch):
     assert said[3][1] == []
     without = teacher.complete(small.model("llama"), TOK, prompts, {}, most=3)
     assert all(calls == [] and "[" not in text for text, calls in without)
+
+
+def test_calls_that_fail_come_to_an_end(monkeypatch):
+    script = ["So: " + "[weather(Nowhere) -> ] " * 9]
+    monkeypatch.setattr(toolplay, "SharedPrefixCache", Scripted)
+    monkeypatch.setattr(Scripted, "follow", staticmethod(lambda text: continued(script, text)))
+    (text, calls), = teacher.complete(small.model("llama"), TOK, [teacher.ids_of(TOK, "So: ")], BUILTIN, most=12)
+    assert calls == [] and "[" not in text and len(text) <= 12
 
 
 def test_a_cache_without_a_shared_prefix():
