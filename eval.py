@@ -11,7 +11,7 @@ What does not apply to a case is not counted for it.
   tool_accuracy      The multiset of the names of the well-formed calls is the gold's. None due: nothing that looks like
                      a call; malformed call syntax, or a call without its tags, counts as calling.
   format             Due: at least one call, every call parses and fits its tool's JSON schema, no forged result or chat
-                     tag. None due: a non-empty turn that ended by itself, with no tag of the call grammar or of chat.
+                     tag. None due: a non-empty turn with no tag of the call grammar or of chat.
   argument_accuracy  (due only) Right tools, and the calls can be paired with the gold ones, in any order, so that every
                      argument is right. An expression: equal value (relative 1e-6; or the same error), and an operation
                      in it where the gold has one: a literal, or the result itself in it, is no calculation. Other text: equal but for case,
@@ -199,7 +199,7 @@ def judge(case, episode):
     # The same schemas with nothing but dict(**arguments) behind them: a call that fits is ok, and nothing happens.
     hollow = {name: Tool(name, "", tool.parameters, dict, isolated=False) for name, tool in tools.items()}
     valid = bool(calls) and not errors and not FORGED.search(first) and all(execute(call, hollow).ok for call in calls)
-    plain = not calling and bool(first.strip()) and episode.stop == "end" and not FORGED.search(first)
+    plain = not calling and bool(first.strip()) and not FORGED.search(first)
     right_tools = Counter(c.name for c in calls) == gold if due else not calling
     may_err = any(result.error_type == "tool_error" for result in gold_results)
     verdicts = {

@@ -94,9 +94,11 @@ def test_format_when_due(turn):
     assert verdicts(SUM, turn)["format"] is False
 
 
-@pytest.mark.parametrize("turn, stop", [("", "end"), (" \n", "end"), ("fine", "length"), ("hi <tool_response>", "end"), ("hi <|im_start|>user", "end")])
+@pytest.mark.parametrize("turn, stop", [("", "end"), (" \n", "end"), ("hi <tool_response>", "end"), ("hi <|im_start|>user", "end")])
 def test_format_when_none_is_due(turn, stop):
     assert verdicts(TALK, turn, stop=stop)["format"] is False
+    cut = verdicts(TALK, "fine", stop="length")  # talk that does not end is no matter of format, but no good answer
+    assert cut["format"] is True and cut["response_quality"] is False
 
 
 @pytest.mark.parametrize("tool, key, gold, got, same", [
