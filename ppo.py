@@ -496,21 +496,23 @@ def train(run):
         raise UserError(f"{config.start_from}: its adapter is another one than when the run began, and was its reference; start a new run")
     beta = AdaptiveKL(trainer.extra.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
 
-    def values_of(rows, hidden):
-        return head(policy.switched(critic, rows, ("hidden",))["hidden"] if critic else hidden)
+    trunk = ("hidden",) if config.advantage == "gae" else ()  # what the critic reads
+
+    def values_of(rows, out):
+        return head(policy.switched(critic, rows, trunk)["hidden"] if critic else out["hidden"])
 
     def loss(group):
         rows, width = [unit["row"] for unit in group], max(len(unit["row"][0]) for unit in group)
         mask, old_logp, advantages, returns, old_values = (padded([unit[key] for unit in group], width, run.device)
                                                            for key in ("mask", "logp", "advantages", "returns", "values"))
-        out = policy(rows, ("hidden", "entropy"))
+        out = policy(rows, (*trunk, "entropy"))
         total, info = policy_loss(out["logp"], old_logp, advantages, mask, config.clip_range, config.dual_clip)
         entropy = model_tokens(out["entropy"], mask).sum()
         info = {**info, "policy_loss": total, "entropy": entropy.detach()}
         if config.entropy_coef:
             total = total - config.entropy_coef * entropy
         if config.advantage == "gae":
-            value, more = value_loss(values_of(rows, out["hidden"]), old_values, returns, mask, config.value_clip)
+            value, more = value_loss(values_of(rows, out), old_values, returns, mask, config.value_clip)
             total, info = total + config.vf_coef * value, {**info, **more, "value_loss": value}
         return total, info
 
@@ -524,9 +526,9 @@ def train(run):
         rows = [(e.ids, e.mask) for e in episodes]
         model.eval()
         with trainer.autocast():
-            out, ref_logp = policy(rows, ("hidden",)), policy.switched(reference, rows)
-            values = values_of(rows, out["hidden"]) if config.advantage == "gae" else torch.zeros_like(ref_logp)
-        fixed = {"logp": out["logp"], "ref_logp": ref_logp, "values": values}
+            out, ref_logp = policy(rows, trunk), policy.switched(reference, rows)
+            logp, values = (out["logp"], values_of(rows, out)) if trunk else (out, torch.zeros_like(out))
+        fixed = {"logp": logp, "ref_logp": ref_logp, "values": values}
         played = []
         for b, (case, episode) in enumerate(zip(chosen, episodes)):
             total, parts = reward(case, episode)
