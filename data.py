@@ -1027,6 +1027,8 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                     waiting = 1
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise Unusable(f"it is damaged ({type(error).__name__}: {error})"[:120]) from None
+    if not messages or messages[0]["role"] != "user":
+        raise Unusable("nobody asks for anything")
     if not finished:
         raise Unusable("no Finish: a step of a longer conversation, or cut off")
     try:
@@ -1045,6 +1047,14 @@ def toolbench_observation(text, limit):
     return Result("", not error, text[:limit], message=f"{error} {text}".strip()[:limit], max_chars=10 * limit).text()
 
 
+def loaded(line):
+    """A line of a .jsonl file; what is no JSON is an item of no known shape."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
 def read_toolbench(path, fits=lambda conversation: True, report=None):
     """ToolBench files (one, a folder, a glob) -> conversations that fit. A summary is printed; `report`: also written there as JSON.
 
@@ -1060,7 +1070,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None):
             text = Path(name).read_bytes().decode("utf-8-sig")
             if not text.strip():
                 raise Unusable("it is empty")
-            items = toolbench_items(json.loads(text) if not name.endswith(".jsonl") else [json.loads(line) for line in text.split("\n") if line.strip()])
+            items = toolbench_items(json.loads(text) if not name.endswith(".jsonl") else list(map(loaded, filter(str.strip, text.split("\n")))))
         except (OSError, ValueError, RecursionError) as error:
             damaged[name] = str(error)[:120] or type(error).__name__
             continue
@@ -1091,23 +1101,28 @@ def read_toolbench(path, fits=lambda conversation: True, report=None):
     if report:
         Path(report).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if not kept:
-        raise UserError(f"{path}: nothing usable in {len(names)} files (see above)")
+        raise UserError(f"{path}: nothing usable in {len(names)} files (see above; if all is too long, raise max_tokens)")
     return kept
 
 
 # --------------------------------------------------------------------------- 8. what a teacher found
 
-def read_teacher(path, split, n, seed=0):
+def read_teacher(path, split, n, seed=0, extra=()):
     """Conversations from the calls that survived in a run of teacher.py (its folder, or its augmented.jsonl), at most n.
+
+    `extra`: tools beside the three built-in ones. Calls of any other tool are left out.
 
     The user asks for the rest of a text; the assistant makes the call, and goes on from its result. As many texts, at most,
     are gone on with without a call. One text in ten belongs to `dev`, the others to `train`.
     """
     def check(line):
         try:
-            return line["text"], [(c["offset"], Call(**c["call"])) for c in line["candidates"] if c["kept"]]
+            text, kept = line["text"], [(c["offset"], Call(c["call"]["name"], c["call"]["arguments"])) for c in line["candidates"] if c["kept"]]
+            if isinstance(text, str) and all(type(offset) is int and isinstance(call.name, str) and isinstance(call.arguments, dict) for offset, call in kept):
+                return text, kept
         except (TypeError, KeyError):
-            raise UserError("it is no line of a teacher's augmented.jsonl") from None
+            pass
+        raise UserError("it is no line of a teacher's augmented.jsonl")
 
     def example(text, offset, call=None):
         before, rest = text[:offset].strip(), text[offset:].strip()
@@ -1119,7 +1134,7 @@ def read_teacher(path, split, n, seed=0):
             answer = result.value if call.name == "calculator" and rest.startswith(str(result.value)) else None
         return {"kind": call.name if call else "no_tool", "messages": [*messages, {"role": "assistant", "content": rest}], "tools": list(BUILTIN), "answer": answer}
     file = Path(path) / "augmented.jsonl" if Path(path).is_dir() else Path(path)
-    rng, tools, calling, silent = random.Random(f"{split} teacher {seed}"), load_tools(), [], []
+    rng, tools, calling, silent = random.Random(f"{split} teacher {seed}"), load_tools([*BUILTIN, *extra]), [], []
     for number, (text, kept) in enumerate(read_jsonl(file, check)):
         if (number % 10 == 9) != (split == "dev"):
             continue
@@ -1128,7 +1143,7 @@ def read_teacher(path, split, n, seed=0):
         if not kept and between:
             silent.append(example(text, between[len(between) // 2]))
     if not calling and split == "train":
-        raise UserError(f"{file}: no call of a built-in tool survived in it; run teacher.py on more texts, or with a lower tau_f")
+        raise UserError(f"{file}: no call of {', '.join(tools)} survived in it; run teacher.py on more texts, or with a lower tau_f")
     out = calling + silent[:len(calling)]
     rng.shuffle(out)
     return out[:n]
@@ -1141,39 +1156,63 @@ def dataset(config, tokenizer):
 
     Conversations longer than max_tokens are left out and counted, never cut. A row that trains nothing is an error.
     """
-    train, held_out = (conversations(config, split, tokenizer) for split in ("train", "dev"))
+    def trained(item):
+        conversation = check_conversation(item)
+        if all(m["role"] != "assistant" for m in conversation["messages"]):
+            raise UserError("it has no assistant message, so nothing in it is trained")
+        return conversation
+    train, held_out = (conversations(config, split, tokenizer, trained) for split in ("train", "dev"))
     return encode_all(train, tokenizer, config, "training"), encode_all(held_out, tokenizer, config, "evaluation") if held_out else []
 
 
-def conversations(config, split, tokenizer, line=check_conversation):
-    """What a run learns from ("train") or is evaluated on ("dev"), as its `source` says; `line` reads what a line of a JSONL file holds."""
+def conversations(config, split, tokenizer, line=check_conversation, offered=()):
+    """What a run learns from ("train") or is evaluated on ("dev"), as its `source` says, with the config's own tools.
+
+    `line` reads what a line of a JSONL file holds; `offered`: the tools of a line that names none.
+    """
     path, count = (config.path, config.examples) if split == "train" else (config.eval_path, config.eval_examples)
+    extra = [tool_from_schema(t) for t in config.tools]
+
+    def with_tools(item):
+        own = list(offered) if isinstance(item, dict) and item.get("tools") is None else isinstance(item, dict) and item["tools"]
+        if not extra or not isinstance(own, list):
+            return item
+        return {**item, "tools": [*(t for t in own if tool_name(t) not in [x.name for x in extra]), *extra]}
     made = []
+    if split == "dev" and not count:
+        return []
     if config.source == "jsonl" and path:
-        made = read_jsonl(path, line)
-    if config.source == "teacher" and count:
-        made = read_teacher(path or config.path, split, count, config.seed)
-    if config.source == "toolbench" and path:
+        made = read_jsonl(path, lambda item: line(with_tools(item)))
+    elif config.source == "teacher":
+        made = map(with_tools, read_teacher(path or config.path, split, count, config.seed, extra))
+    elif config.source == "toolbench" and path:
         try:
-            made = read_toolbench(path, lambda c: len(encode(c, tokenizer, config.tool_style)[0]) <= config.max_tokens)
+            made = map(with_tools, read_toolbench(path, lambda c: len(encode(with_tools(c), tokenizer, config.tool_style)[0]) <= config.max_tokens))
         except UserError as error:
             if not config.fallback:
                 raise
-            stand_in(config, error)
-    if config.source in ("manual", "synthetic") and count:
-        made = generate(split, count, config.seed, mix_of(config))
-    extra = [tool_from_schema(t) for t in config.tools]
-    return [{**item, "tools": [*(item.get("tools") or []), *extra]} if extra and isinstance(item, dict) else item for item in made]
+            stand_in(config, error, split)
+            made = map(with_tools, generate(split, count, config.seed, config.mix or SYNTHETIC))
+    elif config.source in ("manual", "synthetic"):
+        made = map(with_tools, generate(split, count, config.seed, mix_of(config)))
+    return list(made) if split == "train" else list(made)[:count]
+
+
+def tool_name(tool):
+    """The name of a tool as a config or a data file may give it: a name, a schema, a Tool; None for anything else."""
+    inner = tool["function"] if isinstance(tool, dict) and isinstance(tool.get("function"), dict) else tool
+    return inner if isinstance(inner, str) else inner.get("name") if isinstance(inner, dict) else getattr(inner, "name", None)
 
 
 def mix_of(config):
     return config.mix or (SYNTHETIC if config.source == "synthetic" else MIX)
 
 
-def stand_in(config, why):
-    """The synthetic generator takes ToolBench's place in a run, and says so: here, and in its config.json."""
+def stand_in(config, why, split="train"):
+    """The synthetic generator takes ToolBench's place in a run, and says so: here, and (as it learns from it) in its config.json."""
     print(f"{why}: invented functions (data.SYNTHETIC) stand in for ToolBench", file=sys.stderr)
-    config.source, config.fallback = "synthetic", "synthetic"
+    if split == "train":
+        config.source, config.fallback = "synthetic", "synthetic"
 
 
 def encode_all(conversations, tokenizer, config, what):
@@ -1250,7 +1289,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Write, show and export training conversations.")
     parser.add_argument("--show", type=int, metavar="N", help="print N examples, the trained tokens in green")
     parser.add_argument("--out", metavar="FILE", help="export conversations as JSONL")
-    parser.add_argument("--n", type=int, default=1000, help="how many to export (default 1000)")
+    parser.add_argument("--n", type=int, help="how many to export (default 1000; of ToolBench all)")
     parser.add_argument("--split", choices=["train", "dev", "test"], default="train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=KINDS, help="only this kind")
@@ -1263,17 +1302,17 @@ def main(argv=None):
         if args.sample_replies:
             sample_replies()
         elif args.toolbench and not args.show:
-            write_jsonl(args.out, read_toolbench(args.toolbench, report=args.report))
+            write_jsonl(args.out, read_toolbench(args.toolbench, report=args.report)[:args.n])
         elif args.show:
             import toolplay  # only here: data.py stands below toolplay.py
             _, tokenizer = toolplay.load_model("smollm2-135m")
             for conversation in read_toolbench(args.toolbench)[:args.show] if args.toolbench else generate(args.split, args.show, args.seed, mix):
                 print(f'--- {conversation["kind"]} ({conversation.get("family", "")})\n{coloured(conversation, tokenizer)}')
         elif args.out:
-            write_jsonl(args.out, generate(args.split, args.n, args.seed, mix))
+            write_jsonl(args.out, generate(args.split, args.n or 1000, args.seed, mix))
         else:
             parser.print_help()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

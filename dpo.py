@@ -245,7 +245,8 @@ def until(conversation, at, content="", tool_calls=None):
 
 
 def names_of(conversation):
-    return [t if isinstance(t, str) else t.name if hasattr(t, "name") else t.get("function", t)["name"] for t in conversation.get("tools") or []]
+    from data import tool_name  # here, so that this file alone gives the losses
+    return [tool_name(t) for t in conversation.get("tools") or []]
 
 
 def tempting_call(name, conversation):
@@ -318,10 +319,12 @@ def train(run):
     config = run.config
     if config.lora_dropout or config.label_smoothing >= 0.5:
         raise UserError("dpo: lora_dropout must be 0 (the reference is the same model), and label_smoothing below 0.5")
+    if config.pairs == "sampled" and config.samples < 2:
+        raise UserError(f"samples = {config.samples}: the best and the worst of several answers make a pair; at least 2 are needed")
 
     # 1. data: pairs of rows
     model, tokenizer = toolplay.prepare_model(config, run.device)
-    if config.pairs == "sampled" and config.source != "jsonl":
+    if config.pairs == "sampled":
         pairs, held_out = sampled_datasets(run, model, tokenizer)
     else:
         pairs, held_out = datasets(config, tokenizer)
@@ -428,7 +431,12 @@ def sampled_datasets(run, model, tokenizer):
         if run.rank:
             return out
         toolplay.write_json(path, out)
-    return [[Pair(*map(tuple, pair[:2]), pair[2]) for pair in part] for part in json.loads(path.read_text(encoding="utf-8"))]
+    def shape(kept):
+        train, dev = kept
+        if not train or not all(len(ids) == len(mask) and why + "" for part in (train, dev) for *rows, why in part for ids, mask in rows):
+            raise ValueError
+    kept = toolplay.read_json(path, shape, "remove it (the pairs are sampled anew), and start a new run")
+    return [[Pair(*map(tuple, pair[:2]), pair[2]) for pair in part] for part in kept]
 
 
 def reference_logp(run, pairs, answers, autocast):
@@ -446,7 +454,7 @@ def reference_logp(run, pairs, answers, autocast):
     key = hashlib.sha256(json.dumps([run.config.model, weights, run.config.precision, run.device.type, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
     path = run.folder / "reference.json"
     if path.exists():
-        kept = json.loads(path.read_text())
+        kept = toolplay.read_json(path, lambda kept: (kept["data_sha256"], [float(a) + float(b) for a, b in kept["logp"]]), "remove it: it is computed anew")
         if kept["data_sha256"] != key:
             raise UserError(f"{path}: these log-probs are of other pairs or another model; the data has changed since the run began. Start a new run")
         return kept["logp"]
@@ -463,7 +471,7 @@ def show(n, config):
 
     import data
     import toolplay
-    if config.pairs == "sampled" and config.source != "jsonl":
+    if config.pairs == "sampled":
         model, tokenizer = toolplay.prepare_model(config, toolplay.pick_device(config.device))
         pairs = sampled_pairs(model.eval(), tokenizer, data.conversations(config, "train", tokenizer)[:4 * n], config)
     else:
@@ -484,13 +492,18 @@ def show(n, config):
 
 def main(argv=None):
     import toolplay
+    from tools import UserError
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] != ["--show"]:
         return toolplay.main(["train", *argv])
     with toolplay.one_line_errors():
-        count = int(argv[1]) if argv[1:] and argv[1].isdigit() else 10
-        configs = [a for a in argv[1:] if a.endswith(".json")]
-        config = toolplay.load_config(configs[0] if configs else {"method": "dpo", "examples": 4 * count}, [a for a in argv if a[:2] == "--" and a != "--show"])
+        counts = [int(a) for a in argv[1:2] if re.fullmatch("[1-9][0-9]{0,5}", a)]
+        count, rest = (counts or [10])[0], argv[1 + len(counts):]
+        source = next((Path(a) for a in rest if a[:2] != "--"), None)
+        source = source / "config.json" if source and source.is_dir() else source or {"method": "dpo", "examples": 4 * count}
+        config = toolplay.load_config(source, [a for a in rest if a[:2] == "--"])
+        if config.method != "dpo":
+            raise UserError(f"{source}: its method is {config.method}; pairs are DPO's")
         show(count, config)
 
 

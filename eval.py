@@ -356,11 +356,13 @@ def compare_command(args):
     import toolplay
     groups, same = {}, None
     for folder in map(Path, args.runs):
+        remedy = f"make one: python eval.py --run {folder}"
         try:
-            result, config = json.loads((folder / "eval.json").read_text(encoding="utf-8")), json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: no result to compare ({type(error).__name__}); make one: python eval.py --run {folder}") from None
-        records = [r for r in result.get("records") or [] if not args.kind or r["kind"] in args.kind.split(",")]
+            result = toolplay.read_json(folder / "eval.json", lambda d: [(r["id"], r["prompt"], r["kind"] + "", [r["verdicts"][m] for m in METRICS]) for r in d["records"]], remedy)
+            config = toolplay.read_json(folder / "config.json", dict.items, remedy)
+        except OSError as error:
+            raise UserError(f"{folder}: no result to compare ({type(error).__name__}); {remedy}") from None
+        records = [r for r in result["records"] if not args.kind or r["kind"] in args.kind.split(",")]
         cases = [(r["id"], r["prompt"]) for r in records]
         if not cases and args.kind:
             raise UserError(f"{folder}: its eval.json has no case of kind {args.kind!r}")
@@ -579,8 +581,10 @@ def add_arguments(parser):
 def command(args):
     """The work of `eval`: load, evaluate, print, write."""
     import toolplay
-    if args.n is not None and args.n < 1 or args.out and not Path(args.out).parent.is_dir():
-        raise UserError("--n must be at least 1, and the folder of --out must be there")
+    if args.n is not None and args.n < 1:
+        raise UserError("--n must be at least 1")
+    if args.out and (not Path(args.out).parent.is_dir() or Path(args.out).is_dir()):
+        raise UserError(f"--out {args.out}: there is a folder of that name" if Path(args.out).is_dir() else f"--out {args.out}: there is no folder {Path(args.out).parent}")
 
     def keep(name, result):
         for path in [f"{args.run}/{name}"] * bool(args.run) + [args.out] * bool(args.out):

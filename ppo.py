@@ -332,7 +332,7 @@ def custom_reward(path):
     from tools import UserError
     try:
         function = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a user's module does when it is imported
         raise UserError(f'reward = {path!r}: cannot import it ({error}); write "package.module:function"') from None
     if not callable(function):
         raise UserError(f"reward = {path!r}: it is not a function")
@@ -360,16 +360,16 @@ def reward_of(config):
 
 # --------------------------------------------------------------------------- 3. a round of episodes
 
-def prompts_of(config, tokenizer):
-    """-> (cases to learn from, held-out cases); with `answers_only` the former know their number, not its expression."""
+def prompts_of(config, tokenizer, context=math.inf):
+    """Prompts that fit max_tokens and the model's `context` -> (cases to learn from, held-out cases); with `answers_only` the former know their number, not its expression."""
     import data
     from eval import Case, as_case
-    from tools import UserError
-    cases, held_out = ([c if isinstance(c, Case) else as_case(c) for c in data.conversations(config, split, tokenizer, as_case)] for split in ("train", "dev"))
+    from tools import BUILTIN, UserError
+    cases, held_out = ([c if isinstance(c, Case) else as_case(c) for c in data.conversations(config, split, tokenizer, as_case, BUILTIN)] for split in ("train", "dev"))
     if config.answers_only:
         cases = [case._replace(calls=None, reference=None) if case.answer is not None else case for case in cases]
     lengths = [len(data.encode(case.conversation, tokenizer, config.tool_style, generation=True)[0]) for case in cases]
-    if not (cases := data.fitting(cases, lengths, config.max_tokens, "prompts")):
+    if not (cases := data.fitting(cases, lengths, min(config.max_tokens, context - 1), "prompts")):
         raise UserError(f"no prompt fits max_tokens = {config.max_tokens}; raise it")
     return cases, held_out
 
@@ -473,7 +473,7 @@ def train(run):
 
     # 1. data: prompts with what is known of their answers
     model, tokenizer = toolplay.prepare_model(config, run.device)
-    cases, held_out = prompts_of(config, tokenizer)
+    cases, held_out = prompts_of(config, tokenizer, getattr(model.config, "max_position_embeddings", math.inf))
 
     # 2. model: policy, reference (the same weights under another adapter), critic
     policy = Policy(model, config.temperature, config.micro_tokens)
@@ -590,14 +590,14 @@ def inspect(folder="", n=4):
     from pathlib import Path
 
     import toolplay
-    lines = toolplay.read_lines(Path(folder) / "samples.jsonl")[-n:]
+    lines = toolplay.read_lines(Path(folder) / "samples.jsonl", ["step", "score", "answer", "prompt", "tokens", "mask", "rewards", "advantages"])[-n:]
     for line in lines:
         print(f"--- step {line['step']}, score {line['score']:.3f}, answer {line['answer']}\n{line['prompt']}")
         for token, mask, reward, advantage in zip(line["tokens"], line["mask"], line["rewards"], line["advantages"]):
             print(f"  {token!r:24}" + (f"reward {reward:+.3f}  advantage {advantage:+.3f}" if mask else "(not the model's)"))
     if not lines:
         from tools import UserError
-        raise UserError(f"{folder}: no samples.jsonl; it is no PPO run, or has not finished a round")
+        raise UserError(f"{folder or '--inspect'}: no samples.jsonl; name a PPO run that has finished a round: python ppo.py --inspect RUN")
 
 
 def main(argv=None):

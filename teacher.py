@@ -409,6 +409,7 @@ def train(run):
     if not texts:
         raise UserError(f"no text fits max_tokens = {config.max_tokens}; raise it, or write shorter texts, one a line")
     held_out = read_texts(config.eval_path, config.eval_examples) if config.eval_path else prose("test", config.eval_examples, config.seed) if config.eval_examples else []
+    held_out = [item for item in held_out if len(ids_of(tokenizer, item["text"])) > 1]  # a token alone has no loss
     annotated = annotated_texts(run, model, tokenizer, texts, tools)
     rows = [insert(line["ids"], kept_calls(line["candidates"]), tokenizer) for line in annotated]
     if not any(0 in mask for _, mask in rows):
@@ -450,7 +451,7 @@ def annotated_texts(run, model, tokenizer, texts, tools):
     import toolplay
     from tools import UserError
     config, path = run.config, run.folder / "augmented.jsonl"
-    lines = toolplay.read_lines(path)[:len(texts)]
+    lines = toolplay.read_lines(path, ["text", "ids", "candidates"])[:len(texts)]
     lines = lines[:len(lines) // config.texts_at_once * config.texts_at_once] if len(lines) < len(texts) else lines
     if any(line["text"] != item["text"] for line, item in zip(lines, texts)):
         raise UserError(f"{path}: it is of other texts; start a new run")
@@ -495,9 +496,9 @@ def main(argv=None):
     if argv[:1] != ["--show"]:
         return toolplay.main(["train", *argv])
     with toolplay.one_line_errors():
-        lines = toolplay.read_lines(Path(*argv[1:2]) / "augmented.jsonl")
+        lines = toolplay.read_lines(Path(*argv[1:2]) / "augmented.jsonl", ["text", "ids", "candidates"])
         if not lines:
-            raise UserError(f"{''.join(argv[1:2])}: no augmented.jsonl; it is no teacher run, or has not begun")
+            raise UserError(f"{''.join(argv[1:2]) or '--show'}: no augmented.jsonl; name a teacher run that has begun: python teacher.py --show RUN")
         print(funnel_text(lines))
 
 

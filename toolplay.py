@@ -128,7 +128,7 @@ def load_config(source, overrides=()):
     if not isinstance(source, dict):
         name = str(source)
         try:
-            given = json.loads(Path(source).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+            given = json.loads(Path(source).read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates)
         except OSError as error:
             raise UserError(f"{name}: cannot read it ({error.strerror}); configs are in {ROOT / 'configs'}") from None
         except (ValueError, RecursionError) as error:
@@ -136,9 +136,12 @@ def load_config(source, overrides=()):
         if not isinstance(given, dict):
             raise UserError(f"{name}: a config is a JSON object of keys and values")
     given = {key: value for key, value in given.items() if key not in ("comment", "provenance")}  # notes, not settings
+    if "data" in given and "source" not in given:  # another name for it
+        given["source"] = given.pop("data")
     origin, typed = dict.fromkeys(given, name), {}
     for item in overrides:
         key, sign, text = item.removeprefix("--").partition("=")
+        key = "source" if key == "data" else key
         if not item.startswith("--") or not sign:
             raise UserError(f"{item!r}: overrides are written --key=value")
         try:
@@ -146,8 +149,6 @@ def load_config(source, overrides=()):
         except (ValueError, RecursionError):
             given[key] = text
         origin[key], typed[key] = "command line", text
-    if "data" in given and "source" not in given:  # another name for it
-        given["source"], origin["source"] = given.pop("data"), origin["data"]
     method = given.get("method", "sft")
     if method not in METHODS:
         raise UserError(f'{origin["method"]}: method = {method!r}: must be one of {", ".join(METHODS)}')
@@ -167,8 +168,11 @@ def load_config(source, overrides=()):
             raise UserError(f"{origin['mix']}: mix: {json.dumps(kind)}: {json.dumps(weight)}: must be a number > 0 for one of {', '.join(data.KINDS)}")
     if config.source == "toolbench" and not config.path:
         data.stand_in(config, "no path to ToolBench's files is given")
-    if (config.source in ("jsonl", "toolbench", "teacher")) != bool(config.path) and not config.fallback:
+    reads = config.source in ("jsonl", "toolbench", "teacher")
+    if reads != bool(config.path) and not (config.source == "synthetic" and config.fallback):
         raise UserError(f'{name}: source = "jsonl" (or "toolbench", "teacher") needs "path", where the conversations are, and "path" needs such a source')
+    if config.eval_path and not reads and not config.fallback and method != "teacher":
+        raise UserError(f'{name}: "eval_path" needs source = "jsonl", "toolbench" or "teacher"; with "{config.source}" the dev split is evaluated')
     if not config.run_dir:
         config.run_dir = f"runs/{Path(name).stem if not isinstance(source, dict) else method}"
     return config
@@ -875,12 +879,22 @@ def sum_gradients(parameters):
 # --------------------------------------------------------------------------- 6. runs: folder, log, checkpoint
 
 def write_atomic(path, write):
-    """write(temporary path), fsync, rename: a reader sees the old file or the new one, never half of one."""
-    path = Path(path)
+    """write(temporary path), fsync, rename: a reader sees the old file or the new one, never half of one.
+
+    A folder replaces a folder and a file a file, nothing else. A link stays one; a device is written to.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return write(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     if aside.is_dir():  # left by a killed process that had this one's number
         shutil.rmtree(aside)
     write(aside)
+    if path.exists() and path.is_dir() != aside.is_dir():
+        (shutil.rmtree if aside.is_dir() else os.remove)(aside)
+        raise UserError(f"{path}: there is a {'folder' if path.is_dir() else 'file'} of that name already; choose another one")
     for part in [*aside.rglob("*"), aside] if aside.is_dir() else [aside]:
         handle = os.open(part, os.O_RDONLY)
         os.fsync(handle)
@@ -929,7 +943,9 @@ class Run:
                 raise UserError(f"{self.folder} already holds a run: continue it with --resume, or choose another place with --run_dir=...")
             before = dataclasses.asdict(load_config(old))
             for key in flat:
-                if flat[key] != before[key] and key not in ("run_dir", "wandb", "device", *["source"] * bool(before["fallback"])):
+                if key == "source" and before["fallback"]:
+                    config.source = before[key]  # what stood in when it began
+                elif flat[key] != before[key] and key not in ("run_dir", "wandb", "device"):
                     raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(before[key])}, now {json.dumps(flat[key])}; "
                                     "resume with the same config, or start a new run with --run_dir=...")
         if world_rank()[1] > 1:
@@ -941,6 +957,11 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not old.exists():
                 self.write_config()
+
+    def forget(self):
+        """Remove the folder of a run that did not get as far as to do anything: the next try must not stumble over it."""
+        if self.rank == 0 and not self.resume and [p.name for p in self.folder.iterdir()] == ["config.json"]:
+            shutil.rmtree(self.folder)
 
     def write_config(self):
         write_json(self.folder / "config.json", {**dataclasses.asdict(self.config), "provenance": provenance(self.config.seed)})
@@ -956,7 +977,7 @@ class Run:
             for name in ("metrics.jsonl", "timing.jsonl", "samples.jsonl"):
                 if not (self.folder / name).exists():
                     continue
-                lines = [x for x in read_lines(self.folder / name) if x["step"] <= trainer.step]
+                lines = [x for x in read_lines(self.folder / name, ["step"]) if x["step"] <= trainer.step]
                 write_lines(self.folder / name, lines)
             if self.config.wandb:
                 self.wandb = open_wandb(self.config, self.folder)
@@ -1086,15 +1107,30 @@ def provenance(seed):
             "threads": torch.get_num_threads()}
 
 
-def read_lines(path):
-    """The whole JSON lines of a log; a last line cut off by a kill is dropped."""
-    out = []
-    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:  # not splitlines(): U+2028 is no end
+def read_lines(path, keys=()):
+    """The JSON lines of a log, objects with `keys`. A last line that a kill cut off is dropped; other damage is an error."""
+    out, lines = [], Path(path).read_bytes().split(b"\n") if Path(path).exists() else []  # not splitlines(): U+2028 is no end
+    for number, line in enumerate(lines, 1):
         try:
-            out.append(json.loads(line.decode()))
-        except ValueError:
-            break
+            item = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            item = None
+        if not isinstance(item, dict) or not all(key in item for key in keys):
+            raise UserError(f"{path}, line {number}: it is damaged")
+        out.append(item)
     return out
+
+
+def read_json(path, shape, remedy):
+    """What a file of a run folder holds. `shape` looks at all that will be used of it: what it stumbles over is damage."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        shape(value)
+        return value
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{path}: it is damaged; {remedy}") from None
 
 
 def open_wandb(config, folder):
@@ -1205,7 +1241,11 @@ def train(args):
     if args.resume and not (Path(config.run_dir) / "config.json").exists():
         raise UserError(f"{config.run_dir}: there is no run to resume; start one without --resume")
     run = Run(config, resume=args.resume)
-    importlib.import_module(config.method).train(run)
+    try:
+        importlib.import_module(config.method).train(run)
+    except (UserError, KeyboardInterrupt):
+        run.forget()
+        raise
     if run.rank == 0:
         print(f"done: {run.folder}\n  score it:     python toolplay.py eval --run {run.folder}\n  talk to it:   python toolplay.py chat --run {run.folder}")
 
@@ -1224,7 +1264,7 @@ def compare(args):
 
 def model_of(args):
     """The model that --run or --model names -> (model, tokenizer, config)."""
-    if args.run:
+    if args.run is not None:
         return load_run(args.run)
     return (*load_model(args.model, pick_device("auto")), Config(model=args.model))
 
@@ -1261,9 +1301,12 @@ def predict(args):
     """Answer the prompts of a JSONL file. Streams; started again, it goes on where it stopped."""
     from tqdm import tqdm
     output, ids = Path(args.output), set()
-    finished = read_lines(output)
-    if output.exists() and (not finished and output.read_bytes().strip() or not all(isinstance(x, dict) and "output" in x for x in finished)):
-        raise UserError(f"{output}: it holds something else than answers; choose another --output")
+    try:
+        finished = read_lines(output, ["id", "output"])
+        if not finished and output.exists() and output.read_bytes().strip():
+            raise UserError(output)
+    except UserError as error:
+        raise UserError(f"{error}: this is something else than answers; choose another --output, or mend it") from None
     model, tokenizer, config = model_of(args)
     tools = read_tools(args.tools, config.tools)
 

@@ -234,7 +234,7 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
     if isinstance(function, str):
         try:
             function = pkgutil.resolve_name(function)
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:  # whatever a user's module does when it is imported
             raise UserError(f'tool {inner["name"]}: can not import {function!r} ({error}); write "package.module:name"') from error
     function = getattr(function, "function", function)  # that of a Tool
     return Tool(inner["name"], inner.get("description") or "", inner.get("parameters") or {"type": "object", "properties": {}}, function)

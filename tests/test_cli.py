@@ -1,6 +1,7 @@
 """The command line, from outside: verbs, one-line errors, resumable predict, Ctrl-C, the guided tour, W&B offline."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import toolplay
+from tools import UserError
 
 ROOT = Path(toolplay.__file__).parent
 TINY = ["--method=sft", "--model=tiny", "--examples=24", "--eval_examples=4", "--batch_size=4", "--steps=4", "--save_every=2", "--eval_every=2",
@@ -233,3 +235,49 @@ def test_config_reference_names_every_key():
         assert f"| `{key}` |" in text, key
     readme = (ROOT / "README.md").read_text()
     assert text.strip() in readme, "README's config reference is out of date: python -c 'import toolplay; print(toolplay.config_reference())'"
+
+
+# ---------------------------------------------------------------- nothing of the user's is lost
+
+def test_a_result_never_replaces_a_folder(run, tmp_path, capsys):
+    """Nor a link, nor a device; a folder that is not there is named."""
+    cases = tmp_path / "cases.jsonl"
+    cases.write_text('{"prompt": "hi"}\n')
+    kept = sorted(p.name for p in run.iterdir())
+    for out in (run, tmp_path):
+        assert "folder of that name" in cli("eval", "--run", run, "--data", cases, "--out", out, code=2, capsys=capsys).err
+    assert sorted(p.name for p in run.iterdir()) == kept and cases.exists()  # it is said before anything is done
+    (tmp_path / "target.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    toolplay.write_json(tmp_path / "link.json", [1])
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "target.json").read_text()) == [1]
+    toolplay.write_json("/dev/null", [1])
+    assert not Path("/dev/null").is_file()
+    with pytest.raises(UserError, match="there is no folder"):
+        toolplay.write_json(tmp_path / "nowhere" / "a.json", [1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cases.jsonl", "link.json", "target.json"]  # nothing half-written either
+
+
+def test_a_damaged_line_amid_answers_loses_none(run, tmp_path, capsys):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"id": 1, "prompt": "hi"}\n')
+    text = '{"id": 1, "output": "a"}\n{"id": 2, "out\n{"id": 3, "output": "c"}\n'
+    target.write_text(text)
+    assert "line 2" in cli("predict", "--run", run, "--input", source, "--output", target, code=2, capsys=capsys).err
+    assert target.read_text() == text
+
+
+def test_a_run_that_did_not_begin_leaves_no_folder(tmp_path, capsys):
+    """A mistake that shows only with the data or the model: the mended config is not told to resume."""
+    where = tmp_path / "run"
+    for wrong in ("--max_tokens=3", "--start_from=nowhere"):
+        cli("train", ROOT / "configs" / "sft_tiny.json", f"--run_dir={where}", wrong, code=2, capsys=capsys)
+        assert not where.exists()
+    cli("train", ROOT / "configs" / "sft_tiny.json", f"--run_dir={where}", "--steps=1", capsys=capsys)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "5", '{"records": 5}', '{"records": [{"id": 1}]}', '{"records": ["a"]}', "{", "[" * 9000])
+def test_compare_refuses_damaged_results(run, tmp_path, text, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "eval.json").write_text(text)
+    assert "eval.json" in cli("compare", tmp_path / "run", code=2, capsys=capsys).err

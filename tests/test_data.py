@@ -262,7 +262,7 @@ def test_dataset_counts_long_rows_and_refuses_untrained_ones(tiny, tmp_path, cap
     train, held_out = data.dataset(config, tiny)
     assert len(train) == 1 and not held_out and "1 of 2 training conversations are longer" in capsys.readouterr().err
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
-    with pytest.raises(UserError, match="nothing in it is trained"):
+    with pytest.raises(UserError, match="no usable line"):
         data.dataset(config, tiny)
 
 
@@ -310,3 +310,32 @@ def test_values_of_every_split_are_ordinary_numbers():
     for split in ("dev", "test"):
         numbers = [v for row in data.generate(split, 400, 5) for v in row["facts"].values() if isinstance(v, int) and v < 13]
         assert len(set(numbers)) >= 5, (split, numbers)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "ppo"])
+def test_the_configs_own_tools_are_offered_whatever_the_source(tmp_path, method):
+    """Beside those of a line, and in the place of one of the same name; the other sources likewise."""
+    conv = {"name": "conv", "description": "Convert.", "parameters": {"type": "object", "properties": {"x": {"type": "number"}}}, "function": "math:sqrt"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "conv", "arguments": {"x": 4}}]}
+    ask, bare = {"role": "user", "content": "convert 4"}, {k: v for k, v in conv.items() if k != "function"}
+    lines = [{"messages": [ask, call], "tools": ["weather"]}, {"messages": [ask, call], "tools": [bare]}, {"messages": [ask, call]}]
+    if method == "dpo":
+        lines = [{"prompt": [ask], "chosen": [call], "rejected": "no", "tools": line.get("tools")} for line in lines]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = {"iterations": 1, "prompts": 2, "samples": 2, "max_new_tokens": 4} if method == "ppo" else {"steps": 1}
+    config = toolplay.load_config({"method": method, "model": "tiny", "source": "jsonl", "path": str(path), "tools": [conv], "max_tokens": 4000, "run_dir": str(tmp_path / "run"), **more})
+    if method == "ppo":
+        cases, _ = __import__("ppo").prompts_of(config, toolplay.load_model("tiny")[1])
+        assert [sorted(t.name for t in case.conversation["tools"]) for case in cases] == [["conv", "weather"], ["conv"], ["calculator", "conv", "search", "weather"]]
+        assert all(t.function for case in cases for t in case.conversation["tools"])
+    __import__(method).train(toolplay.Run(config))
+    made = data.conversations(toolplay.load_config({"tools": [conv], "examples": 5}), "train", None)
+    assert all([data.tool_name(t) for t in c["tools"]].count("conv") == 1 for c in made)
+
+
+def test_a_line_that_trains_nothing_is_a_bad_line(tmp_path, capsys):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n')
+    rows, _ = data.dataset(toolplay.load_config({"source": "jsonl", "path": str(path), "max_tokens": 4000}), toolplay.load_model("tiny")[1])
+    assert len(rows) == 1 and "line 1" in capsys.readouterr().err

@@ -190,3 +190,29 @@ def test_a_good_path_needs_no_fallback(tmp_path, capsys):
     config = toolplay.load_config({**SETTINGS, "path": str(write(tmp_path, "a.json", item)), "fallback": "synthetic"})
     made = data.conversations(config, "train", toolplay.load_model("tiny")[1])
     assert len(made) == 1 and config.source == "toolbench" and "stand in" not in capsys.readouterr().err
+
+
+def test_what_stood_in_when_a_run_began_stays(tmp_path):
+    """Of the held-out data alone it changes nothing for training; and files that were mended meanwhile do not change a run under way."""
+    good, bad = write(tmp_path, "good.json", tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"))), write(tmp_path, "bad.json", [{}])
+    config = toolplay.load_config({**SETTINGS, "path": str(good), "eval_path": str(bad), "fallback": "synthetic"})
+    tokenizer = toolplay.load_model("tiny")[1]
+    assert len(data.conversations(config, "train", tokenizer)) == 1
+    assert len(data.conversations(config, "dev", tokenizer)) == 3 and config.source == "toolbench"
+    settings = {**SETTINGS, "path": str(bad), "fallback": "synthetic", "run_dir": str(tmp_path / "run")}
+    toolplay.main(["train", str(write(tmp_path, "c.json", settings))])
+    write(tmp_path, "bad.json", tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3")))
+    resumed = toolplay.load_config(settings)
+    toolplay.Run(resumed, resume=True)
+    assert resumed.source == "synthetic"
+
+
+def test_nobody_asks_and_lines_that_are_no_json(tmp_path):
+    item = tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"))
+    silent = json.loads(json.dumps(item))
+    for step in silent["answer_generation"]["train_messages"]:
+        step[:] = [m for m in step if m["role"] != "user"]
+    (tmp_path / "a.jsonl").write_text(json.dumps(silent) + "\n{broken\n" + json.dumps(item) + "\n")
+    made = data.read_toolbench(tmp_path / "a.jsonl", report=tmp_path / "report.json")
+    assert len(made) == 1 and made[0]["messages"][0]["role"] == "user"
+    assert "nobody asks" in (tmp_path / "report.json").read_text() and "none of ToolBench's shapes" in (tmp_path / "report.json").read_text()
