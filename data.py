@@ -1174,28 +1174,29 @@ def conversations(config, split, tokenizer, line=check_conversation, offered=())
     extra = [tool_from_schema(t) for t in config.tools]
 
     def with_tools(item):
-        own = list(offered) if isinstance(item, dict) and item.get("tools") is None else isinstance(item, dict) and item["tools"]
+        own = item.get("tools") if isinstance(item, dict) else ()
+        own = list(offered) if own is None else own
         if not extra or not isinstance(own, list):
             return item
         return {**item, "tools": [*(t for t in own if tool_name(t) not in [x.name for x in extra]), *extra]}
     made = []
     if split == "dev" and not count:
-        return []
+        return made
     if config.source == "jsonl" and path:
         made = read_jsonl(path, lambda item: line(with_tools(item)))
     elif config.source == "teacher":
-        made = map(with_tools, read_teacher(path or config.path, split, count, config.seed, extra))
+        made = read_teacher(path or config.path, split, count, config.seed, extra)
     elif config.source == "toolbench" and path:
         try:
-            made = map(with_tools, read_toolbench(path, lambda c: len(encode(with_tools(c), tokenizer, config.tool_style)[0]) <= config.max_tokens))
+            made = read_toolbench(path, lambda c: len(encode(with_tools(c), tokenizer, config.tool_style)[0]) <= config.max_tokens)
         except UserError as error:
             if not config.fallback:
                 raise
             stand_in(config, error, split)
-            made = map(with_tools, generate(split, count, config.seed, config.mix or SYNTHETIC))
+            made = generate(split, count, config.seed, config.mix or SYNTHETIC)
     elif config.source in ("manual", "synthetic"):
-        made = map(with_tools, generate(split, count, config.seed, mix_of(config)))
-    return list(made) if split == "train" else list(made)[:count]
+        made = generate(split, count, config.seed, mix_of(config))
+    return [with_tools(item) for item in (made if split == "train" else made[:count])]
 
 
 def tool_name(tool):

@@ -24,14 +24,16 @@ order of our own:
            5 advantages whitened under the mask, returns computed before     6 gamma 1, lambda 0.95     7 ratio clip 0.2
            8 value clip 0.2, 1/2 max, coefficient 0.1     9 value head starts at zero     10 logits divided by the temperature
            everywhere     11 penalty without end token (reward `no_end`)     12 explicit positions (the trie)     14 four epochs,
-           fresh permutations     15 dropout off     16 ratio guard, KL stop     17 averages over model tokens only
+           fresh permutations (of prompts: the samples of one share its prefix in the trie)     15 dropout off
+           16 ratio guard, KL stop     17 averages over model tokens only
   declined 4 reward whitening (`whiten_rewards`, off: scores have a known scale)     13 lr 1e-5 and Adam eps 1e-5: those are for
            all weights; adapters take larger steps, and eps 1e-8 is the shared Trainer's
 Departures. The reference is where training starts (the SFT adapter kept aside, or the base model with adapters off): one
 model in memory. RLOO has clipped ratios of tokens and several epochs here, where the paper has plain REINFORCE of whole
 answers. GRPO takes beta KL out of the advantage instead of adding a KL loss, leaves prompts alone whose scores hardly
-differ, and averages over all tokens, not first over each episode's. With `value_lora` the critic is an adapter of its own on the same trunk: policy and value no longer
-pull at the same weights, for a second forward. Under torchrun the ranks share out the prompts of a round, and its learning.
+differ, and averages over all tokens, not first over each episode's. With `value_lora` the critic is an adapter of its own on
+the same trunk: policy and value no longer pull at the same weights, for a second forward. Under torchrun the ranks share out
+the prompts of a round, and its learning.
 
     python ppo.py configs/ppo.json          the same as: python toolplay.py train configs/ppo.json
     python ppo.py --inspect RUN             sampled episodes with reward, advantage and mask of every token
@@ -547,7 +549,7 @@ def train(run):
         sums, count, stopped = {}, 0, False
         for n in range(per_round):
             epoch, at = divmod(n, minibatches)
-            order = shuffled(batch, config.seed, position, epoch)
+            order = [p * config.samples + s for p in shuffled(config.prompts, config.seed, position, epoch) for s in range(config.samples)]
             group = [units[i] for i in order[at * config.batch_size:(at + 1) * config.batch_size]]
             info = toolplay.train_step(trainer, group, loss, size=lambda unit: sum(unit["mask"]), rows=lambda unit: [unit["row"]],
                                        veto=lambda means: means["ratio"] > config.ratio_guard)
