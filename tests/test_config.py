@@ -134,3 +134,8 @@ def test_the_reference_names_every_key():
 def test_every_config_in_the_repository_is_good():
     for path in (small.ROOT / "configs").glob("*.json"):
         load_config(path)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    (tmp_path / "c.json").write_text('\ufeff{"lr": 0.5}', encoding="utf-8")
+    assert toolplay.load_config(tmp_path / "c.json").lr == 0.5
