@@ -605,9 +605,8 @@ def swap_word(word, table, rate, rng):
 
 MIX = {"canonical": 2, "arithmetic": 19, "everyday": 35, "weather": 10, "search": 9, "no_tool": 7, "trap": 9,
        "word_problem": 5, "missing_tool": 2, "two_calls": 1, "tool_error": 1}
-# arithmetic of one operation; word problems of one operation, and of more; invented functions (section 5)
-SYNTHETIC = {"api_one": 3, "api_choice": 4, "api_parallel": 3, "api_ask": 1, "api_none": 2}
-KINDS = [*MIX, "sums", "one_step", "two_steps", *SYNTHETIC]
+SYNTHETIC = {"api_one": 3, "api_choice": 4, "api_parallel": 3, "api_ask": 1, "api_none": 2}  # invented functions (section 5)
+KINDS = [*MIX, "sums", "one_step", "two_steps", *SYNTHETIC]  # sums of one operation; word problems of one, and of more
 
 
 def final_answer(call, result, rng, story=False):
@@ -1118,11 +1117,12 @@ def read_teacher(path, split, n, seed=0, extra=()):
     def check(line):
         try:
             text, kept = line["text"], [(c["offset"], Call(c["call"]["name"], c["call"]["arguments"])) for c in line["candidates"] if c["kept"]]
-            if isinstance(text, str) and all(type(offset) is int and isinstance(call.name, str) and isinstance(call.arguments, dict) for offset, call in kept):
-                return text, kept
+            fits = isinstance(text, str) and all(type(offset) is int and isinstance(call.name, str) and isinstance(call.arguments, dict) for offset, call in kept)
         except (TypeError, KeyError):
-            pass
-        raise UserError("it is no line of a teacher's augmented.jsonl")
+            fits = False
+        if not fits:
+            raise UserError("it is no line of a teacher's augmented.jsonl")
+        return text, kept
 
     def example(text, offset, call=None):
         before, rest = text[:offset].strip(), text[offset:].strip()

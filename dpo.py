@@ -16,8 +16,8 @@ not choose them, so they are conditions and no terms (implementations that sum o
 Departures. The reference is the policy as training found it (an SFT run, or the base model, which is the same thing while
 B = 0); it never changes, so its log-probs are computed once, kept in the run folder and checked against the data, and no
 second model is held in memory. IPO's log-ratios are means over the tokens (as in TRL; its eq. 17 has sums), and the hinge
-stands without SLiC's regularisation term. Both answers and all pairs of a micro-batch lie in one token trie: the prompt is computed
-once, and so are the turns that the two answers share.
+stands without SLiC's regularisation term. Both answers and all pairs of a micro-batch lie in one token trie: the prompt is
+computed once, and so are the turns that the two answers share.
 
 What to watch: `logp/chosen` often falls, although it should rise; the loss only asks that `logp/rejected` falls faster
 (Pal et al. 2024, arXiv:2402.13228). A fall to nothing means a beta too small or a step too large.
@@ -450,8 +450,7 @@ def reference_logp(run, pairs, answers, autocast):
     from tools import UserError
     if run.config.variant in FREE:
         return [(0.0, 0.0)] * len(pairs)
-    weights = [hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(Path(run.config.start_from, "adapter").glob("*.safetensors"))] if run.config.start_from else []
-    key = hashlib.sha256(json.dumps([run.config.model, weights, run.config.precision, run.device.type, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([run.config.model, toolplay.start_hashes(run.config), run.config.precision, run.device.type, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
     path = run.folder / "reference.json"
     if path.exists():
         kept = toolplay.read_json(path, lambda kept: (kept["data_sha256"], [float(a) + float(b) for a, b in kept["logp"]]), "remove it: it is computed anew")

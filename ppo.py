@@ -363,7 +363,10 @@ def reward_of(config):
 # --------------------------------------------------------------------------- 3. a round of episodes
 
 def prompts_of(config, tokenizer, context=math.inf):
-    """Prompts that fit max_tokens and the model's `context` -> (cases to learn from, held-out cases); with `answers_only` the former know their number, not its expression."""
+    """Prompts that fit max_tokens and the model's `context` -> (cases to learn from, held-out cases).
+
+    With `answers_only` the former know their number, not its expression.
+    """
     import data
     from eval import Case, as_case
     from tools import BUILTIN, UserError
@@ -494,7 +497,7 @@ def train(run):
     per_round = config.ppo_epochs * minibatches
     trainer = toolplay.Trainer(config, parameters, config.iterations * per_round)
     run.start(trainer)
-    if trainer.extra.setdefault("reference", started := fingerprint(reference)) != started:
+    if trainer.extra.setdefault("reference", started := toolplay.start_hashes(config)) != started:
         raise UserError(f"{config.start_from}: its adapter is another one than when the run began, and was its reference; start a new run")
     beta = AdaptiveKL(trainer.extra.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
 
@@ -571,12 +574,6 @@ def train(run):
     # 5. save
     run.save_model(model, tokenizer)
     run.finish()
-
-
-def fingerprint(tensors):
-    """A short hash of {name: tensor}."""
-    import hashlib
-    return hashlib.sha256(b"".join(x.float().cpu().numpy().tobytes() for _, x in sorted(tensors.items()))).hexdigest()[:16]
 
 
 def sample_line(unit, tokenizer):

@@ -953,6 +953,7 @@ class Run:
         random.seed(config.seed)
         np.random.seed(config.seed % 2 ** 32)
         torch.manual_seed(config.seed % 2 ** 63)
+        self.source = config.source  # as config.json has it
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not old.exists():
@@ -973,7 +974,8 @@ class Run:
             load_checkpoint(found, trainer)
             print(f"resuming {self.folder} after step {trainer.step}", file=sys.stderr)
         if self.rank == 0:
-            self.write_config()  # once more: what stood in for unusable data is known now
+            if self.config.source != self.source:
+                self.write_config()  # what stood in for unusable data is known now
             for name in ("metrics.jsonl", "timing.jsonl", "samples.jsonl"):
                 if not (self.folder / name).exists():
                     continue
@@ -1121,6 +1123,12 @@ def read_lines(path, keys=()):
             raise UserError(f"{path}, line {number}: it is damaged")
         out.append(item)
     return out
+
+
+def start_hashes(config):
+    """Of the adapter files of the run that a run starts from: whether its reference is still the same one."""
+    files = sorted(Path(config.start_from, "adapter").glob("*.safetensors")) if config.start_from else []
+    return [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
 
 
 def read_json(path, shape, remedy):

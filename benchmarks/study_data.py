@@ -11,12 +11,10 @@ invented functions of domains that no run has seen; call accuracy: the first tur
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from study import ROOT, toolplay
+
 SOURCES = ("manual", "synthetic", "teacher")
 CASES = {"templates": "MIX", "functions": "SYNTHETIC"}
 
@@ -33,8 +31,6 @@ def cases(folder, n):
 
 def score(folder, name, options):
     """{set of cases: [call accuracy of each case]} of a run; trained and evaluated if that is not done yet."""
-    def toolplay(*argv):
-        subprocess.run([sys.executable, str(ROOT / "toolplay.py"), *map(str, argv)], check=True, cwd=ROOT)
     source, n, seed = name
     run = folder / f"{source}-{n}-{seed}"
     if not (run / "adapter").is_dir():

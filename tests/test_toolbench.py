@@ -182,7 +182,9 @@ def test_a_fallback_takes_the_place_of_a_useless_path(tmp_path, capsys):
     toolplay.main(["train", str(config)])
     assert "nothing usable" in capsys.readouterr().err
     assert json.loads(Path(run, "config.json").read_text())["source"] == "synthetic"
+    written = Path(run, "config.json").read_bytes()
     toolplay.main(["train", str(config), "--resume"])  # the same run, although it is another source by now
+    assert Path(run, "config.json").read_bytes() == written  # with the provenance of its beginning
 
 
 def test_a_good_path_needs_no_fallback(tmp_path, capsys):
