@@ -888,22 +888,24 @@ def talk_prompts():
 def sample_replies(path=CORPORA / "talk_replies.jsonl", limit=24):
     """Let the untrained model answer every no-tool message in its own words, once; keep the answers that end.
 
-    Messages that have a reply in the file keep it.
+    Messages that have a reply in the file keep it. An echo of the message is no reply: a model that learns to copy
+    questions into searches would learn from these to copy everything.
     Tool training on these replies costs the model no talk: they are what it says anyway (self-distillation).
     """
-    import toolplay  # only here: data.py stands below toolplay.py
+    import toolplay  # only here: data.py stands below toolplay.py and eval.py
+    from eval import converses
     model, tokenizer = toolplay.load_model()
     prompts = talk_prompts()
     brief = "You are a helpful assistant. Answer in one short sentence."
     before = {talk["prompt"]: talk["reply"] for talk in (corpus(Path(path).name)[1:] if Path(path).exists() else [])}
-    done = {i: before[talk["prompt"]] for i, talk in enumerate(prompts) if talk["prompt"] in before}
+    done = {i: before[talk["prompt"]] for i, talk in enumerate(prompts) if converses(before.get(talk["prompt"], ""), talk["prompt"])}
     left = [i for i in range(len(prompts)) if i not in done]
-    for attempt, temperature in enumerate((0.0, 0.7, 0.7, 0.7, 0.7, 0.7)):
+    for attempt, temperature in enumerate((0.0, *[0.7] * 5)):
         chats = [{"messages": [{"role": "system", "content": brief}, {"role": "user", "content": prompts[i]["prompt"]}]} for i in left]
         episodes = toolplay.rollout(model, tokenizer, chats, {}, temperature=temperature, max_new_tokens=limit, seed=attempt)
         for i, episode in zip(left, episodes):
             text = episode.final.strip()
-            if episode.stop == "end" and text and "<" not in text and text != prompts[i]["prompt"]:
+            if episode.stop == "end" and "<" not in text and converses(text, prompts[i]["prompt"]):
                 done[i] = text
         left = [i for i in left if i not in done]
         print(f"round {attempt}: {len(done)} of {len(prompts)} messages have a reply", file=sys.stderr)

@@ -200,10 +200,16 @@ class AdaptiveKL:
 # WEIGHTS adds them up; negative weights are faults.
 
 
+def first_turn_only(episode):
+    """Whether the episode was stopped behind its first calls: with max_turns = 1 nothing more is asked for."""
+    return episode.stop == "turns" and len(episode.turns) == 1
+
+
 def right_format(case, episode, verdicts):
     """Every call parses and fits its schema, no turn holds a forged result or chat tag, and something is said in the end."""
     from eval import FORGED  # here, so that this file alone gives the losses
-    return float(bool(verdicts["format"]) and bool(episode.final.strip()) and not any(FORGED.search(turn) for turn in episode.turns))
+    said = episode.final.strip() or first_turn_only(episode)
+    return float(bool(verdicts["format"]) and bool(said) and not any(FORGED.search(turn) for turn in episode.turns))
 
 
 def right_tool(case, episode, verdicts):
@@ -229,6 +235,16 @@ def calculates(case, episode, verdicts):
 def right_arguments(case, episode, verdicts):
     """All arguments are the gold ones, where these are known: an expression of the same value that works it out."""
     return float(bool(verdicts["argument_accuracy"]) and (not counts(case) or calculates(case, episode, verdicts)))
+
+
+def right_result(case, episode, verdicts):
+    """What right_answer asks of a whole conversation, asked of its calls alone, for episodes of one turn: the number is the
+    last result of the calculator, worked out there; other calls are the gold ones, and where none is due, none is made."""
+    if not counts(case):
+        return float(bool(verdicts["call_accuracy"]) and (bool(case.calls) or bool(verdicts["response_quality"])))
+    results = [r.value for r in episode.results if r.ok and r.name == "calculator"]
+    right = bool(results) and math.isclose(results[-1], case.answer, rel_tol=1e-6)
+    return float(right and calculates(case, episode, verdicts) and not needless_call(case, episode, verdicts))
 
 
 def right_answer(case, episode, verdicts):
@@ -266,11 +282,11 @@ def length(case, episode, verdicts):
 
 def no_end(case, episode, verdicts):
     """A turn did not end by itself: the last one, or one that talked on behind its calls."""
-    return float(episode.stop != "end" or any(turn.rpartition("</tool_call>")[2].strip() for turn in episode.turns if "</tool_call>" in turn))
+    return float(episode.stop != "end" and not first_turn_only(episode) or any(turn.rpartition("</tool_call>")[2].strip() for turn in episode.turns if "</tool_call>" in turn))
 
 
-COMPONENTS = {f.__name__: f for f in (right_format, right_tool, executed, calculates, right_arguments, right_answer, like_reference, needless_call, length, no_end)}
-WEIGHTS = {"right_format": 0.1, "right_tool": 0.1, "executed": 0.1, "calculates": 0.1, "right_arguments": 0.2, "right_answer": 1.0,
+COMPONENTS = {f.__name__: f for f in (right_format, right_tool, executed, calculates, right_arguments, right_result, right_answer, like_reference, needless_call, length, no_end)}
+WEIGHTS = {"right_format": 0.1, "right_tool": 0.1, "executed": 0.1, "calculates": 0.1, "right_arguments": 0.2, "right_result": 0.0, "right_answer": 1.0,
            "like_reference": 0.1, "needless_call": -0.3, "length": -0.05, "no_end": -0.3}
 
 

@@ -219,6 +219,21 @@ def test_calling_for_small_talk_and_talking_instead_of_calling():
     assert earned(TALK, "asdf qwer zxcv") < honest and earned(TALK, "ok.") < honest
 
 
+def test_episodes_of_one_turn_are_scored_by_their_result():
+    """max_turns = 1: the episode ends behind its calls. That is no fault, and no help to a hacker."""
+    weights = {**ppo.WEIGHTS, "right_result": 1.0, "right_answer": 0.0}
+
+    def first(case, *turns, stop="turns", **more):
+        return ppo.score(case, play(case, *turns, stop=stop, **more), weights)[0]
+    right, wrong = first(BLIND, calc("36 - 9 + 15")), first(BLIND, calc("36 + 9 + 15"))
+    assert right == pytest.approx(1 + 4 * 0.1 - 0.05 * 30 / 200) and wrong == pytest.approx(right - 1)
+    for turn, stop in ((calc("42"), "turns"), (calc("42 * 1"), "turns"), (calc("84 - 42"), "turns"), (calc("36 + 9") + calc("36 - 9 + 15"), "turns"), (calc("36 + 9 + 15") * 2, "turns"),
+                       (calc("36 / 0"), "turns"), ("<tool_call>{", "turns"), ("42.", "end"), ("", "end"), (calc("36 - 9 + 15") + " 42" * 90, "length")):
+        assert first(BLIND, turn, stop=stop) < wrong, turn
+    assert first(TALK, "A cat walked into a bar and asked for milk.", stop="end") > first(TALK, calc("1 + 1")) + 0.9
+    assert first(BLIND, calc("36 + 9"), calc("45 - 9 + 15"), stop="turns") < first(BLIND, calc("36 + 9 + 15"))  # calling on and on is one
+
+
 def test_a_number_of_the_prompt_may_be_the_result():
     assert ppo.is_calculation("20 - 10", "20 birds, 10 fly away") and not ppo.is_calculation("10 * 1", "20 birds, 10 fly away")
     assert not ppo.is_calculation("1 / 0", "") and not ppo.is_calculation(None, "") and ppo.is_calculation("(3 + 4) * 2", "")
