@@ -446,15 +446,17 @@ class Writer:
                  "Thing": thing.capitalize(), "city": self.pick("cities.json", "cities")["name"]}
         return {k: v.lower() if lower else v for k, v in words.items()}
 
-    def arithmetic(self, name="arithmetic.json", steps=None):
+    def arithmetic(self, name="arithmetic.json", wanted=lambda family: True):
         family = self.pick(name, "families")
-        while steps and family.get("steps", operations(family["expression"])) != steps:
+        while not wanted(family):
             family = self.pick(name, "families")
         made = self.number_request(family)
         return made and (made[0], [Call("calculator", {"expression": made[1]})], family["id"], made[2])
 
     def sums(self):
-        return self.arithmetic(steps=1)
+        """Two numbers and one of the four operations, each of these as often as the others."""
+        form = r"\{\w+\} [%s] \{\w+\}" % re.escape(self.rng.choice("+-*/"))
+        return self.arithmetic(wanted=lambda family: re.fullmatch(form, family["expression"]))
 
     def everyday(self):
         return self.arithmetic("everyday.json")
@@ -463,7 +465,7 @@ class Writer:
         if self.split == "train" and steps != 1 and self.rng.random() < 0.15:
             problem = self.rng.choice(corpus("gsm8k_short.jsonl")[1:])
             return problem["question"], [Call("calculator", {"expression": problem["expression"]})], "gsm8k", {}
-        return self.arithmetic(self.rng.choice(["stories_add.json", "stories_mul.json"]), steps)
+        return self.arithmetic(self.rng.choice(["stories_add.json", "stories_mul.json"]), lambda family: steps in (None, family.get("steps", operations(family["expression"]))))
 
     def one_step(self):
         return self.word_problem(1)
@@ -606,7 +608,7 @@ def swap_word(word, table, rate, rng):
 MIX = {"canonical": 2, "arithmetic": 19, "everyday": 35, "weather": 10, "search": 9, "no_tool": 7, "trap": 9,
        "word_problem": 5, "missing_tool": 2, "two_calls": 1, "tool_error": 1}
 SYNTHETIC = {"api_one": 3, "api_choice": 4, "api_parallel": 3, "api_ask": 1, "api_none": 2}  # invented functions (section 5)
-KINDS = [*MIX, "sums", "one_step", "two_steps", *SYNTHETIC]  # sums of one operation; word problems of one, and of more
+KINDS = [*MIX, "sums", "one_step", "two_steps", *SYNTHETIC]  # sums of two numbers; word problems of one operation, and of more
 
 
 def final_answer(call, result, rng, story=False):
