@@ -530,7 +530,15 @@ class Writer:
 
     def no_tool(self, kind=None):
         """Talk with the base model's own reply; its words stay as they were when the reply was sampled."""
-        talks = [t for t in of_split(corpus("talk_replies.jsonl")[1:], self.split) if kind in (None, t["kind"])]
+        return self.talk(lambda t: kind in (None, t["kind"]))
+
+    def small_talk(self):
+        """Talk without the kinds that one could as well look up (advice, meanings of words, explanations), and without traps."""
+        kinds = {k["kind"] for k in corpus("talk_prompts.json")["kinds"] if not k.get("lookup")}
+        return self.talk(lambda t: t["kind"] in kinds)
+
+    def talk(self, wanted):
+        talks = [t for t in of_split(corpus("talk_replies.jsonl")[1:], self.split) if wanted(t)]
         if not talks:
             return None
         talk = self.rng.choice(talks)
@@ -608,7 +616,7 @@ def swap_word(word, table, rate, rng):
 MIX = {"canonical": 2, "arithmetic": 19, "everyday": 35, "weather": 10, "search": 9, "no_tool": 7, "trap": 9,
        "word_problem": 5, "missing_tool": 2, "two_calls": 1, "tool_error": 1}
 SYNTHETIC = {"api_one": 3, "api_choice": 4, "api_parallel": 3, "api_ask": 1, "api_none": 2}  # invented functions (section 5)
-KINDS = [*MIX, "sums", "one_step", "two_steps", *SYNTHETIC]  # sums of two numbers; word problems of one operation, and of more
+KINDS = [*MIX, "sums", "small_talk", "one_step", "two_steps", *SYNTHETIC]  # easy ones for the demo; word problems of one operation, and of more
 
 
 def final_answer(call, result, rng, story=False):
@@ -680,7 +688,7 @@ def generate(split, n, seed=0, mix=None):
         kind = rng.choices(list(mix), list(mix.values()))[0]
         made = converse(kind, split, rng)
         if made and (prompt := made["messages"][0]["content"]) not in seen:
-            if split != "train" or kind not in ("no_tool", "canonical"):  # these are few and may come again in training, under other tools
+            if split != "train" or kind not in ("no_tool", "small_talk", "canonical"):  # these are few and may come again in training, under other tools
                 seen.add(prompt)
             out.append(made)
 
