@@ -339,3 +339,19 @@ def test_a_line_that_trains_nothing_is_a_bad_line(tmp_path, capsys):
     path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n')
     rows, _ = data.dataset(toolplay.load_config({"source": "jsonl", "path": str(path), "max_tokens": 4000}), toolplay.load_model("tiny")[1])
     assert len(rows) == 1 and "line 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_the_easy_kinds_of_the_demo(split):
+    made = data.generate(split, 60, 4, {"sums": 1, "small_talk": 1})
+    sums = [c["messages"][1]["tool_calls"][0]["arguments"]["expression"] for c in made if c["kind"] == "sums"]
+    assert {re.fullmatch(r"[\d.]+ ([-+*/]) [\d.]+", expression)[1] for expression in sums} == set("+-*/")
+    lookup = {kind["kind"] for kind in data.corpus("talk_prompts.json")["kinds"] if kind.get("lookup")}
+    talk = {c["family"] for c in made if c["kind"] == "small_talk"}
+    assert len(lookup) > 30 and len(talk) > 5 and not talk & lookup and not any(family.startswith("trap_") for family in talk)
+
+
+def test_no_reply_to_talk_is_an_echo():
+    import eval as evaluation
+    for talk in data.corpus("talk_replies.jsonl")[1:]:
+        assert evaluation.converses(talk["reply"], talk["prompt"]), talk
