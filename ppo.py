@@ -244,7 +244,8 @@ def right_result(case, episode, verdicts):
         return float(bool(verdicts["call_accuracy"]) and (bool(case.calls) or bool(verdicts["response_quality"])))
     results = [r.value for r in episode.results if r.ok and r.name == "calculator"]
     right = bool(results) and math.isclose(results[-1], case.answer, rel_tol=1e-6)
-    return float(right and calculates(case, episode, verdicts) and not needless_call(case, episode, verdicts))
+    faults = needless_call(case, episode, verdicts) or no_end(case, episode, verdicts)
+    return float(right and calculates(case, episode, verdicts) and not faults)
 
 
 def right_answer(case, episode, verdicts):
