@@ -188,7 +188,20 @@ def start(*argv, **env):
                             cwd=ROOT, env={**os.environ, **env})
 
 
-def test_ctrl_c_leaves_a_resumable_run(tmp_path, run):
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    """A run with Weights & Biases, started before the next test so that both import torch at once -> (process, folder)."""
+    pytest.importorskip("wandb")
+    folder = tmp_path_factory.mktemp("tracked") / "x"
+    process = start("train", ROOT / "configs" / "sft_tiny.json", *TINY, "--wandb=true", "--wandb_tags=[\"t\"]", f"--run_dir={folder}",
+                    WANDB_MODE="offline", WANDB_SILENT="true")
+    yield process, folder
+    process.kill()
+
+
+def test_ctrl_c_leaves_a_resumable_run(tmp_path, run, request):
+    if toolplay.importlib.util.find_spec("wandb"):
+        request.getfixturevalue("tracked")
     folder = tmp_path / "x"
     process = start("train", ROOT / "configs" / "sft_tiny.json", *TINY, "--steps=4000", f"--run_dir={folder}")
     while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
@@ -200,13 +213,11 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path, run):
     assert toolplay.newest_checkpoint(folder)
 
 
-def test_wandb_offline_really_runs(tmp_path):
-    pytest.importorskip("wandb")
-    process = start("train", ROOT / "configs" / "sft_tiny.json", *TINY, "--wandb=true", "--wandb_tags=[\"t\"]", f"--run_dir={tmp_path / 'x'}",
-                    WANDB_MODE="offline", WANDB_SILENT="true")
+def test_wandb_offline_really_runs(tracked):
+    process, folder = tracked
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert list((tmp_path / "x").glob("wandb/offline-run-*/run-*.wandb")), list((tmp_path / "x").rglob("*"))
+    assert list(folder.glob("wandb/offline-run-*/run-*.wandb")), list(folder.rglob("*"))
 
 
 def test_wandb_missing_is_one_line(tmp_path, capsys, monkeypatch):

@@ -34,15 +34,15 @@ def test_greedy_rollout_is_transformers_generate(real):
 
 def test_it_learns_a_call_and_the_rollout_executes_it(real):
     model, tokenizer = real
-    lora.add_lora(model, ["all-linear"], r=8, alpha=16, seed=0)
+    lora.add_lora(model, ["*layers.2?.*_proj"], r=8, alpha=16, seed=0)  # a third of the layers: a third of the backward pass
     chat = data.generate("train", 1, mix={"weather": 1}, seed=1)[0]
     chat["messages"][0]["content"], chat["tools"] = "weather in Oslo?", ["weather"]
     chat["messages"][1]["tool_calls"][0]["arguments"] = {"city": "Oslo"}
     row = data.encode({**chat, "messages": chat["messages"][:2]}, tokenizer)
-    config = toolplay.load_config({"lr": 0.002, "schedule": "constant", "warmup": 0.0})
-    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, 16)
+    config = toolplay.load_config({"lr": 0.004, "schedule": "constant", "warmup": 0.0})
+    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, 10)
     losses = [toolplay.train_step(trainer, [row], lambda rows: sft.sft_loss(toolplay.token_logprobs(model, rows), sft.pad_mask(rows)),
-                                  size=lambda r: sum(r[1]))["loss"] for _ in range(16)]
+                                  size=lambda r: sum(r[1]))["loss"] for _ in range(10)]
     assert losses[-1] < 0.05 < losses[0]
     prompt = {"messages": chat["messages"][:1], "tools": ["weather"]}
     episode = toolplay.rollout(model, tokenizer, [prompt], load_tools(["weather"]), temperature=0, max_new_tokens=40, max_turns=2)[0]
