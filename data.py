@@ -910,7 +910,7 @@ def sample_replies(path=CORPORA / "talk_replies.jsonl", limit=24):
     before = {talk["prompt"]: talk["reply"] for talk in (corpus(Path(path).name)[1:] if Path(path).exists() else [])}
     done = {i: before[talk["prompt"]] for i, talk in enumerate(prompts) if converses(before.get(talk["prompt"], ""), talk["prompt"])}
     left = [i for i in range(len(prompts)) if i not in done]
-    for attempt, temperature in enumerate((0.0, *[0.7] * 5)):
+    for attempt, temperature in enumerate((0.0, 0.7, 0.7, 0.7, 0.7, 0.7)):
         chats = [{"messages": [{"role": "system", "content": brief}, {"role": "user", "content": prompts[i]["prompt"]}]} for i in left]
         episodes = toolplay.rollout(model, tokenizer, chats, {}, temperature=temperature, max_new_tokens=limit, seed=attempt)
         for i, episode in zip(left, episodes):

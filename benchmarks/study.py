@@ -127,7 +127,7 @@ def plot():
             values = [sum(values[max(0, n - smooth + 1):n + 1]) / len(values[max(0, n - smooth + 1):n + 1]) for n in range(len(values))]
             axis.plot(minutes, values, color=colour, alpha=0.9, label=label)
     colours = {"gae": "#4477aa", "rloo": "#cc3311", "grpo": "#228833", "dpo": "#4477aa"}
-    for name, methods, keys in (("ppo", ("gae", "rloo", "grpo"), ("reward/right_answer", "kl", "entropy", "response_length")),
+    for name, methods, keys in (("ppo", ("gae", "rloo", "grpo"), ("reward/right_result", "kl", "entropy", "response_length")),
                                 ("dpo", ("dpo",), ("rewards/margin", "rewards/accuracy", "logp/chosen", "logp/rejected"))):
         figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6))
         for key, axis in zip(keys, axes):

@@ -231,7 +231,7 @@ def test_episodes_of_one_turn_are_scored_by_their_result():
                        (calc("36 / 0"), "turns"), ("<tool_call>{", "turns"), ("42.", "end"), ("", "end"), (calc("36 - 9 + 15") + " 42" * 90, "length")):
         assert first(BLIND, turn, stop=stop) < wrong, turn
     assert first(TALK, "A cat walked into a bar and asked for milk.", stop="end") > first(TALK, calc("1 + 1")) + 0.9
-    assert first(BLIND, calc("36 + 9"), calc("45 - 9 + 15"), stop="turns") < first(BLIND, calc("36 + 9 + 15"))  # calling on and on is one
+    assert first(BLIND, calc("36 + 9"), calc("45 - 9 + 15"), stop="turns") < first(BLIND, calc("36 + 9 + 15"))  # calling on and on is a fault
 
 
 def test_a_number_of_the_prompt_may_be_the_result():
