@@ -142,12 +142,14 @@ def attach(model, names, seed=None, **settings):
         setattr(model.get_submodule(name.rpartition(".")[0]), last(name), layer)
 
 
-def add_lora(model, targets, r, alpha, dropout=0.0, rslora=False, seed=None):
+def add_lora(model, targets, r, alpha, dropout=0.0, rslora=False, seed=None, skip=0.0):
     """Give adapters to the linear layers that `targets` names; freeze all else; return their names.
 
     A target is a last name component ("q_proj"), a pattern for the whole dotted name if it has a
     "*" or "." ("*.layers.0.*"), or "all-linear". A target that matches nothing is an error, as it
     is most likely a typo. Without a seed, the one given to torch.manual_seed is used.
+    skip: the share (rounded down) of the lowest transformer layers that get none; the backward
+    pass ends above them.
     """
     check_settings(r, alpha, dropout, rslora)
     if lora_layers(model):
@@ -156,9 +158,13 @@ def add_lora(model, targets, r, alpha, dropout=0.0, rslora=False, seed=None):
     found = {t: all_linear(model) if t == "all-linear" else [n for n in linears if fnmatch.fnmatchcase(n, t) or last(n) == t]
              for t in targets}
     names = [n for n in linears if any(n in some for some in found.values())]  # in the model's order
+    numbers = {n: int(m[1]) for n in linears if (m := re.search(r"\.(\d+)\.", n))}  # of the transformer layers
+    lowest = int(skip * (max(numbers.values(), default=-1) + 1))
     if not all(found.values()) or not names:
         raise ValueError(f"no linear layer matches {', '.join(t for t in found if not found[t]) or 'an empty list'}; "
                          f"the model has: {', '.join(sorted(set(map(last, linears)))) or 'none'}")
+    if not (names := [n for n in names if numbers.get(n, lowest) >= lowest]):
+        raise ValueError(f"skip = {skip} leaves no layer to train; lower it")
     attach(model, names, seed, r=r, alpha=alpha, dropout=dropout, rslora=rslora)
     return names
 

@@ -77,6 +77,7 @@ class Config:
     lora_dropout: Share = 0.0            # dropout on the adapter's input
     lora_rslora: bool = False            # scale by alpha / sqrt(r) instead
     lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names or patterns
+    lora_skip: Share = 0.0               # share of the lowest layers without adapters: backward ends above them
     # data (data.py)
     source: Literal["manual", "synthetic", "jsonl", "toolbench", "teacher"] = "manual"  # templates; invented functions; what `path` holds (also "data")
     path: str = ""                       # JSONL file of training conversations; ToolBench's files: one, a folder or a glob; a teacher run
@@ -1211,7 +1212,8 @@ def prepare_model(config, device):
         if config.start_from:
             lora.load_adapter(model, start / "adapter")
         elif config.lora_r:
-            lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, dropout=config.lora_dropout, rslora=config.lora_rslora, seed=config.seed % 2 ** 63)
+            lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, dropout=config.lora_dropout, rslora=config.lora_rslora, seed=config.seed % 2 ** 63,
+                          skip=config.lora_skip)
     except ValueError as error:
         raise UserError(str(error)) from None
     return model, tokenizer

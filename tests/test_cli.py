@@ -227,7 +227,7 @@ def test_wandb_missing_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_demo_end_to_end_on_tiny(tmp_path, capsys):
-    out = cli("demo", "--n", 10, *TINY, '--lora_targets=["all-linear"]', f"--run_dir={tmp_path / 'demo'}", capsys=capsys).out
+    out = cli("demo", "--n", 10, *TINY, f"--run_dir={tmp_path / 'demo'}", capsys=capsys).out
     for words in ("question", "before", "after", "| tool_accuracy |", "What next?", "small talk"):
         assert words in out
     if toolplay.importlib.util.find_spec("matplotlib"):

@@ -164,6 +164,14 @@ def test_all_linear_leaves_out_a_head_of_any_name():
     assert add_lora(model, "all-linear", r=1, alpha=1) == ["blocks.0.up", "blocks.0.down", "blocks.1.up"]
 
 
+def test_the_lowest_layers_can_be_left_out():
+    every = add_lora(toy(), "all-linear", r=1, alpha=1)
+    assert add_lora(toy(), "all-linear", r=1, alpha=1, skip=0.5) == [n for n in every if "blocks.0." not in n] != every
+    assert add_lora(toy(), "all-linear", r=1, alpha=1, skip=0.49) == every  # a share is rounded down to whole layers
+    with pytest.raises(ValueError, match="leaves no layer"):
+        add_lora(toy(), "all-linear", r=1, alpha=1, skip=1.0)
+
+
 @pytest.mark.parametrize("kwargs, words", [
     ({"targets": ["upp"]}, "upp; the model has: down, lm_head, up"),
     ({"targets": ["up", "embed"]}, "matches embed"),
