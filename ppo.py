@@ -237,15 +237,24 @@ def right_arguments(case, episode, verdicts):
     return float(bool(verdicts["argument_accuracy"]) and (not counts(case) or calculates(case, episode, verdicts)))
 
 
+def calculated(episode):
+    """The results of the calculator, in order."""
+    return [r.value for r in episode.results if r.ok and r.name == "calculator"]
+
+
+def worked_out(case, episode, verdicts):
+    """Whether the calculator's last result is the number that is asked for, by calculations with the prompt's numbers."""
+    results = calculated(episode)
+    return bool(results) and math.isclose(results[-1], case.answer, rel_tol=1e-6) and bool(calculates(case, episode, verdicts))
+
+
 def right_result(case, episode, verdicts):
     """What right_answer asks of a whole conversation, asked of its calls alone, for episodes of one turn: the number is the
     last result of the calculator, worked out there; other calls are the gold ones, and where none is due, none is made."""
     if not counts(case):
         return float(bool(verdicts["call_accuracy"]) and (bool(case.calls) or bool(verdicts["response_quality"])))
-    results = [r.value for r in episode.results if r.ok and r.name == "calculator"]
-    right = bool(results) and math.isclose(results[-1], case.answer, rel_tol=1e-6)
     faults = needless_call(case, episode, verdicts) or no_end(case, episode, verdicts)
-    return float(right and calculates(case, episode, verdicts) and not faults)
+    return float(worked_out(case, episode, verdicts) and not faults)
 
 
 def right_answer(case, episode, verdicts):
@@ -256,10 +265,9 @@ def right_answer(case, episode, verdicts):
         return 0.0
     if not counts(case):
         return float(verdicts["argument_accuracy"] is not False)
-    results = [r.value for r in episode.results if r.ok and r.name == "calculator"]
-    others = [x for x in results[:-1] if not math.isclose(x, case.answer)]
+    others = [x for x in calculated(episode)[:-1] if not math.isclose(x, case.answer)]
     stated = any(math.isclose(x, y) for x in others for y in numbers(episode.final))
-    return float(bool(results) and math.isclose(results[-1], case.answer, rel_tol=1e-6) and not stated and calculates(case, episode, verdicts))
+    return float(worked_out(case, episode, verdicts) and not stated)
 
 
 def like_reference(case, episode, verdicts):
