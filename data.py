@@ -700,7 +700,14 @@ def generate(split, n, seed=0, mix=None):
 # descriptions must be read (function masking, Lin et al. 2024, arXiv:2410.04587).
 STYLES = {"snake": lambda domain, words: "_".join(words), "camel": lambda domain, words: words[0] + "".join(w.capitalize() for w in words[1:]),
           "dotted": lambda domain, words: f"{domain}.{'_'.join(words)}"}
+NAMED = ["{n} {v}", "with {n} {v}", "with a {n} of {v}", "{n}: {v}", "{n} = {v}"]
 MONTHS = "January February March April May June July August September October November December".split()
+
+
+# Domains whose functions might be of some use for a request to a built-in tool.
+NUMBERS = {"statistics", "geometry", "banking", "stock_portfolio", "chemistry", "astronomy"}
+NEAR = {"arithmetic": NUMBERS, "everyday": NUMBERS, "one_step": NUMBERS, "weather": {"astronomy"}, "no_tool": set(),
+        "search": {"astronomy", "chemistry", "library", "cinema", "music_streaming", "sports_results", "geometry", "recipes", "stock_portfolio", "email"}}
 
 
 class ApiWriter:
@@ -709,6 +716,7 @@ class ApiWriter:
     def __init__(self, split, rng):
         self.split, self.rng, self.style = split, rng, rng.choice(list(STYLES))
         self.described, self.masked = rng.random() < 0.8, rng.random() < 0.12
+        self.named = not self.masked and rng.random() < 0.2  # values are said with their parameters' names: "with party size 4"
 
     def function(self):
         domain = self.rng.choice(pool("apis.json", "domains", self.split))
@@ -790,15 +798,16 @@ class ApiWriter:
         if "enum" in parameter or parameter["type"] == "boolean":
             value = rng.choice(parameter.get("enum") or [True, False])
             return value, rng.choice(parameter["phrases"][str(value).lower() if isinstance(value, bool) else str(value)])
+        wordings = NAMED if self.named else parameter["phrases"]
         if parameter["type"] == "array":
             items = []
             for _ in range(rng.choice([1, 2, 2, 3])):
                 item = self.value(parameter["values"])
                 items += [item] if item[0] not in [i for i, _ in items] else []
             words = [said for _, said in items]
-            return [v for v, _ in items], rng.choice(parameter["phrases"]).replace("{v}", words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
+            return [v for v, _ in items], rng.choice(wordings).replace("{n}", " ".join(parameter["name"])).replace("{v}", words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
         value, said = self.value(parameter["values"])
-        return value, rng.choice(parameter["phrases"]).replace("{v}", said)
+        return value, rng.choice(wordings).replace("{n}", " ".join(parameter["name"])).replace("{v}", said)
 
     def request(self, function, names, without=None):
         """-> (text, arguments under the schema's names); `without`: a parameter that is left unsaid."""
@@ -808,7 +817,8 @@ class ApiWriter:
         if len(set(words)) < len(words):  # from euros to euros
             return self.request(function, names, without)
         phrases = [text for _, _, text in made]
-        self.rng.shuffle(phrases)
+        if self.rng.random() < 0.35:  # people begin with what matters most, but not always
+            self.rng.shuffle(phrases)
         template = self.rng.choice(function["requests"])
         text = " ".join(template.replace("{..}", " ".join(phrases)).split())
         return re.sub(r" ([?.,!])", r"\1", text), {name: value for name, value, _ in made}
@@ -830,7 +840,7 @@ def api_conversation(kind, split, rng):
     """One conversation with invented functions: request, calls, mock results, answer; or a question back, or a refusal."""
     writer, answers = ApiWriter(split, rng), corpus("answers.json")
     domain, function = writer.function()
-    calls, reply, prompts = [], None, []
+    family, calls, reply, prompts = f"{domain['name']}.{'_'.join(function['words'])}", [], None, []
     if kind == "api_none":
         offered = writer.others(domain, rng.randint(1, 4))
     else:
@@ -842,7 +852,14 @@ def api_conversation(kind, split, rng):
     made = [(f, *writer.tool(d, f, n)) for n, (d, f) in enumerate(offered)]
     if len({tool["name"] for _, tool, _ in made}) < len(made):
         return None
-    if kind == "api_none":
+    if kind == "api_none" and rng.random() < 0.5:  # a request for one of the built-in tools, which are not offered, or just talk
+        ask = rng.choice(["arithmetic", "everyday", "one_step", "weather", "weather", "search", "search", "search", "no_tool"])
+        made_up = getattr(Writer(split, rng), ask)()
+        if made_up is None or any(d["name"] in NEAR[ask] for d, _ in offered):
+            return None
+        text, _, family, facts = made_up
+        prompts, reply = [text], facts.get("reply") or rng.choice(answers["api"]["none"])
+    elif kind == "api_none":
         text, _ = writer.request(function, {writer.key(p): writer.key(p) for p in function["parameters"]})
         prompts, reply = [text], rng.choice(answers["api"]["none"])
     else:
@@ -875,7 +892,7 @@ def api_conversation(kind, split, rng):
         del messages[2:]
     else:
         messages.append({"role": "assistant", "content": reply})
-    return {"kind": kind, "family": f"{domain['name']}.{'_'.join(function['words'])}", "split": split, "messages": messages,
+    return {"kind": kind, "family": family, "split": split, "messages": messages,
             "tools": [tool for _, tool, _ in made], "answer": None, "facts": {}}
 
 

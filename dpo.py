@@ -20,7 +20,8 @@ stands without SLiC's regularisation term. Both answers and all pairs of a micro
 computed once, and so are the turns that the two answers share.
 
 What to watch: `logp/chosen` often falls, although it should rise; the loss only asks that `logp/rejected` falls faster
-(Pal et al. 2024, arXiv:2402.13228). A fall to nothing means a beta too small or a step too large.
+(Pal et al. 2024, arXiv:2402.13228). A fall to nothing means a beta too small or a step too large; `nll_coef` adds the
+chosen answer's own loss, which holds it up (Pang et al. 2024, arXiv:2404.19733, eq. 1).
 
     python dpo.py configs/dpo.json          the same as: python toolplay.py train configs/dpo.json
     python dpo.py --show 10 [CONFIG]        pairs, with what differs highlighted
@@ -33,7 +34,7 @@ import random
 import re
 import sys
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -48,11 +49,16 @@ class Config:
     samples: Annotated[int, "> 0"] = 4   # sampled: answers to each prompt, scored with ppo.py's reward
     temperature: Annotated[float, "> 0"] = 1.0                   # sampled: of the sampling
     max_new_tokens: Annotated[int, "> 0"] = 64                   # sampled: bound of each turn
+    max_turns: Annotated[int, "> 0"] = 3                         # sampled: assistant turns; 1 ends an answer behind its calls' results
+    reward: str = ""                                             # sampled: as in ppo.py
+    reward_weights: dict = field(default_factory=dict)           # sampled: as in ppo.py
     min_gap: Annotated[float, "> 0"] = 0.1                       # sampled: best and worst must differ by this much in reward
+    min_best: float = 0.0                                        # sampled: the best must earn this much; the least bad of bad answers teaches nothing
     variant: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"  # the loss, see VARIANTS
     beta: Annotated[float, "> 0"] = 0.1  # strength of the tie to the reference; 0.1 as in the paper
     label_smoothing: Annotated[float, "0 to 1"] = 0.0            # share of judgements taken to be wrong (sigmoid, robust)
     simpo_margin: Annotated[float, ">= 0"] = 0.5                 # SimPO's gamma; its beta is 2 to 2.5 in the paper
+    nll_coef: Annotated[float, ">= 0"] = 0.0                     # weight of the chosen answer's own loss, see nll_loss; 1 in the paper
 
 
 # --------------------------------------------------------------------------- 1. the losses
@@ -123,6 +129,14 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
                 "rewards/accuracy": (chosen > rejected).float(), "logp/chosen": policy_chosen_logp, "logp/rejected": policy_rejected_logp}
         info = {name: value.sum() for name, value in info.items()}
     return losses.sum(), info
+
+
+def nll_loss(chosen_logp, chosen_mask):
+    """The chosen answers' next-token loss, a mean over each one's trained tokens (Pang et al. 2024, arXiv:2404.19733, eq. 1).
+
+    chosen_logp, chosen_mask: [B, T] -> scalar, a sum over the pairs.
+    """
+    return -sequence_logp(chosen_logp, chosen_mask, mean=True).sum()
 
 
 def sequence_logp(logp, mask, mean=False):
@@ -314,13 +328,16 @@ def train(run):
     # Imported here so that this file alone gives the losses to anyone who copies it.
     import data
     import toolplay
+    from ppo import reward_of
     from sft import pad_mask
     from tools import UserError
     config = run.config
     if config.lora_dropout or config.label_smoothing >= 0.5:
         raise UserError("dpo: lora_dropout must be 0 (the reference is the same model), and label_smoothing below 0.5")
-    if config.pairs == "sampled" and config.samples < 2:
-        raise UserError(f"samples = {config.samples}: the best and the worst of several answers make a pair; at least 2 are needed")
+    if config.pairs == "sampled":
+        if config.samples < 2:
+            raise UserError(f"samples = {config.samples}: the best and the worst of several answers make a pair; at least 2 are needed")
+        reward_of(config)  # its faults are said before minutes of sampling
 
     # 1. data: pairs of rows
     model, tokenizer = toolplay.prepare_model(config, run.device)
@@ -332,15 +349,18 @@ def train(run):
     nodes = sum(len(toolplay.Trie([list(ids) for ids, _ in pair[:2]])) for pair in pairs)
     print(f"{len(pairs)} pairs: {tokens} tokens, {nodes} trie nodes, {tokens / nodes:.2f} times fewer for sharing the prompt within a pair alone", file=sys.stderr)
 
-    def answers(group):
-        """Log-probs of a group's answers -> [2, B]: of the chosen ones, of the rejected ones."""
+    def tokens_of(group):
+        """Log-probs of the answers' tokens, chosen and rejected by turns, and their masks -> [2 B, T], [2 B, T]."""
         rows = [row for pair in group for row in pair[:2]]
-        logp = toolplay.token_logprobs(model, rows, budget=None if torch.is_grad_enabled() else config.micro_tokens)
-        return sequence_logp(logp, pad_mask(rows, run.device), config.variant in MEAN).reshape(-1, 2).T
+        return toolplay.token_logprobs(model, rows, budget=None if torch.is_grad_enabled() else config.micro_tokens), pad_mask(rows, run.device)
+
+    def answers(logp, mask):
+        """-> [2, B]: log-probs of the chosen answers, of the rejected ones."""
+        return sequence_logp(logp, mask, config.variant in MEAN).reshape(-1, 2).T
 
     # 2. reference: under the trainer's precision, or the first log-ratios would not be 0
     trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, 1)
-    reference = reference_logp(run, pairs + held_out, answers, trainer.autocast)
+    reference = reference_logp(run, pairs + held_out, lambda group: answers(*tokens_of(group)), trainer.autocast)
     units = [(*pair[:2], *ref) for pair, ref in zip(pairs, reference)]
     held_out = [(*pair[:2], *ref) for pair, ref in zip(held_out, reference[len(pairs):])]
 
@@ -351,7 +371,10 @@ def train(run):
 
     def loss(group):
         ref = torch.tensor([unit[2:] for unit in group], dtype=torch.float64, device=run.device)                    # [B, 2]
-        return dpo_loss(*answers(group), *ref.T, config.beta, config.variant, config.label_smoothing, config.simpo_margin)
+        logp, mask = tokens_of(group)
+        total, info = dpo_loss(*answers(logp, mask), *ref.T, config.beta, config.variant, config.label_smoothing, config.simpo_margin)
+        nll = nll_loss(logp[::2], mask[::2])
+        return total + config.nll_coef * nll, {**info, "nll/chosen": nll.detach()}
 
     @torch.no_grad()
     def evaluate():
@@ -394,17 +417,18 @@ def sampled_pairs(model, tokenizer, conversations, config):
     """
     import eval as evaluation
     import toolplay
-    from ppo import score
+    from ppo import reward_of
+    score = reward_of(config)
     cases = [evaluation.as_case(c) for c in conversations]
     chats = [case.conversation for case in cases for _ in range(config.samples)]
-    episodes = toolplay.rollout(model, tokenizer, chats, temperature=config.temperature, max_new_tokens=config.max_new_tokens, style=config.tool_style,
-                                seed=f"{config.seed} pairs", batch_size=64)
+    episodes = toolplay.rollout(model, tokenizer, chats, temperature=config.temperature, max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
+                                style=config.tool_style, seed=f"{config.seed} pairs", batch_size=64)
     pairs = []
     for n, case in enumerate(cases):
         tries = episodes[n * config.samples:(n + 1) * config.samples]
         scores = [score(case, episode)[0] for episode in tries]
         best, worst = scores.index(max(scores)), scores.index(min(scores))
-        if scores[best] - scores[worst] >= config.min_gap:
+        if scores[best] >= config.min_best and scores[best] - scores[worst] >= config.min_gap:
             pairs.append(Pair(*[(tries[i].ids, tries[i].mask) for i in (best, worst)], f"reward {scores[best]:.2f} against {scores[worst]:.2f}"))
     return fitting(pairs, config, "sampled pairs")
 
@@ -425,7 +449,7 @@ def sampled_datasets(run, model, tokenizer):
         prompts = [data.conversations(config, split, tokenizer) for split in ("train", "dev")]
         with lora.merged(model) if config.lora_r else contextlib.nullcontext():  # sampled from faster
             out = [sampled_pairs(model, tokenizer, chats, config) if chats else [] for chats in prompts]
-        print(f"{len(out[0])} of {len(prompts[0])} prompts gave a pair: the rewards of the others' {config.samples} answers differ by less than {config.min_gap}", file=sys.stderr)
+        print(f"{len(out[0])} of {len(prompts[0])} prompts gave a pair: of the others' {config.samples} answers the best earns less than {config.min_best}, or the worst no less by {config.min_gap}", file=sys.stderr)
         if not out[0]:
             raise UserError("no prompt gave a pair: raise temperature or samples, or start_from a run that gets some prompts right")
         if run.rank:

@@ -32,7 +32,9 @@ Departures. The reference is where training starts (the SFT adapter kept aside, 
 model in memory. RLOO has clipped ratios of tokens and several epochs here, where the paper has plain REINFORCE of whole
 answers. GRPO takes beta KL out of the advantage instead of adding a KL loss, leaves prompts alone whose scores hardly
 differ, and averages over all tokens, not first over each episode's. With `value_lora` the critic is an adapter of its own on
-the same trunk: policy and value no longer pull at the same weights, for a second forward. Under torchrun the ranks share out
+the same trunk: policy and value no longer pull at the same weights, for a second forward. `min_spread` leaves prompts out
+whose samples earned the same, for they cost most of a round and teach next to nothing (dynamic sampling, Yu et al. 2025,
+arXiv:2503.14476, eq. 11, but no other prompts are sampled in their place). Under torchrun the ranks share out
 the prompts of a round, and its learning.
 
     python ppo.py configs/ppo.json          the same as: python toolplay.py train configs/ppo.json
@@ -76,6 +78,7 @@ class Config:
     kl_estimator: Literal["k1", "k3"] = "k1"           # of the KL to the reference
     kl_target: Annotated[float, ">= 0"] = 0.0          # KL an episode that beta is steered to; 6 in lm-human-preferences; 0: beta is fixed
     kl_horizon: Annotated[float, "> 0"] = 10000.0      # episodes over which it is steered
+    min_spread: Annotated[float, ">= 0"] = 0.0         # learn only from prompts whose samples' rewards differ by this much (dynamic sampling)
     kl_stop: Annotated[float, ">= 0"] = 0.0            # end a round's learning when KL to the sampling policy, a token, exceeds this; 0: never
     ratio_guard: Annotated[float, "> 0"] = 10.0        # a minibatch whose mean ratio exceeds this is skipped
     whiten_rewards: bool = False                       # gae: scale rewards to unit variance (their mean is kept)
@@ -574,21 +577,23 @@ def train(run):
         played = toolplay.shared_out(picked, lambda own: play(round_, own) if own else [])
         units = [{"case": case, **unit} for case, samples in zip(picked, played) for unit in samples]
         log = judge_round(config, units, beta.value, run.device)
+        spread = [max(scores) - min(scores) for scores in ([unit["score"] for unit in samples] for samples in played)]
         sums, count, stopped = {}, 0, False
-        for n in range(per_round):
-            epoch, at = divmod(n, minibatches)
-            order = [p * config.samples + s for p in shuffled(config.prompts, config.seed, position, epoch) for s in range(config.samples)]
-            group = [units[i] for i in order[at * config.batch_size:(at + 1) * config.batch_size]]
-            info = toolplay.train_step(trainer, group, loss, size=lambda unit: sum(unit["mask"]), rows=lambda unit: [unit["row"]],
-                                       veto=lambda means: means["ratio"] > config.ratio_guard)
-            for name, value in info.items():
-                sums[name] = sums.get(name, 0.0) + value
-            count += 1
-            left = per_round - count
-            if stopped := bool(config.kl_stop and left and info["approx_kl"] > config.kl_stop):
-                trainer.step, trainer.updates = trainer.step + left, trainer.updates + left  # the rest of the round is not learned from
-                break
+        for epoch in range(config.ppo_epochs):
+            order = [p * config.samples + s for p in shuffled(config.prompts, config.seed, position, epoch) if spread[p] >= config.min_spread for s in range(config.samples)]
+            for at in range(0, 0 if stopped else len(order), config.batch_size):
+                info = toolplay.train_step(trainer, [units[i] for i in order[at:at + config.batch_size]], loss, size=lambda unit: sum(unit["mask"]),
+                                           rows=lambda unit: [unit["row"]], veto=lambda means: means["ratio"] > config.ratio_guard)
+                for name, value in info.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                count += 1
+                if stopped := bool(config.kl_stop and count < per_round and info["approx_kl"] > config.kl_stop):
+                    break
+        left = per_round - count  # what is not learned from counts in the schedule
+        trainer.step, trainer.updates = trainer.step + left, trainer.updates + left
         log.update({name: value / count for name, value in sums.items() if name not in ("tokens", "terms", "skipped")}, skipped=trainer.skipped, stopped=int(stopped))
+        if config.min_spread:
+            log["learned_from"] = sum(x >= config.min_spread for x in spread) / config.prompts
         trainer.extra["kl_coef"] = beta.update(log["kl"], batch)
         if held_out and (trainer.step >= trainer.total or config.eval_every and (round_ + 1) % config.eval_every == 0):
             report, _ = evaluation.evaluate(model, tokenizer, held_out, max_new_tokens=config.max_new_tokens, style=config.tool_style, progress=False)

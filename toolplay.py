@@ -87,7 +87,7 @@ class Config:
     eval_examples: NotNegative = 100     # how many to keep for evaluation during training
     mix: dict = field(default_factory=dict)                      # weights of the kinds; empty: data.MIX, for synthetic data.SYNTHETIC
     max_tokens: Positive = 1024          # longer conversations are left out and counted, never cut
-    tool_style: Literal["signature", "json"] = "signature"       # how tools are written into the system prompt
+    tool_style: Literal["signature", "described", "json"] = "signature"  # how tools are written into the system prompt; described: with their parameters' descriptions
     tools: list = field(default_factory=list)                    # further tools: {"name", "description", "parameters", "function": "package.module:name"}
     group: Positive = 8                  # examples in a row that share a system prompt (what the trie shares)
     # optimisation (train_step)

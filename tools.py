@@ -102,10 +102,10 @@ class Tool:
         """The OpenAI form."""
         return {"type": "function", "function": {key: getattr(self, key) for key in ("name", "description", "parameters")}}
 
-    def signature(self) -> str:
-        """One line: `name(p: type, q?: type = default) - first sentence`."""
+    def signature(self, described=False) -> str:
+        """One line: `name(p: type, q?: type = default) - first sentence`; `described`: with what is said of the parameters."""
         sentence = re.split(r"(?<=[.!?]) ", " ".join(self.description.split()), maxsplit=1)[0]
-        return f"{self.name}({_fields(self.parameters)})" + (f" - {sentence}" if sentence else "")
+        return f"{self.name}({_fields(self.parameters, described)})" + (f" - {sentence}" if sentence else "")
 
 
 # The JSON schema of a tool, whose parameters are a JSON schema themselves.
@@ -114,25 +114,26 @@ FORM = {"additionalProperties": True, "properties": {"name": {"type": "string"},
         "type": "object", "additionalProperties": {"type": "object"}}}}}}
 
 
-def _fields(schema):
+def _fields(schema, described=False):
     fields = []
     for name, field in schema.get("properties", {}).items():
         default = "" if field.get("default") is None else f" = {_dumps(field['default'])}"
-        fields.append(f"{name}{'' if name in schema.get('required', []) else '?'}: {_type(field)}{default}")
+        about = " ".join(str(field.get("description") or "").split()) if described else ""
+        fields.append(f"{name}{'' if name in schema.get('required', []) else '?'}: {_type(field, described)}{default}" + (f" ({about})" if about else ""))
     return ", ".join(fields)
 
 
-def _type(schema):
+def _type(schema, described=False):
     if "enum" in schema:
         return " | ".join(map(_dumps, schema["enum"]))
     if "const" in schema:
         return _dumps(schema["const"])
     if parts := schema.get("anyOf") or schema.get("oneOf"):
-        return " | ".join(map(_type, parts))
+        return " | ".join(_type(part, described) for part in parts)
     kind = schema.get("type", "any")
     kind = kind if isinstance(kind, str) else " | ".join(kind)
-    items = f"<{_type(schema['items'])}>" if isinstance(schema.get("items"), dict) and schema["items"] else ""
-    return f"{kind}{items}" + (f"{{{_fields(schema)}}}" if schema.get("properties") else "")
+    items = f"<{_type(schema['items'], described)}>" if isinstance(schema.get("items"), dict) and schema["items"] else ""
+    return f"{kind}{items}" + (f"{{{_fields(schema, described)}}}" if schema.get("properties") else "")
 
 
 def _problems(value, schema, where="", root=None):
@@ -267,10 +268,10 @@ def _narrows(fields, parameters):
 
 def render_tools(tools, style="signature") -> str:
     """The text that tells the model about its tools, one a line."""
-    if style not in ("signature", "json"):
-        raise UserError(f"tool style {style!r}: must be 'signature' or 'json'")
+    if style not in ("signature", "described", "json"):
+        raise UserError(f"tool style {style!r}: must be 'signature', 'described' or 'json'")
     tools = tools.values() if isinstance(tools, dict) else tools
-    return "\n".join(tool.signature() if style == "signature" else _dumps(tool.schema()) for tool in tools)
+    return "\n".join(_dumps(tool.schema()) if style == "json" else tool.signature(style == "described") for tool in tools)
 
 
 # 2. the grammar of a call

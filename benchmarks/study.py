@@ -14,7 +14,7 @@ more than one operation. Then, each for the same wall-clock time (--minutes, fro
     dpo-0 dpo-1 dpo-2                    configs/dpo.json
 
 Scores: runs/study/test.jsonl, the test split: word problems of several operations (story families that no run has seen), and
-as many of all other kinds. Read them with
+as many of other kinds, half of them without a call that is due, or with a trap. Read them with
 
     .venv/bin/python toolplay.py compare --kind two_steps runs/study/start runs/study/gae-* ...
 """
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RUNS = ROOT / "runs" / "study"
 N = 300  # test cases of either part
+OTHERS = {"no_tool": 8, "trap": 8, "missing_tool": 3, "arithmetic": 4, "everyday": 4, "one_step": 4, "weather": 4, "search": 4, "two_calls": 1, "tool_error": 1}
 STAGES = ["start", *(f"{name}-{seed}" for seed in range(3) for name in ("gae", "sft", "dpo")), "rloo-0", "grpo-0", "rft-0", "plot"]
 
 
@@ -41,8 +42,7 @@ def cases():
     import data
     path = RUNS / "test.jsonl"
     if not path.exists():
-        others = {kind: weight for kind, weight in data.MIX.items() if kind not in ("canonical", "word_problem")} | {"one_step": 9}
-        made = data.generate("test", N, 0, {"two_steps": 1}) + data.generate("test", N, 0, others)
+        made = data.generate("test", N, 0, {"two_steps": 1}) + data.generate("test", N, 0, OTHERS)
         path.write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in made), encoding="utf-8")
     return path
 

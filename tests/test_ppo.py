@@ -323,6 +323,27 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
+def test_prompts_whose_samples_earn_the_same_are_left_out(tmp_path, monkeypatch):
+    """min_spread: learned from are only prompts whose samples earned different rewards; what is left out counts in the schedule."""
+    def reward(case, episode, n=iter(range(10 ** 6))):  # every second prompt tells its samples apart
+        prompt, sample = divmod(next(n), 2)
+        return (float(sample) if prompt % 2 else 0.5), {}
+    monkeypatch.setattr(ppo, "reward_of", lambda config: reward)
+    seen, step = [], toolplay.train_step
+
+    def record(trainer, group, *args, **more):
+        seen.append([unit["score"] for unit in group])
+        return step(trainer, group, *args, **more)
+    monkeypatch.setattr(toolplay, "train_step", record)
+    more = {"prompts": 4, "samples": 2, "batch_size": 2, "ppo_epochs": 2, "iterations": 2, "eval_examples": 0}
+    lines = train(config(tmp_path / "a", min_spread=0.6, **more))
+    assert len(seen) == 2 * 2 * 2 and all(sorted(scores) == [0, 1] for scores in seen)
+    assert [x["step"] for x in lines] == [8, 16] and all(x["learned_from"] == 0.5 for x in lines)
+    del seen[:]
+    lines = train(config(tmp_path / "b", min_spread=2.0, **more))  # nobody learns: the run goes on and ends
+    assert not seen and [x["step"] for x in lines] == [8, 16] and lines[0]["learned_from"] == 0
+
+
 def test_two_ranks_play_and_learn_as_one(tmp_path):
     """The ranks share out the prompts; what each row draws does not depend on who draws it."""
     made = {}

@@ -291,6 +291,9 @@ def test_signature_of_nested_types():
     assert made.signature() == ('math.sum-up(xs: array<array<integer>>, o?: object{a: string, b?: integer}, '
                                 'e?: "a" | 2 | "é", n?: string | null, z?: any) - Adds things.')
     assert Tool("f", "", {}).signature() == "f()"
+    inner["properties"]["b"]["description"] = "two\n  lines"
+    assert render_tools([made], "described").startswith("math.sum-up(xs: array<array<integer>>, o?: object{a: string, b?: integer (two lines)}, e?: ")
+    assert "(two" not in render_tools([made])
 
 
 def test_tool_from_schema():
