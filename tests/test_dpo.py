@@ -209,10 +209,10 @@ def test_a_run(tmp_path, variant, capsys):
 
 def test_it_learns_the_preference(tmp_path, monkeypatch):
     net, tok = model("llama"), tokenizer()  # tiny is too faint to learn much
-    monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (net, tok))
-    lines = train(config(tmp_path, steps=30, examples=8, batch_size=8, eval_examples=0, lr=0.02))
+    monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (copy.deepcopy(net), tok))
+    lines = train(config(tmp_path, steps=12, examples=8, batch_size=8, eval_examples=0, lr=0.02))
     assert lines[-1]["rewards/accuracy"] == 1 and lines[-1]["rewards/margin"] > 0.5
-    held = train(config(tmp_path / "held", steps=30, examples=8, batch_size=8, eval_examples=0, lr=0.02, nll_coef=1.0))
+    held = train(config(tmp_path / "held", steps=12, examples=8, batch_size=8, eval_examples=0, lr=0.02, nll_coef=1.0))
     assert held[0]["loss"] == pytest.approx(lines[0]["loss"] + held[0]["nll/chosen"], abs=1e-4)
     assert held[-1]["rewards/accuracy"] == 1 and held[-1]["logp/chosen"] > lines[-1]["logp/chosen"] + 1  # it holds the chosen answers up
 
