@@ -521,8 +521,7 @@ def train(run):
 
     # 3. optimizer
     batch = config.prompts * config.samples
-    minibatches = -(-batch // config.batch_size)
-    per_round = config.ppo_epochs * minibatches
+    per_round = config.ppo_epochs * -(-batch // config.batch_size)
     trainer = toolplay.Trainer(config, parameters, config.iterations * per_round)
     run.start(trainer)
     if trainer.extra.setdefault("reference", started := toolplay.start_hashes(config)) != started:
@@ -569,18 +568,11 @@ def train(run):
                            **{name: x[b, :len(episode.ids)].tolist() for name, x in fixed.items()}})
         return [played[n:n + config.samples] for n in range(0, len(played), config.samples)]
 
-    # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
-    for position in run.steps(trainer, trainer.total):
-        round_ = position // per_round
-        picked = [cases[shuffled(len(cases), config.seed, "prompts", at // len(cases))[at % len(cases)]]
-                  for at in range(round_ * config.prompts, (round_ + 1) * config.prompts)]
-        played = toolplay.shared_out(picked, lambda own: play(round_, own) if own else [])
-        units = [{"case": case, **unit} for case, samples in zip(picked, played) for unit in samples]
-        log = judge_round(config, units, beta.value, run.device)
-        spread = [max(scores) - min(scores) for scores in ([unit["score"] for unit in samples] for samples in played)]
+    def learn(units, teaching, position):
+        """Epochs over a round's units, of the prompts with these numbers -> means of the minibatches' logs."""
         sums, count, stopped = {}, 0, False
         for epoch in range(config.ppo_epochs):
-            order = [p * config.samples + s for p in shuffled(config.prompts, config.seed, position, epoch) if spread[p] >= config.min_spread for s in range(config.samples)]
+            order = [p * config.samples + s for p in shuffled(config.prompts, config.seed, position, epoch) if p in teaching for s in range(config.samples)]
             for at in range(0, 0 if stopped else len(order), config.batch_size):
                 info = toolplay.train_step(trainer, [units[i] for i in order[at:at + config.batch_size]], loss, size=lambda unit: sum(unit["mask"]),
                                            rows=lambda unit: [unit["row"]], veto=lambda means: means["ratio"] > config.ratio_guard)
@@ -591,9 +583,19 @@ def train(run):
                     break
         left = per_round - count  # what is not learned from counts in the schedule
         trainer.step, trainer.updates = trainer.step + left, trainer.updates + left
-        log.update({name: value / count for name, value in sums.items() if name not in ("tokens", "terms", "skipped")}, skipped=trainer.skipped, stopped=int(stopped))
-        if config.min_spread:
-            log["learned_from"] = sum(x >= config.min_spread for x in spread) / config.prompts
+        return {**{name: value / count for name, value in sums.items() if name not in ("tokens", "terms", "skipped")}, "stopped": int(stopped)}
+
+    # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
+    for position in run.steps(trainer, trainer.total):
+        round_ = position // per_round
+        picked = [cases[shuffled(len(cases), config.seed, "prompts", at // len(cases))[at % len(cases)]]
+                  for at in range(round_ * config.prompts, (round_ + 1) * config.prompts)]
+        played = toolplay.shared_out(picked, lambda own: play(round_, own) if own else [])
+        units = [{"case": case, **unit} for case, samples in zip(picked, played) for unit in samples]
+        log = judge_round(config, units, beta.value, run.device)
+        spread = [max(scores) - min(scores) for scores in ([unit["score"] for unit in samples] for samples in played)]
+        teaching = {p for p in range(config.prompts) if spread[p] >= config.min_spread}
+        log.update(learn(units, teaching, position), skipped=trainer.skipped, learned_from=len(teaching) / config.prompts)
         trainer.extra["kl_coef"] = beta.update(log["kl"], batch)
         if held_out and (trainer.step >= trainer.total or config.eval_every and (round_ + 1) % config.eval_every == 0):
             report, _ = evaluation.evaluate(model, tokenizer, held_out, max_new_tokens=config.max_new_tokens, style=config.tool_style, progress=False)
