@@ -701,6 +701,7 @@ def generate(split, n, seed=0, mix=None):
 STYLES = {"snake": lambda domain, words: "_".join(words), "camel": lambda domain, words: words[0] + "".join(w.capitalize() for w in words[1:]),
           "dotted": lambda domain, words: f"{domain}.{'_'.join(words)}"}
 NAMED = ["{n} {v}", "with {n} {v}", "with a {n} of {v}", "{n}: {v}", "{n} = {v}"]
+OFFERS = {"train": 500}  # different offers of either kind, one function and several; on the other splits every conversation has its own
 MONTHS = "January February March April May June July August September October November December".split()
 
 
@@ -711,11 +712,22 @@ NEAR = {"arithmetic": NUMBERS, "everyday": NUMBERS, "one_step": NUMBERS, "weathe
 
 
 class ApiWriter:
-    """Writes requests to invented functions, in one style of names. All choices come from `rng`."""
+    """Writes requests to the functions of one offer, in one style of names. An offer is drawn from its own random stream: in
+    training several conversations share one, so that one set of tools is asked for different things (and is computed once by
+    the trie). All other choices come from `rng`."""
 
-    def __init__(self, split, rng):
-        self.split, self.rng, self.style = split, rng, rng.choice(list(STYLES))
-        self.described, self.masked = rng.random() < 0.8, rng.random() < 0.12
+    def __init__(self, split, rng, several):
+        self.split, self.rng = split, random.Random(f"{split} offer {rng.randrange(OFFERS.get(split, 10 ** 9))} {several}")
+        self.style = self.rng.choice(list(STYLES))
+        self.described, self.masked = self.rng.random() < 0.8, self.rng.random() < 0.12
+        self.domain, function = self.function()
+        offered = [(self.domain, function)]
+        if several:  # near misses, and others
+            near = [f for f in self.domain["functions"] if f is not function]
+            offered += [(self.domain, f) for f in self.rng.sample(near, self.rng.randint(1, 2))] + self.others(self.rng.randint(0, 1))
+        self.rng.shuffle(offered)
+        self.offered = [(d, f, *self.tool(d, f, n)) for n, (d, f) in enumerate(offered)]  # domain, function, schema, names of its parameters
+        self.rng = rng
         self.named = not self.masked and rng.random() < 0.2  # values are said with their parameters' names: "with party size 4"
 
     def function(self):
@@ -798,37 +810,44 @@ class ApiWriter:
         if "enum" in parameter or parameter["type"] == "boolean":
             value = rng.choice(parameter.get("enum") or [True, False])
             return value, rng.choice(parameter["phrases"][str(value).lower() if isinstance(value, bool) else str(value)])
-        wordings = NAMED if self.named else parameter["phrases"]
-        if parameter["type"] == "array":
-            items = []
-            for _ in range(rng.choice([1, 2, 2, 3])):
-                item = self.value(parameter["values"])
-                items += [item] if item[0] not in [i for i, _ in items] else []
-            words = [said for _, said in items]
-            return [v for v, _ in items], rng.choice(wordings).replace("{n}", " ".join(parameter["name"])).replace("{v}", words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
-        value, said = self.value(parameter["values"])
-        return value, rng.choice(wordings).replace("{n}", " ".join(parameter["name"])).replace("{v}", said)
+        values, text = self.listed(parameter, rng.choice([1, 2, 2, 3]) if parameter["type"] == "array" else 1)
+        return values if parameter["type"] == "array" else values[0], text
 
-    def request(self, function, names, without=None):
-        """-> (text, arguments under the schema's names); `without`: a parameter that is left unsaid."""
+    def listed(self, parameter, n):
+        """-> (up to n different values of a parameter, the phrase that states them)."""
+        items = []
+        for _ in range(n):
+            item = self.value(parameter["values"])
+            items += [item] if item[0] not in [value for value, _ in items] else []
+        words = [said for _, said in items]
+        text = self.rng.choice(NAMED if self.named else parameter["phrases"]).replace("{n}", " ".join(parameter["name"]))
+        return [value for value, _ in items], text.replace("{v}", words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
+
+    def request(self, function, names, without=None, spread=1):
+        """-> (text, list of arguments under the schema's names): of one call, or of up to `spread` calls that differ in one
+        parameter only ("in Oslo and Rome"). `without`: a parameter that is left unsaid."""
         chosen = [p for p in function["parameters"] if p is not without and (p["required"] or self.rng.random() < 0.4)]
-        made = [(names[self.key(p)], *self.argument(p)) for p in chosen]
+        simple = [p for p in chosen if p["type"] in ("string", "integer", "number") and "enum" not in p]
+        varied = self.rng.choice(simple) if spread > 1 and simple else None
+        made = [(names[self.key(p)], *(self.listed(p, spread) if p is varied else self.argument(p))) for p in chosen]
         words = [value for _, value, _ in made if isinstance(value, str)]
         if len(set(words)) < len(words):  # from euros to euros
-            return self.request(function, names, without)
+            return self.request(function, names, without, spread)
         phrases = [text for _, _, text in made]
         if self.rng.random() < 0.35:  # people begin with what matters most, but not always
             self.rng.shuffle(phrases)
         template = self.rng.choice(function["requests"])
         text = " ".join(template.replace("{..}", " ".join(phrases)).split())
-        return re.sub(r" ([?.,!])", r"\1", text), {name: value for name, value, _ in made}
+        several = next((values for p, (_, values, _) in zip(chosen, made) if p is varied), [None])
+        arguments = [{name: one if p is varied else value for p, (name, value, _) in zip(chosen, made)} for one in several]
+        return re.sub(r" ([?.,!])", r"\1", text), arguments
 
-    def others(self, domain, n):
+    def others(self, n):
         """n functions of other domains."""
         out = []
         while len(out) < n:
             other = self.function()
-            if other[0] is not domain and other not in out:
+            if other[0] is not self.domain and other not in out:
                 out.append(other)
         return out
 
@@ -838,52 +857,48 @@ class ApiWriter:
 
 def api_conversation(kind, split, rng):
     """One conversation with invented functions: request, calls, mock results, answer; or a question back, or a refusal."""
-    writer, answers = ApiWriter(split, rng), corpus("answers.json")
-    domain, function = writer.function()
-    family, calls, reply, prompts = f"{domain['name']}.{'_'.join(function['words'])}", [], None, []
-    if kind == "api_none":
-        offered = writer.others(domain, rng.randint(1, 4))
-    else:
-        offered = [(domain, function)]
-        if kind == "api_choice" or kind != "api_one" and rng.random() < 0.6:  # near misses, and others
-            near = [f for f in domain["functions"] if f is not function]
-            offered += [(domain, f) for f in rng.sample(near, rng.randint(1, 3))] + writer.others(domain, rng.randint(0, 2))
-    rng.shuffle(offered)
-    made = [(f, *writer.tool(d, f, n)) for n, (d, f) in enumerate(offered)]
-    if len({tool["name"] for _, tool, _ in made}) < len(made):
+    writer, answers = ApiWriter(split, rng, {"api_one": False, "api_choice": True}.get(kind, rng.random() < 0.6)), corpus("answers.json")
+    if len({tool["name"] for _, _, tool, _ in writer.offered}) < len(writer.offered):
         return None
+    domain, function, tool, names = rng.choice(writer.offered)
+    calls, results, reply, prompts = [], [], None, []
+    if kind == "api_none":
+        domain, function = writer.others(1)[0]
+        if any(d is domain for d, _, _, _ in writer.offered):
+            return None
+    family = f"{domain['name']}.{'_'.join(function['words'])}"
     if kind == "api_none" and rng.random() < 0.5:  # a request for one of the built-in tools, which are not offered, or just talk
         ask = rng.choice(["arithmetic", "everyday", "one_step", "weather", "weather", "search", "search", "search", "no_tool"])
         made_up = getattr(Writer(split, rng), ask)()
-        if made_up is None or any(d["name"] in NEAR[ask] for d, _ in offered):
+        if made_up is None or any(d["name"] in NEAR[ask] for d, _, _, _ in writer.offered):
             return None
         text, _, family, facts = made_up
         prompts, reply = [text], facts.get("reply") or rng.choice(answers["api"]["none"])
     elif kind == "api_none":
-        text, _ = writer.request(function, {writer.key(p): writer.key(p) for p in function["parameters"]})
-        prompts, reply = [text], rng.choice(answers["api"]["none"])
+        prompts, reply = [writer.request(function, {writer.key(p): writer.key(p) for p in function["parameters"]})[0]], rng.choice(answers["api"]["none"])
+    elif kind == "api_ask":
+        required = [p for p in function["parameters"] if p["required"] and p["type"] not in ("boolean", "object")]
+        if len(required) < 2:
+            return None
+        missing = rng.choice(required)
+        prompts = [writer.request(function, names, missing)[0]]
+        reply = fill(rng.choice(answers["api"]["ask"]), {"what": " ".join(missing["name"])})
     else:
-        tool, names = next((tool, names) for f, tool, names in made if f is function)
-        if kind == "api_ask":
-            required = [p for p in function["parameters"] if p["required"] and p["type"] not in ("boolean", "object")]
-            if len(required) < 2:
-                return None
-            missing = rng.choice(required)
-            prompts = [writer.request(function, names, missing)[0]]
-            reply = fill(rng.choice(answers["api"]["ask"]), {"what": " ".join(missing["name"])})
-        else:
-            for _ in range(rng.choice([2, 2, 3]) if kind == "api_parallel" else 1):
-                text, arguments = writer.request(function, names)
-                prompts.append(text)
-                calls.append(Call(tool["name"], arguments))
-            if kind == "api_parallel" and len({json.dumps(c.arguments, sort_keys=True) for c in calls}) < len(calls):
-                return None
+        spread = rng.choice([2, 2, 3]) if kind == "api_parallel" and rng.random() < 0.45 else 1
+        for n in range(rng.choice([2, 2, 3]) if kind == "api_parallel" and spread == 1 else 1):
+            if n and rng.random() < 0.4:
+                _, function, tool, names = rng.choice(writer.offered)
+            text, several = writer.request(function, names, spread=spread)
+            prompts.append(text)
+            calls += [Call(tool["name"], arguments) for arguments in several]
+            results += [writer.result(function) for _ in several]
+        if kind == "api_parallel" and len({json.dumps([c.name, c.arguments], sort_keys=True) for c in calls}) < max(len(calls), 2):
+            return None
     prompt = prompts[0] if len(prompts) == 1 else fill(rng.choice(answers["api"]["joined"]), {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": decapitalise(prompts[-1])})
     if rng.random() < 0.25:
         prompt = prompt.lower() if not any(isinstance(v, str) and v != v.lower() for c in calls for v in c.arguments.values()) else prompt.rstrip(".?!")
     messages = [{"role": "user", "content": prompt}]
     if calls:
-        results = [writer.result(function) for _ in calls]
         messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
         messages += [{"role": "tool", "content": format_result(Result(c.name, True, r))} for c, r in zip(calls, results)]
         said = "; ".join(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in r.items()) for r in results)
@@ -893,7 +908,7 @@ def api_conversation(kind, split, rng):
     else:
         messages.append({"role": "assistant", "content": reply})
     return {"kind": kind, "family": family, "split": split, "messages": messages,
-            "tools": [tool for _, tool, _ in made], "answer": None, "facts": {}}
+            "tools": [tool for _, _, tool, _ in writer.offered], "answer": None, "facts": {}}
 
 
 # --------------------------------------------------------------------------- 6. the base model's own replies

@@ -36,16 +36,19 @@ def test_every_function_can_be_asked_for():
     rng = random.Random(0)
     for domain in data.corpus("apis.json")["domains"]:
         for function in domain["functions"]:
-            writer = data.ApiWriter(domain["split"], rng)
+            writer = data.ApiWriter(domain["split"], rng, False)
             writer.masked = False
             tool, names = writer.tool(domain, function)
-            text, arguments = writer.request(function, names)
-            assert "{" not in text and not list(_problems(arguments, {**tool["parameters"], "type": "object"})), (domain["name"], function["words"], arguments)
-            assert set(tool["parameters"]["required"]) <= set(arguments)
+            for spread in (1, 3):
+                text, several = writer.request(function, names, spread=spread)
+                assert "{" not in text and 1 <= len(several) <= spread
+                for arguments in several:
+                    assert not list(_problems(arguments, {**tool["parameters"], "type": "object"})), (domain["name"], function["words"], arguments)
+                    assert set(tool["parameters"]["required"]) <= set(arguments)
 
 
 def test_domains_belong_to_one_split(made):
-    families = {split: {c["family"] for (s, _), cs in made.items() if s == split for c in cs} for split in ("train", "dev", "test")}
+    families = {split: {c["family"] for (s, _), cs in made.items() if s == split for c in cs if "." in c["family"]} for split in ("train", "dev", "test")}
     domains = {split: {family.partition(".")[0] for family in families[split]} for split in families}
     assert not domains["train"] & domains["test"] and not domains["train"] & domains["dev"] and not domains["dev"] & domains["test"]
     words = {split: {tuple(f["words"]) for d in data.corpus("apis.json")["domains"] if d["split"] == split for f in d["functions"]} for split in families}
@@ -84,6 +87,23 @@ def test_styles_and_masks(made):
     assert 0.05 < len(masked) / len(names) < 0.25
     assert any("." in n for n in names) and any("_" in n and "." not in n and n not in masked for n in names) and any(n != n.lower() for n in names)
     assert not set(names) & set(BUILTIN)
+
+
+def test_parallel_calls_differ_in_one_value_in_all_or_in_their_function(made):
+    shapes = Counter()
+    for c in made["train", "api_parallel"]:
+        calls = c["messages"][1]["tool_calls"]
+        differing = {key for call in calls for key in call["arguments"] if call["arguments"][key] != calls[0]["arguments"].get(key)}
+        shapes["functions" if len({call["name"] for call in calls}) > 1 else "one value" if len(differing) == 1 else "all"] += 1
+        if len(c["messages"]) > 2:
+            assert sum(m["role"] == "tool" for m in c["messages"]) == len(calls)
+    assert min(shapes[shape] for shape in ("functions", "one value", "all")) >= 15, shapes
+
+
+def test_offers_come_again_in_training_only(made):
+    """The trie computes a shared set of tools once; scores on the other splits are of independent sets."""
+    offers = {split: [json.dumps(c["tools"]) for c in data.generate(split, 400, 0, {kind: 1 for kind in KINDS})] for split in ("train", "test")}
+    assert len(set(offers["train"])) < 0.9 * 400 and len(set(offers["test"])) > 0.94 * 400
 
 
 def test_questions_back_and_refusals(made):
