@@ -17,7 +17,7 @@ What does not apply to a case is not counted for it.
                      in it where the gold has one: a literal, or the result itself in it, is no calculation. Other text: equal but for case,
                      accents, punctuation and spaces. City: a region after a comma may be left out. Query of search: F1 of
                      the content words >= 0.75, nothing but words left out (or added), the same numbers. Anything else: equal. Missing or extra arguments are wrong, except those
-                     that state the default (weather in celsius).
+                     that state a default (the schema's; weather in celsius).
   call_accuracy      argument_accuracy where a call is due, tool_accuracy where none is: the calls are exactly right.
   execution          Share of the calls of all turns with an ok result; a malformed call is a failure; a tool's own
                      error (an unknown city) is right where a gold call errs too. A tool that has no function is left
@@ -135,18 +135,22 @@ def same_argument(tool, key, gold, got):
     return gold == got or a == b != "" and signs.findall(gold) == signs.findall(got)
 
 
-def same_call(gold, got):
-    default = ("unit", "celsius") if gold.name == "weather" else None  # to say the default is the same as to leave it out
-    a, b = [{k: v for k, v in call.arguments.items() if (k, v) != default} for call in (gold, got)]
+def same_call(gold, got, tools={}):
+    """tools: name -> Tool. To state the default of a parameter is the same as to leave it out."""
+    defaults = {"unit": "celsius"} if gold.name == "weather" else {}
+    if gold.name in tools:
+        fields = tools[gold.name].parameters.get("properties", {})
+        defaults = {**defaults, **{key: field["default"] for key, field in fields.items() if isinstance(field, dict) and "default" in field}}
+    a, b = [{k: v for k, v in call.arguments.items() if k not in defaults or not same_argument(gold.name, k, defaults[k], v)} for call in (gold, got)]
     return gold.name == got.name and set(a) == set(b) and all(same_argument(gold.name, key, a[key], b[key]) for key in a)
 
 
-def same_calls(gold, got):
+def same_calls(gold, got, tools={}):
     """Whether every gold call has a call of its own, in any order, and none is left over (greedy, as in BFCL)."""
     if not gold:
         return not got
-    n = next((n for n, call in enumerate(got) if same_call(gold[0], call)), None)
-    return n is not None and same_calls(gold[1:], got[:n] + got[n + 1:])
+    n = next((n for n, call in enumerate(got) if same_call(gold[0], call, tools)), None)
+    return n is not None and same_calls(gold[1:], got[:n] + got[n + 1:], tools)
 
 
 def numbers(text):
@@ -205,8 +209,8 @@ def judge(case, episode):
     verdicts = {
         "tool_accuracy": None if due is None else right_tools,
         "format": valid if due or due is None and calling else plain,
-        "argument_accuracy": right_tools and same_calls(case.calls, calls) if due else None,
-        "call_accuracy": None if due is None else right_tools and same_calls(case.calls, calls),
+        "argument_accuracy": right_tools and same_calls(case.calls, calls, tools) if due else None,
+        "call_accuracy": None if due is None else right_tools and same_calls(case.calls, calls, tools),
         "execution": [r.ok or may_err and r.error_type == "tool_error" for r in episode.results if r.error_type != "not_executable"],
         "response_quality": response(case, episode, gold_results),
         "response_f1": None if case.reference is None else f1(episode.final, case.reference)}

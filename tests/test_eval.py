@@ -126,6 +126,17 @@ def test_optional_arguments():
     assert not evaluation.same_call(gold, Call("weather", {"city": ["Paris"]}))
 
 
+def test_to_state_a_default_of_the_schema_is_to_leave_it_out():
+    tools = load_tools([{"name": "book", "description": "", "parameters": {"type": "object", "properties": {
+        "who": {"type": "string"}, "seats": {"type": "integer", "default": 1}, "quiet": {"type": "boolean", "default": True}}}}])
+    gold = Call("book", {"who": "Ada"})
+    assert evaluation.same_call(gold, Call("book", {"who": "Ada", "seats": 1, "quiet": True}), tools)
+    assert evaluation.same_call(Call("book", {"who": "Ada", "seats": 1}), gold, tools)
+    for other in ({"seats": 2}, {"quiet": 1}, {"seats": True}, {"table": 1}):
+        assert not evaluation.same_call(gold, Call("book", {"who": "Ada", **other}), tools)
+    assert not evaluation.same_call(gold, Call("book", {"who": "Ada", "seats": 1}))
+
+
 def test_calls_are_paired_in_any_order():
     a, b = Call("weather", {"city": "Paris"}), Call("weather", {"city": "Rome"})
     assert evaluation.same_calls([a, b], [b, a]) and evaluation.same_calls([a, a], [a, a])
