@@ -719,7 +719,7 @@ class ApiWriter:
     def __init__(self, split, rng, several):
         self.split, self.rng = split, random.Random(f"{split} offer {rng.randrange(OFFERS.get(split, 10 ** 9))} {several}")
         self.style = self.rng.choice(list(STYLES))
-        self.described, self.masked = self.rng.random() < 0.8, self.rng.random() < 0.12
+        self.described, self.masked = self.rng.random() < 0.8, self.rng.random() < 0.1
         self.domain, function = self.function()
         offered = [(self.domain, function)]
         if several:  # near misses, and others
@@ -728,7 +728,7 @@ class ApiWriter:
         self.rng.shuffle(offered)
         self.offered = [(d, f, *self.tool(d, f, n)) for n, (d, f) in enumerate(offered)]  # domain, function, schema, names of its parameters
         self.rng = rng
-        self.named = not self.masked and rng.random() < 0.2  # values are said with their parameters' names: "with party size 4"
+        self.named = not self.masked and rng.random() < 0.35  # values are said with their parameters' names: "with party size 4"
 
     def function(self):
         domain = self.rng.choice(pool("apis.json", "domains", self.split))
@@ -809,6 +809,8 @@ class ApiWriter:
             return {k: v for k, (v, _) in made.items()}, " ".join(text for _, text in made.values())
         if "enum" in parameter or parameter["type"] == "boolean":
             value = rng.choice(parameter.get("enum") or [True, False])
+            if "enum" in parameter and self.named:
+                return value, self.state(parameter, str(value))
             return value, rng.choice(parameter["phrases"][str(value).lower() if isinstance(value, bool) else str(value)])
         values, text = self.listed(parameter, rng.choice([1, 2, 2, 3]) if parameter["type"] == "array" else 1)
         return values if parameter["type"] == "array" else values[0], text
@@ -820,26 +822,32 @@ class ApiWriter:
             item = self.value(parameter["values"])
             items += [item] if item[0] not in [value for value, _ in items] else []
         words = [said for _, said in items]
-        text = self.rng.choice(NAMED if self.named else parameter["phrases"]).replace("{n}", " ".join(parameter["name"]))
-        return [value for value, _ in items], text.replace("{v}", words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
+        return [value for value, _ in items], self.state(parameter, words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
 
-    def request(self, function, names, without=None, spread=1):
+    def state(self, parameter, said):
+        """A phrase that states a parameter's value, in words of its own or with the parameter's name."""
+        phrase = self.rng.choice(NAMED if self.named else parameter["phrases"])
+        return phrase.replace("{n}", " ".join(parameter["name"])).replace("{v}", said)
+
+    def request(self, function, names, without=None, spread=1, template=None):
         """-> (text, list of arguments under the schema's names): of one call, or of up to `spread` calls that differ in one
-        parameter only ("in Oslo and Rome"). `without`: a parameter that is left unsaid."""
-        chosen = [p for p in function["parameters"] if p is not without and (p["required"] or self.rng.random() < 0.4)]
+        parameter ("in Oslo and Rome") or in two ("for Ann and Bo, with 3 and 5 guests, respectively"). `without`: a parameter
+        that is left unsaid; `template`: words around the values, in place of the function's own."""
+        chosen = [p for p in function["parameters"] if p is not without and (p["required"] or self.rng.random() < 0.25)]
         simple = [p for p in chosen if p["type"] in ("string", "integer", "number") and "enum" not in p]
-        varied = self.rng.choice(simple) if spread > 1 and simple else None
-        made = [(names[self.key(p)], *(self.listed(p, spread) if p is varied else self.argument(p))) for p in chosen]
+        varied = self.rng.sample(simple, min(len(simple), 2 if self.rng.random() < 0.35 else 1)) if spread > 1 else []
+        made = [(names[self.key(p)], *(self.listed(p, spread) if p in varied else self.argument(p))) for p in chosen]
         words = [value for _, value, _ in made if isinstance(value, str)]
-        if len(set(words)) < len(words):  # from euros to euros
-            return self.request(function, names, without, spread)
-        phrases = [text for _, _, text in made]
-        if self.rng.random() < 0.35:  # people begin with what matters most, but not always
+        counts = {len(values) for p, (_, values, _) in zip(chosen, made) if p in varied}
+        if len(set(words)) < len(words) or len(counts) > 1:  # from euros to euros; two people and three tables
+            return self.request(function, names, without, spread, template)
+        phrases = [text for p, (_, _, text) in zip(chosen, made) if len(varied) < 2 or p not in varied]
+        if self.rng.random() < 0.2:  # people begin with what matters most, but not always
             self.rng.shuffle(phrases)
-        template = self.rng.choice(function["requests"])
-        text = " ".join(template.replace("{..}", " ".join(phrases)).split())
-        several = next((values for p, (_, values, _) in zip(chosen, made) if p is varied), [None])
-        arguments = [{name: one if p is varied else value for p, (name, value, _) in zip(chosen, made)} for one in several]
+        if len(varied) == 2:
+            phrases += [text for p, (_, _, text) in zip(chosen, made) if p in varied] + ["respectively"]
+        text = " ".join((template or self.rng.choice(function["requests"])).replace("{..}", " ".join(phrases)).split())
+        arguments = [{name: value[n] if p in varied else value for p, (name, value, _) in zip(chosen, made)} for n in range(max(counts, default=1))]
         return re.sub(r" ([?.,!])", r"\1", text), arguments
 
     def others(self, n):
@@ -863,11 +871,14 @@ def api_conversation(kind, split, rng):
     domain, function, tool, names = rng.choice(writer.offered)
     calls, results, reply, prompts = [], [], None, []
     if kind == "api_none":
-        domain, function = writer.others(1)[0]
-        if any(d is domain for d, _, _, _ in writer.offered):
+        if near := rng.random() < 0.35:  # what a function of the same domain, not offered, would do
+            function = rng.choice(domain["functions"])
+        else:
+            domain, function = writer.others(1)[0]
+        if any(f is function or (d is domain and not near) for d, f, _, _ in writer.offered):
             return None
     family = f"{domain['name']}.{'_'.join(function['words'])}"
-    if kind == "api_none" and rng.random() < 0.5:  # a request for one of the built-in tools, which are not offered, or just talk
+    if kind == "api_none" and not near and rng.random() < 0.6:  # a request for one of the built-in tools, which are not offered, or just talk
         ask = rng.choice(["arithmetic", "everyday", "one_step", "weather", "weather", "search", "search", "search", "no_tool"])
         made_up = getattr(Writer(split, rng), ask)()
         if made_up is None or any(d["name"] in NEAR[ask] for d, _, _, _ in writer.offered):
@@ -886,9 +897,10 @@ def api_conversation(kind, split, rng):
     else:
         spread = rng.choice([2, 2, 3]) if kind == "api_parallel" and rng.random() < 0.45 else 1
         for n in range(rng.choice([2, 2, 3]) if kind == "api_parallel" and spread == 1 else 1):
-            if n and rng.random() < 0.4:
+            again = n > 0 and rng.random() < 0.3  # the same once more, with other values: only these are said
+            if n and not again and rng.random() < 0.8:
                 _, function, tool, names = rng.choice(writer.offered)
-            text, several = writer.request(function, names, spread=spread)
+            text, several = writer.request(function, names, spread=spread, template=rng.choice(answers["api"]["again"]) if again else None)
             prompts.append(text)
             calls += [Call(tool["name"], arguments) for arguments in several]
             results += [writer.result(function) for _ in several]
@@ -896,7 +908,7 @@ def api_conversation(kind, split, rng):
             return None
     prompt = prompts[0] if len(prompts) == 1 else fill(rng.choice(answers["api"]["joined"]), {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": decapitalise(prompts[-1])})
     if rng.random() < 0.25:
-        prompt = prompt.lower() if not any(isinstance(v, str) and v != v.lower() for c in calls for v in c.arguments.values()) else prompt.rstrip(".?!")
+        prompt = prompt.lower() if all(json.dumps(c.arguments) == json.dumps(c.arguments).lower() for c in calls) else prompt.rstrip(".?!")
     messages = [{"role": "user", "content": prompt}]
     if calls:
         messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
