@@ -201,6 +201,10 @@ def _wrong(value, hint):
         return f"must be {name}"
     if kind is list and get_args(hint) and not all(isinstance(x, get_args(hint)[0]) for x in value):
         return "must be a list of strings"
+    if kind is str:
+        return "must be a string without NUL characters" if "\0" in value else None
+    if kind is float and value and not 1e-30 <= abs(value) <= 1e12:  # beyond, sums and quotients of settings overflow
+        return f"must be {name} {limit or ''}".strip() + ", its size from 1e-30 to 1e12"
     fits = {"> 0": lambda: 0 < value < math.inf, ">= 0": lambda: 0 <= value < math.inf, "0 to 1": lambda: 0 <= value <= 1, None: lambda: True}
     return None if fits[limit]() else f"must be {name} {limit}"
 

@@ -61,6 +61,7 @@ BAD = [("lr", value) for value in (0, -1, "fast", None, True, [], float("nan"), 
     ("steps", -1), ("seed", -1), ("seed", 0.5), ("warmup", 1.1), ("warmup", -0.1), ("lora_dropout", 2), ("epochs", 0), ("weight_decay", -1e-9),
     ("model", 5), ("model", None), ("run_dir", ["x"]), ("wandb", 1), ("wandb", "yes"), ("keep_best", 0), ("lora_targets", "q_proj"), ("lora_targets", [1]),
     ("wandb_tags", {}), ("mix", []), ("mix", {"poetry": 1}), ("mix", {"arithmetic": -1}), ("mix", {"arithmetic": "much"}), ("mix", {"arithmetic": float("nan")}),
+    ("epochs", 1e308), ("lr", 1e-300), ("mix", {"arithmetic": 1e308, "weather": 1e308}), ("path", "a\0b"), ("run_dir", "\0"),
     ("tools", {}), ("schedule", "square"), ("schedule", 3), ("schedule", ["cosine"]), ("precision", "fp8"), ("device", "tpu"), ("source", None),
     ("tool_style", {}), ("method", "magic"), ("method", 1), ("method", ["sft"]), ("method", None)]
 
