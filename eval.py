@@ -358,6 +358,8 @@ def compare(groups, draws=2000):
 def compare_command(args):
     """Compare runs on the same cases: each metric with its interval, paired differences to the first, seeds aggregated."""
     import toolplay
+    if len({Path(run).resolve() for run in args.runs}) < len(args.runs):
+        raise UserError("compare: a run is named twice; every run is one column, or one seed of it")
     groups, same = {}, None
     for folder in map(Path, args.runs):
         remedy = f"make one: python eval.py --run {folder}"
@@ -374,9 +376,12 @@ def compare_command(args):
             raise UserError(f"{folder}: its eval.json is of other cases than {args.runs[0]}'s; run eval on all with the same --data, --n and --seed")
         same = cases
         settings = {k: v for k, v in config.items() if k not in ("seed", "run_dir", "comment", "provenance") and not k.startswith("wandb")}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append((folder, records))
+        key, seed = json.dumps(settings, sort_keys=True), config.get("seed")
+        version = next(n for n in itertools.count() if seed not in groups.get((key, n), {}))  # a seed that comes again: the code has changed
+        groups.setdefault((key, version), {})[seed] = (folder, records)
     labelled = {}
-    for members in groups.values():
+    for by_seed in groups.values():
+        members = list(by_seed.values())
         label = re.sub(r"[-_.]?(s|seed)?[-_]?\d*$", "", members[0][0].name) if len(members) > 1 else members[0][0].name
         label = label if label and label not in labelled else str(members[0][0])
         labelled[label] = [records for _, records in members]

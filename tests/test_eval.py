@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -454,6 +455,11 @@ def test_compare(tmp_path, capsys):
     toolplay.main([*argv, "--kind", "k1"])  # the odd ones, which the first run gets all wrong
     out = capsys.readouterr().out
     assert "10 cases" in out and "0.000" in next(line for line in out.splitlines() if line.startswith("| tool_accuracy"))
+    toolplay.main(["compare", str(tmp_path / "ppo-s1"), str(shutil.copytree(tmp_path / "ppo-s1", tmp_path / "other-code"))])
+    assert "ppo-s1 (1 seed)" in (out := capsys.readouterr().out) and "other-code (1 seed)" in out  # one seed cannot be two
+    with pytest.raises(SystemExit):
+        toolplay.main(["compare", str(tmp_path / "sft"), str(tmp_path / "sft")])
+    assert "named twice" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         toolplay.main([*argv, "--kind", "k7"])
     assert "no case of kind 'k7'" in capsys.readouterr().err
