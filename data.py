@@ -507,13 +507,6 @@ class Writer:
         shown = query[0].upper() + query[1:] if template.startswith("{q}") and not lower and self.rng.random() < 0.5 else query
         return fill(template, {"q": shown}), [Call("search", {"query": shown if wrapper.startswith("{q}") else query})], family, {"entity": entity}
 
-    def questions(self):
-        """Searches that are put as a question, or that say that they are a search; no "oldest college of ETH Zurich"."""
-        made = self.search()
-        asks = r"(who|whose|what|when|where|which|how|why|is|are|was|were|do|does|did|can|could|has|have|will)\b"
-        plain = re.match(asks, made[1][0].arguments["query"], re.I) or re.search("search|look up|find", made[0], re.I)
-        return made if plain else None
-
     def trap(self):
         family = self.pick("traps.json", "families")
         if family["tool"] == "calculator":
@@ -623,7 +616,7 @@ def swap_word(word, table, rate, rng):
 MIX = {"canonical": 2, "arithmetic": 19, "everyday": 35, "weather": 10, "search": 9, "no_tool": 7, "trap": 9,
        "word_problem": 5, "missing_tool": 2, "two_calls": 1, "tool_error": 1}
 SYNTHETIC = {"api_one": 3, "api_choice": 4, "api_parallel": 3, "api_ask": 1, "api_none": 2}  # invented functions (section 5)
-KINDS = [*MIX, "sums", "questions", "small_talk", "one_step", "two_steps", *SYNTHETIC]  # easy ones for the demo; word problems of one operation, and of more
+KINDS = [*MIX, "sums", "small_talk", "one_step", "two_steps", *SYNTHETIC]  # easy ones for the demo; word problems of one operation, and of more
 
 
 def final_answer(call, result, rng, story=False):

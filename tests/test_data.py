@@ -343,12 +343,7 @@ def test_a_line_that_trains_nothing_is_a_bad_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_the_easy_kinds_of_the_demo(split):
-    made = data.generate(split, 90, 4, {"sums": 1, "questions": 1, "small_talk": 1})
-    questions = [c for c in made if c["kind"] == "questions"]
-    for c in questions:
-        query = c["messages"][1]["tool_calls"][0]["arguments"]["query"]
-        assert query.split()[0].lower().startswith(("wh", "how", "is", "are", "was", "were", "do", "did", "can", "could", "ha", "will")) or re.search(
-            "search|look up|find", c["messages"][0]["content"], re.I), c
+    made = data.generate(split, 60, 4, {"sums": 1, "small_talk": 1})
     sums = [c["messages"][1]["tool_calls"][0]["arguments"]["expression"] for c in made if c["kind"] == "sums"]
     assert {re.fullmatch(r"[\d.]+ ([-+*/]) [\d.]+", expression)[1] for expression in sums} == set("+-*/")
     lookup = {kind["kind"] for kind in data.corpus("talk_prompts.json")["kinds"] if kind.get("lookup")}
