@@ -362,6 +362,13 @@ def pool(name, key, split):
     return of_split(corpus(name)[key], split)
 
 
+@functools.lru_cache(maxsize=None)
+def talks(split):
+    """The no-tool messages of a split with their replies; "easy": nothing that one could as well look up, and no trap."""
+    easy = {k["kind"] for k in corpus("talk_prompts.json")["kinds"] if not k.get("lookup")}
+    return [{**t, "easy": t["kind"] in easy} for t in of_split(corpus("talk_replies.jsonl")[1:], split)]
+
+
 class Writer:
     """Writes requests in the words of one split. All choices come from `rng`: the same seed writes the same text."""
 
@@ -534,14 +541,13 @@ class Writer:
 
     def small_talk(self):
         """Talk without the kinds that one could as well look up (advice, meanings of words, explanations), and without traps."""
-        kinds = {k["kind"] for k in corpus("talk_prompts.json")["kinds"] if not k.get("lookup")}
-        return self.talk(lambda t: t["kind"] in kinds)
+        return self.talk(lambda t: t["easy"])
 
     def talk(self, wanted):
-        talks = [t for t in of_split(corpus("talk_replies.jsonl")[1:], self.split) if wanted(t)]
-        if not talks:
+        found = [t for t in talks(self.split) if wanted(t)]
+        if not found:
             return None
-        talk = self.rng.choice(talks)
+        talk = self.rng.choice(found)
         return talk["prompt"], [], talk["kind"], {"reply": talk["reply"]}
 
     def two_calls(self):
@@ -836,18 +842,18 @@ class ApiWriter:
         chosen = [p for p in function["parameters"] if p is not without and (p["required"] or self.rng.random() < 0.25)]
         simple = [p for p in chosen if p["type"] in ("string", "integer", "number") and "enum" not in p]
         varied = self.rng.sample(simple, min(len(simple), 2 if self.rng.random() < 0.35 else 1)) if spread > 1 else []
-        made = [(names[self.key(p)], *(self.listed(p, spread) if p in varied else self.argument(p))) for p in chosen]
+        made = [(p, *(self.listed(p, spread) if p in varied else self.argument(p))) for p in chosen]
         words = [value for _, value, _ in made if isinstance(value, str)]
-        counts = {len(values) for p, (_, values, _) in zip(chosen, made) if p in varied}
+        counts = {len(values) for p, values, _ in made if p in varied}
         if len(set(words)) < len(words) or len(counts) > 1:  # from euros to euros; two people and three tables
             return self.request(function, names, without, spread, template)
-        phrases = [text for p, (_, _, text) in zip(chosen, made) if len(varied) < 2 or p not in varied]
+        joint = varied if len(varied) == 2 else []  # these are said together, last
+        phrases = [text for p, _, text in made if p not in joint]
         if self.rng.random() < 0.2:  # people begin with what matters most, but not always
             self.rng.shuffle(phrases)
-        if len(varied) == 2:
-            phrases += [text for p, (_, _, text) in zip(chosen, made) if p in varied] + ["respectively"]
+        phrases += [text for p, _, text in made if p in joint] + ["respectively"] * bool(joint)
         text = " ".join((template or self.rng.choice(function["requests"])).replace("{..}", " ".join(phrases)).split())
-        arguments = [{name: value[n] if p in varied else value for p, (name, value, _) in zip(chosen, made)} for n in range(max(counts, default=1))]
+        arguments = [{names[self.key(p)]: value[n] if p in varied else value for p, value, _ in made} for n in range(max(counts, default=1))]
         return re.sub(r" ([?.,!])", r"\1", text), arguments
 
     def others(self, n):

@@ -205,12 +205,13 @@ def judge(case, episode):
     valid = bool(calls) and not errors and not FORGED.search(first) and all(execute(call, hollow).ok for call in calls)
     plain = not calling and bool(first.strip()) and not FORGED.search(first)
     right_tools = Counter(c.name for c in calls) == gold if due else not calling
+    exact = right_tools and same_calls(case.calls, calls, tools)
     may_err = any(result.error_type == "tool_error" for result in gold_results)
     verdicts = {
         "tool_accuracy": None if due is None else right_tools,
         "format": valid if due or due is None and calling else plain,
-        "argument_accuracy": right_tools and same_calls(case.calls, calls, tools) if due else None,
-        "call_accuracy": None if due is None else right_tools and same_calls(case.calls, calls, tools),
+        "argument_accuracy": exact if due else None,
+        "call_accuracy": None if due is None else exact,
         "execution": [r.ok or may_err and r.error_type == "tool_error" for r in episode.results if r.error_type != "not_executable"],
         "response_quality": response(case, episode, gold_results),
         "response_f1": None if case.reference is None else f1(episode.final, case.reference)}

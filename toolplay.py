@@ -205,7 +205,7 @@ def _wrong(value, hint):
         return "must be a string without NUL characters" if "\0" in value else None
     if kind is float and value and not 1e-30 <= abs(value) <= 1e12:  # beyond, sums and quotients of settings overflow
         return f"must be {name} {limit or ''}".strip() + ", its size from 1e-30 to 1e12"
-    fits = {"> 0": lambda: 0 < value < math.inf, ">= 0": lambda: 0 <= value < math.inf, "0 to 1": lambda: 0 <= value <= 1, None: lambda: True}
+    fits = {"> 0": lambda: value > 0, ">= 0": lambda: value >= 0, "0 to 1": lambda: 0 <= value <= 1, None: lambda: True}
     return None if fits[limit]() else f"must be {name} {limit}"
 
 
