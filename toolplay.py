@@ -472,20 +472,19 @@ def _logprobs(model, batch, temperature=1.0, want=(), also=()):
     hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0])) if "hidden" in want else contextlib.nullcontext()
     with hook:  # the head runs only on the nodes that predict a trained token
         logits = model(**inputs, logits_to_keep=torch.tensor(nodes or [0], device=device)).logits[0]                       # [n, V]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # half precision is too coarse for a softmax
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is too coarse for a softmax
+    log_p = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
     row = torch.tensor([index[node] for node in predicts], dtype=torch.long, device=device)
     target = torch.tensor([batch[b][0][t] for b, t in where], dtype=torch.long, device=device)
     b, t = torch.tensor(where, dtype=torch.long, device=device).reshape(-1, 2).T
-    total = torch.logsumexp(logits, -1)                          # [n]
-    logp = logits[row, target] - total[row]                      # [number of masked tokens]
+    logp = log_p[row, target]                                    # [number of masked tokens]
     spread = lambda x: torch.zeros(shape + x.shape[1:], dtype=x.dtype, device=device).index_put((b, t), x)  # noqa: E731
     if not want and not also:
         return spread(logp)
     out = {"logp": spread(logp)}
     if also:
-        out["also"] = spread((logits[:, list(also)] - total[:, None])[row])
+        out["also"] = spread(log_p[:, list(also)][row])
     if "entropy" in want:
-        log_p = torch.log_softmax(logits, -1)
         out["entropy"] = spread(-(log_p.exp() * log_p).sum(-1)[row])
     if "hidden" in want:
         out["hidden"] = spread(seen[0][0].float()[row])
