@@ -10,8 +10,12 @@ This is the language-model loss of GPT (Radford et al. 2018, eq. 1) under a mask
 al. 2022, arXiv:2109.01652). M counts the trained tokens of the whole optimizer step, however it is split
 into micro-batches or over machines: the mean of the micro-batches' means would weigh a token in a short answer more.
 
-Departures: none from the equation. The log-probs come from a token trie (toolplay.py), so that the long prompt that all
-examples share is computed once (with `lora_dropout` they share its dropout noise, too).
+Departures: one, and only where `decision_weight` is above 1. Of the forty tokens of a call, two decide: the first, where
+the model either opens a call or begins to talk, and the first of the tool's name; the others follow from them or copy.
+In (1) they are a twentieth of the loss. With the weight w they count w times, in the sum and in M, so that more of the
+gradient is spent on what is hard to learn. Evaluation loss is always (1) itself. The log-probs come from a token trie
+(toolplay.py), so that the long prompt that all examples share is computed once (with `lora_dropout` they share its
+dropout noise, too).
 
     python sft.py configs/sft_demo.json          the same as: python toolplay.py train configs/sft_demo.json
 """
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -26,13 +31,14 @@ import torch
 @dataclass
 class Config:
     """SFT's own keys; the shared ones are in toolplay.Config."""
+    decision_weight: Annotated[float, "> 0"] = 1.0    # how often the tokens count that decide: call or talk, and which tool
     keep_best: bool = True               # keep the weights of the lowest evaluation loss; false: the last ones
 
 
 def sft_loss(logp, mask):
     """Equation (1) as a sum.
 
-    logp: [B, T] log-prob of each token given those before it. mask: [B, T], 1 where the token is trained.
+    logp: [B, T] log-prob of each token given those before it. mask: [B, T], 1 (or its weight) where the token is trained.
     -> (loss summed over trained tokens, {"tokens": their number}); divide the one by the other.
     """
     mask = mask.to(logp.dtype)
@@ -49,6 +55,7 @@ def train(run):
     # 2. model: base weights frozen, adapters trained (or every weight, with lora_r = 0)
     model, tokenizer = toolplay.prepare_model(config, run.device)
     train_rows, held_out = data.dataset(config, tokenizer)
+    train_rows = weigh(train_rows, config.decision_weight, tokenizer.encode('{"name": "', add_special_tokens=False))
     batches = data.Batches(train_rows, config)
     total = batches.total
 
@@ -86,8 +93,16 @@ def train(run):
     run.finish()
 
 
+def weigh(rows, weight, before_name):
+    """Rows (ids, mask) -> the same with `weight` for 1 on the tokens that decide: the first of every assistant turn, and
+    the one after the ids `before_name`, with which a tool's name begins."""
+    n = len(before_name)
+    return [(ids, [weight if m and (t == 0 or not mask[t - 1] or ids[max(0, t - n):t] == before_name) else m for t, m in enumerate(mask)])
+            for ids, mask in rows]
+
+
 def pad_mask(rows, device="cpu"):
-    """The rows' masks as one tensor [B, T]; the first token has no prediction and counts for nothing."""
+    """The rows' masks (or weights) as one tensor [B, T]; the first token has no prediction and counts for nothing."""
     width = max(len(ids) for ids, _ in rows)
     return torch.tensor([[0] + list(mask[1:]) + [0] * (width - len(mask)) for _, mask in rows], device=device)
 
