@@ -9,6 +9,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; child
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the number
 def pytest_cmdline_main(config):
-    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")  # a worker passes here too
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not config.option.usepdb:
         config.option.numprocesses, config.option.dist = 2, "worksteal"
