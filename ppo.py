@@ -334,7 +334,7 @@ def numbers_in(text):
     small = {**{word: n for n, word in enumerate(ONES)}, **{word: 10 * n for n, word in enumerate(TENS)}}
     found = set(map(abs, numbers(str(text)))) | {float(x) for x in re.findall(r"\d+\.?\d*", str(text).replace(",", ""))}
     total, current = 0, None  # of the words of one number: its finished thousands, and what follows them
-    for word in [*re.findall(r"[a-z]+", str(text).lower()), ""]:
+    for word in [*re.findall(r"[a-z]+|\d|(?<!thousand),", str(text).lower()), ""]:
         if word in small:
             current = (current or 0) + small[word]
         elif word == "hundred" and current:

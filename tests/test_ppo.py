@@ -239,6 +239,13 @@ def test_a_number_of_the_prompt_may_be_the_result():
     assert not ppo.is_calculation("1 / 0", "") and not ppo.is_calculation(None, "") and ppo.is_calculation("(3 + 4) * 2", "")
 
 
+@pytest.mark.parametrize("text, found", [("seven hundred twenty, 320 and five hundred seventy-six", {720, 320, 576}),
+                                         ("seven hundred, five hundred and six, twelve", {700, 506, 12}),
+                                         ("two thousand, three hundred and five", {2305}), ("a dozen, then 1,250", {12, 1250})])
+def test_numbers_in_words_end_where_the_next_begins(text, found):
+    assert ppo.numbers_in(text) == found
+
+
 def test_every_gold_expression_is_a_calculation():
     seen = 0
     for c in data.generate("train", 400, 2, {"word_problem": 3, "arithmetic": 1}):
