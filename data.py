@@ -670,7 +670,8 @@ def converse(kind, split, rng):
         messages += [{"role": "tool", "content": format_result(r)} for r in results]
         if calls[0].name == "calculator" and len(calls) == 1 and results[0].ok:
             answer = results[0].value
-    if split == "train" and calls and kind not in ("two_calls", "tool_error") and rng.random() < 0.8:
+    found = kind == "search" and results[0].ok and results[0].value  # to retell a text takes more practice than to report a number
+    if split == "train" and calls and kind not in ("two_calls", "tool_error") and rng.random() < (0.4 if found else 0.8):
         del messages[2:]  # the call is the harder lesson: most of the time is better spent on one more of them
     else:
         messages.append({"role": "assistant", "content": reply})

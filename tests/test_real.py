@@ -17,7 +17,8 @@ PROMPTS = ["What is 17 * 23?", "How is the weather in Kuala Lumpur?", "Hi! How a
 @pytest.fixture(scope="module")
 def real():
     threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # there the other core has tests of its own
+        torch.set_num_threads(os.cpu_count())
     yield toolplay.load_model("smollm2-135m")
     torch.set_num_threads(threads)
 
