@@ -364,8 +364,8 @@ def pool(name, key, split):
 
 @functools.lru_cache(maxsize=None)
 def talks(split):
-    """The no-tool messages of a split with their replies; "easy": nothing that one could as well look up, and no trap."""
-    easy = {k["kind"] for k in corpus("talk_prompts.json")["kinds"] if not k.get("lookup")}
+    """The no-tool messages of a split with their replies; "easy": nothing one could as well look up, no mention of what tools are for, no trap."""
+    easy = {k["kind"] for k in corpus("talk_prompts.json")["kinds"] if not (k.get("lookup") or k.get("mentions"))}
     return [{**t, "easy": t["kind"] in easy} for t in of_split(corpus("talk_replies.jsonl")[1:], split)]
 
 
@@ -540,7 +540,7 @@ class Writer:
         return self.talk(lambda t: kind in (None, t["kind"]))
 
     def small_talk(self):
-        """Talk without the kinds that one could as well look up (advice, meanings of words, explanations), and without traps."""
+        """Talk without what one could as well look up (advice, meanings of words), chat that mentions numbers or weather, and traps."""
         return self.talk(lambda t: t["easy"])
 
     def talk(self, wanted):
@@ -671,7 +671,7 @@ def converse(kind, split, rng):
         if calls[0].name == "calculator" and len(calls) == 1 and results[0].ok:
             answer = results[0].value
     found = kind == "search" and results[0].ok and results[0].value  # to retell a text takes more practice than to report a number
-    if split == "train" and calls and kind not in ("two_calls", "tool_error") and rng.random() < (0.4 if found else 0.8):
+    if split == "train" and calls and kind not in ("two_calls", "tool_error") and rng.random() < (0.6 if found else 0.8):
         del messages[2:]  # the call is the harder lesson: most of the time is better spent on one more of them
     else:
         messages.append({"role": "assistant", "content": reply})

@@ -346,9 +346,9 @@ def test_the_easy_kinds_of_the_demo(split):
     made = data.generate(split, 60, 4, {"sums": 1, "small_talk": 1})
     sums = [c["messages"][1]["tool_calls"][0]["arguments"]["expression"] for c in made if c["kind"] == "sums"]
     assert {re.fullmatch(r"[\d.]+ ([-+*/]) [\d.]+", expression)[1] for expression in sums} == set("+-*/")
-    lookup = {kind["kind"] for kind in data.corpus("talk_prompts.json")["kinds"] if kind.get("lookup")}
+    hard = {kind["kind"] for kind in data.corpus("talk_prompts.json")["kinds"] if kind.get("lookup") or kind.get("mentions")}
     talk = {c["family"] for c in made if c["kind"] == "small_talk"}
-    assert len(lookup) > 30 and len(talk) > 5 and not talk & lookup and not any(family.startswith("trap_") for family in talk)
+    assert len(hard) > 50 and len(talk) > 5 and not talk & hard and not any(family.startswith("trap_") for family in talk)
 
 
 def test_no_reply_to_talk_is_an_echo():
