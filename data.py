@@ -728,12 +728,13 @@ class ApiWriter:
         self.style = self.rng.choice(list(STYLES))
         self.described, self.masked = self.rng.random() < 0.8, self.rng.random() < 0.1
         self.domain, function = self.function()
-        offered = [(self.domain, function)]
+        chosen = [(self.domain, function)]
         if several:  # near misses, and others
             near = [f for f in self.domain["functions"] if f is not function]
-            offered += [(self.domain, f) for f in self.rng.sample(near, self.rng.randint(1, 2))] + self.others(self.rng.randint(0, 1))
-        self.rng.shuffle(offered)
-        self.offered = [(d, f, *self.tool(d, f, n)) for n, (d, f) in enumerate(offered)]  # domain, function, schema, names of its parameters
+            chosen += [(self.domain, f) for f in self.rng.sample(near, self.rng.randint(1, 2))] + self.others(self.rng.randint(0, 1))
+        self.rng.shuffle(chosen)
+        self.originals = [f for _, f in chosen]
+        self.offered = [(d, shown, self.tool(d, shown)) for n, (d, f) in enumerate(chosen) for shown in [self.variant(f, n)]]
         self.rng = rng
         self.named = not self.masked and rng.random() < 0.35  # values are said with their parameters' names: "with party size 4"
 
@@ -741,18 +742,31 @@ class ApiWriter:
         domain = self.rng.choice(pool("apis.json", "domains", self.split))
         return domain, self.rng.choice(domain["functions"])
 
+    def variant(self, function, number):
+        """The function as one offer shows it: some optional parameters left out, the others in any order, some names made of the
+        words of a description ("day of travel" -> day_travel), or of none (masked). A few functions give many schemas, so that
+        reading them is learned, not they."""
+        rng = self.rng
+        shown = [p for p in function["parameters"] if p["required"] or rng.random() < 0.7]
+        if rng.random() < 0.3:
+            rng.shuffle(shown)
+        parameters = []
+        for n, p in enumerate(shown):
+            words = [f"arg{n + 1}"] if self.masked else telling_words(rng.choice(p["description"])) if rng.random() < 0.25 else p["name"]
+            taken = [q["name"] for q in shown + parameters]
+            parameters.append({**p, "name": words if words and words not in taken else p["name"], "called": p["name"]})
+        words = rng.random() < 0.25 and telling_words(rng.choice(function["descriptions"])) or function["words"]
+        return {**function, "parameters": parameters, "shown": ["func", str(number + 1)] if self.masked else words}
+
     def key(self, parameter):
         """A parameter's name in this style; dotted names have snake parameters."""
-        return STYLES["camel" if self.style == "camel" else "snake"]("", parameter["name"])
+        return STYLES["camel" if self.style == "camel" and not self.masked else "snake"]("", parameter["name"])
 
-    def tool(self, domain, function, number=0):
-        """-> (tool schema, {our parameter name: the name that the schema gives it})."""
-        names = {self.key(p): f"arg{n + 1}" if self.masked else self.key(p) for n, p in enumerate(function["parameters"])}
-        properties = {names[self.key(p)]: self.field(p) for p in function["parameters"]}
-        required = [names[self.key(p)] for p in function["parameters"] if p["required"]]
-        name = f"func_{number + 1}" if self.masked else STYLES[self.style](domain["name"], function["words"])
-        return {"name": name, "description": self.rng.choice(function["descriptions"]),
-                "parameters": {"type": "object", "properties": properties, "required": required}}, names
+    def tool(self, domain, function):
+        """-> the schema of a function's variant."""
+        properties = {self.key(p): self.field(p) for p in function["parameters"]}
+        return {"name": STYLES["snake" if self.masked else self.style](domain["name"], function["shown"]), "description": self.rng.choice(function["descriptions"]),
+                "parameters": {"type": "object", "properties": properties, "required": [self.key(p) for p in function["parameters"] if p["required"]]}}
 
     def field(self, parameter):
         field = {"type": parameter["type"]}
@@ -772,6 +786,9 @@ class ApiWriter:
         """-> (the value in an argument, how a person may write it)."""
         rng = self.rng
         if isinstance(kind, list):
+            if self.split == "train" and isinstance(kind[0], str) and rng.random() < 0.2:  # a name from anywhere: values are copied, not known by heart
+                entities = corpus("search_questions.json")["entities"]
+                kind = [e["name"] for e in of_split(entities[rng.choice(list(entities))], "train")]
             value = rng.choice(kind)
             return value, str(value)
         name, *limits = kind.split()
@@ -834,10 +851,10 @@ class ApiWriter:
     def state(self, parameter, said):
         """A phrase that states a parameter's value, in words of its own or with the parameter's name."""
         phrase = self.rng.choice(NAMED if self.named else parameter["phrases"])
-        return phrase.replace("{n}", " ".join(parameter["name"])).replace("{v}", said)
+        return phrase.replace("{n}", " ".join(parameter.get("called", parameter["name"]))).replace("{v}", said)
 
-    def request(self, function, names, without=None, spread=1, template=None):
-        """-> (text, list of arguments under the schema's names): of one call, or of up to `spread` calls that differ in one
+    def request(self, function, without=None, spread=1, template=None):
+        """-> (text, list of arguments): of one call, or of up to `spread` calls that differ in one
         parameter ("in Oslo and Rome") or in two ("for Ann and Bo, with 3 and 5 guests, respectively"). `without`: a parameter
         that is left unsaid; `template`: words around the values, in place of the function's own."""
         chosen = [p for p in function["parameters"] if p is not without and (p["required"] or self.rng.random() < 0.25)]
@@ -847,14 +864,14 @@ class ApiWriter:
         words = [value for _, value, _ in made if isinstance(value, str)]
         counts = {len(values) for p, values, _ in made if p in varied}
         if len(set(words)) < len(words) or len(counts) > 1:  # from euros to euros; two people and three tables
-            return self.request(function, names, without, spread, template)
+            return self.request(function, without, spread, template)
         joint = varied if len(varied) == 2 else []  # these are said together, last
         phrases = [text for p, _, text in made if p not in joint]
         if self.rng.random() < 0.2:  # people begin with what matters most, but not always
             self.rng.shuffle(phrases)
         phrases += [text for p, _, text in made if p in joint] + ["respectively"] * bool(joint)
         text = " ".join((template or self.rng.choice(function["requests"])).replace("{..}", " ".join(phrases)).split())
-        arguments = [{names[self.key(p)]: value[n] if p in varied else value for p, value, _ in made} for n in range(max(counts, default=1))]
+        arguments = [{self.key(p): value[n] if p in varied else value for p, value, _ in made} for n in range(max(counts, default=1))]
         return re.sub(r" ([?.,!])", r"\1", text), arguments
 
     def others(self, n):
@@ -870,44 +887,50 @@ class ApiWriter:
         return {key: self.value(kind)[0] for key, kind in function["result"].items()}
 
 
+def telling_words(text):
+    """The first words of a description that tell something: "day of travel, YYYY-MM-DD" -> ["day", "travel"]."""
+    words = re.findall(r"[a-z]+", re.split(r"[,.;:(]| and | or ", text.lower())[0])
+    return [w for w in words if w not in ("a", "an", "the", "of", "to", "in", "on", "for", "at", "is", "are", "be", "it", "its", "one", "that", "which", "what", "where", "with")][:3]
+
+
 def api_conversation(kind, split, rng):
     """One conversation with invented functions: request, calls, mock results, answer; or a question back, or a refusal."""
     writer, answers = ApiWriter(split, rng, {"api_one": False, "api_choice": True}.get(kind, rng.random() < 0.6)), corpus("answers.json")
-    if len({tool["name"] for _, _, tool, _ in writer.offered}) < len(writer.offered):
+    if len({tool["name"] for _, _, tool in writer.offered}) < len(writer.offered):
         return None
-    domain, function, tool, names = rng.choice(writer.offered)
+    domain, function, tool = rng.choice(writer.offered)
     calls, results, reply, prompts = [], [], None, []
     if kind == "api_none":
         if near := rng.random() < 0.35:  # what a function of the same domain, not offered, would do
             function = rng.choice(domain["functions"])
         else:
             domain, function = writer.others(1)[0]
-        if any(f is function or (d is domain and not near) for d, f, _, _ in writer.offered):
+        if any(f is function for f in writer.originals) or (not near and any(d is domain for d, _, _ in writer.offered)):
             return None
     family = f"{domain['name']}.{'_'.join(function['words'])}"
     if kind == "api_none" and not near and rng.random() < 0.6:  # a request for one of the built-in tools, which are not offered, or just talk
         ask = rng.choice(["arithmetic", "everyday", "one_step", "weather", "weather", "search", "search", "search", "no_tool"])
         made_up = getattr(Writer(split, rng), ask)()
-        if made_up is None or any(d["name"] in NEAR[ask] for d, _, _, _ in writer.offered):
+        if made_up is None or any(d["name"] in NEAR[ask] for d, _, _ in writer.offered):
             return None
         text, _, family, facts = made_up
         prompts, reply = [text], facts.get("reply") or rng.choice(answers["api"]["none"])
     elif kind == "api_none":
-        prompts, reply = [writer.request(function, {writer.key(p): writer.key(p) for p in function["parameters"]})[0]], rng.choice(answers["api"]["none"])
+        prompts, reply = [writer.request(function)[0]], rng.choice(answers["api"]["none"])
     elif kind == "api_ask":
         required = [p for p in function["parameters"] if p["required"] and p["type"] not in ("boolean", "object")]
         if len(required) < 2:
             return None
         missing = rng.choice(required)
-        prompts = [writer.request(function, names, missing)[0]]
-        reply = fill(rng.choice(answers["api"]["ask"]), {"what": " ".join(missing["name"])})
+        prompts = [writer.request(function, missing)[0]]
+        reply = fill(rng.choice(answers["api"]["ask"]), {"what": " ".join(missing["called"])})
     else:
         spread = rng.choice([2, 2, 3]) if kind == "api_parallel" and rng.random() < 0.45 else 1
         for n in range(rng.choice([2, 2, 3]) if kind == "api_parallel" and spread == 1 else 1):
             again = n > 0 and rng.random() < 0.3  # the same once more, with other values: only these are said
             if n and not again and rng.random() < 0.8:
-                _, function, tool, names = rng.choice(writer.offered)
-            text, several = writer.request(function, names, spread=spread, template=rng.choice(answers["api"]["again"]) if again else None)
+                _, function, tool = rng.choice(writer.offered)
+            text, several = writer.request(function, spread=spread, template=rng.choice(answers["api"]["again"]) if again else None)
             prompts.append(text)
             calls += [Call(tool["name"], arguments) for arguments in several]
             results += [writer.result(function) for _ in several]
@@ -923,12 +946,12 @@ def api_conversation(kind, split, rng):
         messages += [{"role": "tool", "content": format_result(Result(c.name, True, r))} for c, r in zip(calls, results)]
         said = "; ".join(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in r.items()) for r in results)
         reply = fill(rng.choice(answers["api"]["done"]), {"result": said})
-    if split == "train" and calls and rng.random() < 0.75:
+    if split == "train" and calls and rng.random() < 0.85:
         del messages[2:]
     else:
         messages.append({"role": "assistant", "content": reply})
     return {"kind": kind, "family": family, "split": split, "messages": messages,
-            "tools": [tool for _, _, tool, _ in writer.offered], "answer": None, "facts": {}}
+            "tools": [tool for _, _, tool in writer.offered], "answer": None, "facts": {}}
 
 
 # --------------------------------------------------------------------------- 6. the base model's own replies

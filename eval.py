@@ -401,7 +401,7 @@ def compare_command(args):
 
 # --------------------------------------------------------------------------- 7. with a model
 
-def evaluate(model, tokenizer, cases, batch_size=128, max_new_tokens=96, style="signature", progress=True):
+def evaluate(model, tokenizer, cases, batch_size=128, max_new_tokens=256, style="signature", progress=True):
     """Greedy rollouts of the cases (Case objects, or what as_case takes) -> (report, records in the order of the cases)."""
     from tqdm import tqdm
 
@@ -554,7 +554,7 @@ def bfcl_cases(suite, folder=None):
     return cases
 
 
-def bfcl(model, tokenizer, cases, style="signature", batch_size=32, max_new_tokens=192):
+def bfcl(model, tokenizer, cases, style="signature", batch_size=32, max_new_tokens=512):
     """Greedy first turns -> (table, {category: {"value", "low", "high", "n", "too_long"}}, records). A prompt beyond the context is wrong."""
     from tqdm import tqdm
 

@@ -1613,7 +1613,7 @@ def build_parser():
         which.add_argument("--model", help="smollm2-135m, tiny, a hub name, a folder or a .gguf file")
         made.add_argument("--tools", metavar="FILE", help="JSON list of tools (default: calculator, weather, search)")
         made.add_argument("--temperature", type=number(float, 0), default=0.0, help="0 is greedy (default)")
-        made.add_argument("--max-new-tokens", type=number(int, 1), default=128, help="bound of each turn (default 128)")
+        made.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="bound of each turn (default 256)")
         made.add_argument("--seed", type=int, default=0)
     made = verb(train)
     made.add_argument("config", help="a JSON config, or a run folder")

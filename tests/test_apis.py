@@ -37,10 +37,10 @@ def test_every_function_can_be_asked_for():
     for domain in data.corpus("apis.json")["domains"]:
         for function in domain["functions"]:
             writer = data.ApiWriter(domain["split"], rng, False)
-            writer.masked = False
-            tool, names = writer.tool(domain, function)
+            shown = writer.variant(function, 0)
+            tool = writer.tool(domain, shown)
             for spread in (1, 3):
-                text, several = writer.request(function, names, spread=spread)
+                text, several = writer.request(shown, spread=spread)
                 assert "{" not in text and 1 <= len(several) <= spread
                 for arguments in several:
                     assert not list(_problems(arguments, {**tool["parameters"], "type": "object"})), (domain["name"], function["words"], arguments)
@@ -111,6 +111,9 @@ def test_questions_back_and_refusals(made):
         assert "?" in c["messages"][1]["content"] or "tell me" in c["messages"][1]["content"]
     refused = [c for c in made["train", "api_none"] + made["test", "api_none"] if "." in c["family"]]
     assert 0.5 < len(refused) / 210 < 0.8  # the others ask what the built-in tools are for, or just talk
+    # One first word for each of the three decisions (a call, a question, a refusal): else a greedy choice favours the undivided one.
+    for kind in ("api_ask", "api_none"):
+        assert len({reply.split()[0] for reply in data.corpus("answers.json")["api"][kind.removeprefix("api_")]}) == 1
     near = 0
     for c in refused:
         domain, _, words = c["family"].partition(".")
