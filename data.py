@@ -488,7 +488,14 @@ class Writer:
     def weather(self):
         family = self.pick("weather.json", "families")
         template, lower = self.register(self.rng.choice(family["texts"]))
+        if re.search(r"\{city\}[?.]?$", template) and self.rng.random() < 0.25:  # "in oslo rn": where does the city end?
+            closers = [c["text"] for c in pool("register.json", "closers", self.split) if re.fullmatch(r"[a-z']+( [a-z]+)?", c["text"])]
+            template = template.rstrip("?.") + " " + self.rng.choice(closers)
         city = self.place(lower)
+        if self.split == "train" and self.rng.random() < 0.2:  # half of one name, half of another: to copy what stands there, not what is known
+            one, two = (self.pick("cities.json", "cities")["name"] for _ in range(2))
+            city = f"{one.split()[0]} {two.split()[-1]}" if " " in one and " " in two else one[:len(one) // 2 + 1] + two[len(two) // 2:].lower()
+            city = city.lower() if lower else city
         arguments = {"city": city, **({"unit": family["unit"]} if family.get("unit") else {})}
         return fill(template, {"city": city}), [Call("weather", arguments)], family["id"], {"city": city}
 
