@@ -720,9 +720,9 @@ MONTHS = "January February March April May June July August September October No
 
 
 # Domains whose functions might be of some use for a request to a built-in tool.
-NUMBERS = {"statistics", "geometry", "banking", "stock_portfolio", "chemistry", "astronomy"}
+NUMBERS = {"statistics", "geometry", "banking", "stock_portfolio", "chemistry", "astronomy", "savings_math", "workshop"}
 NEAR = {"arithmetic": NUMBERS, "everyday": NUMBERS, "one_step": NUMBERS, "weather": {"astronomy"}, "no_tool": set(),
-        "search": {"astronomy", "chemistry", "library", "cinema", "music_streaming", "sports_results", "geometry", "recipes", "stock_portfolio", "email"}}
+        "search": {"astronomy", "chemistry", "gardening", "library", "social_network", "wildlife", "workshop", "world_geography", "cinema", "music_streaming", "sports_results", "geometry", "recipes", "stock_portfolio", "email"}}
 
 
 class ApiWriter:
