@@ -488,7 +488,7 @@ class Writer:
     def weather(self):
         family = self.pick("weather.json", "families")
         template, lower = self.register(self.rng.choice(family["texts"]))
-        if re.search(r"\{city\}[?.]?$", template) and self.rng.random() < 0.25:  # "in oslo rn": where does the city end?
+        if self.split == "train" and re.search(r"\{city\}[?.]?$", template) and self.rng.random() < 0.25:  # "in oslo rn": where does the city end?
             closers = [c["text"] for c in pool("register.json", "closers", self.split) if re.fullmatch(r"[a-z']+( [a-z]+)?", c["text"])]
             template = template.rstrip("?.") + " " + self.rng.choice(closers)
         city = self.place(lower)
