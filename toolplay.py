@@ -357,7 +357,8 @@ class Trie:
         """Model inputs for one forward over all nodes: ids [1, N], attention_mask [1, 1, N, N], position_ids [1, N]."""
         i, end = torch.arange(len(self), device=device), torch.tensor(self.end, device=device)
         mask = ((i[None, :] <= i[:, None]) & (i[:, None] < end[None, :]))[None, None]  # j <= i < end_j
-        mask.plan = self.plan(device)
+        if torch.device(device).type == "cpu" or len(self) > 4096:  # a small trie on a GPU: one dense product beats many small launches
+            mask.plan = self.plan(device)
         return dict(input_ids=torch.tensor([self.ids], device=device), attention_mask=mask,
                     position_ids=torch.tensor([self.depth], device=device), use_cache=False)
 
