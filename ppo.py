@@ -13,6 +13,7 @@ sampled them is clipped, and a KL penalty ties the policy to a reference.
     L_value = E 1/2 max((V_t - R_t)^2, (clip(V_t, V_old +- eps) - R_t)^2)             (3) lm-human-preferences
     RLOO: A = score_i - mean of the other samples' scores                             (4) Ahmadian et al. 2024, "RLOO"
     GRPO: A = (score_i - mean) / std over the samples of one prompt                   (5) Shao et al. 2024, sec. 4.1.2
+    PPO-ptx: L = L_clip - gamma_ptx E_shown log pi(x)                                 (6) Ouyang et al. 2022, eq. 2
 
 t counts the model's own tokens only. Tool results stand between them, but nobody chose them: the recursion (1) steps over
 them as if they were not there, so that no advantage, return or loss depends on how long a tool's answer is. (Recursions
@@ -34,15 +35,16 @@ answers. GRPO takes beta KL out of the advantage instead of adding a KL loss, le
 differ, and averages over all tokens, not first over each episode's. With `value_lora` the critic is an adapter of its own on
 the same trunk: policy and value no longer pull at the same weights, for a second forward. `min_spread` leaves prompts out
 whose samples earned the same, for they cost most of a round and teach next to nothing (dynamic sampling, Yu et al. 2025,
-arXiv:2503.14476, eq. 11, but no other prompts are sampled in their place). Under torchrun the ranks share out
-the prompts of a round, and its learning.
+arXiv:2503.14476, eq. 11, but no other prompts are sampled in their place); advantages are whitened over what is learned from.
+With `ptx` each minibatch also imitates conversations of kinds that the model knew before (6), so that they are not forgotten.
+Under torchrun the ranks share out the prompts of a round, and its learning.
 
     python ppo.py configs/ppo.json          the same as: python toolplay.py train configs/ppo.json
     python ppo.py --inspect RUN             sampled episodes with reward, advantage and mask of every token
 """
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -79,6 +81,9 @@ class Config:
     kl_target: Annotated[float, ">= 0"] = 0.0          # KL an episode that beta is steered to; 6 in lm-human-preferences; 0: beta is fixed
     kl_horizon: Annotated[float, "> 0"] = 10000.0      # episodes over which it is steered
     min_spread: Annotated[float, ">= 0"] = 0.0         # learn only from prompts whose samples' rewards differ by this much (dynamic sampling)
+    ptx: Annotated[int, ">= 0"] = 0                    # conversations of ptx_mix that each minibatch imitates besides, (6); 0: none
+    ptx_coef: Annotated[float, "> 0"] = 1.0            # gamma_ptx: weight of their mean loss
+    ptx_mix: dict = field(default_factory=dict)        # their kinds, with weights; empty: data.MIX
     kl_stop: Annotated[float, ">= 0"] = 0.0            # end a round's learning when KL to the sampling policy, a token, exceeds this; 0: never
     ratio_guard: Annotated[float, "> 0"] = 10.0        # a minibatch whose mean ratio exceeds this is skipped
     whiten_rewards: bool = False                       # gae: scale rewards to unit variance (their mean is kept)
@@ -450,14 +455,18 @@ def shuffled(n, *seed):
     return random.Random(repr(seed)).sample(range(n), n)
 
 
-def advantages_of(config, scores, kl, values, mask, kl_coef):
-    """Scores [prompts * samples] and KL [B, T] of a round -> (advantages, returns, token rewards) [B, T]."""
+def advantages_of(config, scores, kl, values, mask, taught, kl_coef):
+    """Scores [prompts * samples] and KL [B, T] of a round -> (advantages, returns, token rewards) [B, T].
+
+    taught [B]: 1 where an episode is learned from. Only over those are advantages whitened: where all samples of a prompt are
+    equally good, its distance to a critic's value says nothing about the others, and would shift all of them.
+    """
     rewards = token_rewards(scores, kl, mask, kl_coef)
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     if config.advantage == "gae":
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        return masked_whiten(advantages, mask), returns, rewards
+        return masked_whiten(advantages, mask * taught[:, None]) if taught.any() else 0 * advantages, returns, rewards
     scores = scores.reshape(-1, config.samples)
     cost = kl_coef * torch.stack([model_tokens(x, m).sum() for x, m in zip(kl, mask)]).reshape(-1, config.samples)
     if config.advantage == "rloo":
@@ -468,27 +477,33 @@ def advantages_of(config, scores, kl, values, mask, kl_coef):
 
 
 def judge_round(config, units, kl_coef, device):
-    """Write advantages, returns and token rewards into the units of a whole round -> log."""
+    """Write advantages, returns and token rewards into the units of a whole round -> (log, numbers of the prompts to learn from)."""
     width = max(len(unit["mask"]) for unit in units)
     mask, logp, ref_logp, values, sampled = (padded(x, width, device) for x in [
         *([unit[key] for unit in units] for key in ("mask", "logp", "ref_logp", "values")), [unit["episode"].logp for unit in units]])
     kl = kl_penalty(logp, ref_logp, config.kl_estimator) * mask
     scores = torch.tensor([unit["score"] for unit in units], dtype=torch.float32, device=device)
-    made = advantages_of(config, scores, kl, values * mask, mask, kl_coef)
+    low, high = scores.reshape(-1, config.samples).aminmax(dim=1)
+    teaching = high - low >= config.min_spread                                  # [prompts]
+    made = advantages_of(config, scores, kl, values * mask, mask, teaching.repeat_interleave(config.samples).to(mask.dtype), kl_coef)
     for b, unit in enumerate(units):
         unit.update({name: x[b, :len(unit["mask"])].tolist() for name, x in zip(("advantages", "returns", "rewards"), made)})
     calls = [r.ok for unit in units for r in unit["episode"].results]
     log = {"reward": float(scores.mean()), "reward_std": float(scores.std()) if len(units) > 1 else 0.0,
            **{f"reward/{name}": sum(unit["parts"][name] for unit in units) / len(units) for name in units[0]["parts"]},
            "kl": float(model_tokens(kl, mask).sum()) / len(units), "kl_coef": kl_coef, "tool_success": sum(calls) / max(len(calls), 1),
-           "response_length": float(mask.sum()) / len(units), "sampling_gap": float(((logp - sampled) * mask).abs().max())}
-    return {**log, "explained_variance": explained_variance(values * mask, made[1], mask)} if config.advantage == "gae" else log
+           "response_length": float(mask.sum()) / len(units), "sampling_gap": float(((logp - sampled) * mask).abs().max()),
+           "learned_from": float(teaching.float().mean())}
+    if config.advantage == "gae":
+        log["explained_variance"] = explained_variance(values * mask, made[1], mask)
+    return log, set(teaching.nonzero().flatten().tolist())
 
 
 # --------------------------------------------------------------------------- 4. training
 
 def train(run):
     # Imported here so that this file alone gives the losses to anyone who copies it.
+    import data
     import eval as evaluation
     import lora
     import toolplay
@@ -507,6 +522,8 @@ def train(run):
     # 1. data: prompts with what is known of their answers
     model, tokenizer = toolplay.prepare_model(config, run.device)
     cases, held_out = prompts_of(config, tokenizer, getattr(model.config, "max_position_embeddings", math.inf))
+    shown = data.encode_all(data.generate("train", config.examples, config.seed, config.ptx_mix), tokenizer, config, "conversations to imitate") if config.ptx else []
+    shown_batches = data.Batches(shown, dataclasses.replace(config, batch_size=max(config.ptx, 1)))
 
     # 2. model: policy, reference (the same weights under another adapter), critic
     policy = Policy(model, config.temperature, config.micro_tokens)
@@ -534,19 +551,26 @@ def train(run):
         return head(policy.switched(critic, rows, trunk)["hidden"] if critic else out["hidden"])
 
     def loss(group):
-        rows, width = [unit["row"] for unit in group], max(len(unit["row"][0]) for unit in group)
+        copied, group = [unit for unit in group if "weight" in unit], [unit for unit in group if "weight" not in unit]
+        rows = [unit["row"] for unit in group + copied]
+        out = policy(rows, (*trunk, "entropy"))
+        imitation = -sum(unit["weight"] * logp.sum() for unit, logp in zip(copied, out["logp"][len(group):]))         # (6)
+        info_ptx = {"ptx_loss": imitation.detach()} if copied else {}
+        if not group:
+            return imitation, info_ptx
+        width = max(len(unit["mask"]) for unit in group)
+        rows, out = rows[:len(group)], {name: x[:len(group), :width] for name, x in out.items()}
         mask, old_logp, advantages, returns, old_values = (padded([unit[key] for unit in group], width, run.device)
                                                            for key in ("mask", "logp", "advantages", "returns", "values"))
-        out = policy(rows, (*trunk, "entropy"))
         total, info = policy_loss(out["logp"], old_logp, advantages, mask, config.clip_range, config.dual_clip)
         entropy = model_tokens(out["entropy"], mask).sum()
-        info = {**info, "policy_loss": total, "entropy": entropy.detach()}
+        info = {**info, **info_ptx, "policy_loss": total, "entropy": entropy.detach()}
         if config.entropy_coef:
             total = total - config.entropy_coef * entropy
         if config.advantage == "gae":
             value, more = value_loss(values_of(rows, out), old_values, returns, mask, config.value_clip)
             total, info = total + config.vf_coef * value, {**info, **more, "value_loss": value}
-        return total, info
+        return total + imitation, info
 
     @torch.no_grad()
     def play(round_, of):
@@ -568,13 +592,21 @@ def train(run):
                            **{name: x[b, :len(episode.ids)].tolist() for name, x in fixed.items()}})
         return [played[n:n + config.samples] for n in range(0, len(played), config.samples)]
 
+    def imitated(tokens):
+        """The next conversations to imitate beside a minibatch of that many tokens: units with such weights that their mean loss counts `ptx_coef`."""
+        chosen = [shown[i] for i in shown_batches(trainer.step)] if shown else []
+        weight = config.ptx_coef * tokens / max(1, sum(sum(mask) for _, mask in chosen))
+        return [{"row": row, "weight": weight} for row in chosen]
+
     def learn(units, teaching, position):
         """Epochs over a round's units, of the prompts with these numbers -> means of the minibatches' logs."""
         sums, count, stopped = {}, 0, False
         for epoch in range(config.ppo_epochs):
             order = [p * config.samples + s for p in shuffled(config.prompts, config.seed, position, epoch) if p in teaching for s in range(config.samples)]
             for at in range(0, 0 if stopped else len(order), config.batch_size):
-                info = toolplay.train_step(trainer, [units[i] for i in order[at:at + config.batch_size]], loss, size=lambda unit: sum(unit["mask"]),
+                batch = [units[i] for i in order[at:at + config.batch_size]]
+                batch += imitated(sum(sum(unit["mask"]) for unit in batch))
+                info = toolplay.train_step(trainer, batch, loss, size=lambda unit: 0 if "weight" in unit else sum(unit["mask"]),
                                            rows=lambda unit: [unit["row"]], veto=lambda means: means["ratio"] > config.ratio_guard)
                 for name, value in info.items():
                     sums[name] = sums.get(name, 0.0) + value
@@ -592,10 +624,8 @@ def train(run):
                   for at in range(round_ * config.prompts, (round_ + 1) * config.prompts)]
         played = toolplay.shared_out(picked, lambda own: play(round_, own) if own else [])
         units = [{"case": case, **unit} for case, samples in zip(picked, played) for unit in samples]
-        log = judge_round(config, units, beta.value, run.device)
-        spread = [max(scores) - min(scores) for scores in ([unit["score"] for unit in samples] for samples in played)]
-        teaching = {p for p in range(config.prompts) if spread[p] >= config.min_spread}
-        log.update(learn(units, teaching, position), skipped=trainer.skipped, learned_from=len(teaching) / config.prompts)
+        log, teaching = judge_round(config, units, beta.value, run.device)
+        log.update(learn(units, teaching, position), skipped=trainer.skipped)
         trainer.extra["kl_coef"] = beta.update(log["kl"], batch)
         if held_out and (trainer.step >= trainer.total or config.eval_every and (round_ + 1) % config.eval_every == 0):
             report, _ = evaluation.evaluate(model, tokenizer, held_out, max_new_tokens=config.max_new_tokens, style=config.tool_style, progress=False)

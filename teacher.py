@@ -247,7 +247,7 @@ def losses(model, tokenizer, units, budget):
         for prefix in ([], ids_of(tokenizer, call_text(call).lstrip()), ids_of(tokenizer, call_text(call, result).lstrip())):
             rows.append((prefix + text, [0] * (len(prefix) + i) + [1] * (len(text) - i)))
             starts.append(len(prefix) + i)
-    logp = toolplay.token_logprobs(model, rows, budget=budget)
+    logp = toolplay.token_logprobs(model, rows, budget=budget).cpu()
     found = [weighted_loss(row[:len(ids)], start) for row, (ids, _), start in zip(logp, rows, starts)]
     return list(zip(found[::3], found[1::3], found[2::3]))
 

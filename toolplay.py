@@ -164,9 +164,10 @@ def load_config(source, overrides=()):
         if wrong := _wrong(value, hints[key]):
             raise UserError(f"{origin[key]}: {key} = {json.dumps(value)}: {wrong}")
     config = cls(**given)
-    for kind, weight in config.mix.items():
-        if kind not in data.KINDS or _wrong(weight, Rate):
-            raise UserError(f"{origin['mix']}: mix: {json.dumps(kind)}: {json.dumps(weight)}: must be a number > 0 for one of {', '.join(data.KINDS)}")
+    for key in ("mix", "ptx_mix"):
+        for kind, weight in getattr(config, key, {}).items():
+            if kind not in data.KINDS or _wrong(weight, Rate):
+                raise UserError(f"{origin[key]}: {key}: {json.dumps(kind)}: {json.dumps(weight)}: must be a number > 0 for one of {', '.join(data.KINDS)}")
     if config.source == "toolbench" and not config.path:
         data.stand_in(config, "no path to ToolBench's files is given")
     reads = config.source in ("jsonl", "toolbench", "teacher")

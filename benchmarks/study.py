@@ -112,7 +112,7 @@ def stage(name, minutes):
 
 
 def plot():
-    """The learning curves over minutes."""
+    """The learning curves: PPO's over rounds, DPO's over steps."""
     import matplotlib
 
     from toolplay import read_lines
@@ -120,22 +120,19 @@ def plot():
     from matplotlib import pyplot
 
     def curve(axis, folder, key, label, colour, smooth=5):
-        lines, clock = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timing.jsonl")
-        points = [((c["seconds"] - clock[0]["seconds"]) / 60, x[key]) for x, c in zip(lines, clock) if x.get(key) is not None]
-        if points:
-            minutes, values = zip(*points)
-            values = [sum(values[max(0, n - smooth + 1):n + 1]) / len(values[max(0, n - smooth + 1):n + 1]) for n in range(len(values))]
-            axis.plot(minutes, values, color=colour, alpha=0.9, label=label)
+        values = [x[key] for x in read_lines(folder / "metrics.jsonl") if x.get(key) is not None]
+        means = [sum(part) / len(part) for n in range(len(values)) for part in [values[max(0, n - smooth + 1):n + 1]]]
+        axis.plot(range(1, len(means) + 1), means, color=colour, alpha=0.9, label=label)
     colours = {"gae": "#4477aa", "rloo": "#cc3311", "grpo": "#228833", "dpo": "#4477aa"}
-    for name, methods, keys in (("ppo", ("gae", "rloo", "grpo"), ("reward/right_result", "kl", "entropy", "response_length")),
-                                ("dpo", ("dpo",), ("rewards/margin", "rewards/accuracy", "logp/chosen", "logp/rejected"))):
+    for name, unit, methods, keys in (("ppo", "round", ("gae", "rloo", "grpo"), ("reward/right_result", "kl", "entropy", "response_length")),
+                                      ("dpo", "step", ("dpo",), ("rewards/margin", "rewards/accuracy", "logp/chosen", "logp/rejected"))):
         figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6))
         for key, axis in zip(keys, axes):
             for method in methods:
                 for seed, folder in enumerate(sorted(RUNS.glob(f"{method}-[0-9]"))):
                     if (folder / "metrics.jsonl").exists():
                         curve(axis, folder, key, method if seed == 0 else None, colours[method])
-            axis.set(title=key, xlabel="minutes")
+            axis.set(title=f"{key}, mean of five", xlabel=unit)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].legend(frameon=False)
         figure.tight_layout()

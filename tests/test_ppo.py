@@ -351,6 +351,36 @@ def test_prompts_whose_samples_earn_the_same_are_left_out(tmp_path, monkeypatch)
     assert not seen and [x["step"] for x in lines] == [8, 16] and lines[0]["learned_from"] == 0
 
 
+def test_advantages_are_whitened_over_what_is_learned_from():
+    """Two prompts of two samples, one token each, zero values: the first prompt's samples are equally good and are not learned from."""
+    mask, scores = torch.ones(4, 1), torch.tensor([5.0, 5.0, 0.0, 1.0])
+    settings = toolplay.load_config({"method": "ppo", "samples": 2})
+    advantages, _, _ = ppo.advantages_of(settings, scores, 0 * mask, 0 * mask, mask, torch.tensor([0.0, 0.0, 1.0, 1.0]), 0.0)
+    assert advantages.flatten().tolist() == pytest.approx([0, 0, -0.5 ** 0.5, 0.5 ** 0.5], abs=1e-6)
+    assert not ppo.advantages_of(settings, scores, 0 * mask, 0 * mask, mask, torch.zeros(4), 0.0)[0].any()
+
+
+def test_what_the_model_knew_is_imitated_beside(tmp_path, monkeypatch):
+    """ptx: so many conversations join each minibatch, other ones each time; their mean loss, by plain forwards, counts ptx_coef."""
+    net, tok = model("llama"), tokenizer()
+    monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (net, tok))
+    expected, rows, step = [], [], toolplay.train_step
+
+    def record(trainer, batch, *args, **more):
+        mine = [unit["row"] for unit in batch if "weight" in unit]
+        rows.extend(mine)
+        with torch.no_grad():
+            logp = small.gather(mine, small.one_by_one(net, mine))
+        expected.append(-float(logp.sum()) / sum(sum(mask) for _, mask in mine))
+        info = step(trainer, batch, *args, **more)
+        assert info["ptx_loss"] == pytest.approx(0.5 * expected[-1], rel=1e-4)
+        return info
+    monkeypatch.setattr(toolplay, "train_step", record)
+    lines = train(config(tmp_path, ptx=2, ptx_coef=0.5, ptx_mix={"weather": 1}, iterations=1, prompts=2, samples=2, batch_size=2, ppo_epochs=1, eval_examples=0))
+    assert len(expected) == 2 and len({tuple(ids) for ids, _ in rows}) == 4
+    assert lines[0]["ptx_loss"] == pytest.approx(0.5 * sum(expected) / 2, rel=1e-4)
+
+
 def test_two_ranks_play_and_learn_as_one(tmp_path):
     """The ranks share out the prompts; what each row draws does not depend on who draws it."""
     made = {}
@@ -428,15 +458,15 @@ def test_the_critics_own_adapter(tmp_path, monkeypatch):
         assert state["value_head.weight"].abs().max() > 0
 
 
-@pytest.mark.parametrize("advantage", ["gae", "rloo"])
-def test_any_split_into_micro_batches_gives_the_same_step(tmp_path, monkeypatch, advantage):
+@pytest.mark.parametrize("advantage, ptx", [("gae", 3), ("rloo", 0)])
+def test_any_split_into_micro_batches_gives_the_same_step(tmp_path, monkeypatch, advantage, ptx):
     """All at once, one by one, and ragged: the same gradient. In double precision, where it does not depend on the shapes of products."""
     net, tok = toolplay.load_model("tiny")
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (copy.deepcopy(net).double(), tok))
     monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (sum(episode.ids) % 7 / 7, {}))  # the samples of a prompt differ
     gradients = small.recorded_gradients(monkeypatch)
     for budget in (10 ** 6, 1, 700):
-        train(config(tmp_path / str(budget), advantage=advantage, micro_tokens=budget, iterations=1, prompts=2, samples=3, batch_size=6, ppo_epochs=1, eval_examples=0))
+        train(config(tmp_path / str(budget), advantage=advantage, ptx=ptx, micro_tokens=budget, iterations=1, prompts=2, samples=3, batch_size=6, ppo_epochs=1, eval_examples=0))
     whole, *others = gradients
     assert whole.norm() > 0
     for other in others:
@@ -473,7 +503,8 @@ def test_text_is_never_tokenised_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("more, words", [({"lora_dropout": 0.1}, "dropout"), ({"lora_r": 0}, "lora_r"), ({"reward": "nowhere:f"}, "cannot import"),
-                                         ({"reward_weights": {"rigth_tool": 1}}, "rigth_tool"), ({"reward_weights": {"right_tool": "x"}}, "right_tool"), ({"steps": 3}, "iterations")])
+                                         ({"reward_weights": {"rigth_tool": 1}}, "rigth_tool"), ({"reward_weights": {"right_tool": "x"}}, "right_tool"), ({"steps": 3}, "iterations"),
+                                         ({"ptx_mix": {"wether": 1}}, "ptx_mix")])
 def test_a_users_mistakes(tmp_path, more, words):
     with pytest.raises(UserError, match=words):
         train(config(tmp_path, **more))
