@@ -32,7 +32,6 @@ import torch
 class Config:
     """SFT's own keys; the shared ones are in toolplay.Config."""
     decision_weight: Annotated[float, "> 0"] = 1.0    # how often the tokens count that decide: call or talk, and which tool
-    talk_weight: Annotated[float, "> 0"] = 1.0        # how much the other tokens of an answer without any call count
     keep_best: bool = True               # keep the weights of the lowest evaluation loss; false: the last ones
 
 
@@ -56,7 +55,7 @@ def train(run):
     # 2. model: base weights frozen, adapters trained (or every weight, with lora_r = 0)
     model, tokenizer = toolplay.prepare_model(config, run.device)
     train_rows, held_out = data.dataset(config, tokenizer)
-    train_rows = weigh(train_rows, tokenizer.encode('{"name": "', add_special_tokens=False), config.decision_weight, config.talk_weight)
+    train_rows = weigh(train_rows, config.decision_weight, tokenizer.encode('{"name": "', add_special_tokens=False))
     batches = data.Batches(train_rows, config)
     total = batches.total
 
@@ -94,15 +93,12 @@ def train(run):
     run.finish()
 
 
-def weigh(rows, before_name, decision=1.0, talk=1.0):
-    """Rows (ids, mask) -> the same with weights for the mask's ones: `decision` on the tokens that decide, which are the first
-    of every assistant turn and the one after the ids `before_name`, with which a tool's name begins; `talk` on all others of
-    a row without any call."""
-    n, out = len(before_name), []
-    for ids, mask in rows:
-        names = {t for t, m in enumerate(mask) if m and ids[max(0, t - n):t] == before_name}
-        out.append((ids, [m and (decision if t in names or t == 0 or not mask[t - 1] else 1 if names else talk) for t, m in enumerate(mask)]))
-    return out
+def weigh(rows, weight, before_name):
+    """Rows (ids, mask) -> the same with `weight` for 1 on the tokens that decide: the first of every assistant turn, and
+    the one after the ids `before_name`, with which a tool's name begins."""
+    n = len(before_name)
+    return [(ids, [weight if m and (t == 0 or not mask[t - 1] or ids[max(0, t - n):t] == before_name) else m for t, m in enumerate(mask)])
+            for ids, mask in rows]
 
 
 def pad_mask(rows, device="cpu"):

@@ -51,15 +51,13 @@ def test_pad_mask():
 
 
 def test_the_deciding_tokens_weigh_more():
-    """The first token of each assistant turn and of each called name count w times, in the sum and in M; talk as much as is said."""
+    """The first token of each assistant turn and of each called name count w times, in the sum and in M; all else stays."""
     call, answer = [1, 8, 9, 5, 6], [7, 2]  # 8, 9 stand before a name
     rows = [([0, *call, 0, *answer], [0, 1, 1, 1, 1, 1, 0, 1, 1]), ([8, 9, 3, 8, 9, 4], [0, 0, 0, 1, 1, 1])]
-    weighed = sft.weigh(rows, [8, 9], 4.0, 0.5)
+    weighed = sft.weigh(rows, 4.0, [8, 9])
     assert [ids for ids, _ in weighed] == [ids for ids, _ in rows]
     assert [mask for _, mask in weighed] == [[0, 4, 1, 1, 4, 1, 0, 4, 1], [0, 0, 0, 4, 1, 4]]
-    assert sft.weigh(rows, [8, 9]) == rows
-    talk = [([0, 5, 6, 7, 0, 8, 9], [0, 1, 1, 1, 0, 1, 1])]  # two turns without a call
-    assert sft.weigh(talk, [8, 9], 4.0, 0.5) == [(talk[0][0], [0, 4, 0.5, 0.5, 0, 4, 0.5])]
+    assert sft.weigh(rows, 1.0, [8, 9]) == rows
     total, info = sft_loss(torch.full((2, 9), -1.0), pad_mask(weighed))
     assert total == info["tokens"] == 25
 
@@ -68,7 +66,7 @@ def test_the_deciding_tokens_of_real_conversations():
     """With a real vocabulary: the openings of the turns, and what begins the name of each of two calls in one turn."""
     _, tokenizer = toolplay.load_model("smollm2-135m")
     chat = data.generate("train", 1, seed=3, mix={"two_calls": 1})[0]
-    (ids, mask), = sft.weigh([data.encode(chat, tokenizer)], tokenizer.encode('{"name": "', add_special_tokens=False), 2.0)
+    (ids, mask), = sft.weigh([data.encode(chat, tokenizer)], 2.0, tokenizer.encode('{"name": "', add_special_tokens=False))
     names = [call["name"] for message in chat["messages"] for call in message.get("tool_calls", [])]
     turns = sum(message["role"] == "assistant" for message in chat["messages"])
     heavy = [tokenizer.decode([i]) for i, m in zip(ids, mask) if m == 2]
