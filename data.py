@@ -715,6 +715,7 @@ def generate(split, n, seed=0, mix=None):
 STYLES = {"snake": lambda domain, words: "_".join(words), "camel": lambda domain, words: words[0] + "".join(w.capitalize() for w in words[1:]),
           "dotted": lambda domain, words: f"{domain}.{'_'.join(words)}"}
 NAMED = ["{n} {v}", "with {n} {v}", "with a {n} of {v}", "{n}: {v}", "{n} = {v}"]
+WHOLE = 0.5  # share of requests that are sentences written as a whole, where a function has some; the others are put together from phrases
 OFFERS = {"train": 500}  # different offers of either kind, one function and several; on the other splits every conversation has its own
 MONTHS = "January February March April May June July August September October November December".split()
 
@@ -793,7 +794,7 @@ class ApiWriter:
         """-> (the value in an argument, how a person may write it)."""
         rng = self.rng
         if isinstance(kind, list):
-            if self.split == "train" and isinstance(kind[0], str) and rng.random() < 0.2:  # a name from anywhere: values are copied, not known by heart
+            if self.split == "train" and isinstance(kind[0], str) and rng.random() < 0.1:  # a name from anywhere: values are copied, not known by heart
                 entities = corpus("search_questions.json")["entities"]
                 kind = [e["name"] for e in of_split(entities[rng.choice(list(entities))], "train")]
             value = rng.choice(kind)
@@ -843,42 +844,63 @@ class ApiWriter:
             if "enum" in parameter and self.named:
                 return value, self.state(parameter, str(value))
             return value, rng.choice(parameter["phrases"][str(value).lower() if isinstance(value, bool) else str(value)])
-        values, text = self.listed(parameter, rng.choice([1, 2, 2, 3]) if parameter["type"] == "array" else 1)
-        return values if parameter["type"] == "array" else values[0], text
+        value, said = self.plain(parameter)
+        return value, self.state(parameter, said)
+
+    def plain(self, parameter):
+        """-> (value, how it is written) of a parameter that is no object, enum or boolean."""
+        values, said = self.listed(parameter, self.rng.choice([1, 2, 2, 3]) if parameter["type"] == "array" else 1)
+        return values if parameter["type"] == "array" else values[0], said
 
     def listed(self, parameter, n):
-        """-> (up to n different values of a parameter, the phrase that states them)."""
+        """-> (up to n different values of a parameter, how they are written)."""
         items = []
         for _ in range(n):
             item = self.value(parameter["values"])
             items += [item] if item[0] not in [value for value, _ in items] else []
         words = [said for _, said in items]
-        return [value for value, _ in items], self.state(parameter, words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}")
+        return [value for value, _ in items], words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
     def state(self, parameter, said):
         """A phrase that states a parameter's value, in words of its own or with the parameter's name."""
         phrase = self.rng.choice(NAMED if self.named else parameter["phrases"])
-        return phrase.replace("{n}", " ".join(parameter.get("called", parameter["name"]))).replace("{v}", said)
+        return phrase.replace("{n}", canonical(parameter).replace("_", " ")).replace("{v}", said)
+
+    def sentence(self, function):
+        """A whole sentence that was written for the function, with a slot for each value -> (it, the names of its slots), or None:
+        there is none for what this variant shows, or this request is put together from phrases."""
+        shown = {canonical(p) for p in function["parameters"]}
+        found = [(text, slots) for text in corpus("api_sentences.json")["sentences"].get("_".join(function["words"]), []) for slots in [set(re.findall(r"{(\w+)}", text))] if slots <= shown]
+        return self.rng.choice(found) if found and self.rng.random() < WHOLE else None
 
     def request(self, function, without=None, spread=1, template=None):
         """-> (text, list of arguments): of one call, or of up to `spread` calls that differ in one
         parameter ("in Oslo and Rome") or in two ("for Ann and Bo, with 3 and 5 guests, respectively"). `without`: a parameter
         that is left unsaid; `template`: words around the values, in place of the function's own."""
-        chosen = [p for p in function["parameters"] if p is not without and (p["required"] or self.rng.random() < 0.25)]
+        whole = self.sentence(function) if not without and not template else None
+        chosen = [p for p in function["parameters"] if (canonical(p) in whole[1] if whole else p is not without and (p["required"] or self.rng.random() < 0.25))]
         simple = [p for p in chosen if p["type"] in ("string", "integer", "number") and "enum" not in p]
-        varied = self.rng.sample(simple, min(len(simple), 2 if self.rng.random() < 0.35 else 1)) if spread > 1 else []
-        made = [(p, *(self.listed(p, spread) if p in varied else self.argument(p))) for p in chosen]
+        varied = self.rng.sample(simple, min(len(simple), 2 if not whole and self.rng.random() < 0.35 else 1)) if spread > 1 else []
+        made = []  # (parameter, its value or, where it varies, values, how they are said)
+        for p in chosen:
+            if p in varied:
+                values, said = self.listed(p, spread)
+                made.append((p, values, said if whole else self.state(p, said)))
+            else:
+                made.append((p, *(self.plain(p) if whole else self.argument(p))))
         words = [value for _, value, _ in made if isinstance(value, str)]
         counts = {len(values) for p, values, _ in made if p in varied}
         if len(set(words)) < len(words) or len(counts) > 1:  # from euros to euros; two people and three tables
             return self.request(function, without, spread, template)
+        arguments = [{self.key(p): value[n] if p in varied else value for p, value, _ in made} for n in range(max(counts, default=1))]
+        if whole:
+            return fill(whole[0], {canonical(p): said for p, _, said in made}), arguments
         joint = varied if len(varied) == 2 else []  # these are said together, last
         phrases = [text for p, _, text in made if p not in joint]
         if self.rng.random() < 0.2:  # people begin with what matters most, but not always
             self.rng.shuffle(phrases)
         phrases += [text for p, _, text in made if p in joint] + ["respectively"] * bool(joint)
         text = " ".join((template or self.rng.choice(function["requests"])).replace("{..}", " ".join(phrases)).split())
-        arguments = [{self.key(p): value[n] if p in varied else value for p, value, _ in made} for n in range(max(counts, default=1))]
         return re.sub(r" ([?.,!])", r"\1", text), arguments
 
     def others(self, n):
@@ -892,6 +914,11 @@ class ApiWriter:
 
     def result(self, function):
         return {key: self.value(kind)[0] for key, kind in function["result"].items()}
+
+
+def canonical(parameter):
+    """A parameter's name in the corpus, whatever its variant is called."""
+    return "_".join(parameter.get("called", parameter["name"]))
 
 
 def telling_words(text):
@@ -932,7 +959,7 @@ def api_conversation(kind, split, rng):
         prompts = [writer.request(function, missing)[0]]
         reply = fill(rng.choice(answers["api"]["ask"]), {"what": " ".join(missing["called"])})
     else:
-        spread = rng.choice([2, 2, 3]) if kind == "api_parallel" and rng.random() < 0.45 else 1
+        spread = rng.choice([2, 2, 3]) if kind == "api_parallel" and rng.random() < 0.4 else 1
         for n in range(rng.choice([2, 2, 3]) if kind == "api_parallel" and spread == 1 else 1):
             again = n > 0 and rng.random() < 0.3  # the same once more, with other values: only these are said
             if n and not again and rng.random() < 0.8:

@@ -726,7 +726,7 @@ def sample(logits, draws, temperature, top_p):
         if top_p < 1:
             p, order = p.sort(-1, descending=True)
         cdf = p.cumsum(-1, dtype=torch.float64)
-        kept = (cdf - p < top_p).sum(-1, keepdim=True)                       # the smallest set with mass >= top_p
+        kept = (cdf - p < top_p).sum(-1, keepdim=True) if top_p < 1 else torch.full_like(cdf[:, :1], cdf.shape[1], dtype=torch.long)  # the smallest set with mass >= top_p
         draw = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cdf.gather(1, kept - 1)
         tokens = torch.minimum(torch.searchsorted(cdf, draw, right=True), kept - 1)
         tokens = tokens if order is None else order.gather(1, tokens)

@@ -1,6 +1,7 @@
 """The invented APIs: enough of them, of every type, kept apart by split; requests that say what the calls need."""
 import json
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -127,3 +128,24 @@ def test_questions_back_and_refusals(made):
 def test_the_seed_decides(made):
     again = data.generate("train", 150, 0, {"api_choice": 1})
     assert json.dumps(again) == json.dumps(made["train", "api_choice"]) != json.dumps(data.generate("train", 150, 1, {"api_choice": 1}))
+
+
+def test_whole_sentences_say_every_required_value():
+    """Each belongs to one function, has a slot for each required value, and no slot that is not written out as it is."""
+    functions = {"_".join(f["words"]): f for d in data.corpus("apis.json")["domains"] for f in d["functions"]}
+    assert len(functions) == sum(len(d["functions"]) for d in data.corpus("apis.json")["domains"])
+    for name, texts in data.corpus("api_sentences.json")["sentences"].items():
+        plain = {data.canonical(p): p["required"] for p in functions[name]["parameters"] if "enum" not in p and p["type"] not in ("boolean", "object")}
+        for text in texts:
+            slots = re.findall(r"{(\w+)}", text)
+            assert len(set(slots)) == len(slots) and set(slots) <= set(plain) and {p for p, required in plain.items() if required} <= set(slots), text
+        assert not any(p["required"] for p in functions[name]["parameters"] if data.canonical(p) not in plain) and len(set(texts)) == len(texts) >= 4
+
+
+def test_whole_sentences_are_used():
+    """About half of the requests to functions that have some; every value stands in the text as it is written."""
+    made = [c for c in data.generate("train", 400, 3, {"api_one": 1}) if not re.search("= |: ", c["messages"][0]["content"])]
+    sentences = data.corpus("api_sentences.json")["sentences"]
+    forms = [re.sub(r"\\{\w+\\}", "(.+)", re.escape(t)).replace("\\ ", " ") for c in made for t in sentences.get(c["family"].partition(".")[2], [])]
+    whole = [c for c in made if any(re.fullmatch(form + "?", c["messages"][0]["content"], re.IGNORECASE) for form in forms)]
+    assert 0.25 < len(whole) / len(made) < 0.65
