@@ -828,9 +828,9 @@ class ApiWriter:
         low, high = float(limits[0]), float(limits[1])
         if name == "int":
             value = rng.randint(int(low), int(high))
-            said = ["a dozen"] * (value == 12) + ([number_words(value)] if 0 <= value < 100 else []) + [f"{value:,}"] * (value > 2100)  # nobody writes the year 1,998
+            said = ([number_words(value)] if 0 <= value < 100 else []) + [f"{value:,}"] * (value > 2100)  # nobody writes the year 1,998
             return value, rng.choice(said) if said and rng.random() < 0.3 else str(value)
-        value = round(rng.uniform(low, high), 2 if name == "money" else 1)
+        value = round(rng.uniform(low, high), 2 if name == "money" or high <= 2 else 1)
         return value, f"${value:.2f}" if name == "money" and rng.random() < 0.7 else str(value)
 
     def argument(self, parameter):

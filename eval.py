@@ -39,7 +39,7 @@ What does not apply to a case is not counted for it.
 of p (1 - p); for overall the percentiles of 2,000 draws (fixed seed) of each side's rate from its Jeffreys posterior,
 Beta(yes + 1/2, no + 1/2), or Wilson where there is one side.
 
-    python eval.py --run runs/sft_demo --split test
+    python eval.py --run runs/demo --split test
     python eval.py --model smollm2-135m --data cases.jsonl --out result.json
 """
 import itertools
@@ -522,8 +522,11 @@ def bfcl_schema(schema):
     return made | ({"items": bfcl_schema(schema["items"])} if schema.get("items") else {})
 
 
-def bfcl_cases(suite, folder=None):
-    """"bfcl:a,b" -> [{"category", "id", "conversation", "functions", "answers"}]. folder: with BFCL_v4_*.json; default: of the package bfcl-eval."""
+def bfcl_cases(suite, folder=None, n=None):
+    """"bfcl:a,b" -> [{"category", "id", "conversation", "functions", "answers"}], the first n of each category.
+
+    folder: with BFCL_v4_*.json; default: of the package bfcl-eval.
+    """
     import importlib.util
     name, _, categories = suite.partition(":")
     categories = [c for c in categories.split(",") if c]
@@ -543,18 +546,18 @@ def bfcl_cases(suite, folder=None):
     for category in categories:
         file = f"BFCL_v4_{category}.json"
         try:
-            items = lines(file)
+            items = lines(file)[:n]
             gold = {} if category == "irrelevance" else {x["id"]: x["ground_truth"] for x in lines(f"possible_answer/{file}")}
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{Path(folder) / file}: cannot be read ({error})") from None
-        for item in items:
-            tools = {f["name"]: {"name": f["name"], "description": f["description"], "parameters": bfcl_schema(f["parameters"])} for f in item["function"]}
-            cases.append({"category": category, "id": item["id"], "functions": item["function"], "answers": gold.get(item["id"], []),
-                          "conversation": data.check_conversation({"messages": item["question"][0], "tools": list(tools.values())})})
+            for item in items:
+                tools = {f["name"]: {"name": f["name"], "description": f["description"], "parameters": bfcl_schema(f["parameters"])} for f in item["function"]}
+                cases.append({"category": category, "id": item["id"], "functions": item["function"], "answers": gold.get(item["id"], []),
+                              "conversation": data.check_conversation({"messages": item["question"][0], "tools": list(tools.values())})})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{Path(folder) / file}: cannot be read as BFCL's ({type(error).__name__}: {error})") from None
     return cases
 
 
-def bfcl(model, tokenizer, cases, style="signature", batch_size=32, max_new_tokens=512):
+def bfcl(model, tokenizer, cases, style="signature", batch_size=128, max_new_tokens=512):
     """Greedy first turns -> (table, {category: {"value", "low", "high", "n", "too_long"}}, records). A prompt beyond the context is wrong."""
     from tqdm import tqdm
 
@@ -582,7 +585,7 @@ def add_arguments(parser):
     parser.add_argument("--data", metavar="FILE", help="cases from a JSONL file instead of the templates")
     parser.add_argument("--suite", metavar="bfcl:A,B", help=f"judge first turns as BFCL does; categories: {', '.join(BFCL)}")
     parser.add_argument("--bfcl", metavar="FOLDER", help="where BFCL_v4_*.json are (default: in the package bfcl-eval)")
-    parser.add_argument("--n", type=int, help="how many cases (default: 200 of the templates, every line of --data)")
+    parser.add_argument("--n", type=int, help="how many cases (default: 200 of the templates, every line of --data, all of each BFCL category)")
     parser.add_argument("--seed", type=int, default=0, help="of the templates")
     parser.add_argument("--failures", type=int, default=10, metavar="N", help="how many failures to show (default 10)")
     parser.add_argument("--out", metavar="FILE", help="write report and records here as JSON")
@@ -599,7 +602,7 @@ def command(args):
     def keep(name, result):
         for path in [f"{args.run}/{name}"] * bool(args.run) + [args.out] * bool(args.out):
             toolplay.write_json(path, result)
-    suite = bfcl_cases(args.suite, args.bfcl)[:args.n] if args.suite else []
+    suite = bfcl_cases(args.suite, args.bfcl, args.n) if args.suite else []
     model, tokenizer, config = toolplay.model_of(args)
     if suite:
         text, report, records = bfcl(model, tokenizer, suite, config.tool_style)

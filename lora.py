@@ -193,15 +193,19 @@ def lora_disabled(model):
             layer.enabled = enabled
 
 
+class SharedWeight(ValueError):
+    """An adapter sits on a weight that another layer uses too (a tied head): it works, but cannot be merged."""
+
+
 @torch.no_grad()
 def merge(model):
-    """Add the adapters to the base weights (summed in fp32), keeping a copy for `unmerge`."""
+    """Add the adapters to the base weights (summed in fp32), keeping a copy for `unmerge`. Raises SharedWeight, and changes nothing, where that is no option."""
     layers = require_layers(model, merged=False)
     if not all(layer.enabled for layer in layers.values()):
         raise ValueError("the adapters are switched off here; merge outside of lora_disabled")
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     if shared := [name for name, layer in layers.items() if uses[id(layer.base.weight)] > 1]:
-        raise ValueError(f"{shared[0]} cannot be merged: its weight is shared with another layer, which would change as well")
+        raise SharedWeight(f"{shared[0]} cannot be merged: its weight is shared with another layer, which would change as well")
     for layer in layers.values():
         weight = layer.base.weight
         layer.backup = weight.clone()
@@ -212,12 +216,17 @@ def merge(model):
 
 @contextlib.contextmanager
 def merged(model):
-    """Within the block the adapters are merged: the same function up to rounding, without their extra products. Afterwards, bit-exactly not."""
-    merge(model)
+    """Within the block the adapters are merged, if they can be: the same function up to rounding, without their extra products. Afterwards, bit-exactly not."""
+    done = True
+    try:
+        merge(model)
+    except SharedWeight:
+        done = False
     try:
         yield
     finally:
-        unmerge(model)
+        if done:
+            unmerge(model)
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ class Config:
     min_spread: Annotated[float, ">= 0"] = 0.0         # learn only from prompts whose samples' rewards differ by this much (dynamic sampling)
     ptx: Annotated[int, ">= 0"] = 0                    # conversations of ptx_mix that each minibatch imitates besides, (6); 0: none
     ptx_coef: Annotated[float, "> 0"] = 1.0            # gamma_ptx: weight of their mean loss
-    ptx_mix: dict = field(default_factory=dict)        # their kinds, with weights; empty: data.MIX
+    ptx_mix: dict = field(default_factory=dict)        # their kinds, with weights; their expressions are shown, whatever `answers_only` says
     kl_stop: Annotated[float, ">= 0"] = 0.0            # end a round's learning when KL to the sampling policy, a token, exceeds this; 0: never
     ratio_guard: Annotated[float, "> 0"] = 10.0        # a minibatch whose mean ratio exceeds this is skipped
     whiten_rewards: bool = False                       # gae: scale rewards to unit variance (their mean is kept)
@@ -106,8 +106,7 @@ def masked_mean(x, mask):
 
 def masked_whiten(x, mask, shift_mean=True):
     """x [B, T] scaled to variance 1 (with Bessel's correction) over the masked entries; mean 0 too with `shift_mean`. 0 elsewhere."""
-    inside = model_tokens(x, mask)
-    mean = inside.mean()
+    inside, mean = model_tokens(x, mask), masked_mean(x, mask)
     variance = ((inside - mean) ** 2).sum() / max(inside.numel() - 1, 1)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
     return (white if shift_mean else white + mean) * mask
@@ -245,9 +244,14 @@ def right_arguments(case, episode, verdicts):
     return float(bool(verdicts["argument_accuracy"]) and (not counts(case) or calculates(case, episode, verdicts)))
 
 
+def is_sum(result):
+    """Whether a result is a number of the calculator (a tool of one's own may have its name)."""
+    return result.ok and result.name == "calculator" and isinstance(result.value, (int, float))
+
+
 def calculated(episode):
     """The results of the calculator, in order."""
-    return [r.value for r in episode.results if r.ok and r.name == "calculator"]
+    return [r.value for r in episode.results if is_sum(r)]
 
 
 def worked_out(case, episode, verdicts):
@@ -285,7 +289,7 @@ def like_reference(case, episode, verdicts):
 
 def needless_call(case, episode, verdicts):
     """A call where none is due, the same call again, or a calculation that nothing uses but to list its result."""
-    results = [(r.value, n) for n, r in enumerate(r for r in episode.results if r.name == "calculator") if r.ok]
+    results = [(r.value, n) for n, r in enumerate(r for r in episode.results if r.name == "calculator") if is_sum(r)]
     expressions = [str(call.arguments.get("expression")) for call in episode.calls if call.name == "calculator"]
     unused = [value for value, n in results[:-1] if not any(math.isclose(abs(value), x) for later in expressions[n + 1:] for x in numbers_in(later))]
     calls = ["".join(f"{call.name} {json.dumps(call.arguments, sort_keys=True)}".split()) for call in episode.calls]
@@ -342,7 +346,7 @@ def numbers_in(text):
     for word in [*re.findall(r"[a-z]+|\d|(?<!thousand),", str(text).lower()), ""]:
         if word in small:
             current = (current or 0) + small[word]
-        elif word == "hundred" and current:
+        elif word == "hundred" and current and current < 1e9:
             current *= 100
         elif word == "thousand" and current:
             total, current = total + 1000 * current, 0
@@ -466,7 +470,7 @@ def advantages_of(config, scores, kl, values, mask, taught, kl_coef):
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     if config.advantage == "gae":
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        return masked_whiten(advantages, mask * taught[:, None]) if taught.any() else 0 * advantages, returns, rewards
+        return masked_whiten(advantages, mask * taught[:, None]), returns, rewards
     scores = scores.reshape(-1, config.samples)
     cost = kl_coef * torch.stack([model_tokens(x, m).sum() for x, m in zip(kl, mask)]).reshape(-1, config.samples)
     if config.advantage == "rloo":
@@ -515,6 +519,8 @@ def train(run):
         raise UserError("steps: ppo counts rounds; set iterations")
     if config.advantage != "gae" and config.samples < 2:
         raise UserError(f"samples = {config.samples}: {config.advantage} compares the samples of a prompt; at least 2 are needed")
+    if bool(config.ptx) != bool(config.ptx_mix):
+        raise UserError("ptx and ptx_mix go together: how many conversations each minibatch imitates, and of which kinds")
     if 0 < config.dual_clip <= 1:
         raise UserError(f"dual_clip = {config.dual_clip}: must be above 1 (or 0: none); below, it would stop every lesson of a bad episode")
     reward = reward_of(config)
@@ -522,7 +528,8 @@ def train(run):
     # 1. data: prompts with what is known of their answers
     model, tokenizer = toolplay.prepare_model(config, run.device)
     cases, held_out = prompts_of(config, tokenizer, getattr(model.config, "max_position_embeddings", math.inf))
-    shown = data.encode_all(data.generate("train", config.examples, config.seed, config.ptx_mix), tokenizer, config, "conversations to imitate") if config.ptx else []
+    imitate = dataclasses.replace(config, source="manual", path="", mix=config.ptx_mix)
+    shown = data.encode_all(data.conversations(imitate, "train", tokenizer), tokenizer, config, "imitation") if config.ptx else []
     shown_batches = data.Batches(shown, dataclasses.replace(config, batch_size=max(config.ptx, 1)))
 
     # 2. model: policy, reference (the same weights under another adapter), critic
@@ -555,7 +562,7 @@ def train(run):
         rows = [unit["row"] for unit in group + copied]
         out = policy(rows, (*trunk, "entropy"))
         imitation = -sum(unit["weight"] * logp.sum() for unit, logp in zip(copied, out["logp"][len(group):]))         # (6)
-        info_ptx = {"ptx_loss": imitation.detach()} if copied else {}
+        info_ptx = {"ptx_loss": imitation.detach() / config.ptx_coef} if copied else {}
         if not group:
             return imitation, info_ptx
         width = max(len(unit["mask"]) for unit in group)
@@ -601,6 +608,7 @@ def train(run):
     def learn(units, teaching, position):
         """Epochs over a round's units, of the prompts with these numbers -> means of the minibatches' logs."""
         sums, count, stopped = {}, 0, False
+        whole = config.ppo_epochs * -(-len(teaching) * config.samples // config.batch_size)
         for epoch in range(config.ppo_epochs):
             order = [p * config.samples + s for p in shuffled(config.prompts, config.seed, position, epoch) if p in teaching for s in range(config.samples)]
             for at in range(0, 0 if stopped else len(order), config.batch_size):
@@ -611,7 +619,7 @@ def train(run):
                 for name, value in info.items():
                     sums[name] = sums.get(name, 0.0) + value
                 count += 1
-                if stopped := bool(config.kl_stop and count < per_round and info["approx_kl"] > config.kl_stop):
+                if stopped := bool(config.kl_stop and count < whole and info["approx_kl"] > config.kl_stop):
                     break
         left = per_round - count  # what is not learned from counts in the schedule
         trainer.step, trainer.updates = trainer.step + left, trainer.updates + left

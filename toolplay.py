@@ -101,7 +101,7 @@ class Config:
     weight_decay: Annotated[float, ">= 0"] = 0.0                 # AdamW's; adapters need none
     max_grad_norm: Rate = 1.0            # gradients are clipped to this norm
     # logging
-    eval_every: NotNegative = 50         # steps between evaluations; 0: only at the end
+    eval_every: NotNegative = 50         # steps (ppo: rounds) between evaluations; 0: only at the end
     save_every: Positive = 25            # steps between checkpoints
     wandb: bool = False                  # also log to Weights & Biases
     wandb_project: str = "toolplay"      # its project
@@ -811,10 +811,10 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
     same gradient. A step with an inf or nan, or whose means `veto` refuses, is skipped and counted. Order: scale, backward, unscale, clip, step, update, zero.
     """
     rank, world = world_rank()
-    terms = all_sum(sum(map(size, units)) if world == 1 else sum(map(size, units[rank::world])), trainer.device)
+    units, sums = units[rank::world], {}
+    terms = all_sum(sum(map(size, units)), trainer.device)
     if terms == 0:
         raise UserError(f"step {trainer.step + 1}: no token of this batch is trained (every mask is 0); check the data")
-    units, sums = units[rank::world], {}
     trainer.scaler.scale(torch.zeros((), device=trainer.device))  # a rank without a unit must know its scale too
     for group in micro_batches([rows(u) for u in units], trainer.micro_tokens):
         with trainer.autocast():
@@ -1188,7 +1188,8 @@ def load_checkpoint(folder, trainer):
             raise UserError(f"{folder}: the checkpoint is of another model or other adapters")
         rng, counters = state["rng"][min(world_rank()[0], len(state["rng"]) - 1)], [state[key] for key in ("step", "updates", "skipped", "extra")]
         trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty: the checkpoint is of a run without loss scaling
+            trainer.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(rng["torch"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(rng["cuda"])
@@ -1238,7 +1239,8 @@ def load_run(folder):
     model, tokenizer = load_model(config.model, device)
     try:
         lora.load_adapter(model, folder / "adapter")
-        lora.merge(model)  # the same function without the adapters' extra products
+        with contextlib.suppress(lora.SharedWeight):
+            lora.merge(model)  # the same function without the adapters' extra products
     except ValueError as error:
         raise UserError(str(error)) from None
     return model, tokenizer, config
@@ -1386,6 +1388,8 @@ def transcript(calls, results, final, indent="  "):
 def trie(args):
     """How many tokens the micro-batches of a config have, how many trie nodes, and the saving."""
     config = load_config(args.config, args.overrides)
+    if config.method != "sft":
+        raise UserError(f"{args.config}: trie looks at batches of conversations, method sft; {config.method} says in its log what its own batches share")
     _, tokenizer = load_model(config.model)
     rows, _ = data.dataset(dataclasses.replace(config, eval_examples=0), tokenizer)
     plan = data.Batches(rows, config)
@@ -1469,6 +1473,9 @@ def demo(args):
     run = Run(config, resume=args.resume)
     try:
         demo_steps(run, args.n)
+    except UserError:
+        run.forget()
+        raise
     except KeyboardInterrupt:  # outside of training, which stops by itself
         raise Interrupted(config.run_dir) from None
 
@@ -1527,7 +1534,8 @@ def plot(folder, reports):
     lines = read_lines(Path(folder) / "metrics.jsonl")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), gridspec_kw={"width_ratios": [1, 1.4]})
     left.plot([x["step"] for x in lines], [x["loss"] for x in lines], color="#4477aa", label="training batch")
-    left.plot(*zip(*[(x["step"], x["eval_loss"]) for x in lines if "eval_loss" in x]), "o-", color="#cc3311", label="dev split")
+    if evaluated := [(x["step"], x["eval_loss"]) for x in lines if "eval_loss" in x]:
+        left.plot(*zip(*evaluated), "o-", color="#cc3311", label="dev split")
     left.set(xlabel="step", ylabel="loss per trained token", title="Loss", yscale="log")
     left.legend(frameon=False)
     names = ["tool_accuracy", "format", "argument_accuracy", "execution", "response_quality", "overall"]
@@ -1644,6 +1652,7 @@ def build_parser():
 @contextlib.contextmanager
 def one_line_errors():
     """A user's mistake is one line and exit code 2; Ctrl-C is no traceback either."""
+    sys.path.append(os.getcwd())  # where a user's own tools and rewards may stand
     try:
         yield
     except (UserError, OSError) as error:  # OSError: no space, no permission, a folder in the way; it names the file
@@ -1657,7 +1666,6 @@ def one_line_errors():
 def main(argv=None):
     """The command line. A user's mistake is one line and exit code 2; Ctrl-C says how to resume."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    sys.path.append(os.getcwd())  # where a user's own tools and rewards may stand
     with one_line_errors():
         if not argv:
             return tour()

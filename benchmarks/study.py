@@ -5,8 +5,8 @@ study.py - what DPO and PPO teach that imitation does not: every run, every scor
     .venv/bin/python benchmarks/study.py start gae-0     only these
     .venv/bin/python benchmarks/study.py plot            docs/ppo.png and docs/dpo.png from the runs that are there
 
-All runs start from one SFT checkpoint (configs/sft_start.json), which has never seen the expression of a word problem with
-more than one operation. Then, each for the same wall-clock time (--minutes, from the first step to the last):
+All runs start from one SFT checkpoint (configs/sft_start.json), which has never seen a story problem of more than one
+operation (everyday sums of several it has). Then PPO and DPO as their configs say, and the rivals for --minutes of work:
 
     gae-0 gae-1 gae-2, rloo-0, grpo-0    ppo.py from answers alone (configs/ppo.json, other seeds and advantages)
     sft-0 sft-1 sft-2                    more SFT on fresh examples of what the checkpoint was trained on: the control
@@ -144,7 +144,7 @@ def plot():
 def main():
     parser = argparse.ArgumentParser(description="what DPO and PPO teach that imitation does not")
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)} (default: all)")
-    parser.add_argument("--minutes", type=float, default=22.0, help="wall-clock time of the SFT and RFT runs (default 22: what ppo.json takes)")
+    parser.add_argument("--minutes", type=float, default=22.0, help="budget of the SFT and RFT runs, at STEP_S seconds a step (default 22; timing.jsonl of gae-0 says what PPO took)")
     options = parser.parse_args()
     if unknown := set(options.stages) - set(STAGES):
         parser.error(f"unknown stage {sorted(unknown)[0]}; stages are {', '.join(STAGES)}")

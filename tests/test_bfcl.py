@@ -129,7 +129,9 @@ def test_gold_answers_are_right(cases):
 
 def test_irrelevance_never_stands_alone():
     pytest.importorskip("bfcl_eval")
-    assert {c["category"] for c in evaluation.bfcl_cases("bfcl:irrelevance")} == {"irrelevance", "simple_python"}
+    for suite in ("bfcl:irrelevance", "bfcl:irrelevance,simple_python"):
+        assert {c["category"] for c in evaluation.bfcl_cases(suite)} == {"irrelevance", "simple_python"}
+        assert sorted(c["category"] for c in evaluation.bfcl_cases(suite, n=2)) == ["irrelevance"] * 2 + ["simple_python"] * 2
 
 
 def tiny_suite(tmp_path):
@@ -159,3 +161,11 @@ def test_a_model_is_judged(tmp_path, capsys):
 def test_mistakes(tmp_path, suite, words):
     with pytest.raises(UserError, match=words):
         evaluation.bfcl_cases(suite, tiny_suite(tmp_path))
+
+
+@pytest.mark.parametrize("line", ['{"id": "a"}', '[1]', '{"id": "a", "question": [], "function": []}', '{"id": "a", "question": [[]], "function": [{"name": "f"}]}', "{"])
+def test_a_damaged_suite_is_one_line(tmp_path, line):
+    folder = tiny_suite(tmp_path)
+    (folder / "BFCL_v4_simple_python.json").write_text(line + "\n")
+    with pytest.raises(UserError, match="BFCL_v4_simple_python.json: cannot be read"):
+        evaluation.bfcl_cases("bfcl:simple_python", folder)

@@ -19,7 +19,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import lora  # noqa: E402
-from lora import (LoRALinear, add_lora, load_adapter, lora_disabled, lora_parameters, lora_state, merge,  # noqa: E402
+from lora import (LoRALinear, add_lora, load_adapter, lora_disabled, lora_parameters, lora_state, merge, merged,  # noqa: E402
                   save_adapter, unmerge)
 
 LLAMA_TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -267,6 +267,10 @@ def test_a_shared_weight_is_not_merged():
     before = snapshot(model)
     with pytest.raises(ValueError, match="lm_head cannot be merged"):
         merge(model)
+    assert_unchanged(model, before)
+    on = model(IDS)
+    with merged(model):  # it is only faster where it can be
+        assert torch.equal(model(IDS), on)
     assert_unchanged(model, before)
 
 

@@ -317,7 +317,8 @@ def test_kill_9_then_resume_is_bit_identical(uninterrupted, tmp_path, place, nth
     assert state[0] == state[1] and b"value_head" in state[0] and b"critic." in state[0]
 
 
-RESUMED = {**json.loads((ROOT / "configs" / "ppo_tiny.json").read_text()), "kl_target": 6, "iterations": 3, "value_lora": True, "micro_tokens": 60, "device": "cpu"}
+RESUMED = {**json.loads((ROOT / "configs" / "ppo_tiny.json").read_text()), "kl_target": 6, "iterations": 3, "value_lora": True, "micro_tokens": 60, "device": "cpu",
+           "ptx": 2, "ptx_mix": {"weather": 1}, "max_tokens": 4096}
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +365,7 @@ def test_what_the_model_knew_is_imitated_beside(tmp_path, monkeypatch):
     """ptx: so many conversations join each minibatch, other ones each time; their mean loss, by plain forwards, counts ptx_coef."""
     net, tok = model("llama"), tokenizer()
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (net, tok))
-    expected, rows, step = [], [], toolplay.train_step
+    expected, rows, own, shown, step = [], [], [], [], toolplay.train_step
 
     def record(trainer, batch, *args, **more):
         mine = [unit["row"] for unit in batch if "weight" in unit]
@@ -372,13 +373,21 @@ def test_what_the_model_knew_is_imitated_beside(tmp_path, monkeypatch):
         with torch.no_grad():
             logp = small.gather(mine, small.one_by_one(net, mine))
         expected.append(-float(logp.sum()) / sum(sum(mask) for _, mask in mine))
+        alone = toolplay.token_logprobs(net, mine)
+        flat = lambda loss: torch.cat([g.flatten() for g in torch.autograd.grad(loss, [p for p in trainer.parameters.values()], allow_unused=True) if g is not None])  # noqa: E731
+        shown.append(flat(-alone.sum() / sum(sum(mask) for _, mask in mine)))
+        terms = sum(sum(unit["mask"]) for unit in batch if "weight" not in unit)
+        total, _ = args[0]([unit for unit in batch if "weight" not in unit])
+        own.append(flat(total / terms))
         info = step(trainer, batch, *args, **more)
-        assert info["ptx_loss"] == pytest.approx(0.5 * expected[-1], rel=1e-4)
+        assert info["ptx_loss"] == pytest.approx(expected[-1], rel=1e-4)
         return info
     monkeypatch.setattr(toolplay, "train_step", record)
-    lines = train(config(tmp_path, ptx=2, ptx_coef=0.5, ptx_mix={"weather": 1}, iterations=1, prompts=2, samples=2, batch_size=2, ppo_epochs=1, eval_examples=0))
+    gradients = small.recorded_gradients(monkeypatch)
+    lines = train(config(tmp_path, advantage="rloo", ptx=2, ptx_coef=0.5, ptx_mix={"weather": 1}, max_tokens=4096, iterations=1, prompts=2, samples=2, batch_size=2, ppo_epochs=1, eval_examples=0))
     assert len(expected) == 2 and len({tuple(ids) for ids, _ in rows}) == 4
-    assert lines[0]["ptx_loss"] == pytest.approx(0.5 * sum(expected) / 2, rel=1e-4)
+    assert len(gradients) == 2 and (gradients[0] - own[0] - 0.5 * shown[0]).norm() < 1e-3 * gradients[0].norm()
+    assert lines[0]["ptx_loss"] == pytest.approx(sum(expected) / 2, rel=1e-4)
 
 
 def test_two_ranks_play_and_learn_as_one(tmp_path):
@@ -466,7 +475,7 @@ def test_any_split_into_micro_batches_gives_the_same_step(tmp_path, monkeypatch,
     monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (sum(episode.ids) % 7 / 7, {}))  # the samples of a prompt differ
     gradients = small.recorded_gradients(monkeypatch)
     for budget in (10 ** 6, 1, 700):
-        train(config(tmp_path / str(budget), advantage=advantage, ptx=ptx, micro_tokens=budget, iterations=1, prompts=2, samples=3, batch_size=6, ppo_epochs=1, eval_examples=0))
+        train(config(tmp_path / str(budget), advantage=advantage, ptx=ptx, ptx_mix={"weather": 1} if ptx else {}, max_tokens=4096, micro_tokens=budget, iterations=1, prompts=2, samples=3, batch_size=6, ppo_epochs=1, eval_examples=0))
     whole, *others = gradients
     assert whole.norm() > 0
     for other in others:
@@ -504,7 +513,7 @@ def test_text_is_never_tokenised_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more, words", [({"lora_dropout": 0.1}, "dropout"), ({"lora_r": 0}, "lora_r"), ({"reward": "nowhere:f"}, "cannot import"),
                                          ({"reward_weights": {"rigth_tool": 1}}, "rigth_tool"), ({"reward_weights": {"right_tool": "x"}}, "right_tool"), ({"steps": 3}, "iterations"),
-                                         ({"ptx_mix": {"wether": 1}}, "ptx_mix")])
+                                         ({"ptx_mix": {"wether": 1}}, "ptx_mix"), ({"ptx": 2}, "go together"), ({"ptx_mix": {"weather": 1}}, "go together")])
 def test_a_users_mistakes(tmp_path, more, words):
     with pytest.raises(UserError, match=words):
         train(config(tmp_path, **more))
