@@ -134,6 +134,9 @@ def plot():
                         curve(axis, folder, key, method if seed == 0 else None, colours[method])
             axis.set(title=f"{key}, mean of five", xlabel=unit)
             axis.spines[["top", "right"]].set_visible(False)
+        if not axes[0].lines:
+            pyplot.close(figure)
+            continue
         axes[0].legend(frameon=False)
         figure.tight_layout()
         figure.savefig(ROOT / "docs" / f"{name}.png", dpi=110)
