@@ -726,7 +726,7 @@ def sample(logits, draws, temperature, top_p):
         if top_p < 1:
             p, order = p.sort(-1, descending=True)
         cdf = p.cumsum(-1, dtype=torch.float64)
-        kept = (cdf - p < top_p).sum(-1, keepdim=True) if top_p < 1 else torch.full_like(cdf[:, :1], cdf.shape[1], dtype=torch.long)  # the smallest set with mass >= top_p
+        kept = (cdf - p < top_p).sum(-1, keepdim=True)                       # the smallest set with mass >= top_p
         draw = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cdf.gather(1, kept - 1)
         tokens = torch.minimum(torch.searchsorted(cdf, draw, right=True), kept - 1)
         tokens = tokens if order is None else order.gather(1, tokens)
@@ -1389,7 +1389,7 @@ def trie(args):
     """How many tokens the micro-batches of a config have, how many trie nodes, and the saving."""
     config = load_config(args.config, args.overrides)
     if config.method != "sft":
-        raise UserError(f"{args.config}: trie looks at batches of conversations, method sft; {config.method} says in its log what its own batches share")
+        print(f"{args.config}: method {config.method} makes rows of its own; these are the config's conversations in batches as sft has them", file=sys.stderr)
     _, tokenizer = load_model(config.model)
     rows, _ = data.dataset(dataclasses.replace(config, eval_examples=0), tokenizer)
     plan = data.Batches(rows, config)

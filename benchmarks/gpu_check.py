@@ -9,9 +9,8 @@ CPU (fp32) and GPU (fp32, fp16, bf16), then examples per second, loss scale and 
 precision. The first loss scale is far too large on purpose: steps that overflow must be skipped and counted, and the rest train.
 """
 import argparse
-import time
-
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,7 +24,7 @@ import toolplay
 
 
 def gradients(model, rows):
-    """Log-probs [B, T] and the adapters' gradients of the summed loss, on the CPU in fp32."""
+    """Log-probs [B, T] and the adapters' gradients of the summed loss, computed where the model is; in fp32 on the CPU."""
     model.zero_grad(set_to_none=True)
     device = model.get_input_embeddings().weight.device
     logp = toolplay.token_logprobs(model, rows)
@@ -43,7 +42,7 @@ def main():
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     config = toolplay.load_config({"model": options.model, "examples": 8 * (options.steps + 1), "eval_examples": 0, "batch_size": 8, "max_tokens": 4096, "micro_tokens": 16384})
     model, tokenizer = toolplay.load_model(options.model)
-    rows = [row for row in data.dataset(config, tokenizer)[0]]
+    rows, _ = data.dataset(config, tokenizer)
     lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, seed=0)
     with torch.no_grad():  # B is zero at the start, and A's gradient with it
         for name, p in model.named_parameters():
@@ -55,9 +54,12 @@ def main():
         with torch.autocast("cuda", dtype, enabled=dtype is not None):
             logp_gpu, gradient_gpu = gradients(model, rows[:8])
         print(f"{name}: log-probs differ by at most {float((logp - logp_gpu).abs().max()):.1e}, gradients by {float((gradient - gradient_gpu).norm() / gradient.norm()):.1e} (relative)")
-    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    start = {n: p.detach().clone() for n, p in parameters.items()}
+
+    def loss(group):
+        return sft.sft_loss(toolplay.token_logprobs(model, group), sft.pad_mask(group, "cuda"))
     for precision in ("fp32", "fp16", "bf16"):
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for n, p in parameters.items():
                 p.copy_(start[n])
@@ -66,9 +68,6 @@ def main():
         if precision == "fp16":
             trainer.scaler = torch.amp.GradScaler("cuda", init_scale=2.0 ** 30)
         torch.cuda.reset_peak_memory_stats()
-
-        def loss(group):
-            return sft.sft_loss(toolplay.token_logprobs(model, group), sft.pad_mask(group, "cuda"))
         losses, times = [], []
         for step in range(options.steps):
             torch.cuda.synchronize()
