@@ -558,26 +558,22 @@ def train(run):
         return head(policy.switched(critic, rows, trunk)["hidden"] if critic else out["hidden"])
 
     def loss(group):
-        copied, group = [unit for unit in group if "weight" in unit], [unit for unit in group if "weight" not in unit]
-        rows = [unit["row"] for unit in group + copied]
+        rows = [unit["row"] for unit in group]
         out = policy(rows, (*trunk, "entropy"))
-        imitation = -sum(unit["weight"] * logp.sum() for unit, logp in zip(copied, out["logp"][len(group):]))         # (6)
-        info_ptx = {"ptx_loss": imitation.detach() / config.ptx_coef} if copied else {}
-        if not group:
-            return imitation, info_ptx
-        width = max(len(unit["mask"]) for unit in group)
-        rows, out = rows[:len(group)], {name: x[:len(group), :width] for name, x in out.items()}
-        mask, old_logp, advantages, returns, old_values = (padded([unit[key] for unit in group], width, run.device)
-                                                           for key in ("mask", "logp", "advantages", "returns", "values"))
+        mask, weight, old_logp, advantages, returns, old_values = (padded([unit[key] for unit in group], out["logp"].shape[1], run.device)
+                                                                   for key in ("mask", "weight", "logp", "advantages", "returns", "values"))
         total, info = policy_loss(out["logp"], old_logp, advantages, mask, config.clip_range, config.dual_clip)
         entropy = model_tokens(out["entropy"], mask).sum()
-        info = {**info, **info_ptx, "policy_loss": total, "entropy": entropy.detach()}
+        info = {**info, "policy_loss": total, "entropy": entropy.detach()}
         if config.entropy_coef:
             total = total - config.entropy_coef * entropy
         if config.advantage == "gae":
             value, more = value_loss(values_of(rows, out), old_values, returns, mask, config.value_clip)
             total, info = total + config.vf_coef * value, {**info, **more, "value_loss": value}
-        return total + imitation, info
+        if config.ptx:
+            imitation = -(weight * out["logp"]).sum()                                                                  # (6)
+            total, info = total + imitation, {**info, "ptx_loss": imitation.detach() / config.ptx_coef}
+        return total, info
 
     @torch.no_grad()
     def play(round_, of):
@@ -595,15 +591,17 @@ def train(run):
         played = []
         for b, (case, episode) in enumerate(zip(chosen, episodes)):
             total, parts = reward(case, episode)
-            played.append({"episode": episode, "row": rows[b], "mask": episode.mask, "score": total, "parts": parts,
+            played.append({"episode": episode, "row": rows[b], "mask": episode.mask, "weight": [0.0] * len(episode.ids), "score": total, "parts": parts,
                            **{name: x[b, :len(episode.ids)].tolist() for name, x in fixed.items()}})
         return [played[n:n + config.samples] for n in range(0, len(played), config.samples)]
 
     def imitated(tokens):
-        """The next conversations to imitate beside a minibatch of that many tokens: units with such weights that their mean loss counts `ptx_coef`."""
+        """The next conversations to imitate beside a minibatch of that many tokens: units whose tokens are no actions (mask 0), but have
+        such weights that their mean loss counts `ptx_coef`."""
         chosen = [shown[i] for i in shown_batches(trainer.step)] if shown else []
         weight = config.ptx_coef * tokens / max(1, sum(sum(mask) for _, mask in chosen))
-        return [{"row": row, "weight": weight} for row in chosen]
+        return [{"row": row, "weight": [weight * m for m in row[1]],
+                 **dict.fromkeys(("mask", "logp", "advantages", "returns", "values"), [0] * len(row[0]))} for row in chosen]
 
     def learn(units, teaching, position):
         """Epochs over a round's units, of the prompts with these numbers -> means of the minibatches' logs."""
@@ -614,7 +612,7 @@ def train(run):
             for at in range(0, 0 if stopped else len(order), config.batch_size):
                 batch = [units[i] for i in order[at:at + config.batch_size]]
                 batch += imitated(sum(sum(unit["mask"]) for unit in batch))
-                info = toolplay.train_step(trainer, batch, loss, size=lambda unit: 0 if "weight" in unit else sum(unit["mask"]),
+                info = toolplay.train_step(trainer, batch, loss, size=lambda unit: sum(unit["mask"]),
                                            rows=lambda unit: [unit["row"]], veto=lambda means: means["ratio"] > config.ratio_guard)
                 for name, value in info.items():
                     sums[name] = sums.get(name, 0.0) + value
