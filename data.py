@@ -369,6 +369,9 @@ def talks(split):
     return [{**t, "easy": t["kind"] in easy} for t in of_split(corpus("talk_replies.jsonl")[1:], split)]
 
 
+SEVERAL = 0.64  # share of requests for a calculation that have more than one operation
+
+
 class Writer:
     """Writes requests in the words of one split. All choices come from `rng`: the same seed writes the same text."""
 
@@ -453,9 +456,12 @@ class Writer:
                  "Thing": thing.capitalize(), "city": self.pick("cities.json", "cities")["name"]}
         return {k: v.lower() if lower else v for k, v in words.items()}
 
-    def arithmetic(self, name="arithmetic.json", wanted=lambda family: True):
+    def arithmetic(self, name="arithmetic.json", wanted=None):
+        if wanted is None and name == "arithmetic.json":  # by operations first: the many wordings of one operation must not crowd out the others
+            several = self.rng.random() < SEVERAL
+            wanted = lambda family: (operations(family["expression"]) > 1) == several  # noqa: E731
         family = self.pick(name, "families")
-        while not wanted(family):
+        while wanted and not wanted(family):
             family = self.pick(name, "families")
         made = self.number_request(family)
         return made and (made[0], [Call("calculator", {"expression": made[1]})], family["id"], made[2])
