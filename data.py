@@ -456,29 +456,31 @@ class Writer:
                  "Thing": thing.capitalize(), "city": self.pick("cities.json", "cities")["name"]}
         return {k: v.lower() if lower else v for k, v in words.items()}
 
-    def arithmetic(self, name="arithmetic.json", wanted=None):
-        if wanted is None and name == "arithmetic.json":  # by operations first: the many wordings of one operation must not crowd out the others
-            several = self.rng.random() < SEVERAL
-            wanted = lambda family: (operations(family["expression"]) > 1) == several  # noqa: E731
+    def calculation(self, name, wanted=lambda family: True):
         family = self.pick(name, "families")
-        while wanted and not wanted(family):
+        while not wanted(family):
             family = self.pick(name, "families")
         made = self.number_request(family)
         return made and (made[0], [Call("calculator", {"expression": made[1]})], family["id"], made[2])
 
+    def arithmetic(self):
+        """One operation, or several: drawn first, so that the many wordings of one do not crowd out the others."""
+        several = self.rng.random() < SEVERAL
+        return self.calculation("arithmetic.json", lambda family: (operations(family["expression"]) > 1) == several)
+
     def sums(self):
         """Two numbers and one of the four operations, each of these as often as the others."""
         form = r"\{\w+\} [%s] \{\w+\}" % re.escape(self.rng.choice("+-*/"))
-        return self.arithmetic(wanted=lambda family: re.fullmatch(form, family["expression"]))
+        return self.calculation("arithmetic.json", lambda family: re.fullmatch(form, family["expression"]))
 
     def everyday(self):
-        return self.arithmetic("everyday.json")
+        return self.calculation("everyday.json")
 
     def word_problem(self, steps=None):
         if self.split == "train" and steps != 1 and self.rng.random() < 0.15:
             problem = self.rng.choice(corpus("gsm8k_short.jsonl")[1:])
             return problem["question"], [Call("calculator", {"expression": problem["expression"]})], "gsm8k", {}
-        return self.arithmetic(self.rng.choice(["stories_add.json", "stories_mul.json"]), lambda family: steps in (None, family.get("steps", operations(family["expression"]))))
+        return self.calculation(self.rng.choice(["stories_add.json", "stories_mul.json"]), lambda family: steps in (None, family.get("steps", operations(family["expression"]))))
 
     def one_step(self):
         return self.word_problem(1)
