@@ -311,7 +311,7 @@ def draw_values(slots, split, rng):
         return wanted is None or colour(value) == wanted and not any(frozenset((float(value), float(v))) in taken_pairs() for v in values.values())
     for name, spec in slots.items():
         kind, low, high = spec.split()
-        places = {"dec": rng.choice([1, 1, 2]), "money": 2}.get(kind, 0)
+        places = {"dec": rng.choice([1, 1, 2]), "money": 2, "pct": rng.choice([0, 0, 0, 0, 0, 1])}.get(kind, 0)
         for _ in range(60):
             value = rng.randint(int(float(low) * 10 ** places), int(float(high) * 10 ** places))
             value = round(value / 10 ** places, places) if places else value
@@ -328,7 +328,8 @@ def write_value(value, kind, rng):
     digits = f"{value:.2f}" if kind == "money" else str(value)
     comma = digits if kind == "year" else f"{value:,}" if kind != "money" else f"{value:,.2f}"
     if kind == "pct":
-        return rng.choice([f"{digits}%"] * 4 + [f"{digits} percent", f"{digits} per cent"])
+        slips = corpus("register.json")["typos"]["percent"]  # the engine's typos do not reach what is written with a number
+        return digits + rng.choice(["%"] * 8 + [" %", " percent", " percent", " per cent", " pct", f" {rng.choice(slips)}"])
     if kind in ("money", "dollars"):
         return rng.choice([f"${comma}"] * 4 + [f"${digits}", f"{digits} dollars", f"{digits} bucks" if kind == "dollars" else f"{digits} USD"])
     if kind == "word" or kind == "int" and rng.random() < 0.2 and value < 10000:
@@ -370,6 +371,7 @@ def talks(split):
 
 
 SEVERAL = 0.64  # share of requests for a calculation that have more than one operation
+FORMULAS = 0.2  # share of these, in training, that are a random formula: hands list dozens of shapes, there are thousands
 
 
 class Writer:
@@ -457,16 +459,47 @@ class Writer:
         return {k: v.lower() if lower else v for k, v in words.items()}
 
     def calculation(self, name, wanted=lambda family: True):
-        family = self.pick(name, "families")
-        while not wanted(family):
-            family = self.pick(name, "families")
+        return self.calculator_call(self.rng.choice([f for f in pool(name, "families", self.split) if wanted(f)]))
+
+    def calculator_call(self, family):
         made = self.number_request(family)
         return made and (made[0], [Call("calculator", {"expression": made[1]})], family["id"], made[2])
 
     def arithmetic(self):
         """One operation, or several: drawn first, so that the many wordings of one do not crowd out the others."""
         several = self.rng.random() < SEVERAL
+        if several and self.split == "train" and self.rng.random() < FORMULAS:
+            return self.calculator_call(self.formula())
         return self.calculation("arithmetic.json", lambda family: (operations(family["expression"]) > 1) == several)
+
+    def formula(self):
+        """A family made on the spot: a random formula of two to four operations, written out, in one of many sentences."""
+        rng, slots = self.rng, {}
+        gap, root, square = rng.choice(["", " ", " "]), rng.choice(["sqrt", "√"]), rng.choice(["^2", "²"])
+        signs = {"+": "+", "-": rng.choice("--−"), "*": rng.choice("**x×"), "/": rng.choice("//÷")}
+        bracket = lambda text, needed: f"({text})" if needed else text  # noqa: E731
+
+        def grow(size, positive=False):
+            """-> expression, the same as a person writes it, how tightly it binds: 0 a sum, 1 a product, 2 a root or square, 3 a number."""
+            if size == 0:
+                name = "abcde"[len(slots)]
+                slots[name] = rng.choice(["num 2 12", "num 2 99", "num 2 99", "num 20 3000", "dec 1 60"])
+                return f"{{{name}}}", f"{{{name}}}", 3
+            if rng.random() < 0.2:
+                expression, text, tight = grow(size - 1, positive=True)
+                if rng.random() < 0.5:
+                    return f"sqrt({expression})", root + bracket(text, root == "sqrt" or tight < 3), 2
+                return bracket(expression, tight < 3) + " ** 2", bracket(text, tight < 3) + square, 2
+            sign = rng.choice("+*/" if positive else "+-*/")  # no root of what may be negative, no divisor that may be zero
+            left, tight = rng.randrange(size), int(sign in "*/")
+            a, b = grow(left, positive), grow(size - 1 - left, positive or sign == "/")
+            a_loose, b_loose = a[2] < tight, b[2] < tight + (sign in "-/")
+            return (f"{bracket(a[0], a_loose)} {sign} {bracket(b[0], b_loose)}",
+                    bracket(a[1], a_loose) + gap + signs[sign] + gap + bracket(b[1], b_loose), tight)
+
+        expression, text, _ = grow(rng.choice([2, 2, 3, 3, 4]))
+        sentence = self.pick("arithmetic.json", "sentences")["text"]
+        return {"id": "formula", "expression": expression, "slots": slots, "texts": [fill(sentence, {"f": text})], "negative": True}
 
     def sums(self):
         """Two numbers and one of the four operations, each of these as often as the others."""
@@ -532,8 +565,7 @@ class Writer:
     def trap(self):
         family = self.pick("traps.json", "families")
         if family["tool"] == "calculator":
-            made = self.number_request(family)
-            return made and (made[0], [Call("calculator", {"expression": made[1]})], family["id"], made[2])
+            return self.calculator_call(family)
         if family["tool"] == "search":
             item = self.rng.choice(family["items"])
             text = item["text"].rstrip("?. ")
