@@ -17,7 +17,7 @@ wording stands in configs/corpora/), or JSONL files of conversations. A conversa
 `{"messages": [{"role", "content", "tool_calls"?}, ...], "tools": [names or OpenAI schemas]}`.
 
 Splits are by phrasing family and by value, never by row: train, dev and test share no template, no city, no entity and
-no pair of numbers. A model that learned the templates by heart gets nothing for it on `test`.
+no pair of drawn numbers (constants such as percent's 100 stand in all). A model that learned the templates by heart gets nothing for it on `test`.
 
     python data.py --show 20                    examples with the trained tokens coloured
     python data.py --split test --n 500 --out test.jsonl
@@ -39,7 +39,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from tools import (BUILTIN, Call, Result, UserError, _loads, calculate, execute, format_call, format_result, load_tools,
+from tools import (BUILTIN, Call, Result, UserError, _loads, _problems, calculate, execute, format_call, format_result, load_tools,
                    render_tools, tool_from_schema)
 
 CORPORA = Path(__file__).parent / "configs" / "corpora"
@@ -104,13 +104,18 @@ def pieces(messages, tokenizer, generation=False):
     return out + [([start] + plain("assistant") + newline, 0)] * generation
 
 
+GRAMMAR = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+
+
 def _template_pieces(messages, tokenizer, generation):
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template and is not ChatML: use an instruction-tuned model, or set tokenizer.chat_template")
-    specials = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    # Special tokens, and what the template lays out with; not words and newlines that happen to be added tokens, nor the call grammar.
+    layout = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content not in GRAMMAR
+              and (token.special or token.content.strip() and token.content in str(tokenizer.chat_template))]
 
-    def safe(text):  # a special token inside content is broken by a zero-width space: it must not become the token
-        for token in specials:
+    def safe(text):  # such a token inside content is broken by a zero-width space: it must not become the token
+        for token in sorted(layout, key=len, reverse=True):
             text = text.replace(token, token[0] + "\u200b" + token[1:])
         return text
     chat = [{"role": "user" if role == "tool" else role, "content": safe(text)} for role, text in messages]
@@ -118,10 +123,15 @@ def _template_pieces(messages, tokenizer, generation):
     def render(upto, header=False):
         if not upto:
             return ""
-        return tokenizer.apply_chat_template(upto, tokenize=False, add_generation_prompt=header)
+        try:
+            return tokenizer.apply_chat_template(upto, tokenize=False, add_generation_prompt=header)
+        except Exception as error:  # templates raise what they like
+            raise UserError(f"the tokenizer's chat template refuses the turns {', '.join(m['role'] for m in upto)} ({str(error)[:80]})") from None
     try:
         render(chat[:2])
-    except Exception:  # Templates raise what they like. Many (Gemma's) know no system role: it joins the first user turn.
+    except UserError:  # many (Gemma's) know no system role: it joins the first user turn
+        if len(chat) == 1:
+            raise
         chat = [{"role": "user", "content": chat[0]["content"] + "\n\n" + chat[1]["content"]}] + chat[2:]
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     # Some templates refuse a lone system message, or fold it into the first user turn: then these two are one piece.
@@ -283,8 +293,9 @@ def number_words(n):
             return f"{number_words(n // size)} {name}" + (f"{link}{number_words(n % size)}" if n % size else "")
 
 
-# Every unordered pair of numbers belongs to one split: two colours to train, one and the same colour to dev or test.
-COLOURS = {"dev": range(4), "test": range(4, 9)}
+# Every unordered pair of numbers belongs to one split: two colours to train, one and the same colour to dev or test. A number that
+# is drawn alone (and meets constants only) belongs to dev or test by its own colour.
+COLOURS, ALONE = {"dev": range(4), "test": range(4, 9)}, {"dev": [0], "test": [4]}
 
 
 def colour(value):
@@ -303,9 +314,11 @@ def taken_pairs():
 
 def draw_values(slots, split, rng):
     """One value per slot ('num 2 99', 'money 1 50', ...) such that every pair of them belongs to `split`; None: no luck."""
-    values, wanted = {}, None if split == "train" or len(slots) < 2 else rng.choice(COLOURS[split])  # one number alone has no pair
+    values, wanted = {}, None if split == "train" or len(slots) < 2 else rng.choice(COLOURS[split])
 
     def fits(value):
+        if len(slots) == 1:
+            return next((name for name, colours in ALONE.items() if colour(value) in colours), "train") == split
         if split == "train":
             return colour(value) not in map(colour, values.values())
         return wanted is None or colour(value) == wanted and not any(frozenset((float(value), float(v))) in taken_pairs() for v in values.values())
@@ -868,7 +881,7 @@ class ApiWriter:
         low, high = float(limits[0]), float(limits[1])
         if name == "int":
             value = rng.randint(int(low), int(high))
-            said = ([number_words(value)] if 0 <= value < 100 else []) + [f"{value:,}"] * (value > 2100)  # nobody writes the year 1,998
+            said = ([number_words(value)] if 0 <= value < 100 else []) + ["a dozen"] * (value == 12) + [f"{value:,}"] * (value > 2100)  # nobody writes the year 1,998
             return value, rng.choice(said) if said and rng.random() < 0.3 else str(value)
         value = round(rng.uniform(low, high), 2 if name == "money" or high <= 2 else 1)
         return value, f"${value:.2f}" if name == "money" and rng.random() < 0.7 else str(value)
@@ -1156,14 +1169,33 @@ def toolbench_arguments(text):
     return arguments if isinstance(arguments, dict) else None
 
 
+def toolbench_repaired(arguments, tool):
+    """Arguments of the types that the schema asks for ("5" -> 5, 5 -> "5"), unknown ones left out; None if they do not fit all the same."""
+    fields = tool["parameters"]["properties"]
+
+    def typed(value, kind):
+        if kind == "string" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, str) and kind in ("integer", "number", "boolean", "array", "object"):
+            with contextlib.suppress(ValueError, RecursionError):
+                return _loads(value.lower() if kind == "boolean" else value)
+        return value
+    made = {key: typed(value, fields[key].get("type")) for key, value in arguments.items() if key in fields}
+    return None if any(_problems(made, tool["parameters"])) else made
+
+
 def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
-    """An item -> (conversation, number of calls left out because they were broken). Raises Unusable with the reason."""
+    """An item -> (conversation, number of calls left out because they were broken, whether a result was clipped).
+
+    Thoughts stand beside the next call; those beside Finish are left out, for the user sees that turn. Raises Unusable with the reason.
+    """
     if shape == "instruction":
         raise Unusable("an instruction without an answer")
     try:
         functions, steps = toolbench_steps(shape, item)
         tools = {f["name"]: toolbench_function(f) for f in functions if f["name"] != "Finish"}
-        messages, waiting, dropped, finished = [], 0, 0, False
+        names = {standard_name(name): name for name in reversed(tools)}
+        messages, waiting, dropped, clipped, finished, thoughts = [], 0, 0, False, False, []
         for role, text, call in steps:
             if finished:
                 break
@@ -1172,6 +1204,7 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
             elif role in ("function", "tool"):
                 if waiting:
                     messages.append({"role": "tool", "content": toolbench_observation(text, observation)})
+                    clipped = clipped or len(text) > observation
                 waiting = 0
             elif role == "assistant":
                 arguments = toolbench_arguments(call[1]) if call else None
@@ -1180,19 +1213,30 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                         raise Unusable("it gives up, or its Finish is broken")
                     messages.append({"role": "assistant", "content": str(arguments["final_answer"]).strip()})
                     finished = True
-                elif call and (arguments is None or call[0] not in tools):
-                    dropped += 1  # a name that is not offered, or no JSON: never to be learned
                 elif call:
-                    messages.append({"role": "assistant", "content": text.strip(), "tool_calls": [{"name": call[0], "arguments": arguments}]})
-                    waiting = 1
+                    name = call[0] if call[0] in tools else names.get(standard_name(call[0]))
+                    arguments = toolbench_repaired(arguments, tools[name]) if name and arguments is not None else None
+                    if arguments is None:
+                        dropped += 1  # a name that is not offered, no JSON, not what the function takes: never to be learned
+                    else:
+                        messages.append({"role": "assistant", "content": "\n".join(filter(None, [*thoughts, text.strip()])), "tool_calls": [{"name": name, "arguments": arguments}]})
+                        waiting, thoughts = 1, []
+                elif re.search(r"Action:", text):
+                    dropped += 1  # without its input
+                else:
+                    thoughts.append(re.sub(r"^\s*Thought:\s*|\s*$", "", text))
+            elif role != "system":
+                raise Unusable(f"a turn of an unknown role, {str(role)[:20]!r}")
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise Unusable(f"it is damaged ({type(error).__name__}: {error})"[:120]) from None
     if not messages or messages[0]["role"] != "user":
         raise Unusable("nobody asks for anything")
+    if dropped and not any(m.get("tool_calls") for m in messages):
+        raise Unusable("all its calls are broken or made up")
     if not finished:
         raise Unusable("no Finish: a step of a longer conversation, or cut off")
     try:
-        return check_conversation({"kind": "toolbench", "messages": messages, "tools": list(tools.values())}), dropped
+        return check_conversation({"kind": "toolbench", "messages": messages, "tools": list(tools.values())}), dropped, clipped
     except UserError as error:
         raise Unusable(f"it is no conversation ({error})"[:120]) from None
 
@@ -1208,7 +1252,7 @@ def toolbench_observation(text, limit):
 
 
 def loaded(line):
-    """A line of a .jsonl file; what is no JSON is an item of no known shape."""
+    """A line of a .jsonl file, or None."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -1221,7 +1265,8 @@ def read_toolbench(path, fits=lambda conversation: True, report=None):
     Nothing is fatal but a path that holds nothing usable. A conversation that does not fit has its tool results clipped further
     (OBSERVATIONS), and is left out if that does not help.
     """
-    names = sorted(str(p) for p in Path(path).rglob("*.json*") if p.is_file()) if Path(path).is_dir() else sorted(glob.glob(str(path), recursive=True))
+    files = Path(path).rglob("*.json*") if Path(path).is_dir() else [Path(path)] if Path(path).exists() else map(Path, glob.glob(str(path), recursive=True))
+    names = sorted(str(p) for p in files if p.is_file())
     if not names:
         raise UserError(f"{path}: no such file or folder, or no *.json in it")
     kept, counts, damaged, seen, calls_dropped = [], Counter(), {}, set(), 0
@@ -1230,7 +1275,10 @@ def read_toolbench(path, fits=lambda conversation: True, report=None):
             text = Path(name).read_bytes().decode("utf-8-sig")
             if not text.strip():
                 raise Unusable("it is empty")
-            items = toolbench_items(json.loads(text) if not name.endswith(".jsonl") else list(map(loaded, filter(str.strip, text.split("\n")))))
+            if name.endswith(".jsonl"):
+                lines = {number: loaded(line) for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+                damaged.update({f"{name}, line {number}": "it is no JSON" for number, line in lines.items() if line is None})
+            items = toolbench_items(json.loads(text) if not name.endswith(".jsonl") else [line for line in lines.values() if line is not None])
         except (OSError, ValueError, RecursionError) as error:
             damaged[name] = str(error)[:120] or type(error).__name__
             continue
@@ -1239,7 +1287,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None):
                 if shape is None:
                     raise Unusable("it is none of ToolBench's shapes")
                 for observation in OBSERVATIONS:
-                    conversation, dropped = toolbench_conversation(shape, item, observation)
+                    conversation, dropped, clipped = toolbench_conversation(shape, item, observation)
                     if fits(conversation):
                         break
                 else:
@@ -1253,7 +1301,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None):
             seen.add(key)
             kept.append(conversation)
             calls_dropped += dropped
-            counts["used" if observation == OBSERVATIONS[0] else "used, its results clipped"] += 1
+            counts["used, its results clipped" if clipped else "used"] += 1
     summary = {"path": str(path), "files": len(names), "damaged_files": damaged, "conversations": len(kept), "calls_left_out": calls_dropped, "items": dict(counts.most_common())}
     lines = [f"ToolBench, {path}: {len(kept)} conversations from {len(names)} files; {calls_dropped} broken or made-up calls left out of them"]
     lines += [f"  {count:7d}  {what}" for what, count in counts.most_common()] + [f"  damaged  {name}: {why}" for name, why in damaged.items()]
@@ -1295,14 +1343,19 @@ def read_teacher(path, split, n, seed=0, extra=()):
             answer = result.value if call.name == "calculator" and rest.startswith(str(result.value)) else None
         return {"kind": call.name if call else "no_tool", "messages": [*messages, {"role": "assistant", "content": rest}], "tools": list(BUILTIN), "answer": answer}
     file = Path(path) / "augmented.jsonl" if Path(path).is_dir() else Path(path)
-    rng, tools, calling, silent = random.Random(f"{split} teacher {seed}"), load_tools([*BUILTIN, *extra]), [], []
+    rng, tools, calling, silent = random.Random(f"{split} teacher {seed}"), {**BUILTIN, **load_tools(list(extra))}, [], []
+    lost = 0
     for number, (text, kept) in enumerate(read_jsonl(file, check)):
         if (number % 10 == 9) != (split == "dev"):
             continue
         between = [m.start() for m in re.finditer(r"\s", text)]
-        calling += [example(text, offset, call) for offset, call in kept if offset in between and call.name in tools]
+        usable = [(offset, call) for offset, call in kept if offset in between and call.name in tools]
+        calling += [example(text, *found) for found in usable]
+        lost += len(kept) - len(usable)
         if not kept and between:
             silent.append(example(text, between[len(between) // 2]))
+    if lost:
+        print(f"{file}: {lost} calls of the {split} part are left out: inside a word or an amount, or of a tool that is not given", file=sys.stderr)
     if not calling and split == "train":
         raise UserError(f"{file}: no call of {', '.join(tools)} survived in it; run teacher.py on more texts, or with a lower tau_f")
     out = calling + silent[:len(calling)]
@@ -1456,23 +1509,32 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=KINDS, help="only this kind")
     parser.add_argument("--toolbench", metavar="PATH", help="read ToolBench files (a file, folder or glob) instead; with --out: export them")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="of ToolBench: clip or leave out what is longer, as training does")
     parser.add_argument("--report", metavar="FILE", help="write what became of ToolBench's items here, as JSON")
     parser.add_argument("--sample-replies", action="store_true", help="write the base model's own replies to the no-tool talk")
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line
     args = parser.parse_args(argv)
+    if args.n is not None and args.n < 1:
+        parser.error(f"--n {args.n}: must be at least 1")
     mix = {args.kind: 1} if args.kind else None
     try:
         if args.sample_replies:
             sample_replies()
-        elif args.toolbench and not args.show:
-            write_jsonl(args.out, read_toolbench(args.toolbench, report=args.report)[:args.n])
-        elif args.show:
+            return
+        if args.show or args.max_tokens:
             import toolplay  # only here: data.py stands below toolplay.py
             _, tokenizer = toolplay.load_model("smollm2-135m")
-            for conversation in read_toolbench(args.toolbench)[:args.show] if args.toolbench else generate(args.split, args.show, args.seed, mix):
+        if args.toolbench:
+            fits = (lambda c: len(encode(c, tokenizer)[0]) <= args.max_tokens) if args.max_tokens else lambda c: True
+            made = read_toolbench(args.toolbench, fits, args.report)
+            if not args.show:
+                write_jsonl(args.out, made[:args.n])
+        if args.show:
+            for conversation in made[:args.show] if args.toolbench else generate(args.split, args.show, args.seed, mix):
                 print(f'--- {conversation["kind"]} ({conversation.get("family", "")})\n{coloured(conversation, tokenizer)}')
-        elif args.out:
+        elif args.out and not args.toolbench:
             write_jsonl(args.out, generate(args.split, args.n or 1000, args.seed, mix))
-        else:
+        elif not args.toolbench:
             parser.print_help()
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

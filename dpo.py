@@ -54,7 +54,7 @@ class Config:
     reward_weights: dict = field(default_factory=dict)           # sampled: as in ppo.py
     min_gap: Annotated[float, "> 0"] = 0.1                       # sampled: best and worst must differ by this much in reward
     min_best: float = 0.0                                        # sampled: the best must earn this much; the least bad of bad answers teaches nothing
-    variant: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"  # the loss, see VARIANTS
+    variant: Literal[tuple(VARIANTS)] = "sigmoid"                # the loss
     beta: Annotated[float, "> 0"] = 0.1  # strength of the tie to the reference; 0.1 as in the paper
     label_smoothing: Annotated[float, "0 to 1"] = 0.0            # share of judgements taken to be wrong (sigmoid, robust)
     simpo_margin: Annotated[float, ">= 0"] = 0.5                 # SimPO's gamma; its beta is 2 to 2.5 in the paper
@@ -64,13 +64,20 @@ class Config:
 # --------------------------------------------------------------------------- 1. the losses
 
 VARIANTS = {}             # name -> function(chosen, rejected, beta, label_smoothing) -> loss of each pair [B]
-MEAN = {"ipo", "simpo"}   # their log-probs are means over the trained tokens, not sums
-FREE = {"simpo"}          # they need no reference
+MEAN = set()              # those whose log-probs are means over the trained tokens, not sums
+FREE = set()              # those that need no reference
 
 
-def variant(function):
-    """Register a loss of (chosen, rejected, beta, label_smoothing): log-ratios to the reference, [B] (without one: the log-probs)."""
+def variant(function=None, mean=False, free=False):
+    """Register a loss of (chosen, rejected, beta, label_smoothing): log-ratios to the reference, [B] (without one: the log-probs).
+
+    That is all a new variant needs; its name can then be set in a config.
+    """
+    if function is None:
+        return lambda function: variant(function, mean, free)
     VARIANTS[function.__name__] = function
+    MEAN.update({function.__name__} if mean else ())
+    FREE.update({function.__name__} if free else ())
     return function
 
 
@@ -88,7 +95,7 @@ def robust(chosen, rejected, beta, label_smoothing):
     return (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (1 - 2 * label_smoothing)
 
 
-@variant
+@variant(mean=True)
 def ipo(chosen, rejected, beta, label_smoothing):
     """IPO: regress the difference on 1 / (2 beta), which is finite (Azar et al. 2023, arXiv:2310.12036, eq. 17)."""
     return (chosen - rejected - 1 / (2 * beta)) ** 2
@@ -100,7 +107,7 @@ def hinge(chosen, rejected, beta, label_smoothing):
     return torch.relu(1 - beta * (chosen - rejected))
 
 
-@variant
+@variant(mean=True, free=True)
 def simpo(chosen, rejected, beta, label_smoothing, margin):
     """SimPO: no reference, mean log-probs, a target margin (Meng et al. 2024, arXiv:2405.14734, eq. 6)."""
     return -F.logsigmoid(beta * (chosen - rejected) - margin)
@@ -175,7 +182,8 @@ def malformed(conversation, rng):
     broken = [text.replace("}}", "}"), text.replace('"}', "}"), text.replace('": "', '": '), text.replace('"', "'"), text.removesuffix("</tool_call>"),
               re.sub(r'\{"name": "(\w+)", "arguments": (.*)\}<', r"\1(\2)<", text)]
     broken = [b for b in broken if parse_calls(b)[1]]
-    return until(conversation, at, content=rng.choice(broken)) if broken else None
+    thought = conversation["messages"][at].get("content")
+    return until(conversation, at, content="\n".join([thought] * bool(thought) + [rng.choice(broken)])) if broken else None
 
 
 def wrong_argument(conversation, rng):
@@ -253,8 +261,10 @@ def final_answer(conversation):
     return (len(messages) - 1, messages[-1]["content"]) if messages[-1]["role"] == "assistant" and messages[-2]["role"] == "tool" else (None, "")
 
 
-def until(conversation, at, content="", tool_calls=None):
-    """The messages before `at`, and one assistant message in its place."""
+def until(conversation, at, content=None, tool_calls=None):
+    """The messages before `at`, and one assistant message in its place. Calls in the place of calls keep the thought beside them."""
+    gold = conversation["messages"][at]
+    content = content if content is not None else (gold.get("content") or "") if gold.get("tool_calls") else ""
     return conversation["messages"][:at] + [{"role": "assistant", "content": content, **({"tool_calls": tool_calls} if tool_calls else {})}]
 
 
@@ -265,10 +275,13 @@ def names_of(conversation):
 
 def tempting_call(name, conversation):
     """A call such as a model makes that looks at single words: the numbers, the capitalised word, the whole message."""
+    import data  # here, so that this file alone gives the losses
+    tool = next(t for t in data.check_conversation(conversation)["tools"] if t.name == name)
+    first = next(iter([*tool.parameters.get("required", []), *tool.parameters.get("properties", {})]), "query")
     text = next(m["content"] for m in conversation["messages"] if m["role"] == "user")
     numbers, capital = re.findall(r"\d[\d.]*", text), re.findall(r"(?<!^)\b[A-Z]\w+", text)
     arguments = {"calculator": {"expression": " * ".join(numbers[:2]) or "1 + 1"}, "weather": {"city": (capital or text.rstrip("?.! ").split() or ["here"])[-1]}}
-    return {"name": name, "arguments": arguments.get(name, {"query": text.rstrip("?. ")})}
+    return {"name": name, "arguments": arguments.get(name, {first: text.rstrip("?. ")})}
 
 
 def corrupted_pairs(conversations, tokenizer, seed=0, style="signature"):

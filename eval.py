@@ -52,7 +52,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from tools import BUILTIN, Call, Tool, UserError, _cities, _city_file, _normal, _terms, execute, load_tools, parse_calls
+from tools import BUILTIN, STOP_WORDS, Call, Tool, UserError, _cities, _city_file, _normal, _terms, execute, load_tools, parse_calls
 
 METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "execution", "response_quality", "response_f1", "overall")
 FORGED = re.compile(r"</?tool_response|<\|\w+\|>")
@@ -146,11 +146,18 @@ def same_call(gold, got, tools={}):
 
 
 def same_calls(gold, got, tools={}):
-    """Whether every gold call has a call of its own, in any order, and none is left over (greedy, as in BFCL)."""
-    if not gold:
-        return not got
-    n = next((n for n, call in enumerate(got) if same_call(gold[0], call, tools)), None)
-    return n is not None and same_calls(gold[1:], got[:n] + got[n + 1:], tools)
+    """Whether gold calls and calls can be paired, in any order, with none left over (a matching, by augmenting paths)."""
+    pairs = {}  # number of a call -> number of its gold call
+
+    def place(g, tried):
+        for n, call in enumerate(got):
+            if n not in tried and same_call(gold[g], call, tools):
+                tried.add(n)
+                if n not in pairs or place(pairs[n], tried):
+                    pairs[n] = g
+                    return True
+        return False
+    return len(gold) == len(got) and all(place(g, set()) for g in range(len(gold)))
 
 
 def numbers(text):
@@ -188,6 +195,14 @@ def converses(text, prompt):
     return bool(words) and not loop and 2 * sum(map(str.isalpha, solid)) >= len(solid) and f1(text, prompt) < 0.8
 
 
+POLITE = frozenset("hello hi hey bye goodbye thanks thank welcome sure yes no okay ok sorry great good nice happy not don but if you he she".split())
+
+
+def worded(text, known):
+    """Whether a text has a word that everybody uses, or one of the `known` texts: "asdf qwer" has none."""
+    return any(word in STOP_WORDS or word in POLITE for word in _normal(text).split()) or f1(text, known) > 0
+
+
 # --------------------------------------------------------------------------- 3. one episode
 
 def judge(case, episode):
@@ -205,7 +220,7 @@ def judge(case, episode):
     valid = bool(calls) and not errors and not FORGED.search(first) and all(execute(call, hollow).ok for call in calls)
     plain = not calling and bool(first.strip()) and not FORGED.search(first)
     right_tools = Counter(c.name for c in calls) == gold if due else not calling
-    exact = right_tools and same_calls(case.calls, calls, tools)
+    exact = right_tools and same_calls(case.calls or [], calls, tools)
     may_err = any(result.error_type == "tool_error" for result in gold_results)
     verdicts = {
         "tool_accuracy": None if due is None else right_tools,
@@ -243,7 +258,8 @@ def response(case, episode, gold_results):
         return None
     if case.calls:
         return all(map(fact, gold_results))
-    return episode.stop == "end" and converses(final, messages[-1]["content"]) and (
+    talk = " ".join([reference or "", *(m["content"] for m in messages)])
+    return episode.stop == "end" and converses(final, messages[-1]["content"]) and worded(final, talk) and (
         case.kind != "missing_tool" or bool(CANNOT.search(final)) and declines(final, reference, known))
 
 
@@ -322,7 +338,9 @@ def columns_of(records):
     def number(verdict):
         verdict = float(np.mean(verdict)) if isinstance(verdict, list) and verdict else verdict
         return np.nan if verdict is None or verdict == [] else float(verdict)
-    return {name: np.array([number(r["verdicts"][name]) for r in records]) for name in METRICS}, np.array([bool(r["due"]) for r in records])
+    columns = {name: np.array([number(r["verdicts"][name]) for r in records]) for name in METRICS}
+    columns["calls"] = np.array([float(len(r["verdicts"]["execution"] or [])) for r in records])  # the weights of execution, which is a share of all calls
+    return columns, np.array([bool(r["due"]) for r in records])
 
 
 def compare(groups, draws=2000):
@@ -339,8 +357,9 @@ def compare(groups, draws=2000):
 
     def value(tables, name, pick):
         if name != "overall":
-            found = np.concatenate([columns[name][pick] for columns, _ in tables])
-            return np.nan if np.isnan(found).all() else float(np.nanmean(found))
+            found, calls = (np.concatenate([columns[column][pick] for columns, _ in tables]) for column in (name, "calls"))
+            there = ~np.isnan(found)
+            return float(np.average(found[there], weights=calls[there] if name == "execution" else None)) if there.any() else np.nan
         sides = [np.concatenate([columns[name][pick][due[pick] == side] for columns, due in tables]) for side in (True, False)]
         sides = [side[~np.isnan(side)] for side in sides]
         rates = [float(side.mean()) for side in sides if len(side)]
@@ -458,23 +477,23 @@ def bfcl_valid(category, functions, calls, answers):
         (name, accepted), = answer.items()
         # With one function only, the official checker takes it without a look at its name.
         function = described.get(name) if "parallel" in category or "multiple" in category else functions[0]
-        hit = next((call for call in left if function and bfcl_call_valid(function, call, accepted)), None)
+        hit = next((n for n, call in enumerate(left) if function and bfcl_call_valid(function, call, accepted)), None)
         if hit is None:
             return False
-        left.remove(hit)
+        del left[hit]
     return True
 
 
 def bfcl_call_valid(function, call, accepted):
     """One call: the right name, every required parameter, no unknown one, each value accepted; "" in the list: it may be left out."""
     name, arguments = call
-    known = function["parameters"]["properties"]
-    if name != function["name"] or not isinstance(arguments, dict) or set(function["parameters"].get("required", [])) - set(arguments):
-        return False
     try:
+        known = function["parameters"]["properties"]
+        if name != function["name"] or not isinstance(arguments, dict) or set(function["parameters"]["required"]) - set(arguments):
+            return False
         return (all(key in known and key in accepted and bfcl_value_valid(known[key], value, accepted[key]) for key, value in arguments.items())
                 and all(key in arguments or "" in values for key, values in accepted.items()))
-    except (TypeError, AttributeError, KeyError, IndexError):
+    except (TypeError, AttributeError, KeyError, IndexError, OverflowError):
         return False  # where the official checker breaks down
 
 
@@ -505,7 +524,7 @@ def bfcl_value_valid(schema, value, accepted):
 
 def bfcl_dict_valid(value, accepted):
     """Each key has its own list of accepted values; those that may be left out hold ""."""
-    return any(all(key in item and plain(x) in [plain(y) for y in item[key]] for key, x in value.items())
+    return any(all(key in item and plain(x) in [plain(item[key][n]) for n in range(len(item[key]))] for key, x in value.items())
                and all(key in value or "" in choices for key, choices in item.items()) for item in accepted if item != "")
 
 
@@ -604,13 +623,14 @@ def command(args):
             toolplay.write_json(path, result)
     suite = bfcl_cases(args.suite, args.bfcl, args.n) if args.suite else []
     model, tokenizer, config = toolplay.model_of(args)
+    stands_in = " (trained on invented functions, which stood in for ToolBench)" if config.fallback and config.source == "synthetic" else ""
+    trained_on = config.source + stands_in if args.run else None
     if suite:
         text, report, records = bfcl(model, tokenizer, suite, config.tool_style)
-        print(text)
-        return keep("bfcl.json", {"data": args.suite, "report": report, "records": records})
+        print(f"## {args.run or args.model}{stands_in}\n\n{text}")
+        return keep("bfcl.json", {"data": args.suite, "trained_on": trained_on, "report": report, "records": records})
     cases = data.read_jsonl(args.data, as_case)[:args.n] if args.data else data.generate(args.split, args.n or 200, args.seed, data.mix_of(config))
     report, records = evaluate(model, tokenizer, cases, style=config.tool_style)
-    stands_in = " (trained on invented functions, which stood in for ToolBench)" if config.fallback and config.source == "synthetic" else ""
     print(format_report(report, f"{args.run or args.model}{stands_in} on {args.data or args.split}", records, args.failures))
     if not args.data:
         report["talk_loss"] = talk_loss(model, tokenizer, args.split)
@@ -619,7 +639,7 @@ def command(args):
             report["talk_loss_before"] = talk_loss(*toolplay.load_model(config.model, toolplay.pick_device("auto")), args.split)
         before = f", {report['talk_loss_before']:.3f} before training" if args.run else ""
         print(f"\nLoss of the base model's own small talk: {report['talk_loss']:.3f}{before}")
-    keep("eval.json", {"data": args.data or args.split, "trained_on": config.source + stands_in if args.run else None, "seed": args.seed, "report": report, "records": records})
+    keep("eval.json", {"data": args.data or args.split, "trained_on": trained_on, "seed": args.seed, "report": report, "records": records})
 
 
 def main(argv=None):

@@ -288,12 +288,13 @@ def like_reference(case, episode, verdicts):
 
 
 def needless_call(case, episode, verdicts):
-    """A call where none is due, the same call again, or a calculation that nothing uses but to list its result."""
+    """A call where none is due, more calls that gave a result than are due, the same call again, or a calculation that nothing uses but to list its result."""
     results = [(r.value, n) for n, r in enumerate(r for r in episode.results if r.name == "calculator") if is_sum(r)]
     expressions = [str(call.arguments.get("expression")) for call in episode.calls if call.name == "calculator"]
     unused = [value for value, n in results[:-1] if not any(math.isclose(abs(value), x) for later in expressions[n + 1:] for x in numbers_in(later))]
     calls = ["".join(f"{call.name} {json.dumps(call.arguments, sort_keys=True)}".split()) for call in episode.calls]
-    return float(case.calls == [] and bool(calls) or len(set(calls)) < len(calls) or counts(case) and bool(unused))
+    too_many = case.calls is not None and not counts(case) and sum(r.ok for r in episode.results) > len(case.calls)
+    return float(case.calls == [] and bool(calls) or too_many or len(set(calls)) < len(calls) or counts(case) and bool(unused))
 
 
 def length(case, episode, verdicts):
@@ -320,18 +321,24 @@ def is_calculation(expression, prompt):
     """Whether an expression works something out, and does not dress up a number that was guessed.
 
     It has an operation; its result does not stand in it, unless the prompt gave that number too (20 - 10) and it is no
-    empty operation (10 * 1); and two of its numbers, or one if the prompt has no more, are the prompt's own (or p % of them).
+    empty operation (10 * 1); and two of its numbers, or one if the prompt has no more, are the prompt's own (or p % of them)
+    and matter: with another number in their place the result is another one (not so in 36 * 0 + 42, and in 36 / 36 * 42).
     A number that everybody knows (four legs, twelve months) multiplies or divides.
     """
     from tools import BUILTIN, Call, execute
     result = execute(Call("calculator", {"expression": expression}), BUILTIN)
     if not result.ok or not re.search(r"\d[)%\s]*[-+*/%x×÷^][-+*/(\s$×÷^]*[\d.a-z]|sqrt|abs|round|min|max|%", expression):
         return False
+    def matters(x):
+        other = [re.sub(r"\d[\d,]*\.?\d*|\.\d+", lambda m: f"({y:.9f})" if float(m[0].replace(",", "").rstrip(".") or 0) == x else m[0], expression) for y in (1000 * x + 7, x / 1000)]
+        return any(execute(Call("calculator", {"expression": e}), BUILTIN).value != result.value for e in other)
     used, given = numbers_in(expression), numbers_in(prompt)
+    if re.search("m(ax|in)", expression):
+        used |= numbers_in(expression.replace(",", " "))  # "max(9,42)"
     known = given | {f(x) for x in given for f in (lambda x: x / 100, lambda x: 1 + x / 100, lambda x: 1 - x / 100)}
     copied = any(math.isclose(x, abs(result.value), rel_tol=1e-9) for x in used) and (
         not any(math.isclose(x, abs(result.value), rel_tol=1e-9) for x in given) or used <= {abs(float(result.value)), 0.0, 1.0})
-    theirs = len([x for x in used if any(math.isclose(x, y) for y in known)])
+    theirs = len([x for x in used if any(math.isclose(x, y) for y in known) and matters(x)])
     return not copied and (theirs >= min(2, len(used), len(given - {0.0, 1.0})) or theirs == 1 and not re.search("[-+]", expression))
 
 

@@ -98,19 +98,30 @@ def opening(tokenizer):
 
 def call_text(call, result=None, start=OPEN):
     """e(c), or e(c, r) with a result: " [calculator(18 + 27) -> 45]"."""
-    argument = next(iter(call.arguments.values()), "")
-    return f"{start}{call.name}({argument})" + (f"{ARROW} {result}" if result is not None else "") + CLOSE
+    return f"{start}{call.name}({', '.join(map(str, call.arguments.values()))})" + (f"{ARROW} {result}" if result is not None else "") + CLOSE
 
 
 def read_call(text, tools):
-    """"calculator(18 + 27)]..." -> Call, or None if it does not end, or names no tool. The argument is the tool's first."""
+    """"calculator(18 + 27)]..." -> Call, or None if it does not end, or names no tool.
+
+    What stands between the brackets is the first argument, or those that the tool requires, with commas between them.
+    """
     from tools import Call  # here, so that this file alone gives the losses
     found = re.match(r"\s*(\w+)\(([^\[\]\n]+?)\)\s*(?:\]|->)", text)
     if not found or found[1] not in tools or not found[2].strip():
         return None
-    parameters = tools[found[1]].parameters
-    name = next(iter([*parameters.get("required", []), *parameters.get("properties", {})]), None)
-    return Call(found[1], {name: found[2].strip()}) if name else None
+    required, fields = (tools[found[1]].parameters.get(key) or [] for key in ("required", "properties"))
+    names = required or list(fields)[:1]
+
+    def typed(name, text):
+        if name not in fields or fields[name].get("type") not in ("integer", "number", "boolean"):
+            return text
+        try:
+            return json.loads(text.lower())
+        except ValueError:
+            return text  # execute says what is wrong with it
+    values = map(str.strip, found[2].split(",", len(names) - 1))
+    return Call(found[1], {name: typed(name, value) for name, value in zip(names, values)}) if names else None
 
 
 def result_text(result, most=80):
@@ -185,11 +196,15 @@ def sample_calls(model, tokenizer, prompts, config, seed):
 
 @torch.no_grad()
 def annotate(model, tokenizer, rows, tools, config, seed):
-    """Texts as id lists -> (for each its [{"position", "call", "result", "plus", "minus", "gain", "kept"}], counts of the funnel)."""
+    """Texts as id lists -> (candidates of each, left-out samples of each, counts of the funnel).
+
+    A candidate was executed: {"position", "offset", "call", "result", "plus", "minus", "gain", "kept", "why" not}. A sample that
+    was not: {"position", "text", "why"}.
+    """
     import toolplay
     from tools import execute
     funnel = dict.fromkeys(("positions", "sampled", "parsed", "distinct", "executed", "kept"), 0)
-    found = [[] for _ in rows]
+    found, left_out = [[] for _ in rows], [[] for _ in rows]
     for tool in tools.values():
         # 1. where: the probability of OPEN before each token of the text, written once more after the examples
         before, between = few_shot(tool, tokenizer)
@@ -207,18 +222,21 @@ def annotate(model, tokenizer, rows, tools, config, seed):
         funnel["sampled"] += len(written)
         calls = {}
         for at, text in enumerate(written):
-            call = read_call(text, {tool.name: tool})
+            call, (n, i) = read_call(text, {tool.name: tool}), places[at // config.samples]
             if call:
                 funnel["parsed"] += 1
-                n, i = places[at // config.samples]
                 calls[n, i, call_text(call)] = call
+            else:
+                left_out[n].append({"position": i, "text": text, "why": f"no call of {tool.name}"})
         # 3. execute
         funnel["distinct"] += len(calls)
         for (n, i, _), call in calls.items():
-            result = result_text(execute(call, {tool.name: tool}))
-            if result is not None:
+            outcome = execute(call, {tool.name: tool})
+            if (result := result_text(outcome)) is not None:
                 funnel["executed"] += 1
                 found[n].append(Candidate(i, call, result))
+            else:
+                left_out[n].append({"position": i, "text": call_text(call).strip(), "why": outcome.message[:100] or "an empty result"})
     # 4. filter: the text behind nothing, behind the bare call, behind call and result
     units = [(n, c) for n, candidates in enumerate(found) for c in candidates]
     scored = losses(model, tokenizer, [(rows[n], c) for n, c in units], config.micro_tokens * 4)
@@ -227,12 +245,14 @@ def annotate(model, tokenizer, rows, tools, config, seed):
         g = gain(full, nothing, bare)
         offset = len(tokenizer.decode(rows[n][:c.position]))  # in the text, for data.read_teacher
         out[n].append({"position": c.position, "offset": offset, "call": {"name": c.call.name, "arguments": c.call.arguments}, "result": c.result, "plus": full, "minus": min(nothing, bare),
-                       "gain": g, "kept": g >= config.tau_f})
-    for candidates in out:  # of several at one position the best
+                       "gain": g})
+    for candidates in out:
         for c in candidates:
-            c["kept"] = c["kept"] and c is max((d for d in candidates if d["position"] == c["position"]), key=lambda d: d["gain"])
+            best = c is max((d for d in candidates if d["position"] == c["position"]), key=lambda d: d["gain"])
+            c["why"] = "its gain is below tau_f" if c["gain"] < config.tau_f else "another one at this position gains more" if not best else ""
+            c["kept"] = not c["why"]
         funnel["kept"] += sum(c["kept"] for c in candidates)
-    return out, funnel
+    return out, left_out, funnel
 
 
 @torch.no_grad()
@@ -445,7 +465,7 @@ def train(run):
 
 
 def annotated_texts(run, model, tokenizer, texts, tools):
-    """The lines of augmented.jsonl, one a text, made now or before: {"text", "kind", "ids", "candidates", "augmented"}."""
+    """The lines of augmented.jsonl, one a text, made now or before: {"text", "kind", "ids", "candidates", "left_out", "augmented"}."""
     from tqdm import tqdm
 
     import toolplay
@@ -462,9 +482,9 @@ def annotated_texts(run, model, tokenizer, texts, tools):
         while len(lines) < len(texts):
             group = texts[len(lines):len(lines) + config.texts_at_once]
             ids = [ids_of(tokenizer, item["text"]) for item in group]
-            found, funnel = annotate(model, tokenizer, ids, tools, config, f"{config.seed} {len(lines)}")
-            for item, row, candidates in zip(group, ids, found):
-                lines.append({**item, "ids": row, "candidates": candidates, "augmented": tokenizer.decode(insert(row, kept_calls(candidates), tokenizer)[0])})
+            found, left_out, funnel = annotate(model, tokenizer, ids, tools, config, f"{config.seed} {len(lines)}")
+            for item, row, candidates, others in zip(group, ids, found, left_out):
+                lines.append({**item, "ids": row, "candidates": candidates, "left_out": others, "augmented": tokenizer.decode(insert(row, kept_calls(candidates), tokenizer)[0])})
             lines[-1]["funnel"] = funnel  # of the whole group
             if run.rank == 0:
                 with open(path, "a", encoding="utf-8") as file:
@@ -485,7 +505,7 @@ def funnel_text(lines, n=10):
     every = sorted(((c["gain"], line, c) for line in lines for c in line["candidates"]), key=lambda x: -x[0])
     for title, some in ((f"best {n}", every[:n]), (f"worst {n}", every[n:][-n:])):
         out.append(f"{title} (L- minus L+, in nats):")
-        out += [f"  {g:+.2f}  {c['call']['name']}({next(iter(c['call']['arguments'].values()))}) -> {c['result']}   in: {line['text'][:100]}" for g, line, c in some]
+        out += [f"  {g:+.2f}  {c['call']['name']}({', '.join(map(str, c['call']['arguments'].values()))}) -> {c['result']}   in: {line['text'][:100]}" for g, line, c in some]
     return "\n".join(out)
 
 

@@ -203,7 +203,7 @@ def _wrong(value, hint):
     if kind is list and get_args(hint) and not all(isinstance(x, get_args(hint)[0]) for x in value):
         return "must be a list of strings"
     if kind is str:
-        return "must be a string without NUL characters" if "\0" in value else None
+        return "must be a string without NUL characters and half characters" if re.search("[\0\ud800-\udfff]", value) else None
     if kind is float and value and not 1e-30 <= abs(value) <= 1e12:  # beyond, sums and quotients of settings overflow
         return f"must be {name} {limit or ''}".strip() + ", its size from 1e-30 to 1e12"
     fits = {"> 0": lambda: value > 0, ">= 0": lambda: value >= 0, "0 to 1": lambda: 0 <= value <= 1, None: lambda: True}
@@ -639,16 +639,17 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     tools: {name: Tool} for all, or None: each conversation's own. temperature 0 is greedy. max_new_tokens bounds each
     turn. A turn stops at the end-of-turn token, or when after a complete call anything but another call follows.
     Each row draws from its own stream, keyed by (seed, prompt, how many equal prompts came before): what it draws does
-    not depend on the rest of the batch. logp is of the policy at `temperature` (before top-p truncation).
+    not depend on the rest of the batch. `seed` may be a list, of one for each conversation. logp is of the policy at `temperature` (before top-p truncation).
     """
     episodes, seen = [], {}
-    for conversation in conversations:
+    for n, conversation in enumerate(conversations):
         # Checked before its tools are used: a tool from a data file must not bring a function of its own.
         conversation = data.check_conversation({**conversation, "tools": list(tools.values())} if tools is not None else conversation)
         ids, _ = data.encode(conversation, tokenizer, style, generation=True)
-        copy = seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
+        key = (seed[n] if isinstance(seed, list) else seed, ids)
+        copy = seen[repr(key)] = seen.get(repr(key), -1) + 1
         episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)), {tool.name: tool for tool in conversation["tools"]},
-                         np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(repr((seed, ids, copy)).encode()).digest()[:8], "big")))))
+                         np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(repr((*key, copy)).encode()).digest()[:8], "big")))))
     limits = Limits(max_new_tokens, max_turns, getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
     fitting = [row for row in episodes if row[0].prompt < limits.context]
     for episode, _, _ in episodes:
@@ -726,7 +727,7 @@ def sample(logits, draws, temperature, top_p):
         if top_p < 1:
             p, order = p.sort(-1, descending=True)
         cdf = p.cumsum(-1, dtype=torch.float64)
-        kept = (cdf - p < top_p).sum(-1, keepdim=True)                       # the smallest set with mass >= top_p
+        kept = (cdf - p < top_p).sum(-1, keepdim=True).clamp(min=1)          # the smallest set with mass >= top_p
         draw = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cdf.gather(1, kept - 1)
         tokens = torch.minimum(torch.searchsorted(cdf, draw, right=True), kept - 1)
         tokens = tokens if order is None else order.gather(1, tokens)
@@ -738,8 +739,9 @@ def ran_on(tokenizer, turn):
     if ">" not in tokenizer.decode(turn[-12:]) and len(turn) % 8:  # cheap test first; long run-ons are caught a little later
         return False
     text = tokenizer.decode(turn)
-    rest = text[text.rfind("</tool_call>") + 12:].strip() if "</tool_call>" in text else ""
-    return bool(rest) and not rest.startswith("<tool_call>"[:len(rest)])
+    rest = text[text.rfind("</tool_call>") + 12:] if "</tool_call>" in text else ""
+    word = rest.strip()
+    return not word.startswith("<tool_call>"[:len(word)]) or not word and len(rest) > 8  # it may well write blanks for ever
 
 
 def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
@@ -967,7 +969,7 @@ class Run:
 
     def forget(self):
         """Remove the folder of a run that did not get as far as to do anything: the next try must not stumble over it."""
-        if self.rank == 0 and not self.resume and [p.name for p in self.folder.iterdir()] == ["config.json"]:
+        if self.rank == 0 and not self.resume and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb"}:
             shutil.rmtree(self.folder)
 
     def write_config(self):
@@ -1132,8 +1134,9 @@ def read_lines(path, keys=()):
 
 
 def start_hashes(config):
-    """Of the adapter files of the run that a run starts from: whether its reference is still the same one."""
+    """Of the weights that a run starts from (adapter, and a base model that is a file or folder): whether its reference is still the same one."""
     files = sorted(Path(config.start_from, "adapter").glob("*.safetensors")) if config.start_from else []
+    files += [Path(config.model)] if Path(config.model).is_file() else sorted(Path(config.model).glob("*.safetensors"))
     return [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
 
 
@@ -1255,8 +1258,8 @@ def train(args):
     config = load_config(source / "config.json" if of_run else source, args.overrides)
     if of_run and not any(o.startswith("--run_dir") for o in args.overrides):
         config.run_dir = str(source)  # wherever it was moved to
-    if args.resume and not (Path(config.run_dir) / "config.json").exists():
-        raise UserError(f"{config.run_dir}: there is no run to resume; start one without --resume")
+    if args.resume and not (Path(config.run_dir) / "config.json").exists():  # killed before it could write a thing
+        print(f"{config.run_dir}: nothing to resume there; starting from the beginning", file=sys.stderr)
     run = Run(config, resume=args.resume)
     try:
         importlib.import_module(config.method).train(run)
@@ -1292,7 +1295,7 @@ def read_tools(path, more=()):
     Without a file: the three built-ins, and what the run was trained with besides.
     """
     if not path:
-        return load_tools([*BUILTIN, *more])
+        return {**BUILTIN, **load_tools(more)}
     sys.path.append(str(Path(path).resolve().parent))  # so that its functions can stand beside it
     try:
         return load_tools(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -1329,6 +1332,7 @@ def predict(args):
 
     def check(item):
         key, conversation = request(item, tools)
+        data.encode(conversation, tokenizer, config.tool_style, generation=True)  # a chat template may refuse it
         name = json.dumps(key, ensure_ascii=False)
         name.encode()  # half a character cannot be written
         if name in ids:
@@ -1344,7 +1348,7 @@ def predict(args):
         for start in range(0, len(todo), args.batch_size):
             batch = todo[start:start + args.batch_size]
             episodes = rollout(model, tokenizer, [c for _, c in batch], temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                               seed=args.seed, batch_size=args.batch_size, style=config.tool_style)
+                               seed=[f"{args.seed} {json.dumps(key)}" for key, _ in batch], batch_size=args.batch_size, style=config.tool_style)
             for (key, _), e in zip(batch, episodes):
                 file.write(json.dumps({"id": key, "output": e.turns[0], "calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls],
                                        "results": [json.loads(r.text()) for r in e.results], "final": e.final}, ensure_ascii=False) + "\n")
@@ -1359,6 +1363,8 @@ def chat(args):
     tools = read_tools(args.tools, config.tools)
     print(f"Tools: {', '.join(tools)}. An empty line (or Ctrl-D) ends the chat.")
     messages = []
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # what is typed in another encoding ends no chat
     while True:
         try:
             text = input("\nyou> ").strip().encode(errors="replace").decode()
@@ -1437,7 +1443,7 @@ def validate(args):
 
     def of_config(path):
         config = load_config(path)
-        load_tools([*BUILTIN, *config.tools])
+        load_tools(config.tools)
         if missing := [p for p in (config.path, config.eval_path, config.start_from) if p and not Path(p).exists()]:
             return f"method {config.method}; {missing[0]} is not there (yet)"
         return f"method {config.method}"

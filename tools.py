@@ -31,6 +31,7 @@ import difflib
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import operator
@@ -42,6 +43,7 @@ import socket
 import sys
 import textwrap
 import threading
+import time
 import typing
 import unicodedata
 from collections import Counter
@@ -414,7 +416,9 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
             may_be_null = {key for key, field in schema["properties"].items() if not list(_problems(None, field, root=schema))}
             arguments = {key: value for key, value in arguments.items()
                          if value is not None or key in may_be_null or key in schema.get("required", []) or key not in schema["properties"]}
-        for problem in _problems(arguments, schema):
+        own = BUILTIN.get(name)
+        schemas = [schema, own.parameters] if own and tool.function is own.function else [schema]  # a built-in in other words has its own needs
+        for problem in itertools.chain.from_iterable(_problems(arguments, s) for s in schemas):
             return failed(*problem)
         run = _run if not tool.isolated else _run_in_child if hasattr(os, "fork") else _run_in_thread
         return run(tool, arguments, failed, timeout)
@@ -449,9 +453,13 @@ def _run_in_child(tool, arguments, failed, timeout):
             _child(tool, arguments, failed, timeout, writer)
         writer.close()
     try:
-        with reader, reader.makefile("rb") as lines:
-            reader.settimeout(timeout)
-            line = lines.readline(1000 + 13 * failed().max_chars)
+        line, end = b"", time.monotonic() + timeout
+        with reader:
+            while not line.endswith(b"\n") and len(line) < 1000 + 13 * failed().max_chars:
+                reader.settimeout(max(end - time.monotonic(), 1e-3))
+                if not (more := reader.recv(65536)):
+                    break
+                line += more
         ok, value, error_type, message = _loads(line.decode())
         return replace(failed(error_type, message), ok=ok, value=value)
     except TimeoutError:
@@ -496,7 +504,7 @@ MAX_EXPRESSION = 1000  # characters
 MAX_BITS = 3000  # of an exact number
 SPELLING = {**str.maketrans("×·⋅∙•÷−–—", "*****/---", "$€£¥"), ord("^"): "**", ord("²"): "**2", ord("³"): "**3", ord("√"): " sqrt ",
             **dict.fromkeys(map(ord, "\xa0\u2009\u202f"), " ")}
-TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d*)?|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|\.percent|[a-z]+|\*\*|//|\S", re.ASCII)
+TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d|,\d)(?:\.\d*)?|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|\.percent|[a-z]+|\*\*|//|\S", re.ASCII)
 
 
 def calculate(expression: str) -> int | float:
@@ -528,11 +536,11 @@ def _respell(text):
     text = re.sub(r"(?<![a-z])(x|of)(?=\s*[\d.(]|\s+-?[\d.(a-z])", "*", text)  # "3 x 4", but not the unknown of 3x + 4
     # As an attribute, the percent sign binds as tightly as it should: 2 ** 50% is 2 ** 0.5.
     tokens = TOKEN.findall(re.sub(r"%(?!\s*[0-9.(a-z]|\s+-[0-9.(])", " .percent ", text))
-    # A comma between digits is one of thousands; in min, max and round it separates, unless others do so with a space.
+    # A comma before three digits is one of thousands; in min and max it separates, unless others do so with a space.
     several, calls = not re.search(r"\d, ", text), []  # for each open parenthesis: does a tight comma separate there?
     for index, token in enumerate(tokens):
         if token == "(":
-            calls.append(several and tokens[index - 1] in ("min", "max", "round"))
+            calls.append(several and tokens[index - 1] in ("min", "max"))
         elif token == ")":
             del calls[-1:]
         elif token not in FUNCTIONS and token[0] not in "0123456789.,+-*/%":
@@ -638,6 +646,7 @@ def weather(city: str, unit: str = "celsius", path=None) -> dict:
 
 # 6. search: BM25 over a small text file
 
+MAX_QUERY = 1000  # characters that are read
 STOP_WORDS = frozenset("""a about an and any are as at be been by can could did do does for from give had has have how i
     in is it its me my of on or please should show so some tell that the their them there these they this to up us
     was we were what when where which who whom whose why will with would you your""".split())
@@ -669,7 +678,7 @@ def search(query: str, path=None) -> list:
     if not query.strip():
         raise ToolError("the query is empty")
     pages, titles, counts, holders = _index(str(path or os.environ.get("TOOLPLAY_SEARCH") or CORPORA / "search.jsonl"))
-    rarity = {term: math.log(1 + (len(pages) - holders[term] + 0.5) / (holders[term] + 0.5)) for term in _terms(query)}
+    rarity = {term: math.log(1 + (len(pages) - holders[term] + 0.5) / (holders[term] + 0.5)) for term in _terms(query[:MAX_QUERY])}
     mean = max(1, sum(count.total() for count in counts) / max(1, len(pages)))
     # A page would only mislead if it holds less than 0.4 of the question's meaning (its terms, weighed by rarity), or
     # less than 0.7 while its title, which says what it is about, is not in the question at all.

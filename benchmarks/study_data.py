@@ -1,7 +1,7 @@
 """
 study_data.py - manual, synthetic and teacher data at equal numbers of examples: what does a model learn from each?
 
-    .venv/bin/python benchmarks/study_data.py            everything, about an hour on two cores; what is done is skipped
+    .venv/bin/python benchmarks/study_data.py            everything, about two hours on two cores; what is done is skipped
     .venv/bin/python benchmarks/study_data.py --table    the table and docs/data.png from the runs that are there
 
 Each run is SmolLM2-135M after --steps steps of SFT on N conversations of one source: the templates (data.MIX), invented
@@ -92,6 +92,8 @@ def main():
     options = parser.parse_args()
     folder = Path(options.folder)
     if not options.table:
+        if not (Path(options.teacher) / "adapter").is_dir():
+            toolplay("train", *(["--resume", options.teacher] if (Path(options.teacher) / "config.json").exists() else [ROOT / "configs" / "teacher.json", f"--run_dir={options.teacher}"]))
         for seed in range(options.seeds):
             for n in options.sizes:
                 for source in SOURCES:

@@ -1,5 +1,6 @@
 """eval.py's BFCL verdicts against the official checker, on calls that are right, nearly right and wild."""
 import copy
+import itertools
 import json
 import random
 import sys
@@ -101,10 +102,24 @@ def test_verdicts_are_the_official_ones(official, cases):
                 theirs = official(case["category"], case["functions"], copy.deepcopy(calls), case["answers"])
             except Exception:  # it breaks down on values that it cannot compare; ours says wrong
                 breakdowns += 1
+                assert not ours
                 continue
             assert ours == theirs, (case["id"], calls, case["answers"])
             counts[ours] += 1
     assert counts[True] > 2000 and counts[False] > 3500 and breakdowns < 400
+
+
+def test_verdicts_on_calls_that_are_easily_confused(official):
+    """5.0 equals 5 and is another call; what the official checker stumbles over is wrong."""
+    number = {"name": "f", "parameters": {"type": "dict", "properties": {"mu": {"type": "float"}, "n": {"type": "integer"}}, "required": ["mu"]}}
+    answers = [{"f": {"mu": [5.0], "n": [2, ""]}}, {"f": {"mu": [5.0, 5], "n": [2]}}]
+    for values in itertools.permutations([5.0, 5]):
+        calls = [("f", {"mu": value, "n": 2}) for value in values]
+        assert evaluation.bfcl_valid("parallel", [number], calls, answers) == official("parallel", [number], calls, answers)
+    assert not evaluation.bfcl_valid("simple_python", [number], [("f", {"mu": 10 ** 400})], answers[:1])
+    nested = {"name": "f", "parameters": {"type": "dict", "properties": {"d": {"type": "dict"}}, "required": []}}
+    assert not evaluation.bfcl_valid("simple_python", [nested], [("f", {"d": {"a": "b"}})], [{"f": {"d": [{"a": {"b": [1]}}]}}])
+    assert not evaluation.bfcl_valid("simple_python", [{"name": "f", "parameters": {"type": "dict", "properties": {}}}], [("f", {})], [{"f": {}}])
 
 
 def filled(answer, functions):

@@ -72,7 +72,6 @@ def test_an_existing_run_is_not_overwritten(run, capsys):
     (["predict", "--model", "tiny", "--input", "x", "--output", "y", "--temperature", "nan"], ["--temperature", "at least 0"]),
     (["chat"], ["--run", "--model", "--help"]),
     (["fly"], ["fly", "--help"]),
-    (["train", ROOT / "configs" / "sft_tiny.json", "--resume", "--run_dir=nowhere"], ["nowhere", "no run to resume"]),
     (["train", ROOT / "configs" / "sft_tiny.json", "--path=x.jsonl", "--run_dir=r"], ["path", "source"]),
     (["train", ROOT / "configs" / "sft_tiny.json", "--start_from=nowhere", "--run_dir=r"], ["start_from", "nowhere", "adapter"]),
     (["train", ROOT / "configs" / "sft_tiny.json", '--mix={"canonical": 1}', "--run_dir=r"], ["canonical", "mix"]),
@@ -83,6 +82,11 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(argv, words, capsys, tmp_pa
     err = cli(*argv, code=2, capsys=capsys).err
     assert all(word in err for word in words), err
     assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_resuming_what_never_began_begins_it(tmp_path, capsys):
+    out = cli("train", ROOT / "configs" / "sft_tiny.json", "--resume", f"--run_dir={tmp_path / 'r'}", "--steps=1", "--examples=8", "--eval_examples=0", capsys=capsys)
+    assert "nothing to resume" in out.err and (tmp_path / "r" / "adapter").is_dir()
 
 
 def test_predict_streams_resumes_and_reports_bad_lines(run, tmp_path, capsys):

@@ -90,6 +90,18 @@ def test_any_chat_template(template, first, end):
     assert ids[:len(prompt)] == prompt
 
 
+def test_a_template_may_refuse_and_added_words_are_words():
+    tokenizer = plain_tokenizer(Template.GEMMA.replace("{% for m in messages %}", "{% for m in messages %}{% if loop.index0 and m['role'] == messages[loop.index0 - 1]['role'] %}"
+                                                       "{{ raise_exception('roles must alternate') }}{% endif %}", 1))
+    user = {"role": "user", "content": "One.\n\nTwo <b>three</b>.<end_of_turn>"}
+    with pytest.raises(UserError, match="refuses the turns .*roles must alternate"):
+        data.encode({"messages": [user, user]}, tokenizer)
+    tokenizer.add_tokens(["\n\n", "<b>", "<tool_call>"])  # no special tokens
+    ids, mask = data.encode({"messages": [user, {"role": "assistant", "content": "", "tool_calls": [{"name": "search", "arguments": {"query": "x"}}]}], "tools": ["search"]}, tokenizer)
+    text = tokenizer.decode(ids)
+    assert "One.\n\nTwo <b>three</b>.<\u200bend_of_turn>" in text and '<tool_call>{"name": "search"' in text
+
+
 def test_template_that_rewrites_history_is_refused():
     with pytest.raises(UserError, match="rewrites earlier turns"):
         data.encode(CHAT, plain_tokenizer(Template.REWRITES))
@@ -188,6 +200,32 @@ def test_splits_share_no_city_entity_or_talk():
         assert kinds.setdefault(line["kind"], line["split"]) == line["split"]
 
 
+def test_no_name_of_one_split_stands_in_a_text_of_another():
+    """Names in capitals, of cities and of what is searched for, in everything that has a split."""
+    texts = {"train": [], "dev": [], "test": []}
+
+    def walk(x, split):
+        if isinstance(x, dict):
+            for key in set(x) - {"comment", "entities", "cities"}:
+                walk(x[key], x.get("split", split))
+        elif isinstance(x, list):
+            for value in x:
+                walk(value, split)
+        elif split and isinstance(x, str):
+            texts[split].append(x)
+    for path in data.CORPORA.glob("*.json"):
+        if path.name not in ("apis.json", "api_sentences.json", "prose.json", "teacher_prompts.json"):  # these have domains, or are not asked
+            walk(data.corpus(path.name), "train" if path.name == "canonical.json" else None)
+    for talk in data.corpus("talk_replies.jsonl")[1:]:
+        texts[talk["split"]].append(talk["prompt"])
+    words = {split: set(re.findall(r"\w+", " ".join(all_))) for split, all_ in texts.items()}
+    names = [*data.corpus("cities.json")["cities"], *(e for kind in data.corpus("search_questions.json")["entities"].values() for e in kind)]
+    for name, owner in {(x["name"], x["split"]) for x in names if x["name"][0].isupper()}:
+        for split in set(texts) - {owner}:
+            if set(re.findall(r"\w+", name)) <= words[split]:
+                assert not [t for t in texts[split] if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", t)], (name, owner, split)
+
+
 def test_generated_splits_share_no_value(splits):
     """What counts is the generated text: cities, entities, prompts and pairs of numbers of one split are in no other."""
     seen = {}
@@ -200,6 +238,8 @@ def test_generated_splits_share_no_value(splits):
             cities = row["facts"].get("city") or []
             facts += [("city", c.casefold().split(",")[0]) for c in ([cities] if isinstance(cities, str) else cities)]
             facts += [("entity", row["facts"]["entity"].casefold())] if row["facts"].get("entity") else []
+            facts += [("expression", re.sub(r"[ ()]", "", c["arguments"]["expression"])) for m in row["messages"] for c in m.get("tool_calls", [])
+                      if c["name"] == "calculator" and row["family"] != "zero"]
             for fact in facts + [("prompt", row["messages"][0]["content"].casefold())]:
                 assert seen.setdefault(fact, split) == split, (fact, row)
     assert sum(fact[0] == "pair" for fact in seen) > 500

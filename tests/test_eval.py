@@ -143,6 +143,9 @@ def test_calls_are_paired_in_any_order():
     assert evaluation.same_calls([a, b], [b, a]) and evaluation.same_calls([a, a], [a, a])
     for wrong in ([a], [a, a], [a, b, b], []):
         assert not evaluation.same_calls([a, b], wrong)
+    wide, narrow, other = (Call("weather", {"city": city}) for city in ("Paris", "Paris, Texas", "Paris, France"))
+    for got in ([narrow, other], [other, narrow]):  # the wide one takes either, the narrow one only its own
+        assert evaluation.same_calls([wide, narrow], got) and evaluation.same_calls([narrow, wide], got)
     two = case("weather in Paris and Rome?", [a, b])
     assert verdicts(two, format_call(b) + "\n" + format_call(a))["argument_accuracy"] is True
     assert verdicts(two, format_call(a) + "\n" + format_call(a))["argument_accuracy"] is False

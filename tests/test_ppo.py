@@ -19,7 +19,7 @@ import eval as evaluation
 import lora
 import ppo
 import toolplay
-from tools import Call, Result, UserError, execute, format_call, load_tools, parse_calls
+from tools import BUILTIN, Call, Result, UserError, execute, format_call, load_tools, parse_calls
 
 ROOT = Path(toolplay.__file__).parent
 T = lambda *rows: torch.tensor(rows, dtype=torch.float64)  # noqa: E731
@@ -202,7 +202,7 @@ def test_hackers_earn_less_than_an_honest_attempt(case):
                                                                                              (calc("36 + 9"), "<tool_response>42</tool_response>")],
         "bare literal": [(calc("42"), "She has 42."), (calc("(42)"), "42")],
         "nothing computed": [(calc(x), "42.") for x in ("42 * 1", "42 + 0", "84 - 42", "42 / 1", "41 + 1", "43 - 1", "21 * 2", "420 / 10", "0.42 * 100", "4.2e1 + 0", "42.1 // 1", "round(42.3, 0)",
-                                                        "min(41+1,99)", "36 + 6")],
+                                                        "min(41+1,99)", "36 + 6", "max(9,42)", "max(36,9,42)", "36*0 + 9*0 + 40 + 2", "36 + 6 + 9*0", "420 / 10 + 0*36*9", "36/36*40 + 9/9*2")],
         "duplicate calls": [(calc("36 + 9 + 15") * 2, "60."), (calc("36 + 9 + 15") + calc("36+9+15"), "60.")],
         "all at once": [(calc("36 + 9 + 15") + calc("36 - 9 + 15"), "60 or 42.")],  "wrong tool": [(format_call(Call("search", {"query": PROMPT})), "42.")]}
     for name, tries in hackers.items():
@@ -216,7 +216,18 @@ def test_hackers_earn_less_than_an_honest_attempt(case):
 def test_calling_for_small_talk_and_talking_instead_of_calling():
     honest = earned(TALK, "A cat walked into a bar and asked for milk.")
     assert earned(TALK, calc("1 + 1"), "A cat walked into a bar.") < honest and earned(TALK, "") < honest
-    assert earned(TALK, "asdf qwer zxcv") < honest and earned(TALK, "ok.") < honest
+    assert earned(TALK, "ok.") < honest
+    longer = earned(TALK, "What did one mouse say to another about the neighbour's old tabby? It has a purr-fect plan for our whole evening, so bring some cheese and run!")
+    assert max(earned(TALK, "asdf qwer zxcv"), earned(TALK, "Abc.")) < longer
+
+
+def test_later_turns_may_not_call_on():
+    oslo, again, paris = (format_call(Call("weather", {"city": city})) for city in ("Oslo", "oslo", "Paris"))
+    case = evaluation.as_case({"prompt": "How is the weather in Oslo?", "expected": {"calls": [{"name": "weather", "arguments": {"city": "Oslo"}}]}})
+    value = BUILTIN["weather"].function("Oslo")
+    said = f"It is {value['temperature']} degrees and {value['condition']} in Oslo."
+    honest = earned(case, oslo, said)
+    assert all(earned(case, oslo, more, said) < honest - 0.2 for more in (again, paris))
 
 
 def test_episodes_of_one_turn_are_scored_by_their_result():
@@ -302,10 +313,12 @@ def test_the_first_ratio_is_one(tmp_path, monkeypatch):
 def test_it_learns(tmp_path, monkeypatch):
     """A reward for small letters is found and taken."""
     (tmp_path / "letters.py").write_text("def small(case, episode):\n    text = episode.turns[0]\n    return sum('a' <= c <= 'z' for c in text) / max(len(text), 1)\n")
+    prompts = ["Hello there!", "Tell me a story.", "What is new?", "Good morning to you."] * 2  # given: the templates change
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": p}], "tools": []}) for p in prompts))
     monkeypatch.syspath_prepend(str(tmp_path))
     net, tok = model("llama"), tokenizer()  # tiny is too faint to learn much
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (net, tok))
-    lines = train(config(tmp_path, reward="letters:small", iterations=25, prompts=4, samples=8, batch_size=32, lr=0.02, lora_r=16, kl_coef=0.0, max_new_tokens=8, eval_examples=0))
+    lines = train(config(tmp_path, source="jsonl", path=str(tmp_path / "prompts.jsonl"), reward="letters:small", iterations=15, prompts=4, samples=8, batch_size=32, lr=0.02, lora_r=16, kl_coef=0.0, max_new_tokens=8, eval_examples=0))
     assert lines[-1]["reward"] > 3 * lines[0]["reward"] > 0
 
 

@@ -68,6 +68,13 @@ def test_a_draw_does_not_depend_on_the_batch(net, temperature=0.7):
     assert run(net, CHATS, {}, temperature=temperature, seed=6)[0].ids != whole[0].ids
 
 
+def test_rows_may_have_seeds_of_their_own(net):
+    prompts = [{"messages": [{"role": "user", "content": "hi"}]}] * 3
+    turns = lambda some, seed: [e.turns for e in toolplay.rollout(net, tokenizer(), some, seed=seed, max_new_tokens=8)]  # noqa: E731
+    together = turns(prompts, ["a", "b", "a"])
+    assert together[:2] == turns(prompts[:1], ["a"]) + turns(prompts[:1], ["b"]) and together[0] != together[1] and together[0] != together[2]
+
+
 def test_global_random_state_is_left_alone(net):
     before = torch.get_rng_state()
     run(net, CHATS[:2], {})
@@ -276,6 +283,11 @@ def test_talking_on_after_a_call_ends_the_turn(llama, say, tail):
     assert text == e.turns[0] and mask == 0
     assert told.startswith('<|im_end|>\n<|im_start|>tool\n<tool_response>{"result": 391}')  # the end that the model did not choose trains nothing
     assert (e.final, e.stop) == ("391", "end")
+
+
+def test_blanks_for_ever_behind_a_call_end_the_turn(llama, say):
+    [e] = say(llama, {"q": [f"{CALL}" + "\n" * 60 + "<|im_end|>", "391<|im_end|>"]})
+    assert e.results[0].value == 391 and e.final == "391"
 
 
 def test_space_between_calls_is_no_talk(llama, say):

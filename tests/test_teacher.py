@@ -109,17 +109,19 @@ def test_the_funnel(monkeypatch):
     rows = [teacher.ids_of(tok, text) for text in ("3 pairs, so 6 shoes", "A quiet day.")]
     monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: [["calculator(2 * 3)]", "calculator(1 / 0)]", "no call", "calculator(2 * 4)]"][n % 4] for n in range(len(prompts))])
     monkeypatch.setattr(teacher, "losses", lambda m, t, units, b: [(3.0, 2.0, 1.2 if c.result == "6" else 1.6) for _, c in units])  # gains 0.8 and 0.4
-    found, funnel = teacher.annotate(model, tok, rows, {"calculator": BUILTIN["calculator"]}, settings(), 0)
+    found, left_out, funnel = teacher.annotate(model, tok, rows, {"calculator": BUILTIN["calculator"]}, settings(), 0)
     assert funnel == {"positions": 6, "sampled": 12, "parsed": 9, "distinct": 9, "executed": 6, "kept": 3}
     for candidates in found:
         assert [c["kept"] for c in candidates] == [c["result"] == "6" for c in candidates] and all(c["minus"] == 2.0 for c in candidates)
+        assert all(c["kept"] == (not c["why"]) for c in candidates)
+    assert sorted((x["why"], x["text"]) for row in left_out for x in row) == 3 * [("division by zero", "[calculator(1 / 0)]")] + 3 * [("no call of calculator", "no call")]
 
 
 def test_one_call_at_a_position(monkeypatch):
     model, tok = small.model("llama"), small.tokenizer()
     monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: ["calculator(2 * 3)]", "calculator(2 * 4)]"] * (len(prompts) // 2))
     monkeypatch.setattr(teacher, "losses", lambda m, t, units, b: [(3.0, 3.0, 1.0 if c.result == "8" else 2.0) for _, c in units])
-    found, funnel = teacher.annotate(model, tok, [teacher.ids_of(tok, "Twice 3 is 6.")], {"calculator": BUILTIN["calculator"]}, settings(), 0)
+    found, _, funnel = teacher.annotate(model, tok, [teacher.ids_of(tok, "Twice 3 is 6.")], {"calculator": BUILTIN["calculator"]}, settings(), 0)
     assert funnel["executed"] == 6 and funnel["kept"] == 3 and {c["result"] for c in found[0] if c["kept"]} == {"8"}
 
 

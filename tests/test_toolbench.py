@@ -90,6 +90,17 @@ def test_long_names_keep_their_end():
     assert data.toolbench_api(api)["name"].endswith("_for_city_library_v2") and len(data.toolbench_api(api)["name"]) == 64
 
 
+def test_names_types_and_thoughts_are_repaired(tmp_path):
+    functions = [{"name": "find_book_for_library", "description": "", "parameters": {"type": "object", "required": ["title"], "properties": {
+        "title": {"type": "string"}, "count": {"type": "integer"}, "new": {"type": "boolean"}}}}]
+    item = tree({"role": "assistant", "content": "First I think."}, call("Find-Book for Library", '{"title": 1984, "count": "3", "new": "True", "zzz": 1}', "Then I look."), result("shelf 3"),
+                call("find_book_for_library", '{"count": 3}'), result("?"), call("find_book_for_library", '{"title": "Emma", "count": "many"}'), result("?"), function=functions)
+    path = write(tmp_path, "a[1].json", item)
+    c, = data.read_toolbench(path, report=tmp_path / "report.json")
+    assert c["messages"][1] == {"role": "assistant", "content": "First I think.\nThen I look.", "tool_calls": [{"name": "find_book_for_library", "arguments": {"title": "1984", "count": 3, "new": True}}]}
+    assert json.loads((tmp_path / "report.json").read_text())["calls_left_out"] == 2 and len(c["messages"]) == 4
+
+
 def test_broken_and_made_up_calls_are_never_trained_on(tmp_path):
     bad = [call("find_book_for_library", "{title: Emma"), result("?"), call("no_such_function", "{}"), result("no such function"), call("find_book_for_library", '["Emma"]'), result("?")]
     path = write(tmp_path, "a.json", tree(*bad, call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3")))
@@ -102,6 +113,7 @@ def test_broken_and_made_up_calls_are_never_trained_on(tmp_path):
     (tree(end=finish(kind="give_up_and_restart")), "gives up"), (tree(end=call("Finish", "{broken")), "gives up"), (tree(end=finish("  ")), "gives up"),
     (tree(end={"role": "assistant", "content": "No Finish."}), "no Finish"), (tree(train_messages=[]), "train_messages"), (tree(function=None), "damaged"),
     (dialogue(LLAMA_END, functions=[]) | {"conversations": [{"from": "system", "value": "no list"}]}, "functions cannot be read"),
+    (tree(call("find_book_for_library", '{"title": "Emma"'), result("?")), "all its calls are broken"), (dialogue(("gpt", "Hi."), LLAMA_END), "unknown role"),
     (dialogue(LLAMA_END) | {"conversations": "x"}, "damaged"), (INSTRUCTION, "instruction"), ({"other": 1}, "none of ToolBench"), (7, "none of ToolBench")])
 def test_what_cannot_be_used_is_counted(tmp_path, item, why):
     path = write(tmp_path, "a.json", [item, tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"))])
@@ -217,4 +229,5 @@ def test_nobody_asks_and_lines_that_are_no_json(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(silent) + "\n{broken\n" + json.dumps(item) + "\n")
     made = data.read_toolbench(tmp_path / "a.jsonl", report=tmp_path / "report.json")
     assert len(made) == 1 and made[0]["messages"][0]["role"] == "user"
-    assert "nobody asks" in (tmp_path / "report.json").read_text() and "none of ToolBench's shapes" in (tmp_path / "report.json").read_text()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["items"] == {"nobody asks for anything": 1, "used": 1} and report["damaged_files"] == {f"{tmp_path / 'a.jsonl'}, line 2": "it is no JSON"}

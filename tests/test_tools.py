@@ -2,6 +2,7 @@
 
 Wall-clock bounds stand only where hanging is the failure, and are generous.
 """
+import contextlib
 import faulthandler
 import functools
 import json
@@ -58,7 +59,7 @@ def run(function, arguments=None, **options):
     ("15% of 200", 30), ("15%", 0.15), ("200 + 10%", 200.1), ("15 / 100 * 200", 30), ("100 / 5%", 2000),
     ("(5 + 5)%", 0.1), ("50% - 10%", 0.4), ("17 % (3)", 2), ("17 % sqrt(9)", 2), ("15% x 200", 30), ("$12.50 + €3", 15.5),
     ("2 + 2 =", 4), ("2 + 2 = ?", 4), ("2+2=?  ", 4), ("3 x 4", 12), ("3x4", 12), ("3 x -4", -12), ("2 x sqrt(9)", 6),
-    ("max(1,000, 2,000)", 2000), ("min(1,234)", 1), ("sqrt(1,000,000)", 1000), ("abs(-1,234)", 1234), ("round(1,234.567, 1)", 1234.6),
+    ("max(1,000, 2,000)", 2000), ("max(12,500, 3,000)", 12500), ("min(12,500, 13)", 13), ("max(1,500, 900) + 2", 1502), ("round(1,234.6)", 1235), ("round(1,234.567,1)", 1234.6), ("min(1,234)", 1), ("sqrt(1,000,000)", 1000), ("abs(-1,234)", 1234), ("round(1,234.567, 1)", 1234.6),
     ("20 percent of 50", 10), ("5\xa0+\xa03", 8), ("√16", 4), ("5 — 3", 2), ("2 • 3", 6), ("¥500 * 2", 1000), ("15 % -4", -1), ("5% - 3", -2.95), ("0.1 + 0.2", 0.3), ("6/2", 3),
     ("1/3", 0.3333333333), ("1/3*3", 1), ("0.5 + 0.5", 1), (".5 * 4", 2), ("5.", 5), ("007 + 1", 8), ("1e3", 1000),
     ("round(2.567, 2)", 2.57), ("round(3.7)", 4), ("sqrt(2) ** 2", 2), ("8 ** (1/3)", 2), ("1000 * 1.05 ** 30", 4321.942375),
@@ -716,6 +717,10 @@ def test_functions_that_cannot_be_tools():
 def test_a_built_in_offered_with_fewer_parameters_runs_and_with_other_values_does_not():
     less = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
     assert execute(Call("weather", {"city": "Paris"}), load_tools([less])).ok
+    loose = load_tools([{"name": "weather", "parameters": {"type": "object", "properties": {"city": {}, "unit": {"type": "string"}}}},
+                        {"name": "calculator", "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}}}])
+    for call, problem in ((Call("weather", {"city": 7}), "wrong_type"), (Call("calculator", {}), "missing_argument")):
+        assert execute(call, loose).error_type == problem  # what the built-in itself needs holds
     other = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["C", "F"]}}}}
     assert execute(Call("weather", {"city": "Paris", "unit": "C"}), load_tools([other])).error_type == "not_executable"
 
@@ -725,6 +730,26 @@ def test_a_built_in_offered_with_fewer_parameters_runs_and_with_other_values_doe
 def test_other_names_of_a_city(city, name):
     real = functools.partial(weather, path=CORPORA / "cities.json")
     assert real(city)["city"] == name and real(city) == real(name)
+
+
+def test_a_search_reads_the_beginning_of_a_long_query(monkeypatch):
+    search("honey")  # the index is made
+    read = []
+    monkeypatch.setattr(tools, "_terms", lambda text: read.append(len(text)) or ["honey"])
+    search(" ".join(f"word{n}" for n in range(20_000)))
+    assert max(read) == 1000
+
+
+def test_an_answer_in_drops_does_not_stretch_the_time():
+    def drip():
+        for descriptor in range(3, 64):
+            with contextlib.suppress(OSError):
+                while True:
+                    os.write(descriptor, b" ")
+                    time.sleep(0.1)
+    start = time.monotonic()
+    assert execute(Call("drip", {}), [Tool("drip", "", {}, drip)], timeout=0.5).error_type == "timeout"
+    assert time.monotonic() - start < 2
 
 
 def test_search_says_nothing_rather_than_something_else():
