@@ -283,14 +283,14 @@ TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 def number_words(n):
-    """342 -> 'three hundred and forty-two', for 0 <= n < 10**9."""
+    """342 -> 'three hundred and forty-two', 1005 -> 'one thousand and five', for 0 <= n < 10**9."""
     if n < 20:
         return ONES[n]
     if n < 100:
         return TENS[n // 10] + (f"-{ONES[n % 10]}" if n % 10 else "")
     for size, name, link in ((10 ** 6, "million", " "), (1000, "thousand", " "), (100, "hundred", " and ")):
         if n >= size:
-            return f"{number_words(n // size)} {name}" + (f"{link}{number_words(n % size)}" if n % size else "")
+            return f"{number_words(n // size)} {name}" + (f"{' and ' if n % size < 100 else link}{number_words(n % size)}" if n % size else "")
 
 
 # Every unordered pair of numbers belongs to one split: two colours to train, one and the same colour to dev or test. A number that
