@@ -263,7 +263,7 @@ def test_every_family_can_be_drawn_in_its_split():
 
 
 @pytest.mark.parametrize("n,words", [(0, "zero"), (13, "thirteen"), (42, "forty-two"), (100, "one hundred"), (342, "three hundred and forty-two"),
-                                     (1005, "one thousand five"), (70000, "seventy thousand"), (2000300, "two million three hundred")])
+                                     (1005, "one thousand and five"), (70000, "seventy thousand"), (2000300, "two million three hundred")])
 def test_number_words(n, words):
     assert data.number_words(n) == words
 
