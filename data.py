@@ -1204,7 +1204,7 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
             elif role in ("function", "tool"):
                 if waiting:
                     messages.append({"role": "tool", "content": toolbench_observation(text, observation)})
-                    clipped = clipped or len(text) > observation
+                    clipped = clipped or messages[-1]["content"] != toolbench_observation(text, len(text) + 100)
                 waiting = 0
             elif role == "assistant":
                 arguments = toolbench_arguments(call[1]) if call else None
