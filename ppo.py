@@ -457,7 +457,7 @@ class Policy(torch.nn.Module):
 
 
 def padded(rows, width, device):
-    """Lists of numbers of different length -> [B, width], zeros behind."""
+    """Lists of numbers of different length, [] among them -> [B, width], zeros behind."""
     return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], dtype=torch.float32, device=device)
 
 
@@ -567,7 +567,7 @@ def train(run):
     def loss(group):
         rows = [unit["row"] for unit in group]
         out = policy(rows, (*trunk, "entropy"))
-        mask, weight, old_logp, advantages, returns, old_values = (padded([unit[key] for unit in group], out["logp"].shape[1], run.device)
+        mask, weight, old_logp, advantages, returns, old_values = (padded([unit.get(key, ()) for unit in group], out["logp"].shape[1], run.device)
                                                                    for key in ("mask", "weight", "logp", "advantages", "returns", "values"))
         total, info = policy_loss(out["logp"], old_logp, advantages, mask, config.clip_range, config.dual_clip)
         entropy = model_tokens(out["entropy"], mask).sum()
@@ -598,7 +598,7 @@ def train(run):
         played = []
         for b, (case, episode) in enumerate(zip(chosen, episodes)):
             total, parts = reward(case, episode)
-            played.append({"episode": episode, "row": rows[b], "mask": episode.mask, "weight": [0.0] * len(episode.ids), "score": total, "parts": parts,
+            played.append({"episode": episode, "row": rows[b], "mask": episode.mask, "score": total, "parts": parts,
                            **{name: x[b, :len(episode.ids)].tolist() for name, x in fixed.items()}})
         return [played[n:n + config.samples] for n in range(0, len(played), config.samples)]
 
@@ -607,8 +607,7 @@ def train(run):
         such weights that their mean loss counts `ptx_coef`."""
         chosen = [shown[i] for i in shown_batches(trainer.step)] if shown else []
         weight = config.ptx_coef * tokens / max(1, sum(sum(mask) for _, mask in chosen))
-        return [{"row": row, "weight": [weight * m for m in row[1]],
-                 **dict.fromkeys(("mask", "logp", "advantages", "returns", "values"), [0] * len(row[0]))} for row in chosen]
+        return [{"row": row, "mask": [], "weight": [weight * m for m in row[1]]} for row in chosen]
 
     def learn(units, teaching, position):
         """Epochs over a round's units, of the prompts with these numbers -> means of the minibatches' logs."""
