@@ -2,7 +2,6 @@
 
 Wall-clock bounds stand only where hanging is the failure, and are generous.
 """
-import contextlib
 import faulthandler
 import functools
 import json
@@ -740,13 +739,14 @@ def test_a_search_reads_the_beginning_of_a_long_query(monkeypatch):
     assert max(read) == 1000
 
 
-def test_an_answer_in_drops_does_not_stretch_the_time():
+def test_an_answer_in_drops_does_not_stretch_the_time(monkeypatch):
+    pairs, pair = [], socket.socketpair
+    monkeypatch.setattr(tools.socket, "socketpair", lambda: pairs.append(pair()) or pairs[-1])
+
     def drip():
-        for descriptor in range(3, 64):
-            with contextlib.suppress(OSError):
-                while True:
-                    os.write(descriptor, b" ")
-                    time.sleep(0.1)
+        while True:
+            pairs[-1][1].send(b" ")  # to its parent, behind the back of what would send the result
+            time.sleep(0.1)
     start = time.monotonic()
     assert execute(Call("drip", {}), [Tool("drip", "", {}, drip)], timeout=0.5).error_type == "timeout"
     assert time.monotonic() - start < 2
