@@ -288,9 +288,9 @@ def number_words(n):
         return ONES[n]
     if n < 100:
         return TENS[n // 10] + (f"-{ONES[n % 10]}" if n % 10 else "")
-    for size, name, link in ((10 ** 6, "million", " "), (1000, "thousand", " "), (100, "hundred", " and ")):
+    for size, name in ((10 ** 6, "million"), (1000, "thousand"), (100, "hundred")):
         if n >= size:
-            return f"{number_words(n // size)} {name}" + (f"{' and ' if n % size < 100 else link}{number_words(n % size)}" if n % size else "")
+            return f"{number_words(n // size)} {name}" + (f"{' and ' if n % size < 100 else ' '}{number_words(n % size)}" if n % size else "")
 
 
 # Every unordered pair of numbers belongs to one split: two colours to train, one and the same colour to dev or test. A number that

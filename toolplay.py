@@ -646,10 +646,10 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
         # Checked before its tools are used: a tool from a data file must not bring a function of its own.
         conversation = data.check_conversation({**conversation, "tools": list(tools.values())} if tools is not None else conversation)
         ids, _ = data.encode(conversation, tokenizer, style, generation=True)
-        key = (seed[n] if isinstance(seed, list) else seed, ids)
-        copy = seen[repr(key)] = seen.get(repr(key), -1) + 1
+        own = seed[n] if isinstance(seed, list) else seed
+        copy = seen[own, tuple(ids)] = seen.get((own, tuple(ids)), -1) + 1
         episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)), {tool.name: tool for tool in conversation["tools"]},
-                         np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(repr((*key, copy)).encode()).digest()[:8], "big")))))
+                         np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(repr((own, ids, copy)).encode()).digest()[:8], "big")))))
     limits = Limits(max_new_tokens, max_turns, getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
     fitting = [row for row in episodes if row[0].prompt < limits.context]
     for episode, _, _ in episodes:

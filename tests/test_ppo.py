@@ -381,7 +381,7 @@ def test_what_the_model_knew_is_imitated_beside(tmp_path, monkeypatch):
     expected, rows, own, shown, step = [], [], [], [], toolplay.train_step
 
     def record(trainer, batch, *args, **more):
-        mine = [unit["row"] for unit in batch if any(unit.get("weight", []))]
+        mine = [unit["row"] for unit in batch if "weight" in unit]
         rows.extend(mine)
         with torch.no_grad():
             logp = small.gather(mine, small.one_by_one(net, mine))
@@ -389,8 +389,8 @@ def test_what_the_model_knew_is_imitated_beside(tmp_path, monkeypatch):
         alone = toolplay.token_logprobs(net, mine)
         flat = lambda loss: torch.cat([g.flatten() for g in torch.autograd.grad(loss, [p for p in trainer.parameters.values()], allow_unused=True) if g is not None])  # noqa: E731
         shown.append(flat(-alone.sum() / sum(sum(mask) for _, mask in mine)))
-        terms = sum(sum(unit["mask"]) for unit in batch if not any(unit.get("weight", [])))
-        total, _ = args[0]([unit for unit in batch if not any(unit.get("weight", []))])
+        terms = sum(sum(unit["mask"]) for unit in batch if "weight" not in unit)
+        total, _ = args[0]([unit for unit in batch if "weight" not in unit])
         own.append(flat(total / terms))
         info = step(trainer, batch, *args, **more)
         assert info["ptx_loss"] == pytest.approx(expected[-1], rel=1e-4)
