@@ -328,6 +328,9 @@ def draw_values(slots, split, rng):
         for _ in range(60):
             value = rng.randint(int(float(low) * 10 ** places), int(float(high) * 10 ** places))
             value = round(value / 10 ** places, places) if places else value
+            if kind in ("num", "int", "word", "dollars") and value > 99 and rng.random() < 0.2:  # people like round numbers: 1200; or 3047, as said
+                rounded = value - value % 1000 + value % 100 if value > 1000 and rng.random() < 0.3 else round(value, 2 - len(str(value)))
+                value = rounded if float(low) <= rounded <= float(high) else value
             if fits(value):
                 values[name] = value
                 break
@@ -344,9 +347,12 @@ def write_value(value, kind, rng):
         slips = corpus("register.json")["typos"]["percent"]  # the engine's typos do not reach what is written with a number
         return digits + rng.choice(["%"] * 8 + [" %", " percent", " percent", " per cent", " pct", f" {rng.choice(slips)}"])
     if kind in ("money", "dollars"):
-        return rng.choice([f"${comma}"] * 4 + [f"${digits}", f"{digits} dollars", f"{digits} bucks" if kind == "dollars" else f"{digits} USD"])
+        return rng.choice([f"${comma}"] * 4 + [f"${digits}", f"{digits} dollars", f"{digits} bucks" if kind == "dollars" else f"{digits} USD"]
+                          + [comma, digits, digits, f"{rng.choice('£€')}{comma}", f"{digits} {rng.choice(['euros', 'pounds', 'eur'])}"])
     if kind == "word" or kind == "int" and rng.random() < 0.2 and value < 10000:
         words = number_words(value)
+        if value % 100 == 0 and value % 1000 and value < 10000 and rng.random() < 0.7:
+            words = f"{number_words(value // 100)} hundred"  # twelve hundred
         return rng.choice([words, words, words.replace(" and ", " "), words.replace("-", " ")])
     return comma if rng.random() < 0.35 else digits
 
@@ -384,6 +390,7 @@ def talks(split):
 
 
 SEVERAL = 0.64  # share of requests for a calculation that have more than one operation
+SPOKEN = 0.08  # share of requests for a calculation that are written as one says them, "twelve hundred minus eighty-two"
 FORMULAS = 0.2  # share of these, in training, that are a random formula: hands list dozens of shapes, there are thousands
 
 
@@ -439,8 +446,8 @@ class Writer:
 
     # Each writer of a kind returns (prompt, calls, answer text or None, extra facts about the example).
 
-    def number_request(self, family):
-        """A request from a family with number slots -> (prompt, expression, slot values)."""
+    def number_request(self, family, spoken=False):
+        """A request from a family with number slots -> (prompt, expression, slot values). spoken: its whole numbers are words."""
         for _ in range(300):
             slots = family.get("slots", {})
             values = draw_values(slots, self.split, self.rng)
@@ -457,7 +464,10 @@ class Writer:
         else:
             return None
         template, lower = self.register(self.rng.choice(family["texts"]), rambling=len(family["texts"][0]) < 90)
-        written = {k: write_value(v, slots[k].split()[0], self.rng) for k, v in values.items()}
+        kinds = {k: slots[k].split()[0] for k in values}
+        if spoken and not re.search(r"\} ?[-−+*/x×÷^²%=)]|[(√] ?\{", template):  # a whole request as one says it
+            kinds.update({k: "word" for k, v in values.items() if kinds[k] in ("num", "int") and v < 10000})
+        written = {k: write_value(v, kinds[k], self.rng) for k, v in values.items()}
         return fill(template, {**written, **self.story_words(family, lower)}), expression, values
 
     def story_words(self, family, lower=False):
@@ -471,11 +481,12 @@ class Writer:
                  "Thing": thing.capitalize(), "city": self.pick("cities.json", "cities")["name"]}
         return {k: v.lower() if lower else v for k, v in words.items()}
 
-    def calculation(self, name, wanted=lambda family: True):
-        return self.calculator_call(self.rng.choice([f for f in pool(name, "families", self.split) if wanted(f)]))
+    def calculation(self, name, wanted=lambda family: True, spoken=0):
+        family = self.rng.choice([f for f in pool(name, "families", self.split) if wanted(f)])
+        return self.calculator_call(family, spoken=self.rng.random() < spoken)
 
-    def calculator_call(self, family):
-        made = self.number_request(family)
+    def calculator_call(self, family, spoken=False):
+        made = self.number_request(family, spoken)
         return made and (made[0], [Call("calculator", {"expression": made[1]})], family["id"], made[2])
 
     def arithmetic(self):
@@ -483,7 +494,7 @@ class Writer:
         several = self.rng.random() < SEVERAL
         if several and self.split == "train" and self.rng.random() < FORMULAS:
             return self.calculator_call(self.formula())
-        return self.calculation("arithmetic.json", lambda family: (operations(family["expression"]) > 1) == several)
+        return self.calculation("arithmetic.json", lambda family: (operations(family["expression"]) > 1) == several, SPOKEN)
 
     def formula(self):
         """A family made on the spot: a random formula of two to four operations, written out, in one of many sentences."""
@@ -520,7 +531,7 @@ class Writer:
         return self.calculation("arithmetic.json", lambda family: re.fullmatch(form, family["expression"]))
 
     def everyday(self):
-        return self.calculation("everyday.json")
+        return self.calculation("everyday.json", spoken=SPOKEN)
 
     def word_problem(self, steps=None):
         if self.split == "train" and steps != 1 and self.rng.random() < 0.15:
@@ -679,8 +690,8 @@ def swap_word(word, table, rate, rng):
 
 # --------------------------------------------------------------------------- 4. whole conversations
 
-MIX = {"canonical": 2, "arithmetic": 19, "everyday": 35, "weather": 10, "search": 9, "no_tool": 7, "trap": 9,
-       "word_problem": 5, "missing_tool": 2, "two_calls": 1, "tool_error": 1}
+MIX = {"canonical": 2, "arithmetic": 21, "everyday": 35, "weather": 10, "search": 9, "no_tool": 6, "trap": 9,
+       "word_problem": 4, "missing_tool": 2, "two_calls": 1, "tool_error": 1}
 SYNTHETIC = {"api_one": 3, "api_choice": 4, "api_parallel": 3, "api_ask": 1, "api_none": 2}  # invented functions (section 5)
 KINDS = [*MIX, "sums", "small_talk", "one_step", "two_steps", *SYNTHETIC]  # easy ones for the demo; word problems of one operation, and of more
 
