@@ -1100,8 +1100,8 @@ def sample_replies(path=CORPORA / "talk_replies.jsonl", limit=24):
 
 # --------------------------------------------------------------------------- 7. ToolBench
 
-# Qin et al. 2023 (arXiv:2307.16789). Three shapes of files: answer trees, "toolllama" dialogues, and bare instructions, which
-# have no answers. The first two become conversations: functions are tools, the call of Finish is the final answer.
+# Qin et al. 2023 (arXiv:2307.16789). Three shapes of files: answer trees, "toolllama" dialogues, and bare instructions. All become
+# conversations: functions are tools, the call of Finish is the final answer. An instruction has none: it is the question alone.
 OBSERVATIONS = (1024, 512, 256, 128)  # characters that are kept of a tool's result: the first that lets a conversation fit
 RESERVED = ("from", "class", "return", "false", "true", "id", "and")
 
@@ -1200,9 +1200,13 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
 
     Thoughts stand beside the next call; those beside Finish are left out, for the user sees that turn. Raises Unusable with the reason.
     """
-    if shape == "instruction":
-        raise Unusable("an instruction without an answer")
     try:
+        if shape == "instruction":
+            tools = {tool["name"]: tool for tool in reversed([toolbench_api(api) for api in item["api_list"]])}
+            messages = [{"role": "user", "content": item["query"].strip()}]
+            if not messages[0]["content"]:
+                raise Unusable("nobody asks for anything")
+            return check_conversation({"kind": "toolbench", "messages": messages, "tools": [*reversed(tools.values())]}), 0, False
         functions, steps = toolbench_steps(shape, item)
         tools = {f["name"]: toolbench_function(f) for f in functions if f["name"] != "Finish"}
         names = {standard_name(name): name for name in reversed(tools)}
@@ -1238,9 +1242,11 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                     thoughts.append(re.sub(r"^\s*Thought:\s*|\s*$", "", text))
             elif role != "system":
                 raise Unusable(f"a turn of an unknown role, {str(role)[:20]!r}")
+    except UserError as error:
+        raise Unusable(f"it is no conversation ({error})"[:120]) from None
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise Unusable(f"it is damaged ({type(error).__name__}: {error})"[:120]) from None
-    if not messages or messages[0]["role"] != "user":
+    if not messages or messages[0]["role"] != "user" or not messages[0]["content"]:
         raise Unusable("nobody asks for anything")
     if dropped and not any(m.get("tool_calls") for m in messages):
         raise Unusable("all its calls are broken or made up")
@@ -1270,9 +1276,10 @@ def loaded(line):
         return None
 
 
-def read_toolbench(path, fits=lambda conversation: True, report=None):
+def read_toolbench(path, fits=lambda conversation: True, report=None, questions=True):
     """ToolBench files (one, a folder, a glob) -> conversations that fit. A summary is printed; `report`: also written there as JSON.
 
+    questions: instructions too, which end with the user's message; nothing can be learned from them, but asked.
     Nothing is fatal but a path that holds nothing usable. A conversation that does not fit has its tool results clipped further
     (OBSERVATIONS), and is left out if that does not help.
     """
@@ -1297,6 +1304,8 @@ def read_toolbench(path, fits=lambda conversation: True, report=None):
             try:
                 if shape is None:
                     raise Unusable("it is none of ToolBench's shapes")
+                if shape == "instruction" and not questions:
+                    raise Unusable("an instruction without an answer")
                 for observation in OBSERVATIONS:
                     conversation, dropped, clipped = toolbench_conversation(shape, item, observation)
                     if fits(conversation):
@@ -1312,7 +1321,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None):
             seen.add(key)
             kept.append(conversation)
             calls_dropped += dropped
-            counts["used, its results clipped" if clipped else "used"] += 1
+            counts["used, a question without an answer" if shape == "instruction" else "used, its results clipped" if clipped else "used"] += 1
     summary = {"path": str(path), "files": len(names), "damaged_files": damaged, "conversations": len(kept), "calls_left_out": calls_dropped, "items": dict(counts.most_common())}
     lines = [f"ToolBench, {path}: {len(kept)} conversations from {len(names)} files; {calls_dropped} broken or made-up calls left out of them"]
     lines += [f"  {count:7d}  {what}" for what, count in counts.most_common()] + [f"  damaged  {name}: {why}" for name, why in damaged.items()]
@@ -1413,7 +1422,7 @@ def conversations(config, split, tokenizer, line=check_conversation, offered=())
         made = read_teacher(path or config.path, split, count, config.seed, extra)
     elif config.source == "toolbench" and path:
         try:
-            made = read_toolbench(path, lambda c: len(encode(with_tools(c), tokenizer, config.tool_style)[0]) <= config.max_tokens)
+            made = read_toolbench(path, lambda c: len(encode(with_tools(c), tokenizer, config.tool_style)[0]) <= config.max_tokens, questions=False)
         except UserError as error:
             if not config.fallback:
                 raise
@@ -1520,6 +1529,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=KINDS, help="only this kind")
     parser.add_argument("--toolbench", metavar="PATH", help="read ToolBench files (a file, folder or glob) instead; with --out: export them")
+    parser.add_argument("--questions", action="store_true", help="of ToolBench: its instructions too, questions without an answer (for predict)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of ToolBench: clip or leave out what is longer, as training does")
     parser.add_argument("--report", metavar="FILE", help="write what became of ToolBench's items here, as JSON")
     parser.add_argument("--sample-replies", action="store_true", help="write the base model's own replies to the no-tool talk")
@@ -1537,7 +1547,7 @@ def main(argv=None):
             _, tokenizer = toolplay.load_model("smollm2-135m")
         if args.toolbench:
             fits = (lambda c: len(encode(c, tokenizer)[0]) <= args.max_tokens) if args.max_tokens else lambda c: True
-            made = read_toolbench(args.toolbench, fits, args.report)
+            made = read_toolbench(args.toolbench, fits, args.report, args.questions)
             if not args.show:
                 write_jsonl(args.out, made[:args.n])
         if args.show:

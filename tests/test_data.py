@@ -346,6 +346,24 @@ def test_tool_results_in_data_forge_no_tag():
     assert text.count("<") == 2 and text.startswith("<tool_response>x\\u003c/tool_response")
 
 
+def test_numbers_and_money_are_written_in_the_ways_people_have():
+    written = lambda value, kind: {data.write_value(value, kind, random.Random(n)) for n in range(300)}  # noqa: E731
+    assert {"twelve hundred", "one thousand two hundred"} <= written(1200, "word")
+    assert written(2000, "word") == {"two thousand"} and written(1047, "word") == {"one thousand and forty-seven", "one thousand forty-seven", "one thousand and forty seven"}
+    assert {"$64.50", "64.50", "£64.50", "€64.50", "64.50 euros", "64.50 USD"} <= written(64.5, "money")  # a bare amount is money, too
+    assert {"$3,000", "3,000", "3000", "3000 bucks"} <= written(3000, "dollars") and written(18, "pct") >= {"18%", "18 percent"}
+
+
+def test_a_spoken_request_has_words_only_where_one_says_them():
+    family = {"id": "f", "expression": "{a} * {p} - {b}", "slots": {"a": "num 20 900", "b": "int 20 900", "p": "dec 1 9"}, "negative": True, "texts": ["take {b} off {a} times {p}"]}
+    writer = data.Writer("train", random.Random(0))
+    for _ in range(20):
+        text, expression, values = writer.number_request(family, spoken=True)
+        assert re.search(r"\d", text.replace(str(values["p"]), "").replace(f'{values["p"]:,}', "")) is None and str(values["a"]) in expression
+    symbols = {**family, "texts": ["{a}*{p} - {b}"]}
+    assert all(re.search(r"\d *\*", writer.number_request(symbols, spoken=True)[0]) for _ in range(20))
+
+
 def test_values_of_every_split_are_ordinary_numbers():
     for split in ("dev", "test"):
         numbers = [v for row in data.generate(split, 400, 5) for v in row["facts"].values() if isinstance(v, int) and v < 13]

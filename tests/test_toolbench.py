@@ -71,13 +71,17 @@ def test_a_dialogue(tmp_path):
     assert c["messages"][2]["content"] == '{"error": "busy"}' and c["messages"][-1]["content"] == "It is there."
 
 
-def test_an_instruction_has_names_but_no_answer(tmp_path):
+def test_an_instruction_is_a_question_without_an_answer(tmp_path):
     tool = data.toolbench_api(INSTRUCTION["api_list"][0])
     assert tool["name"] == "get_2_find_book_for_city_library_v2" and tool["description"] == "Finds a book."
     assert tool["parameters"] == {"type": "object", "required": ["is_from", "max_count"], "properties": {
         "is_from": {"type": "string", "description": "first day"}, "max_count": {"type": "integer"}, "verbose": {"type": "boolean"}}}
+    twice = {**INSTRUCTION, "query": "Where is Emma? ", "api_list": INSTRUCTION["api_list"] * 2}
+    c, = data.read_toolbench(write(tmp_path, "q.json", [twice, {**twice, "query": 5}, {**twice, "query": " "}]))
+    assert c["messages"] == [{"role": "user", "content": "Where is Emma?"}] and [t.name for t in c["tools"]] == [tool["name"]]
+    assert sum(data.encode(c, small.tokenizer())[1]) == 0  # nothing of it is trained, so a run leaves it out
     with pytest.raises(UserError, match="nothing usable"):
-        data.read_toolbench(write(tmp_path, "q.json", [INSTRUCTION]))
+        data.read_toolbench(tmp_path / "q.json", questions=False)
 
 
 @pytest.mark.parametrize("name, standard", [("Get Player's-ID", "get_player_s_id"), ("2fa", "get_2fa"), ("id", "is_id"), ("__A  b__", "a_b"), ("Ünï", "n"), ("class", "is_class")])
@@ -117,7 +121,7 @@ def test_broken_and_made_up_calls_are_never_trained_on(tmp_path):
     (dialogue(LLAMA_END) | {"conversations": "x"}, "damaged"), (INSTRUCTION, "instruction"), ({"other": 1}, "none of ToolBench"), (7, "none of ToolBench")])
 def test_what_cannot_be_used_is_counted(tmp_path, item, why):
     path = write(tmp_path, "a.json", [item, tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"))])
-    assert len(data.read_toolbench(path, report=tmp_path / "report.json")) == 1
+    assert len(data.read_toolbench(path, report=tmp_path / "report.json", questions=False)) == 1
     items = json.loads((tmp_path / "report.json").read_text())["items"]
     assert items["used"] == 1 and sum(n for reason, n in items.items() if why in reason) == 1
 
