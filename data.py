@@ -294,8 +294,9 @@ def number_words(n):
 
 
 # Every unordered pair of numbers belongs to one split: two colours to train, one and the same colour to dev or test. A number that
-# is drawn alone (and meets constants only) belongs to dev or test by its own colour.
+# is drawn alone (and meets constants only) belongs to dev or test by its own colour; there, larger constants are never drawn.
 COLOURS, ALONE = {"dev": range(4), "test": range(4, 9)}, {"dev": [0], "test": [4]}
+CONSTANTS = {24, 52, 60, 365, 501, 1000}  # of the train split's expressions; the small ones are too common to go without
 
 
 def colour(value):
@@ -321,6 +322,8 @@ def draw_values(slots, split, rng):
             return next((name for name, colours in ALONE.items() if colour(value) in colours), "train") == split
         if split == "train":
             return colour(value) not in map(colour, values.values())
+        if value in CONSTANTS:
+            return False
         return wanted is None or colour(value) == wanted and not any(frozenset((float(value), float(v))) in taken_pairs() for v in values.values())
     for name, spec in slots.items():
         kind, low, high = spec.split()
