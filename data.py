@@ -294,7 +294,7 @@ def number_words(n):
 
 
 # Every unordered pair of numbers belongs to one split: two colours to train, one and the same colour to dev or test. A number that
-# is drawn alone (and meets constants only) belongs to dev or test by its own colour; there, larger constants are never drawn.
+# is drawn alone (and meets constants only) belongs to dev or test by its own colour. Two or more for dev or test hold no larger constant.
 COLOURS, ALONE = {"dev": range(4), "test": range(4, 9)}, {"dev": [0], "test": [4]}
 CONSTANTS = {24, 52, 60, 365, 501, 1000}  # of the train split's expressions; the small ones are too common to go without
 
@@ -322,9 +322,7 @@ def draw_values(slots, split, rng):
             return next((name for name, colours in ALONE.items() if colour(value) in colours), "train") == split
         if split == "train":
             return colour(value) not in map(colour, values.values())
-        if value in CONSTANTS:
-            return False
-        return wanted is None or colour(value) == wanted and not any(frozenset((float(value), float(v))) in taken_pairs() for v in values.values())
+        return value not in CONSTANTS and colour(value) == wanted and not any(frozenset((float(value), float(v))) in taken_pairs() for v in values.values())
     for name, spec in slots.items():
         kind, low, high = spec.split()
         places = {"dec": rng.choice([1, 1, 2]), "money": 2, "pct": rng.choice([0, 0, 0, 0, 0, 1])}.get(kind, 0)
@@ -1138,6 +1136,11 @@ def toolbench_function(function):
     return {"name": function["name"], "description": text, "parameters": {"type": "object", "properties": properties, "required": required}}
 
 
+def toolbench_tools(functions):
+    """An answer's functions -> tool schemas. Finish is the answer, not a tool."""
+    return [toolbench_function(function) for function in functions if function["name"] != "Finish"]
+
+
 def toolbench_items(content):
     """What a file holds -> its items, each with the name of its shape."""
     items = content if isinstance(content, list) else [content]
@@ -1149,7 +1152,10 @@ def toolbench_items(content):
 
 
 def toolbench_steps(shape, item):
-    """An item -> (function descriptions, [(role, text, (function name, argument text) or None)])."""
+    """An item -> (tool schemas, [(role, text, (function name, argument text) or None)])."""
+    if shape == "instruction":
+        tools = {tool["name"]: tool for tool in map(toolbench_api, reversed(item["api_list"]))}  # of two of a name, the first
+        return [*reversed(tools.values())], [("user", item["query"], None)]
     if shape == "answer tree":
         answer = item["answer_generation"]
         if not answer.get("train_messages"):
@@ -1157,7 +1163,7 @@ def toolbench_steps(shape, item):
         # Cumulative: one list a step. The last one holds them all.
         steps = [(m["role"], m.get("content") or "", (m["function_call"].get("name"), m["function_call"].get("arguments") or "{}") if m.get("function_call") else None)
                  for m in answer["train_messages"][-1]]
-        return answer["function"], steps
+        return toolbench_tools(answer["function"]), steps
     steps, functions = [], None
     for turn in item["conversations"]:
         role, text, call = turn["from"], turn["value"], None
@@ -1171,7 +1177,7 @@ def toolbench_steps(shape, item):
         steps.append((role, text, call))
     if functions is None:
         raise Unusable("its list of functions cannot be read")
-    return functions, steps
+    return toolbench_tools(functions), steps
 
 
 def toolbench_arguments(text):
@@ -1204,14 +1210,8 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
     Thoughts stand beside the next call; those beside Finish are left out, for the user sees that turn. Raises Unusable with the reason.
     """
     try:
-        if shape == "instruction":
-            tools = {tool["name"]: tool for tool in reversed([toolbench_api(api) for api in item["api_list"]])}
-            messages = [{"role": "user", "content": item["query"].strip()}]
-            if not messages[0]["content"]:
-                raise Unusable("nobody asks for anything")
-            return check_conversation({"kind": "toolbench", "messages": messages, "tools": [*reversed(tools.values())]}), 0, False
-        functions, steps = toolbench_steps(shape, item)
-        tools = {f["name"]: toolbench_function(f) for f in functions if f["name"] != "Finish"}
+        found, steps = toolbench_steps(shape, item)
+        tools = {tool["name"]: tool for tool in found}
         names = {standard_name(name): name for name in reversed(tools)}
         messages, waiting, dropped, clipped, finished, thoughts = [], 0, 0, False, False, []
         for role, text, call in steps:
@@ -1245,15 +1245,13 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                     thoughts.append(re.sub(r"^\s*Thought:\s*|\s*$", "", text))
             elif role != "system":
                 raise Unusable(f"a turn of an unknown role, {str(role)[:20]!r}")
-    except UserError as error:
-        raise Unusable(f"it is no conversation ({error})"[:120]) from None
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise Unusable(f"it is damaged ({type(error).__name__}: {error})"[:120]) from None
     if not messages or messages[0]["role"] != "user" or not messages[0]["content"]:
         raise Unusable("nobody asks for anything")
     if dropped and not any(m.get("tool_calls") for m in messages):
         raise Unusable("all its calls are broken or made up")
-    if not finished:
+    if not finished and shape != "instruction":
         raise Unusable("no Finish: a step of a longer conversation, or cut off")
     try:
         return check_conversation({"kind": "toolbench", "messages": messages, "tools": list(tools.values())}), dropped, clipped
