@@ -35,7 +35,9 @@ answers. GRPO takes beta KL out of the advantage instead of adding a KL loss, le
 differ, and averages over all tokens, not first over each episode's. With `value_lora` the critic is an adapter of its own on
 the same trunk: policy and value no longer pull at the same weights, for a second forward. `min_spread` leaves prompts out
 whose samples earned the same, for they cost most of a round and teach next to nothing (dynamic sampling, Yu et al. 2025,
-arXiv:2503.14476, eq. 11, but no other prompts are sampled in their place); advantages are whitened over what is learned from.
+arXiv:2503.14476, eq. 11, but no other prompts are sampled in their place); with `replay`, prompts that taught come again, for as
+long as they teach (prioritised replay, Jiang et al. 2021, arXiv:2010.03934). With `center` GAE's scores are (4), measured from a
+prompt's other samples: the critic learns which words of an answer were good, and need not know how hard each question is.
 With `ptx` each minibatch also imitates conversations of kinds that the model knew before (6), so that they are not forgotten.
 Under torchrun the ranks share out the prompts of a round, and its learning.
 
@@ -80,7 +82,9 @@ class Config:
     kl_estimator: Literal["k1", "k3"] = "k1"           # of the KL to the reference
     kl_target: Annotated[float, ">= 0"] = 0.0          # KL an episode that beta is steered to; 6 in lm-human-preferences; 0: beta is fixed
     kl_horizon: Annotated[float, "> 0"] = 10000.0      # episodes over which it is steered
+    center: bool = False                               # gae: scores are measured from the mean of the prompt's other samples, (4)
     min_spread: Annotated[float, ">= 0"] = 0.0         # learn only from prompts whose samples' rewards differ by this much (dynamic sampling)
+    replay: Annotated[float, "0 to 1"] = 0.0           # share of a round's prompts, at most, that taught when they were last played; the others are new
     ptx: Annotated[int, ">= 0"] = 0                    # conversations of ptx_mix that each minibatch imitates besides, (6); 0: none
     ptx_coef: Annotated[float, "> 0"] = 1.0            # gamma_ptx: weight of their mean loss
     ptx_mix: dict = field(default_factory=dict)        # their kinds, with weights; their expressions are shown, whatever `answers_only` says
@@ -470,48 +474,53 @@ def shuffled(n, *seed):
     return random.Random(repr(seed)).sample(range(n), n)
 
 
-def advantages_of(config, scores, kl, values, mask, taught, kl_coef):
-    """Scores [prompts * samples] and KL [B, T] of a round -> (advantages, returns, token rewards) [B, T].
-
-    taught [B]: 1 where an episode is learned from. Only over those are advantages whitened: where all samples of a prompt are
-    equally good, its distance to a critic's value says nothing about the others, and would shift all of them.
-    """
-    rewards = token_rewards(scores, kl, mask, kl_coef)
-    if config.whiten_rewards:
-        rewards = masked_whiten(rewards, mask, shift_mean=False)
+def advantages_of(config, scores, kl, values, mask, kl_coef):
+    """Scores [prompts * samples] and KL [B, T] of a round -> (advantages, returns, token rewards) [B, T]."""
+    groups = scores.reshape(-1, config.samples)
     if config.advantage == "gae":
+        rewards = token_rewards(rloo_advantages(groups).flatten() if config.center else scores, kl, mask, kl_coef)
+        if config.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        return masked_whiten(advantages, mask * taught[:, None]), returns, rewards
-    scores = scores.reshape(-1, config.samples)
-    cost = kl_coef * torch.stack([model_tokens(x, m).sum() for x, m in zip(kl, mask)]).reshape(-1, config.samples)
+        return masked_whiten(advantages, mask), returns, rewards
+    cost = kl_coef * torch.stack([model_tokens(x, m).sum() for x, m in zip(kl, mask)]).reshape(groups.shape)
     if config.advantage == "rloo":
-        advantages = rloo_advantages(scores - cost)
+        advantages = rloo_advantages(groups - cost)
     else:  # KL beside the score, not inside it: where all samples are equally good, its noise must not be blown up
-        advantages = grpo_advantages(scores) - (cost - cost.mean(1, keepdim=True))
+        advantages = grpo_advantages(groups) - (cost - cost.mean(1, keepdim=True))
+    rewards = token_rewards(scores, kl, mask, kl_coef)
     return advantages.reshape(-1, 1) * mask, torch.zeros_like(rewards), rewards
 
 
+def teaches(config, samples):
+    """Whether a prompt's samples earned so different rewards that it is learned from."""
+    scores = [unit["score"] for unit in samples]
+    return max(scores) - min(scores) >= config.min_spread
+
+
 def judge_round(config, units, kl_coef, device):
-    """Write advantages, returns and token rewards into the units of a whole round -> (log, numbers of the prompts to learn from)."""
+    """Write advantages, returns and token rewards into the units that are learned from -> log."""
     width = max(len(unit["mask"]) for unit in units)
     mask, logp, ref_logp, values, sampled = (padded(x, width, device) for x in [
         *([unit[key] for unit in units] for key in ("mask", "logp", "ref_logp", "values")), [unit["episode"].logp for unit in units]])
     kl = kl_penalty(logp, ref_logp, config.kl_estimator) * mask
     scores = torch.tensor([unit["score"] for unit in units], dtype=torch.float32, device=device)
-    low, high = scores.reshape(-1, config.samples).aminmax(dim=1)
-    teaching = high - low >= config.min_spread                                  # [prompts]
-    made = advantages_of(config, scores, kl, values * mask, mask, teaching.repeat_interleave(config.samples).to(mask.dtype), kl_coef)
+    made = advantages_of(config, scores, kl, values * mask, mask, kl_coef)
     for b, unit in enumerate(units):
         unit.update({name: x[b, :len(unit["mask"])].tolist() for name, x in zip(("advantages", "returns", "rewards"), made)})
-    calls = [r.ok for unit in units for r in unit["episode"].results]
-    log = {"reward": float(scores.mean()), "reward_std": float(scores.std()) if len(units) > 1 else 0.0,
-           **{f"reward/{name}": sum(unit["parts"][name] for unit in units) / len(units) for name in units[0]["parts"]},
-           "kl": float(model_tokens(kl, mask).sum()) / len(units), "kl_coef": kl_coef, "tool_success": sum(calls) / max(len(calls), 1),
-           "response_length": float(mask.sum()) / len(units), "sampling_gap": float(((logp - sampled) * mask).abs().max()),
-           "learned_from": float(teaching.float().mean())}
+    log = {"kl": float(model_tokens(kl, mask).sum()) / len(units), "sampling_gap": float(((logp - sampled) * mask).abs().max())}
     if config.advantage == "gae":
         log["explained_variance"] = explained_variance(values * mask, made[1], mask)
-    return log, set(teaching.nonzero().flatten().tolist())
+    return log
+
+
+def summary(units):
+    """What a round's episodes earned, those that are not learned from among them."""
+    scores = torch.tensor([unit["score"] for unit in units])
+    calls = [r.ok for unit in units for r in unit["episode"].results]
+    return {"reward": float(scores.mean()), "reward_std": float(scores.std()) if len(units) > 1 else 0.0,
+            **{f"reward/{name}": sum(unit["parts"][name] for unit in units) / len(units) for name in units[0]["parts"]},
+            "tool_success": sum(calls) / max(len(calls), 1), "response_length": sum(sum(unit["mask"]) for unit in units) / len(units)}
 
 
 # --------------------------------------------------------------------------- 4. training
@@ -586,25 +595,26 @@ def train(run):
             total, info = total + imitation, {**info, "ptx_loss": imitation.detach() / config.ptx_coef}
         return total, info
 
-    @torch.no_grad()
     def play(round_, of):
-        """A rank's share of a round: episodes of its prompts with all that stays fixed while they are learned from."""
+        """A rank's share of a round: for each of its prompts, episodes with what they earned."""
         chosen = [case for case in of for _ in range(config.samples)]
         with lora.merged(model), run.counter("rollout", len(chosen)) as count:  # sampled from faster
             episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen], temperature=config.temperature, style=config.tool_style, progress=count,
                                         max_new_tokens=config.max_new_tokens, max_turns=config.max_turns, seed=f"{config.seed} round {round_}", batch_size=batch)
-        rows = [(e.ids, e.mask) for e in episodes]
+        units = [{"episode": e, "row": (e.ids, e.mask), "mask": e.mask, **dict(zip(("score", "parts"), reward(case, e)))}
+                 for case, e in zip(chosen, episodes)]
+        return [units[n:n + config.samples] for n in range(0, len(units), config.samples)]
+
+    @torch.no_grad()
+    def frozen(groups):
+        """What stays fixed while a rank's episodes are learned from: log-probs of policy and reference, values."""
+        rows = [unit["row"] for group in groups for unit in group]
         model.eval()
         with trainer.autocast():
             out, ref_logp = policy(rows, trunk), policy.switched(reference, rows)
             logp, values = (out["logp"], values_of(rows, out)) if trunk else (out, torch.zeros_like(out))
-        fixed = {"logp": logp, "ref_logp": ref_logp, "values": values}
-        played = []
-        for b, (case, episode) in enumerate(zip(chosen, episodes)):
-            total, parts = reward(case, episode)
-            played.append({"episode": episode, "row": rows[b], "mask": episode.mask, "score": total, "parts": parts,
-                           **{name: x[b, :len(episode.ids)].tolist() for name, x in fixed.items()}})
-        return [played[n:n + config.samples] for n in range(0, len(played), config.samples)]
+        fixed = [{name: x[b, :len(row)].tolist() for name, x in (("logp", logp), ("ref_logp", ref_logp), ("values", values))} for b, (row, _) in enumerate(rows)]
+        return [fixed[n:n + config.samples] for n in range(0, len(fixed), config.samples)]
 
     def imitated(tokens):
         """The next conversations to imitate beside a minibatch of that many tokens: units whose tokens are no actions (mask 0), but have
@@ -613,14 +623,14 @@ def train(run):
         weight = config.ptx_coef * tokens / max(1, sum(sum(mask) for _, mask in chosen))
         return [{"row": row, "mask": [], "weight": [weight * m for m in row[1]]} for row in chosen]
 
-    def learn(units, teaching, position):
-        """Epochs over a round's units, of the prompts with these numbers -> means of the minibatches' logs."""
+    def learn(groups, position):
+        """Epochs over the episodes of a round's prompts -> means of the minibatches' logs."""
         sums, count, stopped = {}, 0, False
-        whole = config.ppo_epochs * -(-len(teaching) * config.samples // config.batch_size)
+        whole = config.ppo_epochs * -(-len(groups) * config.samples // config.batch_size)
         for epoch in range(config.ppo_epochs):
-            order = [p * config.samples + s for p in shuffled(config.prompts, config.seed, position, epoch) if p in teaching for s in range(config.samples)]
+            order = [unit for p in shuffled(len(groups), config.seed, position, epoch) for unit in groups[p]]
             for at in range(0, 0 if stopped else len(order), config.batch_size):
-                batch = [units[i] for i in order[at:at + config.batch_size]]
+                batch = order[at:at + config.batch_size]
                 batch += imitated(sum(sum(unit["mask"]) for unit in batch))
                 info = toolplay.train_step(trainer, batch, loss, size=lambda unit: sum(unit["mask"]),
                                            rows=lambda unit: [unit["row"]], veto=lambda means: means["ratio"] > config.ratio_guard)
@@ -636,18 +646,28 @@ def train(run):
     # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
     for position in run.steps(trainer, trainer.total):
         round_ = position // per_round
-        picked = [cases[shuffled(len(cases), config.seed, "prompts", at // len(cases))[at % len(cases)]]
-                  for at in range(round_ * config.prompts, (round_ + 1) * config.prompts)]
-        played = toolplay.shared_out(picked, lambda own: play(round_, own) if own else [])
-        units = [{"case": case, **unit} for case, samples in zip(picked, played) for unit in samples]
-        log, teaching = judge_round(config, units, beta.value, run.device)
-        log.update(learn(units, teaching, position), skipped=trainer.skipped)
-        trainer.extra["kl_coef"] = beta.update(log["kl"], batch)
+        again = trainer.extra.setdefault("taught", [])[:int(config.replay * config.prompts)]  # the prompts that waited longest
+        new = trainer.extra.setdefault("new", 0)
+        picked = again + [shuffled(len(cases), config.seed, "prompts", at // len(cases))[at % len(cases)] for at in range(new, new + config.prompts - len(again))]
+        played = toolplay.shared_out([cases[i] for i in picked], lambda own: play(round_, own) if own else [])
+        played = [[{"case": cases[i], **unit} for unit in group] for i, group in zip(picked, played)]
+        teaching = {i: group for i, group in zip(picked, played) if teaches(config, group)}
+        trainer.extra.update(new=new + config.prompts - len(again), taught=[i for i in trainer.extra["taught"] if i not in picked] + list(teaching))
+        groups = list(teaching.values())
+        units = [unit for group in groups for unit in group]
+        log = {**summary([unit for group in played for unit in group]), "kl_coef": beta.value, "learned_from": len(groups) / config.prompts, "replayed": len(again) / config.prompts}
+        if groups:
+            for group, fixed in zip(groups, toolplay.shared_out(groups, lambda own: frozen(own) if own else [])):
+                for unit, values in zip(group, fixed):
+                    unit.update(values)
+            log.update(judge_round(config, units, beta.value, run.device))
+            trainer.extra["kl_coef"] = beta.update(log["kl"], batch)
+        log.update(learn(groups, position), skipped=trainer.skipped)
         if held_out and (trainer.step >= trainer.total or config.eval_every and (round_ + 1) % config.eval_every == 0):
             report, _ = evaluation.evaluate(model, tokenizer, held_out, max_new_tokens=config.max_new_tokens, style=config.tool_style, progress=False)
             log.update({f"eval_{name}": report["metrics"][name]["value"] for name in ("tool_accuracy", "format", "response_quality")})
-        run.log(trainer.step, log, tokens=int(sum(sum(unit["mask"]) for unit in units)))
-        run.samples(trainer.step, [sample_line(unit, tokenizer) for unit in units[:2 * config.samples:config.samples]])
+        run.log(trainer.step, log, tokens=sum(sum(unit["mask"]) for group in played for unit in group))
+        run.samples(trainer.step, [sample_line(group[0], tokenizer) for group in (groups or played)[:2]])
 
     # 5. save
     run.save_model(model, tokenizer)
@@ -659,7 +679,7 @@ def sample_line(unit, tokenizer):
     case, episode = unit["case"], unit["episode"]
     return {"prompt": case.conversation["messages"][-1]["content"], "turns": episode.turns, "results": [r.text() for r in episode.results], "answer": case.answer,
             "score": unit["score"], "tokens": [tokenizer.decode([i]) for i in episode.ids[episode.prompt:]],
-            **{key: unit[key][episode.prompt:] for key in ("mask", "rewards", "advantages")}}
+            "mask": episode.mask[episode.prompt:], **{key: unit.get(key, [0.0] * len(episode.ids))[episode.prompt:] for key in ("rewards", "advantages")}}
 
 
 def inspect(folder="", n=4):

@@ -723,13 +723,14 @@ def sample(logits, draws, temperature, top_p):
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
     else:
-        p, order = logp.exp(), None
+        p, order, last = logp.exp(), None, torch.full((len(draws), 1), logits.shape[-1] - 1, device=logits.device)
         if top_p < 1:
             p, order = p.sort(-1, descending=True)
         cdf = p.cumsum(-1, dtype=torch.float64)
-        kept = (cdf - p < top_p).sum(-1, keepdim=True).clamp(min=1)          # the smallest set with mass >= top_p
-        draw = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cdf.gather(1, kept - 1)
-        tokens = torch.minimum(torch.searchsorted(cdf, draw, right=True), kept - 1)
+        if top_p < 1:
+            last = (cdf - p < top_p).sum(-1, keepdim=True).clamp(min=1) - 1  # the smallest set with mass >= top_p ends there
+        draw = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cdf.gather(1, last)
+        tokens = torch.minimum(torch.searchsorted(cdf, draw, right=True), last)
         tokens = tokens if order is None else order.gather(1, tokens)
     return tokens[:, 0].tolist(), logp.gather(1, tokens)[:, 0].tolist()
 

@@ -330,7 +330,7 @@ def test_kill_9_then_resume_is_bit_identical(uninterrupted, tmp_path, place, nth
     assert state[0] == state[1] and b"value_head" in state[0] and b"critic." in state[0]
 
 
-RESUMED = {**json.loads((ROOT / "configs" / "ppo_tiny.json").read_text()), "kl_target": 6, "iterations": 3, "value_lora": True, "micro_tokens": 60, "device": "cpu",
+RESUMED = {**json.loads((ROOT / "configs" / "ppo_tiny.json").read_text()), "kl_target": 6, "iterations": 3, "replay": 0.5, "center": True, "value_lora": True, "micro_tokens": 60, "device": "cpu",
            "ptx": 2, "ptx_mix": {"weather": 1}, "max_tokens": 4096}
 
 
@@ -365,13 +365,41 @@ def test_prompts_whose_samples_earn_the_same_are_left_out(tmp_path, monkeypatch)
     assert not seen and [x["step"] for x in lines] == [8, 16] and lines[0]["learned_from"] == 0
 
 
-def test_advantages_are_whitened_over_what_is_learned_from():
-    """Two prompts of two samples, one token each, zero values: the first prompt's samples are equally good and are not learned from."""
-    mask, scores = torch.ones(4, 1), torch.tensor([5.0, 5.0, 0.0, 1.0])
-    settings = toolplay.load_config({"method": "ppo", "samples": 2})
-    advantages, _, _ = ppo.advantages_of(settings, scores, 0 * mask, 0 * mask, mask, torch.tensor([0.0, 0.0, 1.0, 1.0]), 0.0)
-    assert advantages.flatten().tolist() == pytest.approx([0, 0, -0.5 ** 0.5, 0.5 ** 0.5], abs=1e-6)
-    assert not ppo.advantages_of(settings, scores, 0 * mask, 0 * mask, mask, torch.zeros(4), 0.0)[0].any()
+def test_prompts_that_taught_come_again(tmp_path, monkeypatch):
+    """replay: at most that share of a round; who waited longest first; only for as long as their samples differ."""
+    played = []
+
+    def reward(case, episode):  # two samples of a prompt come one behind the other
+        prompt = case.conversation["messages"][-1]["content"]
+        played.append(prompt)
+        n = played.count(prompt)
+        return float(prompt in lessons and n % 2 and n < 4), {}  # teaches when it is played first and again, no more after that
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"prompt {n}"}], "tools": []}) for n in range(40)))
+    lessons = {f"prompt {n}" for n in range(0, 40, 2)}
+    monkeypatch.setattr(ppo, "reward_of", lambda config: reward)
+    more = {"source": "jsonl", "path": str(tmp_path / "p.jsonl"), "prompts": 4, "samples": 2, "batch_size": 4, "ppo_epochs": 1, "iterations": 6, "eval_examples": 0, "max_new_tokens": 2}
+    lines = train(config(tmp_path, min_spread=0.5, replay=0.5, **more))
+    rounds = [played[n:n + 8:2] for n in range(0, len(played), 8)]
+    waiting = []
+    for prompts, line in zip(rounds, lines):
+        again = waiting[:2]
+        assert prompts[:len(again)] == again and line["replayed"] == len(again) / 4
+        assert not set(prompts[len(again):]) & set(sum(rounds[:rounds.index(prompts)], []))  # the others are new
+        taught = [p for p in prompts if p in lessons and (p not in again or sum(rounds[:rounds.index(prompts)], []).count(p) < 2)]
+        assert line["learned_from"] == len(taught) / 4
+        waiting = waiting[len(again):] + taught
+    assert any(line["replayed"] for line in lines) and max(map(played.count, lessons)) > 4  # some were played a third time, and taught nothing
+
+
+def test_scores_measured_from_the_other_samples():
+    """center, by hand: scores 0 and 1 of a hard prompt, 4 and 6 of an easy one; one token each, zero values."""
+    mask, scores = torch.ones(4, 1), torch.tensor([0.0, 1.0, 4.0, 6.0])
+    settings = toolplay.load_config({"method": "ppo", "samples": 2, "center": True})
+    advantages, returns, rewards = ppo.advantages_of(settings, scores, 0 * mask, 0 * mask, mask, 0.0)
+    assert rewards.flatten().tolist() == returns.flatten().tolist() == [-1, 1, -2, 2]
+    assert advantages.flatten().tolist() == pytest.approx([x * (3 / 10) ** 0.5 for x in (-1, 1, -2, 2)], abs=1e-6)
+    settings.center = False
+    assert ppo.advantages_of(settings, scores, 0 * mask, 0 * mask, mask, 0.0)[1].flatten().tolist() == [0, 1, 4, 6]
 
 
 def test_what_the_model_knew_is_imitated_beside(tmp_path, monkeypatch):
