@@ -392,6 +392,8 @@ def talks(split):
 
 SEVERAL = 0.64  # share of requests for a calculation that have more than one operation
 SPOKEN = 0.08  # share of requests for a calculation that are written as one says them, "twelve hundred minus eighty-two"
+SAID = 0.4  # share of those for one operation that begin with a number in words, "seventeen times twelve": a first word has other tokens
+SYMBOLS = re.compile(r"\} ?[-−+*/x×÷^²%=)]|[(√] ?\{")  # next to a number's slot: such a sum is written, not said
 FORMULAS = 0.2  # share of these, in training, that are a random formula: hands list dozens of shapes, there are thousands
 
 
@@ -466,10 +468,13 @@ class Writer:
             return None
         template, lower = self.register(self.rng.choice(family["texts"]), rambling=len(family["texts"][0]) < 90)
         kinds = {k: slots[k].split()[0] for k in values}
-        if spoken and not re.search(r"\} ?[-−+*/x×÷^²%=)]|[(√] ?\{", template):  # a whole request as one says it
+        if spoken and not SYMBOLS.search(template):  # a whole request as one says it
             kinds.update({k: "word" for k, v in values.items() if kinds[k] in ("num", "int") and v < 10000})
         written = {k: write_value(v, kinds[k], self.rng) for k, v in values.items()}
-        return fill(template, {**written, **self.story_words(family, lower)}), expression, values
+        prompt = fill(template, {**written, **self.story_words(family, lower)})
+        if template[0] == "{" and prompt[0].islower() and not lower and self.rng.random() < 0.5:
+            prompt = prompt[0].upper() + prompt[1:]
+        return prompt, expression, values
 
     def story_words(self, family, lower=False):
         stories = corpus("stories_add.json")
@@ -495,7 +500,16 @@ class Writer:
         several = self.rng.random() < SEVERAL
         if several and self.split == "train" and self.rng.random() < FORMULAS:
             return self.calculator_call(self.formula())
+        if not several and self.rng.random() < SAID:
+            return self.calculator_call(self.said())
         return self.calculation("arithmetic.json", lambda family: (operations(family["expression"]) > 1) == several, SPOKEN)
+
+    def said(self):
+        """A family of one operation on two whole numbers, in a wording that begins with one of them; all are words."""
+        family, text = self.rng.choice([(f, text) for f in pool("arithmetic.json", "families", self.split) if re.fullmatch(r"\{\w+\} [-+*/] \{\w+\}", f["expression"])
+                                        and {s.split()[0] for s in f["slots"].values()} <= {"num", "int", "word"}
+                                        for text in f["texts"] if text[0] == "{" and not SYMBOLS.search(text)])
+        return {**family, "texts": [text], "slots": {name: self.rng.choice(["word 2 20", "word 11 99", "word 100 1999"]) for name in family["slots"]}}
 
     def formula(self):
         """A family made on the spot: a random formula of two to four operations, written out, in one of many sentences."""

@@ -364,6 +364,18 @@ def test_a_spoken_request_has_words_only_where_one_says_them():
     assert all(re.search(r"\d *\*", writer.number_request(symbols, spoken=True)[0]) for _ in range(20))
 
 
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_a_request_can_begin_with_any_number_in_words(split):
+    """"seventeen times twelve": a first word is other tokens than the same word behind a blank, with a capital others again."""
+    writer = data.Writer(split, random.Random(0))
+    made = [writer.calculator_call(writer.said()) for _ in range(1500)]
+    first = [re.match(r"[A-Za-z]+", text)[0] for text, *_ in filter(None, made) if text[0].isalpha()]
+    assert split != "train" or {"Twelve", "twelve", "seventeen", "Seventeen", "eleven", "forty"} <= set(first)
+    assert len(first) > 1000
+    for text, calls, _, values in filter(None, made):
+        assert not re.search(r"\d", text) and calls[0].arguments["expression"].count(" ") == 2 and len(values) == 2
+
+
 def test_values_of_every_split_are_ordinary_numbers():
     for split in ("dev", "test"):
         numbers = [v for row in data.generate(split, 400, 5) for v in row["facts"].values() if isinstance(v, int) and v < 13]
