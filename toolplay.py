@@ -17,6 +17,7 @@ Five ideas carry it (each method file states only its own loss):
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -24,6 +25,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -601,7 +603,7 @@ class SharedPrefixCache:
         return logits
 
     def keep(self, rows):
-        """Only these rows go on."""
+        """Only these rows go on; a row that is named twice goes on twice."""
         rows = torch.tensor(rows, device=self.device)
         self.valid, self.lengths = self.valid[rows], self.lengths[rows]
         self.own = {n: [x[rows] for x in kv] for n, kv in self.own.items()}
@@ -623,7 +625,7 @@ class RowCaches:
         return torch.cat(logits)
 
     def keep(self, rows):
-        self.caches = [self.caches[r] for r in rows]
+        self.caches = [self.caches[r] if r not in rows[:n] else copy.deepcopy(self.caches[r]) for n, r in enumerate(rows)]
 
 
 def prompt_cache(model, prompts):
@@ -678,37 +680,42 @@ def stop_ids(model, tokenizer):
 
 
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
-    cache = prompt_cache(model, [e.ids[:-1] for e, _, _ in rows])
+    """Rows that have said the same so far are one row of the cache, computed once, until their draws part them: the samples of
+    one prompt share the words that are nearly certain, and in tool calls these are most of them."""
     stops = stop_ids(model, tokenizer)
     queues = [[e.ids[-1]] for e, _, _ in rows]  # ids not yet fed to the model
     turns = [[] for _ in rows]                  # ids of the turn under way
-    alive = list(range(len(rows)))              # cache row n belongs to rows[alive[n]]
-    while alive:
-        m = min(len(queues[r]) for r in alive)
-        logits = cache.step([queues[r][:m] for r in alive]).float()
-        for r in alive:
+    same = {}
+    for r, (episode, _, _) in enumerate(rows):
+        same.setdefault(tuple(episode.ids), []).append(r)
+    groups = list(same.values())                # cache row n belongs to the rows of groups[n]
+    cache = prompt_cache(model, [list(ids[:-1]) for ids in same])
+    while groups:
+        m = min(len(queues[r]) for r, *_ in groups)
+        logits = cache.step([queues[r][:m] for r, *_ in groups]).float()
+        for r in itertools.chain(*groups):
             del queues[r][:m]
-        draws = [rows[r][2].random() if not queues[r] else 0.0 for r in alive]
-        tokens, logp = sample(logits, draws, temperature, top_p)
-        for n, r in enumerate(alive):
-            if queues[r]:
-                continue  # still reading its tool results
+        speaking = [(n, r) for n, group in enumerate(groups) for r in group if not queues[r]]  # the others read their tool results
+        if speaking:
+            tokens, logp = sample(logits[[n for n, _ in speaking]], [rows[r][2].random() for _, r in speaking], temperature, top_p)
+        for i, (_, r) in enumerate(speaking):
             episode, tools, _ = rows[r]
-            extend(episode, [tokens[n]], 1, logp[n])
-            turns[r].append(tokens[n])
-            queues[r].append(tokens[n])
-            ended = tokens[n] in stops
+            extend(episode, [tokens[i]], 1, logp[i])
+            turns[r].append(tokens[i])
+            queues[r].append(tokens[i])
+            ended = tokens[i] in stops
             cut = not ended and (len(turns[r]) >= limits.new_tokens or len(episode.ids) >= limits.context)
             if ended or cut or ran_on(tokenizer, turns[r]):
                 queues[r] += finish_turn(tokenizer, episode, tools, turns[r], ended, cut, limits)
                 turns[r] = []
-        still = [n for n, r in enumerate(alive) if not rows[r][0].stop]
+        parted, before = {}, sum(map(len, groups))
+        for n, r in ((n, r) for n, group in enumerate(groups) for r in group if not rows[r][0].stop):
+            parted.setdefault((n, *queues[r]), []).append(r)
+        if (kept := [n for n, *_ in parted]) != list(range(len(groups))) and kept:
+            cache.keep(kept)
+        groups = list(parted.values())
         if progress:
-            progress(len(alive) - len(still))
-        if len(still) < len(alive):
-            alive = [alive[n] for n in still]
-            if alive:
-                cache.keep(still)
+            progress(before - sum(map(len, groups)))
 
 
 def extend(episode, ids, mask, logp=0.0):

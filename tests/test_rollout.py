@@ -159,16 +159,17 @@ class Script:
             def step(self, ids):
                 for row, new in zip(script.rows, ids):
                     row += new
-                return super().step(ids)
+                logits = super().step(ids)
+                return torch.cat([logits, torch.arange(len(ids))[:, None].to(logits)], 1)  # whose they are, for `sample`
 
             def keep(self, rows):
-                script.rows = [script.rows[r] for r in rows]
+                script.rows = [list(script.rows[r]) for r in rows]
                 super().keep(rows)
         return Followed
 
     def sample(self, logits, draws, temperature, top_p):
-        tokens = [self.next(row) for row in self.rows]
-        logp = torch.log_softmax(logits / (temperature or 1.0), -1)
+        tokens = [self.next(self.rows[int(n)]) for n in logits[:, -1]]
+        logp = torch.log_softmax(logits[:, :-1] / (temperature or 1.0), -1)
         return tokens, logp[range(len(tokens)), tokens].tolist()
 
     def next(self, row):
