@@ -4,6 +4,7 @@ Multi-turn tests need a model that calls tools. `Script` makes any model say a g
 token and nothing else, so caches, masks and log-probs are those of the real (random) model.
 """
 import json
+import os
 
 import pytest
 import torch
@@ -121,6 +122,21 @@ def test_finished_rows_leave_and_the_prefix_is_read_once():
     assert sizes[0] == (1, len(toolplay.Trie(rows)))
     assert [s[0] for s in sizes[1:]] == [5] + [4] * 3 + [3] * 5 and {s[1] for s in sizes[1:]} == {1}
     assert sum(done) == 5
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_rows_that_have_said_the_same_are_computed_once(name):
+    """Six samples of one prompt and two of another, at a low temperature: fewer rows than samples, the same words as one by one."""
+    net, chats, sizes = model(name), [ask("hi")] * 6 + [ask("x")] * 2, []
+    cache = toolplay.SharedPrefixCache if name == "llama" else toolplay.RowCaches
+    step = cache.step
+    alone = run(net, chats, {}, temperature=0.3, seed=3, batch_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "step", lambda self, ids: (sizes.append(len(ids)), step(self, ids))[1])
+        together = run(net, chats, {}, temperature=0.3, seed=3)
+    assert [e.ids for e in together] == [e.ids for e in alone]
+    assert sizes[0] == 2 and max(sizes) > 2 and sum(sizes) < sum(sum(e.mask) for e in alone)
+    check_logprobs(net, together, 0.3)
 
 
 def test_the_mode_is_put_back_and_dropout_is_off():
@@ -357,6 +373,22 @@ def test_each_conversation_has_its_own_tools(llama, monkeypatch):
     assert [e.results[0].error_type for e in run(llama, chats, max_new_tokens=120)] == ["", "unknown_tool", "unknown_tool"]
     assert [e.results[0].ok for e in run(llama, chats, {"calculator": BUILTIN["calculator"]}, max_new_tokens=120)] == [True] * 3
     assert [e.results[0].ok for e in run(llama, chats, {}, max_new_tokens=120)] == [False] * 3
+
+
+def test_equal_rows_part_when_their_tools_answer_differently(llama, monkeypatch):
+    @tool
+    def calculator(expression: str) -> int:
+        """Calculates.
+
+        expression: what
+        """
+        return os.getpid()  # each call runs in a process of its own
+    Script(monkeypatch, {"q": [f"{CALL}<|im_end|>", "ok<|im_end|>"]})
+    episodes = run(llama, [ask("q")] * 3, {"calculator": calculator}, max_new_tokens=120)
+    assert len({e.results[0].value for e in episodes}) == 3 and [e.final for e in episodes] == ["ok"] * 3
+    for episode in episodes:
+        assert str(episode.results[0].value) in tokenizer().decode(episode.ids[episode.prompt:])
+    check_logprobs(llama, episodes)
 
 
 def test_garbage_never_stops_a_run(net):
