@@ -428,14 +428,17 @@ def sampled_pairs(model, tokenizer, conversations, config):
 
     The rows are the sampled ids themselves, token for token.
     """
+    from tqdm import tqdm
+
     import eval as evaluation
     import toolplay
     from ppo import reward_of
     score = reward_of(config)
     cases = [evaluation.as_case(c) for c in conversations]
     chats = [case.conversation for case in cases for _ in range(config.samples)]
-    episodes = toolplay.rollout(model, tokenizer, chats, temperature=config.temperature, max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
-                                style=config.tool_style, seed=f"{config.seed} pairs", batch_size=64)
+    with tqdm(total=len(chats), desc="dpo answers", unit="answer", disable=toolplay.world_rank()[0] > 0, dynamic_ncols=True) as bar:
+        episodes = toolplay.rollout(model, tokenizer, chats, temperature=config.temperature, max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
+                                    style=config.tool_style, seed=f"{config.seed} pairs", batch_size=128, progress=bar.update)
     pairs = []
     for n, case in enumerate(cases):
         tries = episodes[n * config.samples:(n + 1) * config.samples]

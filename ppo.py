@@ -492,6 +492,14 @@ def advantages_of(config, scores, kl, values, mask, kl_coef):
     return advantages.reshape(-1, 1) * mask, torch.zeros_like(rewards), rewards
 
 
+def pick(state, n, config):
+    """Which of n cases a round plays -> (those that taught when last played, who waited longest first; new ones, in a fresh order each time through)."""
+    waiting, start = state.get("taught", []), state.get("new", 0)
+    again = waiting[:int(config.replay * config.prompts)]
+    state.update(taught=waiting[len(again):], new=start + config.prompts - len(again))
+    return again, [shuffled(n, config.seed, "prompts", at // n)[at % n] for at in range(start, state["new"])]
+
+
 def teaches(config, samples):
     """Whether a prompt's samples earned so different rewards that it is learned from."""
     scores = [unit["score"] for unit in samples]
@@ -646,14 +654,13 @@ def train(run):
     # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
     for position in run.steps(trainer, trainer.total):
         round_ = position // per_round
-        again = trainer.extra.setdefault("taught", [])[:int(config.replay * config.prompts)]  # the prompts that waited longest
-        new = trainer.extra.setdefault("new", 0)
-        picked = again + [shuffled(len(cases), config.seed, "prompts", at // len(cases))[at % len(cases)] for at in range(new, new + config.prompts - len(again))]
+        again, new = pick(trainer.extra, len(cases), config)
+        picked = again + new
         played = toolplay.shared_out([cases[i] for i in picked], lambda own: play(round_, own) if own else [])
         played = [[{"case": cases[i], **unit} for unit in group] for i, group in zip(picked, played)]
-        teaching = {i: group for i, group in zip(picked, played) if teaches(config, group)}
-        trainer.extra.update(new=new + config.prompts - len(again), taught=[i for i in trainer.extra["taught"] if i not in picked] + list(teaching))
-        groups = list(teaching.values())
+        taught = [teaches(config, group) for group in played]
+        trainer.extra["taught"] += [i for i, yes in zip(picked, taught) if yes and i not in trainer.extra["taught"]]
+        groups = [group for group, yes in zip(played, taught) if yes]
         units = [unit for group in groups for unit in group]
         log = {**summary([unit for group in played for unit in group]), "kl_coef": beta.value, "learned_from": len(groups) / config.prompts, "replayed": len(again) / config.prompts}
         if groups:
