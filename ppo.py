@@ -663,6 +663,8 @@ def train(run):
         groups = [group for group, yes in zip(played, taught) if yes]
         units = [unit for group in groups for unit in group]
         log = {**summary([unit for group in played for unit in group]), "kl_coef": beta.value, "learned_from": len(groups) / config.prompts, "replayed": len(again) / config.prompts}
+        if new:  # what is played again was chosen for its results: only on new prompts does progress show
+            log["reward_new"] = summary([unit for group in played[len(again):] for unit in group])["reward"]
         if groups:
             for group, fixed in zip(groups, toolplay.shared_out(groups, lambda own: frozen(own) if own else [])):
                 for unit, values in zip(group, fixed):

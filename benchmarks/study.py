@@ -124,7 +124,7 @@ def plot():
         means = [sum(part) / len(part) for n in range(len(values)) for part in [values[max(0, n - smooth + 1):n + 1]]]
         axis.plot(range(1, len(means) + 1), means, color=colour, alpha=0.9, label=label)
     colours = {"gae": "#4477aa", "rloo": "#cc3311", "grpo": "#228833", "dpo": "#4477aa"}
-    for name, unit, methods, keys in (("ppo", "round", ("gae", "rloo", "grpo"), ("reward/right_result", "kl", "entropy", "response_length")),
+    for name, unit, methods, keys in (("ppo", "round", ("gae", "rloo", "grpo"), ("reward_new", "kl", "entropy", "learned_from")),
                                       ("dpo", "step", ("dpo",), ("rewards/margin", "rewards/accuracy", "logp/chosen", "logp/rejected"))):
         figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6))
         for key, axis in zip(keys, axes):

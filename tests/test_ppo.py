@@ -387,6 +387,8 @@ def test_prompts_that_taught_come_again(tmp_path, monkeypatch):
         assert not set(prompts[len(again):]) & set(sum(rounds[:rounds.index(prompts)], []))  # the others are new
         taught = [p for p in prompts if p in lessons and (p not in again or sum(rounds[:rounds.index(prompts)], []).count(p) < 2)]
         assert line["learned_from"] == len(taught) / 4
+        fresh = prompts[len(again):]
+        assert line["reward_new"] == pytest.approx(sum(p in lessons for p in fresh) / 2 / len(fresh))
         waiting = waiting[len(again):] + taught
     assert any(line["replayed"] for line in lines) and max(map(played.count, lessons)) > 4  # some were played a third time, and taught nothing
 
