@@ -54,6 +54,7 @@ class Config:
     reward_weights: dict = field(default_factory=dict)           # sampled: as in ppo.py
     min_gap: Annotated[float, "> 0"] = 0.1                       # sampled: best and worst must differ by this much in reward
     min_best: float = 0.0                                        # sampled: the best must earn this much; the least bad of bad answers teaches nothing
+    chosen: Literal["best", "gold"] = "best"                     # sampled: the better answer is the best sample, or the example's own first turn (taken to earn min_best)
     variant: Literal[tuple(VARIANTS)] = "sigmoid"                # the loss
     beta: Annotated[float, "> 0"] = 0.1  # strength of the tie to the reference; 0.1 as in the paper
     label_smoothing: Annotated[float, "0 to 1"] = 0.0            # share of judgements taken to be wrong (sigmoid, robust)
@@ -426,10 +427,12 @@ def datasets(config, tokenizer):
 def sampled_pairs(model, tokenizer, conversations, config):
     """On-policy pairs: of `samples` answers to each prompt the best against the worst, if the reward tells them apart.
 
-    The rows are the sampled ids themselves, token for token.
+    The rows are the sampled ids themselves, token for token. With `chosen: "gold"` the worst stands against the example's own
+    first turn (as in SPIN, Chen et al. 2024, arXiv:2401.01335, but only where the sample is at fault).
     """
     from tqdm import tqdm
 
+    import data
     import eval as evaluation
     import toolplay
     from ppo import reward_of
@@ -440,12 +443,16 @@ def sampled_pairs(model, tokenizer, conversations, config):
         episodes = toolplay.rollout(model, tokenizer, chats, temperature=config.temperature, max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
                                     style=config.tool_style, seed=f"{config.seed} pairs", batch_size=128, progress=bar.update)
     pairs = []
-    for n, case in enumerate(cases):
+    for n, (case, conversation) in enumerate(zip(cases, conversations)):
         tries = episodes[n * config.samples:(n + 1) * config.samples]
         scores = [score(case, episode)[0] for episode in tries]
         best, worst = scores.index(max(scores)), scores.index(min(scores))
-        if scores[best] >= config.min_best and scores[best] - scores[worst] >= config.min_gap:
-            pairs.append(Pair(*[(tries[i].ids, tries[i].mask) for i in (best, worst)], f"reward {scores[best]:.2f} against {scores[worst]:.2f}"))
+        chosen, earned = (tries[best].ids, tries[best].mask), scores[best]
+        if config.chosen == "gold":
+            turn = len(case.conversation["messages"]) + 1
+            chosen, earned = data.encode({**conversation, "messages": conversation["messages"][:turn]}, tokenizer, config.tool_style), config.min_best
+        if earned >= config.min_best and earned - scores[worst] >= config.min_gap and any(chosen[1]):
+            pairs.append(Pair(tuple(chosen), (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against " + ("the example's" if config.chosen == "gold" else f"{earned:.2f}")))
     return fitting(pairs, config, "sampled pairs")
 
 
@@ -465,7 +472,8 @@ def sampled_datasets(run, model, tokenizer):
         prompts = [data.conversations(config, split, tokenizer) for split in ("train", "dev")]
         with lora.merged(model) if config.lora_r else contextlib.nullcontext():  # sampled from faster
             out = [sampled_pairs(model, tokenizer, chats, config) if chats else [] for chats in prompts]
-        print(f"{len(out[0])} of {len(prompts[0])} prompts gave a pair: of the others' {config.samples} answers the best earns less than {config.min_best}, or the worst no less by {config.min_gap}", file=sys.stderr)
+        rule = "none earns so little" if config.chosen == "gold" else f"the best earns less than {config.min_best}, or the worst no less by {config.min_gap}"
+        print(f"{len(out[0])} of {len(prompts[0])} prompts gave a pair: of the others' {config.samples} answers {rule}", file=sys.stderr)
         if not out[0]:
             raise UserError("no prompt gave a pair: raise temperature or samples, or start_from a run that gets some prompts right")
         if run.rank:

@@ -344,3 +344,22 @@ def test_pairs_from_the_policys_own_samples(tmp_path, monkeypatch, capsys):
         assert chosen[0][:start] == rejected[0][:start] and sum(chosen[0][start:]) > sum(rejected[0][start:]) and why.startswith("reward")
     monkeypatch.setattr(toolplay, "rollout", lambda *a, **k: pytest.fail("sampled again"))
     train(c, resume=True)
+
+
+def test_faults_of_the_policy_against_the_examples_own_turn(tmp_path, monkeypatch):
+    """chosen: gold. Only where a sample is at fault; both answers to the same prompt ids, the chosen one ends behind its first turn."""
+    import ppo
+    tok = tokenizer()
+    monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (model("llama"), tok))
+    seen = []
+    monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (seen.append(case) or float(len(seen) <= 6) * 2, {}))  # the first three prompts: no fault
+    c = config(tmp_path, pairs="sampled", chosen="gold", examples=6, eval_examples=0, samples=2, max_new_tokens=6, max_turns=1, mix={"arithmetic": 1}, min_best=2.0, min_gap=0.5)
+    train(c)
+    pairs, _ = json.loads((tmp_path / "run" / "pairs.json").read_text())
+    assert len(pairs) == 3
+    golds = [evaluation.as_case(x) for x in data.conversations(c, "train", tok)]
+    for (chosen, rejected, why), case in zip(pairs, golds[3:]):
+        start = chosen[1].index(1)
+        assert chosen[0][:start] == rejected[0][:start] and rejected[1][start] == 1
+        assert parse_calls(tok.decode(chosen[0][start:]))[0] == list(case.calls) and [i for i, m in zip(*chosen) if m][-1] == data.end_of_turn(tok)
+        assert why == "reward 0.00 against the example's"
