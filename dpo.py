@@ -472,7 +472,7 @@ def sampled_datasets(run, model, tokenizer):
         prompts = [data.conversations(config, split, tokenizer) for split in ("train", "dev")]
         with lora.merged(model) if config.lora_r else contextlib.nullcontext():  # sampled from faster
             out = [sampled_pairs(model, tokenizer, chats, config) if chats else [] for chats in prompts]
-        rule = "none earns so little" if config.chosen == "gold" else f"the best earns less than {config.min_best}, or the worst no less by {config.min_gap}"
+        rule = f"none earns less than {config.min_best - config.min_gap:g}" if config.chosen == "gold" else f"the best earns less than {config.min_best}, or the worst no less by {config.min_gap}"
         print(f"{len(out[0])} of {len(prompts[0])} prompts gave a pair: of the others' {config.samples} answers {rule}", file=sys.stderr)
         if not out[0]:
             raise UserError("no prompt gave a pair: raise temperature or samples, or start_from a run that gets some prompts right")

@@ -129,9 +129,9 @@ def plot():
         figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6))
         for key, axis in zip(keys, axes):
             for method in methods:
-                for seed, folder in enumerate(sorted(RUNS.glob(f"{method}-[0-9]"))):
+                for folder in sorted(RUNS.glob(f"{method}-[0-9]")):
                     if (folder / "metrics.jsonl").exists():
-                        curve(axis, folder, key, method if seed == 0 else None, colours[method])
+                        curve(axis, folder, key, None if method in axis.get_legend_handles_labels()[1] else method, colours[method])
             axis.set(title=f"{key}, mean of five", xlabel=unit)
             axis.spines[["top", "right"]].set_visible(False)
         if not axes[0].lines:
