@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -344,6 +345,25 @@ def test_pairs_from_the_policys_own_samples(tmp_path, monkeypatch, capsys):
         assert chosen[0][:start] == rejected[0][:start] and sum(chosen[0][start:]) > sum(rejected[0][start:]) and why.startswith("reward")
     monkeypatch.setattr(toolplay, "rollout", lambda *a, **k: pytest.fail("sampled again"))
     train(c, resume=True)
+
+
+def test_balanced_pairs(monkeypatch):
+    """balance: of pairs that prefer a call to none as many as of those that prefer none; pairs of two calls all stay."""
+    import ppo
+    tok = tokenizer()
+    chats = [c for kind, n in (("arithmetic", 5), ("no_tool", 9)) for c in data.generate("train", n, 0, {kind: 1})]
+    call = toolplay.Call("calculator", {"expression": "1+1"})
+    called = [False, False, False, True, True] + [True] * 9  # three of five calls are missed, two are wrong; all of nine are needless
+
+    def rollout(model, tokenizer, conversations, **more):
+        rows = [data.encode(c, tok, generation=True)[0] for c in conversations]
+        return [toolplay.Episode(ids + [65 + n], [0] * len(ids) + [1], [0.0] * (len(ids) + 1), len(ids), calls=[call] if called[n] else []) for n, ids in enumerate(rows)]
+    monkeypatch.setattr(toolplay, "rollout", rollout)
+    monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (0.0, {}))
+    settings = {"method": "dpo", "pairs": "sampled", "chosen": "gold", "samples": 1, "min_best": 1.0, "max_tokens": 9000}
+    count = lambda **more: Counter(bool(parse_calls(tok.decode(pair.chosen[0][pair.chosen[1].index(1):]))[0]) for pair in  # noqa: E731
+                                   dpo.sampled_pairs(None, tok, chats, toolplay.load_config({**settings, **more})))
+    assert count() == {True: 5, False: 9} and count(balance=True) == {True: 5, False: 3}
 
 
 def test_faults_of_the_policy_against_the_examples_own_turn(tmp_path, monkeypatch):
