@@ -472,7 +472,7 @@ class Writer:
             kinds.update({k: "word" for k, v in values.items() if kinds[k] in ("num", "int") and v < 10000})
         written = {k: write_value(v, kinds[k], self.rng) for k, v in values.items()}
         prompt = fill(template, {**written, **self.story_words(family, lower)})
-        if template[0] == "{" and prompt[0].islower() and not lower and self.rng.random() < 0.5:
+        if family.get("said") and template[0] == "{" and not lower and self.rng.random() < 0.5:
             prompt = prompt[0].upper() + prompt[1:]
         return prompt, expression, values
 
@@ -509,7 +509,7 @@ class Writer:
         family, text = self.rng.choice([(f, text) for f in pool("arithmetic.json", "families", self.split) if re.fullmatch(r"\{\w+\} [-+*/] \{\w+\}", f["expression"])
                                         and {s.split()[0] for s in f["slots"].values()} <= {"num", "int", "word"}
                                         for text in f["texts"] if text[0] == "{" and not SYMBOLS.search(text)])
-        return {**family, "texts": [text], "slots": {name: self.rng.choice(["word 2 20", "word 11 99", "word 100 1999"]) for name in family["slots"]}}
+        return {**family, "said": True, "texts": [text], "slots": {name: self.rng.choice(["word 2 20", "word 11 99", "word 100 1999"]) for name in family["slots"]}}
 
     def formula(self):
         """A family made on the spot: a random formula of two to four operations, written out, in one of many sentences."""

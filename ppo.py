@@ -84,7 +84,7 @@ class Config:
     kl_horizon: Annotated[float, "> 0"] = 10000.0      # episodes over which it is steered
     center: bool = False                               # gae: scores are measured from the mean of the prompt's other samples, (4)
     min_spread: Annotated[float, ">= 0"] = 0.0         # learn only from prompts whose samples' rewards differ by this much (dynamic sampling)
-    replay: Annotated[float, "0 to 1"] = 0.0           # share of a round's prompts, at most, that taught when they were last played; the others are new
+    replay: Annotated[float, "0 to 1"] = 0.0           # share of a round's prompts, at most, that taught when last played (min_spread 0: all did); the others are new
     ptx: Annotated[int, ">= 0"] = 0                    # conversations of ptx_mix that each minibatch imitates besides, (6); 0: none
     ptx_coef: Annotated[float, "> 0"] = 1.0            # gamma_ptx: weight of their mean loss
     ptx_mix: dict = field(default_factory=dict)        # their kinds, with weights; their expressions are shown, whatever `answers_only` says
@@ -545,8 +545,8 @@ def train(run):
         raise UserError("ppo trains adapters without dropout (the reference is the model without them, the first ratio must be 1): set lora_r > 0 and lora_dropout = 0")
     if config.steps:
         raise UserError("steps: ppo counts rounds; set iterations")
-    if config.advantage != "gae" and config.samples < 2:
-        raise UserError(f"samples = {config.samples}: {config.advantage} compares the samples of a prompt; at least 2 are needed")
+    if (config.advantage != "gae" or config.center) and config.samples < 2:
+        raise UserError(f"samples = {config.samples}: {'center' if config.advantage == 'gae' else config.advantage} compares the samples of a prompt; at least 2 are needed")
     if bool(config.ptx) != bool(config.ptx_mix):
         raise UserError("ptx and ptx_mix go together: how many conversations each minibatch imitates, and of which kinds")
     if 0 < config.dual_clip <= 1:

@@ -458,7 +458,7 @@ def test_guards(tmp_path):
     assert once[0]["stopped"] == 0  # nothing was left out
 
 
-@pytest.mark.parametrize("wrong, names", [({"advantage": "rloo", "samples": 1}, "samples"), ({"advantage": "grpo", "samples": 1}, "samples"), ({"dual_clip": 0.5}, "dual_clip")])
+@pytest.mark.parametrize("wrong, names", [({"advantage": "rloo", "samples": 1}, "samples"), ({"advantage": "grpo", "samples": 1}, "samples"), ({"center": True, "samples": 1}, "center"), ({"dual_clip": 0.5}, "dual_clip")])
 def test_settings_that_teach_nothing_are_refused(tmp_path, wrong, names):
     with pytest.raises(UserError, match=names):
         train(config(tmp_path, **wrong))
