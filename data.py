@@ -472,9 +472,11 @@ class Writer:
             kinds.update({k: "word" for k, v in values.items() if kinds[k] in ("num", "int") and v < 10000})
         written = {k: write_value(v, kinds[k], self.rng) for k, v in values.items()}
         prompt = fill(template, {**written, **self.story_words(family, lower)})
-        if family.get("said") and template[0] == "{" and not lower and self.rng.random() < 0.5:
-            prompt = prompt[0].upper() + prompt[1:]
-        return prompt, expression, values
+        return self.capital(prompt, template, lower) if family.get("said") else prompt, expression, values
+
+    def capital(self, text, template, lower):
+        """What begins with a slot begins with a capital half of the time."""
+        return text[0].upper() + text[1:] if template[0] == "{" and not lower and self.rng.random() < 0.5 else text
 
     def story_words(self, family, lower=False):
         stories = corpus("stories_add.json")
@@ -598,7 +600,7 @@ class Writer:
             wrapper = "{q}?"
         template, lower = self.register(wrapper)
         query = query.lower() if lower else query
-        shown = query[0].upper() + query[1:] if template.startswith("{q}") and not lower and self.rng.random() < 0.5 else query
+        shown = self.capital(query, template, lower)
         return fill(template, {"q": shown}), [Call("search", {"query": shown if wrapper.startswith("{q}") else query})], family, {"entity": entity}
 
     def trap(self):

@@ -477,8 +477,10 @@ def shuffled(n, *seed):
 def advantages_of(config, scores, kl, values, mask, kl_coef):
     """Scores [prompts * samples] and KL [B, T] of a round -> (advantages, returns, token rewards) [B, T]."""
     groups = scores.reshape(-1, config.samples)
+    if config.advantage == "gae" and config.center:
+        scores = rloo_advantages(groups).flatten()
+    rewards = token_rewards(scores, kl, mask, kl_coef)
     if config.advantage == "gae":
-        rewards = token_rewards(rloo_advantages(groups).flatten() if config.center else scores, kl, mask, kl_coef)
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
@@ -488,7 +490,6 @@ def advantages_of(config, scores, kl, values, mask, kl_coef):
         advantages = rloo_advantages(groups - cost)
     else:  # KL beside the score, not inside it: where all samples are equally good, its noise must not be blown up
         advantages = grpo_advantages(groups) - (cost - cost.mean(1, keepdim=True))
-    rewards = token_rewards(scores, kl, mask, kl_coef)
     return advantages.reshape(-1, 1) * mask, torch.zeros_like(rewards), rewards
 
 
@@ -533,14 +534,9 @@ def summary(units):
 
 # --------------------------------------------------------------------------- 4. training
 
-def train(run):
-    # Imported here so that this file alone gives the losses to anyone who copies it.
-    import data
-    import eval as evaluation
-    import lora
-    import toolplay
+def require(config):
+    """UserError for settings that contradict each other, or teach nothing."""
     from tools import UserError
-    config = run.config
     if not config.lora_r or config.lora_dropout:
         raise UserError("ppo trains adapters without dropout (the reference is the model without them, the first ratio must be 1): set lora_r > 0 and lora_dropout = 0")
     if config.steps:
@@ -551,6 +547,17 @@ def train(run):
         raise UserError("ptx and ptx_mix go together: how many conversations each minibatch imitates, and of which kinds")
     if 0 < config.dual_clip <= 1:
         raise UserError(f"dual_clip = {config.dual_clip}: must be above 1 (or 0: none); below, it would stop every lesson of a bad episode")
+
+
+def train(run):
+    # Imported here so that this file alone gives the losses to anyone who copies it.
+    import data
+    import eval as evaluation
+    import lora
+    import toolplay
+    from tools import UserError
+    config = run.config
+    require(config)
     reward = reward_of(config)
 
     # 1. data: prompts with what is known of their answers
@@ -614,15 +621,14 @@ def train(run):
         return [units[n:n + config.samples] for n in range(0, len(units), config.samples)]
 
     @torch.no_grad()
-    def frozen(groups):
-        """What stays fixed while a rank's episodes are learned from: log-probs of policy and reference, values."""
-        rows = [unit["row"] for group in groups for unit in group]
+    def frozen(units):
+        """What stays fixed while a rank's episodes are learned from: log-probs of policy and reference, values of each."""
+        rows = [unit["row"] for unit in units]
         model.eval()
         with trainer.autocast():
             out, ref_logp = policy(rows, trunk), policy.switched(reference, rows)
             logp, values = (out["logp"], values_of(rows, out)) if trunk else (out, torch.zeros_like(out))
-        fixed = [{name: x[b, :len(row)].tolist() for name, x in (("logp", logp), ("ref_logp", ref_logp), ("values", values))} for b, (row, _) in enumerate(rows)]
-        return [fixed[n:n + config.samples] for n in range(0, len(fixed), config.samples)]
+        return [{name: x[b, :len(ids)].tolist() for name, x in (("logp", logp), ("ref_logp", ref_logp), ("values", values))} for b, (ids, _) in enumerate(rows)]
 
     def imitated(tokens):
         """The next conversations to imitate beside a minibatch of that many tokens: units whose tokens are no actions (mask 0), but have
@@ -661,21 +667,20 @@ def train(run):
         taught = [teaches(config, group) for group in played]
         trainer.extra["taught"] += [i for i, yes in zip(picked, taught) if yes and i not in trainer.extra["taught"]]
         groups = [group for group, yes in zip(played, taught) if yes]
-        units = [unit for group in groups for unit in group]
-        log = {**summary([unit for group in played for unit in group]), "kl_coef": beta.value, "learned_from": len(groups) / config.prompts, "replayed": len(again) / config.prompts}
+        everything, units = ([unit for group in some for unit in group] for some in (played, groups))
+        log = {**summary(everything), "kl_coef": beta.value, "learned_from": len(groups) / config.prompts, "replayed": len(again) / config.prompts}
         if new:  # what is played again was chosen for its results: only on new prompts does progress show
-            log["reward_new"] = summary([unit for group in played[len(again):] for unit in group])["reward"]
-        if groups:
-            for group, fixed in zip(groups, toolplay.shared_out(groups, lambda own: frozen(own) if own else [])):
-                for unit, values in zip(group, fixed):
-                    unit.update(values)
+            log["reward_new"] = summary(everything[len(again) * config.samples:])["reward"]
+        if units:
+            for unit, fixed in zip(units, toolplay.shared_out(units, lambda own: frozen(own) if own else [])):
+                unit.update(fixed)
             log.update(judge_round(config, units, beta.value, run.device))
             trainer.extra["kl_coef"] = beta.update(log["kl"], batch)
         log.update(learn(groups, position), skipped=trainer.skipped)
         if held_out and (trainer.step >= trainer.total or config.eval_every and (round_ + 1) % config.eval_every == 0):
             report, _ = evaluation.evaluate(model, tokenizer, held_out, max_new_tokens=config.max_new_tokens, style=config.tool_style, progress=False)
             log.update({f"eval_{name}": report["metrics"][name]["value"] for name in ("tool_accuracy", "format", "response_quality")})
-        run.log(trainer.step, log, tokens=sum(sum(unit["mask"]) for group in played for unit in group))
+        run.log(trainer.step, log, tokens=sum(sum(unit["mask"]) for unit in everything))
         run.samples(trainer.step, [sample_line(group[0], tokenizer) for group in (groups or played)[:2]])
 
     # 5. save
