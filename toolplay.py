@@ -628,9 +628,31 @@ class RowCaches:
         self.caches = [self.caches[r] if r not in rows[:n] else copy.deepcopy(self.caches[r]) for n, r in enumerate(rows)]
 
 
+class EqualRows:
+    """The same interface over either: rows that have read the same ids so far are one row of the cache, computed once, until
+    they part. The samples of one prompt share the words that are nearly certain, and in tool calls these are most of them."""
+
+    def __init__(self, cache, model, prompts):
+        distinct = {tuple(p): None for p in prompts}
+        self.cache, self.count = cache(model, [list(p) for p in distinct]), len(distinct)
+        row = {p: n for n, p in enumerate(distinct)}
+        self.at = [row[tuple(p)] for p in prompts]  # row -> its row of the cache
+
+    def step(self, ids):
+        fed = [(n, *new) for n, new in zip(self.at, ids)]
+        row = {key: n for n, key in enumerate(dict.fromkeys(fed))}
+        if (going := [n for n, *_ in row]) != list(range(self.count)):
+            self.cache.keep(going)
+        self.at, self.count = [row[key] for key in fed], len(row)
+        return self.cache.step([new for _, *new in row])[self.at]
+
+    def keep(self, rows):
+        self.at = [self.at[r] for r in rows]
+
+
 def prompt_cache(model, prompts):
-    """The cache that suits the model's attention, filled with B prompts (lists of ids)."""
-    return (SharedPrefixCache if takes_trie(model) else RowCaches)(model, prompts)
+    """The cache that suits the model's attention, filled with B prompts (lists of ids): step(ids [B][m]) -> logits [B, V], keep(rows)."""
+    return EqualRows(SharedPrefixCache if takes_trie(model) else RowCaches, model, prompts)
 
 
 @torch.no_grad()
@@ -680,22 +702,17 @@ def stop_ids(model, tokenizer):
 
 
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
-    """Rows that have said the same so far are one row of the cache, computed once, until their draws part them: the samples of
-    one prompt share the words that are nearly certain, and in tool calls these are most of them."""
     stops = stop_ids(model, tokenizer)
     queues = [[e.ids[-1]] for e, _, _ in rows]  # ids not yet fed to the model
     turns = [[] for _ in rows]                  # ids of the turn under way
-    same = {}
-    for r, (episode, _, _) in enumerate(rows):
-        same.setdefault(tuple(episode.ids), []).append(r)
-    groups = list(same.values())                # cache row n belongs to the rows of groups[n]
-    cache = prompt_cache(model, [list(ids[:-1]) for ids in same])
-    while groups:
-        m = min(len(queues[r]) for r, *_ in groups)
-        logits = cache.step([queues[r][:m] for r, *_ in groups]).float()
-        for r in itertools.chain(*groups):
+    cache = prompt_cache(model, [e.ids[:-1] for e, _, _ in rows])
+    alive = list(range(len(rows)))
+    while alive:
+        m = min(len(queues[r]) for r in alive)
+        logits = cache.step([queues[r][:m] for r in alive]).float()
+        for r in alive:
             del queues[r][:m]
-        speaking = [(n, r) for n, group in enumerate(groups) for r in group if not queues[r]]  # the others read their tool results
+        speaking = [(n, r) for n, r in enumerate(alive) if not queues[r]]  # the others read their tool results
         if speaking:
             tokens, logp = sample(logits[[n for n, _ in speaking]], [rows[r][2].random() for _, r in speaking], temperature, top_p)
         for i, (_, r) in enumerate(speaking):
@@ -708,14 +725,12 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
             if ended or cut or ran_on(tokenizer, turns[r]):
                 queues[r] += finish_turn(tokenizer, episode, tools, turns[r], ended, cut, limits)
                 turns[r] = []
-        parted, before = {}, sum(map(len, groups))
-        for n, r in ((n, r) for n, group in enumerate(groups) for r in group if not rows[r][0].stop):
-            parted.setdefault((n, *queues[r]), []).append(r)
-        if (kept := [n for n, *_ in parted]) != list(range(len(groups))) and kept:
-            cache.keep(kept)
-        groups = list(parted.values())
-        if progress:
-            progress(before - sum(map(len, groups)))
+        going = [n for n, r in enumerate(alive) if not rows[r][0].stop]
+        if len(going) < len(alive):
+            cache.keep(going)
+            if progress:
+                progress(len(alive) - len(going))
+            alive = [alive[n] for n in going]
 
 
 def extend(episode, ids, mask, logp=0.0):
