@@ -743,6 +743,7 @@ def converse(kind, split, rng):
     if kind == "missing_tool":
         missing, offered = needed[0], writer.tools(without=needed[0])
         city = calls[0].arguments.get("city", "that place")
+        facts = {**facts, "withheld": {"name": missing, "arguments": calls[0].arguments}}  # what would be right if the tool were offered
         reply, calls = fill(rng.choice(corpus("answers.json")["missing"][missing]), {"city": city}), []
     else:
         offered, reply = writer.tools(needed), facts.pop("reply", None)

@@ -55,7 +55,7 @@ class Config:
     min_gap: Annotated[float, "> 0"] = 0.1                       # sampled: best and worst must differ by this much in reward
     min_best: float = 0.0                                        # sampled: the best must earn this much; the least bad of bad answers teaches nothing
     chosen: Literal["best", "gold"] = "best"                     # sampled: the better answer is the best sample, or the example's own first turn (taken to earn min_best)
-    balance: bool = False                                        # sampled: as many pairs that prefer a call to no call as the other way round
+    twins: bool = False                                          # sampled, gold: where a tool that is not offered was called, also the same request with it: there the call is right
     variant: Literal[tuple(VARIANTS)] = "sigmoid"                # the loss
     beta: Annotated[float, "> 0"] = 0.1  # strength of the tie to the reference; 0.1 as in the paper
     label_smoothing: Annotated[float, "0 to 1"] = 0.0            # share of judgements taken to be wrong (sigmoid, robust)
@@ -443,23 +443,32 @@ def sampled_pairs(model, tokenizer, conversations, config):
     with tqdm(total=len(chats), desc="dpo answers", unit="answer", disable=toolplay.world_rank()[0] > 0, dynamic_ncols=True) as bar:
         episodes = toolplay.rollout(model, tokenizer, chats, temperature=config.temperature, max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
                                     style=config.tool_style, seed=f"{config.seed} pairs", batch_size=128, progress=bar.update)
-    pairs, more = [], []  # more: how many more calls the chosen answer makes, by sign: 1, 0, -1
+    pairs = []
     for n, (case, conversation) in enumerate(zip(cases, conversations)):
         tries = episodes[n * config.samples:(n + 1) * config.samples]
         scores = [score(case, episode)[0] for episode in tries]
         best, worst = scores.index(max(scores)), scores.index(min(scores))
-        chosen, earned, calls = (tries[best].ids, tries[best].mask), scores[best], tries[best].calls
+        chosen, earned, rival = (tries[best].ids, tries[best].mask), scores[best], f"{scores[best]:.2f}"
         if config.chosen == "gold":
             turn = len(case.conversation["messages"]) + 1
-            chosen, earned = data.encode({**conversation, "messages": conversation["messages"][:turn]}, tokenizer, config.tool_style), config.min_best
-            calls = case.calls
+            chosen, earned, rival = data.encode({**conversation, "messages": conversation["messages"][:turn]}, tokenizer, config.tool_style), config.min_best, "the example's"
         if earned >= config.min_best and earned - scores[worst] >= config.min_gap and any(chosen[1]):
-            pairs.append(Pair(tuple(chosen), (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against " + ("the example's" if config.chosen == "gold" else f"{earned:.2f}")))
-            more.append(bool(calls) - bool(tries[worst].calls or tries[worst].errors))
-    if config.balance:  # else what most pairs have in common is learned before what tells them apart: never to call
-        least = min(more.count(1), more.count(-1))
-        pairs = [pair for n, pair in enumerate(pairs) if not more[n] or more[:n].count(more[n]) < least]
+            pairs.append(Pair(tuple(chosen), (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against {rival}"))
+            if config.twins and config.chosen == "gold" and tries[worst].calls and (call := conversation.get("facts", {}).get("withheld")):
+                pairs.append(twin(conversation, call, tokenizer, config.tool_style, random.Random(f"{config.seed} twin {n}")))
     return fitting(pairs, config, "sampled pairs")
+
+
+def twin(conversation, call, tokenizer, style, rng):
+    """A request whose tool was withheld, now with the tool: the call is preferred to saying that it cannot be done.
+
+    Beside the pair that prefers the opposite nothing but the list of tools tells which is right. Without it DPO learns what is
+    the same in all such pairs: not to call.
+    """
+    question, refusal = conversation["messages"][:2]
+    tools = list(conversation["tools"])
+    tools.insert(rng.randint(0, len(tools)), call["name"])
+    return pair_of({"messages": [question], "tools": tools}, [{"role": "assistant", "content": "", "tool_calls": [call]}], [refusal], tokenizer, style, "its tool is offered")
 
 
 def fitting(pairs, config, what):

@@ -6,7 +6,6 @@ import random
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -347,23 +346,31 @@ def test_pairs_from_the_policys_own_samples(tmp_path, monkeypatch, capsys):
     train(c, resume=True)
 
 
-def test_balanced_pairs(monkeypatch):
-    """balance: of pairs that prefer a call to none as many as of those that prefer none; pairs of two calls all stay."""
+def test_twins_differ_in_the_offered_tools_alone(monkeypatch):
+    """twins: a call to a tool that is not offered is a fault; the same request with the tool makes a second pair, the other way round."""
     import ppo
     tok = tokenizer()
-    chats = [c for kind, n in (("arithmetic", 5), ("no_tool", 9)) for c in data.generate("train", n, 0, {kind: 1})]
-    call = toolplay.Call("calculator", {"expression": "1+1"})
-    called = [False, False, False, True, True] + [True] * 9  # three of five calls are missed, two are wrong; all of nine are needless
+    chats = data.generate("train", 12, 0, {"missing_tool": 1}) + data.generate("train", 3, 0, {"no_tool": 1})
+    calls = [c["facts"]["withheld"] for c in chats[:12]]
 
     def rollout(model, tokenizer, conversations, **more):
         rows = [data.encode(c, tok, generation=True)[0] for c in conversations]
-        return [toolplay.Episode(ids + [65 + n], [0] * len(ids) + [1], [0.0] * (len(ids) + 1), len(ids), calls=[call] if called[n] else []) for n, ids in enumerate(rows)]
+        return [toolplay.Episode(ids + [65], [0] * len(ids) + [1], [0.0] * (len(ids) + 1), len(ids), calls=[toolplay.Call("weather", {"city": "X"})] if n != 1 else [])
+                for n, ids in enumerate(rows)]
     monkeypatch.setattr(toolplay, "rollout", rollout)
     monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (0.0, {}))
     settings = {"method": "dpo", "pairs": "sampled", "chosen": "gold", "samples": 1, "min_best": 1.0, "max_tokens": 9000}
-    count = lambda **more: Counter(bool(parse_calls(tok.decode(pair.chosen[0][pair.chosen[1].index(1):]))[0]) for pair in  # noqa: E731
-                                   dpo.sampled_pairs(None, tok, chats, toolplay.load_config({**settings, **more})))
-    assert count() == {True: 5, False: 9} and count(balance=True) == {True: 5, False: 3}
+    made = lambda **more: dpo.sampled_pairs(None, tok, chats, toolplay.load_config({**settings, **more}))  # noqa: E731
+    alone, pairs = made(), made(twins=True)
+    assert len(alone) == 15 and [p for p in pairs if p.why != "its tool is offered"] == alone
+    twins = [p for p in pairs if p.why == "its tool is offered"]
+    assert len(twins) == 11 and pairs == made(twins=True)  # nothing was called in the second
+    text = lambda row, trained: tok.decode([i for i, m in zip(*row) if m == trained])  # noqa: E731
+    chats, calls = chats[:1] + chats[2:12], calls[:1] + calls[2:12]
+    for chat, call, (chosen, rejected, _) in zip(chats, calls, twins):
+        assert [vars(c) for c in parse_calls(text(chosen, 1))[0]] == [call] and text(rejected, 1).startswith(chat["messages"][1]["content"])
+        assert text(chosen, 0) == text(rejected, 0) and chat["messages"][0]["content"] in text(chosen, 0)
+        assert all(f"{data.tool_name(tool)}(" in text(chosen, 0) for tool in [*chat["tools"], call["name"]])
 
 
 def test_faults_of_the_policy_against_the_examples_own_turn(tmp_path, monkeypatch):
