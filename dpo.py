@@ -56,6 +56,7 @@ class Config:
     min_best: float = 0.0                                        # sampled: the best must earn this much; the least bad of bad answers teaches nothing
     chosen: Literal["best", "gold"] = "best"                     # sampled: the better answer is the best sample, or the example's own first turn (taken to earn min_best)
     twins: bool = False                                          # sampled, gold: where a tool that is not offered was called, also the same request with it: there the call is right
+    parting: Annotated[int, ">= 0"] = 0                          # train only this many tokens of either answer, from where the two part; 0: all
     variant: Literal[tuple(VARIANTS)] = "sigmoid"                # the loss
     beta: Annotated[float, "> 0"] = 0.1  # strength of the tie to the reference; 0.1 as in the paper
     label_smoothing: Annotated[float, "0 to 1"] = 0.0            # share of judgements taken to be wrong (sigmoid, robust)
@@ -315,6 +316,18 @@ def pair_of(prompt, chosen, rejected, tokenizer, style="signature", why=""):
     return Pair(*rows, why)
 
 
+def parted(pair, tokens):
+    """The pair, cut `tokens` behind where its answers part, with a mask for these tokens alone; 0: as it is.
+
+    Call or talk, this tool or that one, another call or the end: each is decided by a token or two. DPO over whole answers also
+    pushes down what follows a wrong decision, and calls are all alike there: soon none is well-formed. A pair whose answers do
+    not part in words of the model (one begins with the whole other) is left as it is.
+    """
+    at = next((t for t, (a, b) in enumerate(zip(pair.chosen[0], pair.rejected[0])) if a != b), 0)
+    rows = [(ids[:at + tokens], [0] * at + list(mask[at:at + tokens])) for ids, mask in pair[:2]]
+    return Pair(*rows, pair.why) if tokens and all(any(mask) for _, mask in rows) else pair
+
+
 def read_pair(line, tokenizer, style="signature"):
     """A line of a pairs file, as TRL reads it: prompt, chosen, rejected (messages, or texts), tools; -> Pair.
 
@@ -360,6 +373,7 @@ def train(run):
         pairs, held_out = sampled_datasets(run, model, tokenizer)
     else:
         pairs, held_out = datasets(config, tokenizer)
+    pairs, held_out = [[parted(pair, config.parting) for pair in part] for part in (pairs, held_out)]
     tokens = sum(len(ids) for pair in pairs for ids, _ in pair[:2])
     nodes = sum(len(toolplay.Trie([list(ids) for ids, _ in pair[:2]])) for pair in pairs)
     print(f"{len(pairs)} pairs: {tokens} tokens, {nodes} trie nodes, {tokens / nodes:.2f} times fewer for sharing the prompt within a pair alone", file=sys.stderr)

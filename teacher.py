@@ -14,11 +14,11 @@ probable, by more than the bare call does. The text with the kept calls in it is
     x*     = x_<i, e(c, r), x_>=i                        fine-tune on it with the language-model loss
 
 z stands before the whole text, although the call will stand at i: a model that has not been tuned yet is upset by a call
-in the middle of a sentence. Only five weights are above zero, so L_i needs the text up to x_{i+4}.
+in the middle of a sentence. Only five weights are above zero, so L_i needs the text up to x_{i+4}. When the tuned model
+writes, a call begins, once a text, where its token is among the k most probable ones (sec. 4.2): models rather go on than call.
 
 Departures. Inserted results are read, not learned: at inference the tool writes them, so they have mask 0, as everywhere
-in this project. When the tuned model writes, a call begins where its token is the most probable one (the paper: among the ten
-most probable), at most twice. Of several kept calls at one position the best stays. All candidates of some texts lie in one token trie:
+in this project. Of several kept calls at one position the best stays. All candidates of some texts lie in one token trie:
 the examples P, the text, and the beginnings of calls are computed once.
 
 Before and after the fine-tuning (there is no `eval_every` here) the loss of held-out texts and the share of right sums is
@@ -52,6 +52,7 @@ class Config:
     samples: Annotated[int, "> 0"] = 4                 # m: calls sampled at each; the paper: 5, for these 10
     tau_f: float = 0.5                                 # a call is kept if it lowers the loss by this, in nats; the paper: 1, for these 0.5
     call_tokens: Annotated[int, "> 0"] = 24            # a call that has not ended by then is dropped
+    call_top: Annotated[int, "> 0"] = 10               # when writing, a call begins if its token is among that many most probable ones; the paper: 10
     texts_at_once: Annotated[int, "> 0"] = 8           # texts that are annotated together
 
 
@@ -334,27 +335,29 @@ def read_texts(path, n):
 # --------------------------------------------------------------------------- 5. with and without tools
 
 @torch.no_grad()
-def complete(model, tokenizer, rows, tools, most=16, call_tokens=24):
-    """Continue each row of ids greedily, calls executed as they are written -> [(text without calls, calls)]. tools {}: none may begin."""
+def complete(model, tokenizer, rows, tools, most=16, call_tokens=24, call_top=1):
+    """Continue each row of ids greedily -> [(text without calls, calls)]. Calls are executed as they are written; one may begin where
+    its token is among the `call_top` most probable, once a row. tools {}: none may."""
     import toolplay
     open_id, = ids_of(tokenizer, opening(tokenizer))
     end = toolplay.stop_ids(model, tokenizer)
     cache = toolplay.prompt_cache(model, [r[:-1] for r in rows])
     queues, said, calling, calls = [[r[-1]] for r in rows], [[] for _ in rows], [None] * len(rows), [[] for _ in rows]
-    begun = [0] * len(rows)  # calls that were begun, to a good end or not
+    begun = [False] * len(rows)  # a call, to a good end or not
     alive = list(range(len(rows)))
     while alive:
         logits = cache.step([[queues[r].pop(0)] for r in alive]).float()
         going = []
         for n, r in enumerate(alive):
             if not queues[r]:
-                if not tools or calling[r] is None and begun[r] >= 2:
+                if not tools or calling[r] is None and begun[r]:
                     logits[n, open_id] = -torch.inf
-                token = int(logits[n].argmax())
+                may = tools and not begun[r] and int((logits[n] > logits[n, open_id]).sum()) < call_top
+                token = open_id if may else int(logits[n].argmax())
                 queues[r].append(token)
                 if calling[r] is None and token == open_id:
                     calling[r] = []
-                    begun[r] += 1
+                    begun[r] = True
                 elif calling[r] is None:
                     said[r].append(token)
                 else:
@@ -401,12 +404,12 @@ def text_loss(model, tokenizer, rows, tools, budget):
     return -float(logp.sum()) / sum(sum(mask[1:]) for _, mask in pairs)
 
 
-def measure(model, tokenizer, held_out, tools, budget):
+def measure(model, tokenizer, held_out, tools, budget, call_top=10):
     """Held-out texts -> {"loss", "loss_with_tools", "right", "right_with_tools", "n", "calls"}."""
     rows, asked = [ids_of(tokenizer, item["text"]) for item in held_out], [item for item in held_out if "answer" in item]
     out = {"loss": text_loss(model, tokenizer, rows, {}, budget), "loss_with_tools": text_loss(model, tokenizer, rows, tools, budget)}
     for key, allowed in (("right", {}), ("right_with_tools", tools)):
-        said = complete(model, tokenizer, [ids_of(tokenizer, item["prompt"]) for item in asked], allowed) if asked else []
+        said = complete(model, tokenizer, [ids_of(tokenizer, item["prompt"]) for item in asked], allowed, call_top=call_top) if asked else []
         out[key] = sum(right_number(text, item["answer"]) for (text, _), item in zip(said, asked)) / max(len(asked), 1)
     return {**out, "n": len(asked), "calls": sum(len(calls) for _, calls in said)}
 
@@ -439,7 +442,7 @@ def train(run):
     batches = data.Batches(rows, config)
     trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, batches.total)
     if held_out and not (run.resume and toolplay.newest_checkpoint(run.folder)):
-        trainer.extra["before"] = json.dumps(measure(model.eval(), tokenizer, held_out, tools, config.micro_tokens * 4))
+        trainer.extra["before"] = json.dumps(measure(model.eval(), tokenizer, held_out, tools, config.micro_tokens * 4, config.call_top))
     run.start(trainer)
 
     def loss(batch):
@@ -452,7 +455,7 @@ def train(run):
         info = toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1][1:]))  # nothing predicts the first token
         info.pop("tokens", None)
         if held_out and trainer.step >= batches.total:
-            after = measure(model.eval(), tokenizer, held_out, tools, config.micro_tokens * 4)
+            after = measure(model.eval(), tokenizer, held_out, tools, config.micro_tokens * 4, config.call_top)
             info.update({f"eval_{k}": v for k, v in after.items()})
             if run.rank == 0:
                 before = json.loads(trainer.extra["before"]) if "before" in trainer.extra else None

@@ -175,6 +175,22 @@ def test_calls_that_fail_come_to_an_end(monkeypatch):
     assert calls == [] and "[" not in text and len(text) <= 12
 
 
+def test_a_call_begins_where_its_token_is_among_the_most_probable_ones(monkeypatch):
+    """Toolformer, sec. 4.2: models rather go on than call. Once a text only, or nothing else would be written."""
+    open_id, = teacher.ids_of(TOK, teacher.opening(TOK))
+
+    class Second(Scripted):
+        def step(self, ids):
+            logits = super().step(ids)
+            logits[:, open_id] = logits[:, open_id].clamp(min=1.5)  # always the second best
+            return logits
+    monkeypatch.setattr(toolplay, "SharedPrefixCache", Second)
+    said = lambda call_top: teacher.complete(small.model("llama"), TOK, [teacher.ids_of(TOK, "So: ")] * 2, BUILTIN, most=8, call_top=call_top)  # noqa: E731
+    monkeypatch.setattr(Second, "follow", staticmethod(lambda text: continued(["So: six", "So: [calculator(2 * 3) -> 6] 6 it is"], text)))
+    assert said(1) == [("six", [])] * 2
+    assert said(2) == [(" 6 it is", [(CALC, "6")])] * 2
+
+
 def test_a_cache_without_a_shared_prefix():
     model = small.model("llama")
     cache = toolplay.SharedPrefixCache(model, [[1, 2, 3], [4, 5]])
