@@ -186,8 +186,8 @@ def test_a_call_begins_where_its_token_is_among_the_most_probable_ones(monkeypat
             return logits
     monkeypatch.setattr(toolplay, "SharedPrefixCache", Second)
     said = lambda call_top: teacher.complete(small.model("llama"), TOK, [teacher.ids_of(TOK, "So: ")] * 2, BUILTIN, most=8, call_top=call_top)  # noqa: E731
-    monkeypatch.setattr(Second, "follow", staticmethod(lambda text: continued(["So: six", "So: [calculator(2 * 3) -> 6] 6 it is"], text)))
-    assert said(1) == [("six", [])] * 2
+    monkeypatch.setattr(Second, "follow", staticmethod(lambda text: continued(["So: two", "So: [calculator(2 * 3) -> 6] 6 it is"], text)))
+    assert said(1) == [("two", [])] * 2
     assert said(2) == [(" 6 it is", [(CALC, "6")])] * 2
 
 
