@@ -45,7 +45,8 @@ import torch.nn.functional as F
 @dataclass
 class Config:
     """DPO's own keys; the shared ones are in toolplay.Config. A pairs file is `source: jsonl` with its `path`."""
-    pairs: Literal["corrupted", "sampled"] = "corrupted"         # gold against a faulty copy, or the policy's own best against its worst
+    pairs: Literal["corrupted", "sampled", "both"] = "corrupted" # gold against a faulty copy; the policy's own best against its worst; that, and a faulty copy where it makes no pair
+    faults: list = field(default_factory=list)                   # corrupted: which of CORRUPTIONS; empty: all
     samples: Annotated[int, "> 0"] = 4   # sampled: answers to each prompt, scored with ppo.py's reward
     temperature: Annotated[float, "> 0"] = 1.0                   # sampled: of the sampling
     max_new_tokens: Annotated[int, "> 0"] = 64                   # sampled: bound of each turn
@@ -217,6 +218,12 @@ def missing_argument(conversation, rng):
     return until(conversation, at, tool_calls=[{**calls[0], "arguments": dict(list(calls[0]["arguments"].items())[1:])}, *calls[1:]])
 
 
+def call_left_out(conversation, rng):
+    """Of several calls the last is not made."""
+    at, calls = first_call(conversation)
+    return until(conversation, at, tool_calls=calls[:-1]) if len(calls) > 1 else None
+
+
 def missing_call(conversation, rng):
     """An answer out of the blue where a tool should have been asked."""
     at, calls = first_call(conversation)
@@ -249,7 +256,7 @@ def endless(conversation, rng):
     return until(conversation, at, content=" ".join([text] * 3)) if at is not None else None
 
 
-CORRUPTIONS = {f.__name__: f for f in (wrong_tool, malformed, wrong_argument, missing_argument, missing_call, needless_call, ignores_result, endless)}
+CORRUPTIONS = {f.__name__: f for f in (wrong_tool, malformed, wrong_argument, missing_argument, call_left_out, missing_call, needless_call, ignores_result, endless)}
 
 
 def first_call(conversation):
@@ -287,12 +294,12 @@ def tempting_call(name, conversation):
     return {"name": name, "arguments": arguments.get(name, {first: text.rstrip("?. ")})}
 
 
-def corrupted_pairs(conversations, tokenizer, seed=0, style="signature"):
-    """Gold conversations -> pairs: the gold one, and the same with one fault of a random kind that applies."""
+def corrupted_pairs(conversations, tokenizer, seed=0, style="signature", faults=()):
+    """Gold conversations -> pairs: the gold one, and the same with one fault of a random kind that applies (of `faults`, if any are named)."""
     pairs = []
     for n, conversation in enumerate(conversations):
-        rng = random.Random(f"{seed} pair {n}")
-        for name in rng.sample(list(CORRUPTIONS), len(CORRUPTIONS)):
+        rng, names = random.Random(f"{seed} pair {n}"), list(faults or CORRUPTIONS)
+        for name in rng.sample(names, len(names)):
             worse = CORRUPTIONS[name](conversation, rng)
             if worse:
                 *shared, better = conversation["messages"][:len(worse)]
@@ -362,14 +369,16 @@ def train(run):
     config = run.config
     if config.lora_dropout or config.label_smoothing >= 0.5:
         raise UserError("dpo: lora_dropout must be 0 (the reference is the same model), and label_smoothing below 0.5")
-    if config.pairs == "sampled":
+    if unknown := set(config.faults) - set(CORRUPTIONS):
+        raise UserError(f"faults: {min(unknown)!r} is none of {', '.join(CORRUPTIONS)}")
+    if config.pairs != "corrupted":
         if config.samples < 2:
             raise UserError(f"samples = {config.samples}: the best and the worst of several answers make a pair; at least 2 are needed")
         reward_of(config)  # its faults are said before minutes of sampling
 
     # 1. data: pairs of rows
     model, tokenizer = toolplay.prepare_model(config, run.device)
-    if config.pairs == "sampled":
+    if config.pairs != "corrupted":
         pairs, held_out = sampled_datasets(run, model, tokenizer)
     else:
         pairs, held_out = datasets(config, tokenizer)
@@ -431,7 +440,7 @@ def datasets(config, tokenizer):
     out = []
     for split in ("train", "dev"):
         made = data.conversations(config, split, tokenizer, lambda line: read_pair(line, tokenizer, config.tool_style))
-        pairs = made if made and isinstance(made[0], Pair) else corrupted_pairs(made, tokenizer, config.seed, config.tool_style)
+        pairs = made if made and isinstance(made[0], Pair) else corrupted_pairs(made, tokenizer, config.seed, config.tool_style, config.faults)
         fit = fitting(pairs, config, f"{split} pairs")
         if split == "train" and not fit:
             raise UserError(f"no pair fits max_tokens = {config.max_tokens}; raise it")
@@ -470,6 +479,8 @@ def sampled_pairs(model, tokenizer, conversations, config):
             pairs.append(Pair(tuple(chosen), (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against {rival}"))
             if config.twins and config.chosen == "gold" and tries[worst].calls and (call := conversation.get("facts", {}).get("withheld")):
                 pairs.append(twin(conversation, call, tokenizer, config.tool_style, random.Random(f"{config.seed} twin {n}")))
+        elif config.pairs == "both":  # what it does right stays right
+            pairs += corrupted_pairs([conversation], tokenizer, f"{config.seed} {n}", config.tool_style, config.faults)
     return fitting(pairs, config, "sampled pairs")
 
 
@@ -547,7 +558,7 @@ def show(n, config):
 
     import data
     import toolplay
-    if config.pairs == "sampled":
+    if config.pairs != "corrupted":
         model, tokenizer = toolplay.prepare_model(config, toolplay.pick_device(config.device))
         pairs = sampled_pairs(model.eval(), tokenizer, data.conversations(config, "train", tokenizer)[:4 * n], config)
     else:

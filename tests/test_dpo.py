@@ -115,7 +115,7 @@ def test_alone_in_an_empty_folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def gold():
-    return data.generate("train", 400, 3)
+    return data.generate("train", 400, 3, {**data.MIX, "two_calls": 6})
 
 
 @pytest.mark.parametrize("name", dpo.CORRUPTIONS)
@@ -135,6 +135,8 @@ def test_corruptions(gold, name):
             assert calls[0]["name"] == gold_calls[0]["name"] and calls[0]["arguments"] != gold_calls[0]["arguments"]
         elif name == "missing_call":
             assert gold_calls and not calls
+        elif name == "call_left_out":
+            assert calls == gold_calls[:-1] and calls
         elif name == "needless_call":
             assert not gold_calls and calls
         else:
@@ -371,6 +373,33 @@ def test_twins_differ_in_the_offered_tools_alone(monkeypatch):
         assert [vars(c) for c in parse_calls(text(chosen, 1))[0]] == [call] and text(rejected, 1).startswith(chat["messages"][1]["content"])
         assert text(chosen, 0) == text(rejected, 0) and chat["messages"][0]["content"] in text(chosen, 0)
         assert all(f"{data.tool_name(tool)}(" in text(chosen, 0) for tool in [*chat["tools"], call["name"]])
+
+
+def test_what_makes_no_pair_is_corrupted(monkeypatch):
+    """pairs: both. The policy's own faults, and one of the named faults where it makes none."""
+    import ppo
+    tok = tokenizer()
+    chats = data.generate("train", 30, 0, {"no_tool": 1, "weather": 1, "two_calls": 1})
+    monkeypatch.setattr(toolplay, "rollout", lambda model, tok, chats, **more: [toolplay.Episode(ids + [65], [0] * len(ids) + [1], [0.0] * (len(ids) + 1), len(ids))
+                                                                                   for c in chats for ids in [data.encode(c, tok, generation=True)[0]]])
+    monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (2.0 - (case.kind == "weather"), {}))
+    settings = {"method": "dpo", "pairs": "both", "chosen": "gold", "samples": 1, "min_best": 2.0, "max_tokens": 9000, "faults": ["call_left_out", "needless_call"]}
+    pairs = dpo.sampled_pairs(None, tok, chats, toolplay.load_config(settings))
+    kinds = [c["kind"] for c in chats]
+    expected = {"weather": "reward 1.00 against the example's", "two_calls": "call_left_out", "no_tool": "needless_call"}
+    assert [pair.why for pair in pairs] == [expected[k] for k, c in zip(kinds, chats) if k != "no_tool" or c["tools"]]
+    assert set(kinds) == set(expected)
+
+
+def test_a_pair_cut_where_it_parts():
+    """parting: one token decides between call and talk; the rows end behind it, and nothing else is trained."""
+    prompt, talk, call = [1, 2, 3], [7, 8, 9, 10], [7, 5, 6, 10]
+    pair = dpo.Pair((prompt + talk, [0] * 3 + [1] * 4), (prompt + call, [0] * 3 + [1] * 4), "why")
+    assert dpo.parted(pair, 0) == pair
+    assert dpo.parted(pair, 1) == dpo.Pair(([1, 2, 3, 7, 8], [0, 0, 0, 0, 1]), ([1, 2, 3, 7, 5], [0, 0, 0, 0, 1]), "why")
+    assert dpo.parted(pair, 2) == dpo.Pair(([1, 2, 3, 7, 8, 9], [0, 0, 0, 0, 1, 1]), ([1, 2, 3, 7, 5, 6], [0, 0, 0, 0, 1, 1]), "why")
+    longer = dpo.Pair((prompt + talk, [0] * 3 + [1] * 4), (prompt + talk + [4], [0] * 3 + [1] * 5), "endless")
+    assert dpo.parted(longer, 1) == longer  # nothing of the first answer is left to prefer
 
 
 def test_faults_of_the_policy_against_the_examples_own_turn(tmp_path, monkeypatch):
