@@ -23,6 +23,12 @@ What to watch: `logp/chosen` often falls, although it should rise; the loss only
 (Pal et al. 2024, arXiv:2402.13228). A fall to nothing means a beta too small or a step too large; `nll_coef` adds the
 chosen answer's own loss, which holds it up (Pang et al. 2024, arXiv:2404.19733, eq. 1).
 
+For tools the wish is not "this text rather than that one" but "call rather than talk, this tool, one call more": one token each
+time. Over whole answers (7) also pushes down all that follows the wrong token, which is what right calls are made of, and soon
+none is well-formed. So `parting` cuts both answers behind where they part; and since the policy's own faults lean to one side
+(most are needless calls, and "never call" is learned before "read the list of tools"), they need company: `twins`, the same
+request with the other list of tools, and `pairs: "both"`, faulty copies of what it does right.
+
     python dpo.py configs/dpo.json          the same as: python toolplay.py train configs/dpo.json
     python dpo.py --show 10 [CONFIG]        pairs, with what differs highlighted
 """
@@ -224,6 +230,12 @@ def call_left_out(conversation, rng):
     return until(conversation, at, tool_calls=calls[:-1]) if len(calls) > 1 else None
 
 
+def call_too_many(conversation, rng):
+    """Behind the calls that are due one more."""
+    at, calls = first_call(conversation)
+    return until(conversation, at, tool_calls=[*calls, tempting_call(rng.choice(names_of(conversation)), conversation)]) if calls else None
+
+
 def missing_call(conversation, rng):
     """An answer out of the blue where a tool should have been asked."""
     at, calls = first_call(conversation)
@@ -256,7 +268,7 @@ def endless(conversation, rng):
     return until(conversation, at, content=" ".join([text] * 3)) if at is not None else None
 
 
-CORRUPTIONS = {f.__name__: f for f in (wrong_tool, malformed, wrong_argument, missing_argument, call_left_out, missing_call, needless_call, ignores_result, endless)}
+CORRUPTIONS = {f.__name__: f for f in (wrong_tool, malformed, wrong_argument, missing_argument, call_left_out, call_too_many, missing_call, needless_call, ignores_result, endless)}
 
 
 def first_call(conversation):
@@ -512,8 +524,7 @@ def sampled_datasets(run, model, tokenizer):
         prompts = [data.conversations(config, split, tokenizer) for split in ("train", "dev")]
         with lora.merged(model) if config.lora_r else contextlib.nullcontext():  # sampled from faster
             out = [sampled_pairs(model, tokenizer, chats, config) if chats else [] for chats in prompts]
-        rule = f"none earns less than {config.min_best - config.min_gap:g}" if config.chosen == "gold" else f"the best earns less than {config.min_best}, or the worst no less by {config.min_gap}"
-        print(f"{len(out[0])} of {len(prompts[0])} prompts gave a pair: of the others' {config.samples} answers {rule}", file=sys.stderr)
+        print(f"{len(out[0])} pairs of {len(prompts[0])} prompts with {config.samples} answers each; without one are those whose answers earn alike, or too little", file=sys.stderr)
         if not out[0]:
             raise UserError("no prompt gave a pair: raise temperature or samples, or start_from a run that gets some prompts right")
         if run.rank:
