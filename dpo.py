@@ -51,8 +51,8 @@ import torch.nn.functional as F
 @dataclass
 class Config:
     """DPO's own keys; the shared ones are in toolplay.Config. A pairs file is `source: jsonl` with its `path`."""
-    pairs: Literal["corrupted", "sampled", "both"] = "corrupted" # gold against a faulty copy; the policy's own best against its worst; that, and a faulty copy where it makes no pair
-    faults: list = field(default_factory=list)                   # corrupted: which of CORRUPTIONS; empty: all
+    pairs: Literal["corrupted", "sampled", "both"] = "corrupted"  # gold against a faulty copy; the policy's own best against its worst; that, and a faulty copy where it makes no pair
+    faults: list = field(default_factory=list)                   # corrupted, both: which of CORRUPTIONS; empty: all
     samples: Annotated[int, "> 0"] = 4   # sampled: answers to each prompt, scored with ppo.py's reward
     temperature: Annotated[float, "> 0"] = 1.0                   # sampled: of the sampling
     max_new_tokens: Annotated[int, "> 0"] = 64                   # sampled: bound of each turn
@@ -62,7 +62,7 @@ class Config:
     min_gap: Annotated[float, "> 0"] = 0.1                       # sampled: best and worst must differ by this much in reward
     min_best: float = 0.0                                        # sampled: the best must earn this much; the least bad of bad answers teaches nothing
     chosen: Literal["best", "gold"] = "best"                     # sampled: the better answer is the best sample, or the example's own first turn (taken to earn min_best)
-    twins: bool = False                                          # sampled, gold: where a tool that is not offered was called, also the same request with it: there the call is right
+    twins: bool = False                                          # sampled, both; gold: where a tool that is not offered was called, also the same request with it: there the call is right
     parting: Annotated[int, ">= 0"] = 0                          # train only this many tokens of either answer, from where the two part; 0: all
     variant: Literal[tuple(VARIANTS)] = "sigmoid"                # the loss
     beta: Annotated[float, "> 0"] = 0.1  # strength of the tie to the reference; 0.1 as in the paper
