@@ -381,8 +381,8 @@ def train(run):
     config = run.config
     if config.lora_dropout or config.label_smoothing >= 0.5:
         raise UserError("dpo: lora_dropout must be 0 (the reference is the same model), and label_smoothing below 0.5")
-    if unknown := set(config.faults) - set(CORRUPTIONS):
-        raise UserError(f"faults: {min(unknown)!r} is none of {', '.join(CORRUPTIONS)}")
+    if unknown := [fault for fault in config.faults if fault not in list(CORRUPTIONS)]:
+        raise UserError(f"faults: {unknown[0]!r} is none of {', '.join(CORRUPTIONS)}")
     if config.pairs != "corrupted":
         if config.samples < 2:
             raise UserError(f"samples = {config.samples}: the best and the worst of several answers make a pair; at least 2 are needed")

@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -421,3 +422,9 @@ def test_faults_of_the_policy_against_the_examples_own_turn(tmp_path, monkeypatc
         assert chosen[0][:start] == rejected[0][:start] and rejected[1][start] == 1
         assert parse_calls(tok.decode(chosen[0][start:]))[0] == list(case.calls) and [i for i, m in zip(*chosen) if m][-1] == data.end_of_turn(tok)
         assert why == "reward 0.00 against the example's"
+
+
+@pytest.mark.parametrize("fault", ["typo", 1, ["malformed"]])
+def test_a_fault_that_is_none_is_one_line(tmp_path, fault):
+    with pytest.raises(UserError, match=rf"faults: {re.escape(repr(fault))} is none of wrong_tool, malformed"):
+        train(config(tmp_path, faults=["wrong_tool", fault]))
