@@ -489,11 +489,18 @@ def sampled_pairs(model, tokenizer, conversations, config):
             chosen, earned, rival = data.encode({**conversation, "messages": conversation["messages"][:turn]}, tokenizer, config.tool_style), config.min_best, "the example's"
         if earned >= config.min_best and earned - scores[worst] >= config.min_gap and any(chosen[1]):
             pairs.append(Pair(tuple(chosen), (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against {rival}"))
-            if config.twins and config.chosen == "gold" and tries[worst].calls and (call := conversation.get("facts", {}).get("withheld")):
+            if config.twins and config.chosen == "gold" and tries[worst].calls and (call := withheld(conversation)):
                 pairs.append(twin(conversation, call, tokenizer, config.tool_style, random.Random(f"{config.seed} twin {n}")))
         elif config.pairs == "both":  # what it does right stays right
             pairs += corrupted_pairs([conversation], tokenizer, f"{config.seed} {n}", config.tool_style, config.faults)
     return fitting(pairs, config, "sampled pairs")
+
+
+def withheld(conversation):
+    """The call that would be right if its tool were offered ("facts" of a conversation of the templates), or None."""
+    facts = conversation.get("facts")
+    call = facts.get("withheld") if isinstance(facts, dict) else None
+    return call if isinstance(call, dict) and set(call) == {"name", "arguments"} and isinstance(call["name"], str) else None
 
 
 def twin(conversation, call, tokenizer, style, rng):
@@ -502,10 +509,11 @@ def twin(conversation, call, tokenizer, style, rng):
     Beside the pair that prefers the opposite nothing but the list of tools tells which is right. Without it DPO learns what is
     the same in all such pairs: not to call.
     """
-    question, refusal = conversation["messages"][:2]
+    at, _ = first_call(conversation)
     tools = list(conversation["tools"])
     tools.insert(rng.randint(0, len(tools)), call["name"])
-    return pair_of({"messages": [question], "tools": tools}, [{"role": "assistant", "content": "", "tool_calls": [call]}], [refusal], tokenizer, style, "its tool is offered")
+    prompt = {"messages": conversation["messages"][:at], "tools": tools}
+    return pair_of(prompt, [{"role": "assistant", "content": "", "tool_calls": [call]}], conversation["messages"][at:at + 1], tokenizer, style, "its tool is offered")
 
 
 def fitting(pairs, config, what):

@@ -25,7 +25,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import itertools
 import json
 import math
 import os

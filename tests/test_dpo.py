@@ -378,6 +378,12 @@ def test_twins_differ_in_the_offered_tools_alone(monkeypatch):
         assert all(f"{data.tool_name(tool)}(" in text(chosen, 0) for tool in [*chat["tools"], call["name"]])
 
 
+@pytest.mark.parametrize("facts", [None, "x", {}, {"withheld": 3}, {"withheld": {"name": "weather"}}, {"withheld": {"name": 3, "arguments": {}}}])
+def test_facts_that_are_not_ours_make_no_twin(facts):
+    assert dpo.withheld({"facts": facts}) is None
+    assert dpo.withheld({"facts": {"withheld": {"name": "weather", "arguments": {}}}}) and dpo.withheld({}) is None
+
+
 def test_what_makes_no_pair_is_corrupted(monkeypatch):
     """pairs: both. The policy's own faults, and one of the named faults where it makes none."""
     import ppo
