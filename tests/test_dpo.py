@@ -341,7 +341,7 @@ def test_pairs_from_the_policys_own_samples(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (weights["length"] * sum(episode.ids[episode.prompt:]) / 1000, {}))
     c = config(tmp_path, pairs="sampled", examples=6, eval_examples=2, samples=3, max_new_tokens=6, mix={"arithmetic": 1}, reward_weights={"length": 1.0})
     lines = train(c)
-    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and "gave a pair" in capsys.readouterr().err
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and re.search("pairs of 6 prompts with 3 answers each", capsys.readouterr().err)
     pairs, held_out = json.loads((tmp_path / "run" / "pairs.json").read_text())
     assert 4 <= len(pairs) <= 6 and 1 <= len(held_out) <= 2  # a prompt whose answers score alike gives none
     for chosen, rejected, why in pairs:
