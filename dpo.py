@@ -371,14 +371,10 @@ def read_pair(line, tokenizer, style="signature"):
 
 # --------------------------------------------------------------------------- 3. training
 
-def train(run):
-    # Imported here so that this file alone gives the losses to anyone who copies it.
-    import data
-    import toolplay
+def check_settings(config):
+    """UserError for settings that fit each other badly; said before minutes of sampling."""
     from ppo import reward_of
-    from sft import pad_mask
     from tools import UserError
-    config = run.config
     if config.lora_dropout or config.label_smoothing >= 0.5:
         raise UserError("dpo: lora_dropout must be 0 (the reference is the same model), and label_smoothing below 0.5")
     if unknown := [fault for fault in config.faults if fault not in list(CORRUPTIONS)]:
@@ -386,7 +382,16 @@ def train(run):
     if config.pairs != "corrupted":
         if config.samples < 2:
             raise UserError(f"samples = {config.samples}: the best and the worst of several answers make a pair; at least 2 are needed")
-        reward_of(config)  # its faults are said before minutes of sampling
+        reward_of(config)
+
+
+def train(run):
+    # Imported here so that this file alone gives the losses to anyone who copies it.
+    import data
+    import toolplay
+    from sft import pad_mask
+    config = run.config
+    check_settings(config)
 
     # 1. data: pairs of rows
     model, tokenizer = toolplay.prepare_model(config, run.device)
@@ -577,6 +582,7 @@ def show(n, config):
 
     import data
     import toolplay
+    check_settings(config)
     if config.pairs != "corrupted":
         model, tokenizer = toolplay.prepare_model(config, toolplay.pick_device(config.device))
         pairs = sampled_pairs(model.eval(), tokenizer, data.conversations(config, "train", tokenizer)[:4 * n], config)

@@ -632,9 +632,8 @@ class EqualRows:
     they part. The samples of one prompt share the words that are nearly certain, and in tool calls these are most of them."""
 
     def __init__(self, cache, model, prompts):
-        distinct = {tuple(p): None for p in prompts}
-        self.cache, self.count = cache(model, [list(p) for p in distinct]), len(distinct)
-        row = {p: n for n, p in enumerate(distinct)}
+        row = {p: n for n, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        self.cache, self.count = cache(model, [list(p) for p in row]), len(row)
         self.at = [row[tuple(p)] for p in prompts]  # row -> its row of the cache
 
     def step(self, ids):
