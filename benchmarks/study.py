@@ -3,7 +3,7 @@ study.py - what DPO and PPO teach that imitation does not: every run, every scor
 
     .venv/bin/python benchmarks/study.py                 everything, about six hours on two cores; what is done is skipped
     .venv/bin/python benchmarks/study.py start gae-0     only these
-    .venv/bin/python benchmarks/study.py plot            docs/ppo.png and docs/dpo.png from the runs that are there
+    .venv/bin/python benchmarks/study.py table plot      the table, docs/ppo.png and docs/dpo.png from the runs that are there
 
 All runs start from one SFT checkpoint (configs/sft_start.json), which has never seen a story problem of more than one
 operation (everyday sums of several it has). Then PPO and DPO as their configs say, and the rivals for --minutes of work:
@@ -12,9 +12,10 @@ operation (everyday sums of several it has). Then PPO and DPO as their configs s
     sft-0 sft-1 sft-2                    more SFT on fresh examples of what the checkpoint was trained on: the control
     rft-0                                the honest rival: sample, keep what answered right, fine-tune on that (Yuan et al. 2023)
     dpo-0 dpo-1 dpo-2                    configs/dpo.json
+    base                                 the untrained model
 
 Scores: runs/study/test.jsonl, the test split: word problems of several operations (story families that no run has seen), and
-as many of other kinds, half of them without a call that is due, or with a trap. Read them with
+as many of other kinds, half of them without a call that is due, or with a trap. `table` prints them; any two are compared by
 
     .venv/bin/python toolplay.py compare --kind two_steps runs/study/start runs/study/gae-* ...
 """
@@ -30,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 RUNS = ROOT / "runs" / "study"
 N = 300  # test cases of either part
 OTHERS = {"no_tool": 8, "trap": 8, "missing_tool": 3, "arithmetic": 4, "everyday": 4, "one_step": 4, "weather": 4, "search": 4, "two_calls": 1, "tool_error": 1}
-STAGES = ["start", *(f"{name}-{seed}" for seed in range(3) for name in ("gae", "sft", "dpo")), "rloo-0", "grpo-0", "rft-0", "plot"]
+STAGES = ["start", *(f"{name}-{seed}" for seed in range(3) for name in ("gae", "sft", "dpo")), "rloo-0", "grpo-0", "rft-0", "base", "table", "plot"]
 
 
 def toolplay(*argv):
@@ -99,8 +100,12 @@ def stage(name, minutes):
     start = f"--start_from={RUNS / 'start'}"
     if name == "start":
         train("start", "sft_start.json")
-    elif name == "plot":
-        plot()
+    elif name == "base":
+        if not (RUNS / name / "eval.json").exists():
+            (RUNS / name).mkdir(exist_ok=True)
+            toolplay("eval", "--model", "smollm2-135m", "--data", cases(), "--failures", 0, "--out", RUNS / name / "eval.json")
+    elif name in ("table", "plot"):
+        {"table": table, "plot": plot}[name]()
     elif method in ("gae", "rloo", "grpo"):
         train(name, "ppo.json", start, f"--seed={seed}", f"--advantage={method}")
     elif method == "sft":
@@ -109,6 +114,37 @@ def stage(name, minutes):
         train(name, "dpo.json", start, f"--seed={seed}")
     else:
         rejection_sampling(name, int(seed), minutes)
+
+
+def table():
+    """Every method that has been scored, seeds together: means with 95 % intervals, and paired differences to the start."""
+    import eval as evaluation
+    methods = ("start", "base", "sft", "rft", "dpo", "gae", "rloo", "grpo")
+    scored = {m: sorted([*RUNS.glob(f"{m}/eval.json"), *RUNS.glob(f"{m}-[0-9]/eval.json")]) for m in methods}
+    records = {m: [json.loads(path.read_text(encoding="utf-8"))["records"] for path in paths] for m, paths in scored.items() if paths}
+    head, rows = ["run", "seeds"], [[m, len(seeds)] for m, seeds in records.items()]
+
+    def column(title, metric, which, fault=False):
+        """A metric over the cases that `which` picks; `fault`: one minus it."""
+        result = evaluation.compare({m: [[r for r in seed if which(r)] for seed in seeds] for m, seeds in records.items()})
+        head.append(f"{title} (n = {result['start'][metric]['n']})")
+        for row, of in zip(rows, result.values()):
+            x = {key: fault - value if fault and key in ("value", "low", "high") else -value if fault else value for key, value in of[metric].items()}
+            low, high, d_low, d_high = *sorted((x["low"], x["high"])), *sorted((x["d_low"], x["d_high"]))
+            row.append(f"{x['value']:.3f} [{low:.2f}, {high:.2f}]" + f" ({x['difference']:+.3f} [{d_low:+.3f}, {d_high:+.3f}])" * (row[0] != "start"))
+
+    def other(r):
+        return r["kind"] != "two_steps"
+    column("problems right", "response_quality", lambda r: not other(r))
+    column("other kinds: answers right", "response_quality", other)
+    column("tool accuracy", "tool_accuracy", other)
+    column("format", "format", other)
+    column("needless calls", "tool_accuracy", lambda r: other(r) and not r["due"], fault=True)
+    for seed in sum(records.values(), []):
+        for r in seed:  # a due call is in order if it is well-formed and of the right tool
+            r["verdicts"]["format"] = r["verdicts"]["format"] and r["verdicts"]["tool_accuracy"]
+    column("wrong or malformed calls", "format", lambda r: other(r) and r["due"], fault=True)
+    print(evaluation.table(head, rows))
 
 
 def plot():
