@@ -6,7 +6,7 @@ study.py - what DPO and PPO teach that imitation does not: every run, every scor
     .venv/bin/python benchmarks/study.py table plot      the table, docs/ppo.png and docs/dpo.png from the runs that are there
 
 All runs start from one SFT checkpoint (configs/sft_start.json), which has never seen a story problem of more than one
-operation (everyday sums of several it has). Then PPO and DPO as their configs say, and the rivals for --minutes of work:
+operation (everyday sums of several it has). Then PPO and DPO as their configs say, and the rivals for as long as PPO takes:
 
     gae-0 gae-1 gae-2, rloo-0, grpo-0    ppo.py from answers alone (configs/ppo.json, other seeds and advantages)
     sft-0 sft-1 sft-2                    more SFT on fresh examples of what the checkpoint was trained on: the control
@@ -57,41 +57,37 @@ def train(name, config, *overrides):
         toolplay("eval", "--run", folder, "--data", cases(), "--failures", 0)
 
 
-def rejection_sampling(name, seed, minutes):
-    """Sample from the start for 40 % of the time, keep right answers (one of a prompt), and train on them for the rest."""
+def rejection_sampling(name, seed):
+    """Sample from the start, keep what answered right, and train on it, with the old kinds beside it as PPO has them."""
     import data
     import ppo
     import toolplay as tp
     from eval import as_case
-    folder = RUNS / name
     path = RUNS / f"{name}.jsonl"
     if not path.exists():
-        model, tokenizer, config = tp.load_run(RUNS / "start")
-        conversations = data.generate("train", 4000, seed + 1, tp.load_config(ROOT / "configs" / "ppo.json").mix)
+        model, tokenizer, _ = tp.load_run(RUNS / "start")
+        config = tp.load_config(ROOT / "configs" / "ppo.json", [f"--seed={seed}"])
+        conversations = data.generate("train", RFT_PROMPTS, seed + 1, config.mix)
         kept, begin = [], time.time()
-        for at in range(0, len(conversations), 16):
-            if time.time() - begin > 0.4 * minutes * 60:
-                break
-            group = conversations[at:at + 16]
+        for at in range(0, len(conversations), 32):
+            group = conversations[at:at + 32]
             cases = [as_case(c) for c in group]
             cases = [c._replace(calls=None, reference=None) if c.answer is not None else c for c in cases]
-            episodes = tp.rollout(model, tokenizer, [c.conversation for c in cases for _ in range(4)], max_new_tokens=48, max_turns=3, seed=f"{seed} {at}", batch_size=64)
+            episodes = tp.rollout(model, tokenizer, [c.conversation for c in cases for _ in range(4)], max_new_tokens=48, max_turns=3, seed=f"{seed} {at}", batch_size=128)
             for n, (case, conversation) in enumerate(zip(cases, group)):
-                right = [e for e in episodes[4 * n:4 * n + 4] if ppo.score(case, e)[1]["right_answer"] == 1 and len(e.turns) <= 2]
-                if right:
-                    e = right[0]
-                    messages = conversation["messages"][:1]
-                    if e.calls:
-                        messages = messages + [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls]}]
-                        messages += [{"role": "tool", "content": r.text()} for r in e.results]
-                    kept.append({"kind": conversation["kind"], "messages": messages + [{"role": "assistant", "content": e.final}], "tools": conversation["tools"]})
-        print(f"{len(kept)} right answers to {at + 16} prompts, 4 samples each")
-        path.write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in kept), encoding="utf-8")
-    train(name, "sft_start.json", f"--seed={seed}", "--source=jsonl", f"--path={path}", "--mix={}", f"--start_from={RUNS / 'start'}", f"--steps={int(0.6 * minutes * 60 / STEP_S)}",
+                right = [e for e in episodes[4 * n:4 * n + 4] if ppo.score(case, e)[1]["right_answer"] == 1 and len(e.turns) == 2]
+                for e in {str(e.calls): e for e in right}.values():  # different ways to the answer teach more than one (Yuan et al., sec. 3.3)
+                    messages = [*conversation["messages"][:1], {"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls]},
+                                *({"role": "tool", "content": r.text()} for r in e.results), {"role": "assistant", "content": e.final}]
+                    kept.append({"kind": conversation["kind"], "messages": messages, "tools": conversation["tools"]})
+        print(f"{len(kept)} right answers to {len(conversations)} prompts, 4 samples each, {(time.time() - begin) / 60:.1f} minutes")
+        kept += [{key: c[key] for key in ("kind", "messages", "tools")} for c in data.generate("train", len(kept) // 2, seed + 1, config.ptx_mix)]
+        tp.write_lines(path, kept)
+    train(name, "sft_start.json", f"--seed={seed}", "--source=jsonl", f"--path={path}", "--mix={}", f"--start_from={RUNS / 'start'}", f"--steps={RFT_STEPS}",
           "--lr=0.0005", "--eval_every=0", "--eval_examples=0")
-    return folder
 
 
+RFT_PROMPTS, RFT_STEPS = 800, 220  # about as long, on two cores, as the other rivals' minutes
 STEP_S = 3.0  # seconds of an SFT step of 8 examples on two cores (timing.jsonl of the start says what it was)
 
 
@@ -113,7 +109,7 @@ def stage(name, minutes):
     elif method == "dpo":
         train(name, "dpo.json", start, f"--seed={seed}")
     else:
-        rejection_sampling(name, int(seed), minutes)
+        rejection_sampling(name, int(seed))
 
 
 def table():
@@ -183,7 +179,7 @@ def plot():
 def main():
     parser = argparse.ArgumentParser(description="what DPO and PPO teach that imitation does not")
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)} (default: all)")
-    parser.add_argument("--minutes", type=float, default=22.0, help="budget of the SFT and RFT runs, at STEP_S seconds a step (default 22; timing.jsonl of gae-0 says what PPO took)")
+    parser.add_argument("--minutes", type=float, default=22.0, help="budget of the SFT runs, at STEP_S seconds a step (default 22; timing.jsonl of gae-0 says what PPO took)")
     options = parser.parse_args()
     if unknown := set(options.stages) - set(STAGES):
         parser.error(f"unknown stage {sorted(unknown)[0]}; stages are {', '.join(STAGES)}")
