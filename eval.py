@@ -199,8 +199,9 @@ POLITE = frozenset("hello hi hey bye goodbye thanks thank welcome sure yes no ok
 
 
 def worded(text, known):
-    """Whether a text has a word that everybody uses, or one of the `known` texts: "asdf qwer" has none."""
-    return any(word in STOP_WORDS or word in POLITE for word in _normal(text).split()) or f1(text, known) > 0
+    """Whether a text has a word that everybody uses, or one of the `known` texts ("asdf qwer" has none), and not only such as "the"."""
+    words = set(_normal(text).split())
+    return bool(words - STOP_WORDS) and (bool(words & (STOP_WORDS | POLITE)) or f1(text, known) > 0)
 
 
 # --------------------------------------------------------------------------- 3. one episode

@@ -103,6 +103,11 @@ def model_tokens(x, mask):
     return x[mask.bool()]
 
 
+def only(x, mask):
+    """x [B, T] where the mask is 1, 0 elsewhere, whatever stands there (nan too)."""
+    return torch.where(mask.bool(), x, 0)
+
+
 def masked_mean(x, mask):
     """Mean over the masked entries -> scalar; 0 if there are none."""
     return model_tokens(x, mask).sum() / mask.sum().clamp(min=1)
@@ -113,7 +118,7 @@ def masked_whiten(x, mask, shift_mean=True):
     inside, mean = model_tokens(x, mask), masked_mean(x, mask)
     variance = ((inside - mean) ** 2).sum() / max(inside.numel() - 1, 1)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (white if shift_mean else white + mean) * mask
+    return only(white if shift_mean else white + mean, mask)
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -121,8 +126,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
     The model's tokens are moved together first and back afterwards, so that a tool result between two of them is nothing.
     """
-    order = torch.argsort((mask == 0).int(), dim=1, stable=True)                # [B, T] model tokens first, in their order
-    r, v, m = (x.gather(1, order) for x in (rewards, values, mask.to(values.dtype)))
+    order = torch.argsort((mask == 0).int(), dim=1, stable=True)                # [B, T] model tokens first, in their order: mask 1 0 1 gives 0 2 1
+    r, v, m = (x.gather(1, order) for x in (only(rewards, mask), only(values, mask), mask.to(values.dtype)))
     advantage, following, columns = torch.zeros_like(v[:, 0]), torch.zeros_like(v[:, 0]), []
     for t in reversed(range(v.shape[1])):
         delta = r[:, t] + gamma * following - v[:, t]                           # [B]
@@ -131,7 +136,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         columns.append(advantage)
     packed = torch.stack(columns[::-1], 1)
     advantages = torch.zeros_like(packed).scatter(1, order, packed)
-    return advantages, (advantages + values) * mask
+    return advantages, only(advantages + values, mask)
 
 
 def rloo_advantages(scores):
@@ -182,8 +187,8 @@ def kl_penalty(logp, ref_logp, estimator="k1"):
 
 def token_rewards(scores, kl, mask, kl_coef):
     """r_t: - kl_coef * KL on the model's tokens, and the episode's score on its last one. scores [B], kl and mask [B, T]."""
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)                           # [B]
-    rewards = -kl_coef * kl * mask
+    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)                     # [B]
+    rewards = only(-kl_coef * kl, mask)
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype) * mask.any(1, keepdim=True))
 
 
@@ -237,10 +242,10 @@ def executed(case, episode, verdicts):
 
 
 def calculates(case, episode, verdicts):
-    """A number is asked for, and every calculator call works with the prompt's numbers; see `is_calculation`."""
+    """A number is asked for, and every calculator call works with the prompt's numbers, or earlier results; see `is_calculation`."""
     expressions = [call.arguments.get("expression") for call in episode.calls if call.name == "calculator"]
-    prompt = " ".join(message["content"] for message in case.conversation["messages"])
-    return float(counts(case) and bool(expressions) and all(is_calculation(expression, prompt) for expression in expressions))
+    prompt, results = " ".join(message["content"] for message in case.conversation["messages"]), calculated(episode)
+    return float(counts(case) and bool(expressions) and all(is_calculation(expression, prompt, results[:n]) for n, expression in enumerate(expressions)))
 
 
 def right_arguments(case, episode, verdicts):
@@ -292,13 +297,15 @@ def like_reference(case, episode, verdicts):
 
 
 def needless_call(case, episode, verdicts):
-    """A call where none is due, more calls that gave a result than are due, the same call again, or a calculation that nothing uses but to list its result."""
+    """A call where none is due, more calls that gave a result than are due, the same call again, a calculation that nothing uses but
+    to list its result, or a call of another tool where a number is to be worked out."""
     results = [(r.value, n) for n, r in enumerate(r for r in episode.results if r.name == "calculator") if is_sum(r)]
     expressions = [str(call.arguments.get("expression")) for call in episode.calls if call.name == "calculator"]
     unused = [value for value, n in results[:-1] if not any(math.isclose(abs(value), x) for later in expressions[n + 1:] for x in numbers_in(later))]
     calls = ["".join(f"{call.name} {json.dumps(call.arguments, sort_keys=True)}".split()) for call in episode.calls]
     too_many = case.calls is not None and not counts(case) and sum(r.ok for r in episode.results) > len(case.calls)
-    return float(case.calls == [] and bool(calls) or too_many or len(set(calls)) < len(calls) or counts(case) and bool(unused))
+    others = {call.name for call in episode.calls} - ({call.name for call in case.calls or []} or {"calculator"})
+    return float(case.calls == [] and bool(calls) or too_many or len(set(calls)) < len(calls) or counts(case) and bool(unused or others))
 
 
 def length(case, episode, verdicts):
@@ -321,49 +328,75 @@ def counts(case):
     return case.answer is not None and any(tool.name == "calculator" for tool in case.conversation["tools"])
 
 
-def is_calculation(expression, prompt):
+NUMBER = r"\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+"  # in an expression
+EVERYDAY = {*range(2, 11), 12, 24, 25, 50, 52, 60, 365, 1000, 1000000}  # legs, days, coins, hours, weeks, minutes, metres
+
+
+def is_calculation(expression, prompt, results=()):
     """Whether an expression works something out, and does not dress up a number that was guessed.
 
-    It has an operation; its result does not stand in it, unless the prompt gave that number too (20 - 10) and it is no
-    empty operation (10 * 1); and two of its numbers, or one if the prompt has no more, are the prompt's own (or p % of them)
-    and matter: with another number in their place the result is another one (not so in 36 * 0 + 42, and in 36 / 36 * 42).
-    A number that everybody knows (four legs, twelve months) multiplies or divides.
+    It has an operation, and not an empty one (10 * 1). Every number in it matters: with another in its place the result is
+    another (not so in 36 * 0 + 42, in 36 / 36 * 42). Two are the prompt's own, or p % of them, or `results` of earlier
+    calculations; one, if nothing is added to it or the prompt has no more. Others are such as everybody knows (four legs, twelve months):
+    they multiply or divide, and are no more than the prompt's own (15 * 2.8, 36 * 7 / 6 and 36 + 6 are guesses).
     """
     from tools import BUILTIN, Call, execute
-    result = execute(Call("calculator", {"expression": expression}), BUILTIN)
-    if not result.ok or not re.search(r"\d[)%\s]*[-+*/%x×÷^][-+*/(\s$×÷^]*[\d.a-z]|sqrt|abs|round|min|max|%", expression):
+
+    def value(text):
+        result = execute(Call("calculator", {"expression": text}), BUILTIN)
+        return result.value if result.ok else None
+    result = value(expression)
+    if result is None or not re.search(r"\d[)%\s]*[-+*/%x×÷^][-+*/(\s$×÷^]*[\d.a-z]|sqrt|abs|round|min|max|%", expression):
         return False
-    def matters(x):
-        other = [re.sub(r"\d[\d,]*\.?\d*|\.\d+", lambda m: f"({y:.9f})" if float(m[0].replace(",", "").rstrip(".") or 0) == x else m[0], expression) for y in (1000 * x + 7, x / 1000)]
-        return any(execute(Call("calculator", {"expression": e}), BUILTIN).value != result.value for e in other)
-    used, given = numbers_in(expression), numbers_in(prompt)
-    if re.search("m(ax|in)", expression):
-        used |= numbers_in(expression.replace(",", " "))  # "max(9,42)"
-    known = given | {f(x) for x in given for f in (lambda x: x / 100, lambda x: 1 + x / 100, lambda x: 1 - x / 100)}
-    copied = any(math.isclose(x, abs(result.value), rel_tol=1e-9) for x in used) and (
-        not any(math.isclose(x, abs(result.value), rel_tol=1e-9) for x in given) or used <= {abs(float(result.value)), 0.0, 1.0})
-    theirs = len([x for x in used if any(math.isclose(x, y) for y in known) and matters(x)])
-    return not copied and (theirs >= min(2, len(used), len(given - {0.0, 1.0})) or theirs == 1 and not re.search("[-+]", expression))
+    commas = "" if re.search("m(ax|in)", expression) else r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|"  # max(9,420) holds two numbers
+    places = list(re.finditer(commas + NUMBER, expression))
+    used, given = [float(place[0].replace(",", "")) for place in places], [*numbers_in(prompt), *map(abs, results)]
+    same = functools.partial(math.isclose, rel_tol=1e-9)
+
+    def matters(n):
+        """A number that is used more often than the prompt has it counts as one: 20 does not matter in 10 * 20 / 20."""
+        equal = [m for m, x in enumerate(used) if x == used[n]]
+        changed = [n] if len(equal) <= sum(same(used[n], x) for x in given) else equal
+
+        def other(change):
+            parts = [expression[a:b] for a, b in zip([0] + [p.end() for p in places], [p.start() for p in places] + [None])]
+            numbers = [f"({change(used[m]):.9f})" if m in changed else place[0] for m, place in enumerate(places)]
+            return value("".join(part + number for part, number in zip(parts, [*numbers, ""])))
+        return any(other(change) != result for change in (lambda x: 1000 * x + 7, lambda x: x / 1000))
+
+    def multiplies(n):
+        return re.search(r"[*/x×÷^%]\s*$", expression[:places[n].start()]) or re.match(r"\s*[*/x×÷^%]", expression[places[n].end():])
+    own = [any(same(x, y) for g in given for y in (g, g / 100, 1 + g / 100, 1 - g / 100)) for x in used]
+    strange = [n for n, x in enumerate(used) if not own[n] and x not in (0, 1, 100)]
+    if sum(x not in (0, 1) for x in used) < 2 and any(same(x, abs(result)) for x in used) or not all(map(matters, range(len(used)))):
+        return False
+    if not any(x > 1 for x in given):  # all is everybody's knowledge
+        return True
+    enough = sum(own) >= min(2, len(used), len({x for x in given if x > 1})) or sum(own) == 1 and not re.search("[-+]", expression)
+    return enough and len(strange) <= sum(own) and all(used[n] in EVERYDAY and multiplies(n) for n in strange)
 
 
 def numbers_in(text):
-    """The numbers of a text, in digits or in words ("one thousand and seven")."""
+    """The numbers of a text, in digits or in words ("one thousand and seven"), as often as they stand there -> list."""
     from data import ONES, TENS
-    from eval import numbers
-    alone = {"half": 2, "third": 3, "quarter": 4, "twice": 2, "double": 2, "triple": 3, "dozen": 12}
+    alone = {"half": (2, 0.5), "third": (3,), "quarter": (4, 0.25), "twice": (2,), "double": (2,), "triple": (3,), "dozen": (12,)}
     small = {**{word: n for n, word in enumerate(ONES)}, **{word: 10 * n for n, word in enumerate(TENS)}}
-    found = set(map(abs, numbers(str(text)))) | {float(x) for x in re.findall(r"\d+\.?\d*", str(text).replace(",", ""))}
-    total, current = 0, None  # of the words of one number: its finished thousands, and what follows them
-    for word in [*re.findall(r"[a-z]+|\d|(?<!thousand),", str(text).lower()), ""]:
-        if word in small:
+    scales = {"hundred": 100, "thousand": 1000, "million": 1000000}
+    found, total, current, before = [], 0, None, ""  # of the words of one number: its finished thousands, and what follows them
+    for word in [*re.findall(r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?(?:e[-+]?\d+)?|\.\d+|[a-z]+|(?<!thousand),", str(text).lower()), ""]:
+        if word in scales and before[:1].isdigit():
+            found.append(found[-1] * scales[word])
+        elif word in scales and (current or before == "a"):
+            current = (current or 1) * scales[word]
+            if word != "hundred":
+                total, current = total + current, None
+        elif word in small and (not current or current % 100 == 0 or small[word] < 10 and current % 10 == 0 and current % 100 > 10):
             current = (current or 0) + small[word]
-        elif word == "hundred" and current and current < 1e9:
-            current *= 100
-        elif word == "thousand" and current:
-            total, current = total + 1000 * current, 0
-        elif word != "and":
-            found |= {float(x) for x in (current is not None and total + current, alone.get(word)) if x}
-            total, current = 0, None
+        elif word != "and" or before not in scales:  # the number ends here, and the next may begin
+            found += [float(x) for x in [(current or 0) + total] if x]
+            total, current = 0, small.get(word)
+            found += map(float, [word.replace(",", "")] if word[:1] in tuple("0123456789.") else alone.get(word, ()))
+        before = word
     return found
 
 
@@ -382,7 +415,7 @@ def custom_reward(path):
     from tools import UserError
     try:
         function = pkgutil.resolve_name(path)
-    except Exception as error:  # whatever a user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
         raise UserError(f'reward = {path!r}: cannot import it ({error}); write "package.module:function"') from None
     if not callable(function):
         raise UserError(f"reward = {path!r}: it is not a function")
@@ -390,7 +423,7 @@ def custom_reward(path):
     def reward(case, episode):
         try:
             value = float(function(case, episode))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"reward {path} failed on {case.conversation['messages'][-1]['content'][:60]!r}: {type(error).__name__}: {error}") from error
         if not math.isfinite(value):
             raise UserError(f"reward {path} gave {value} for {case.conversation['messages'][-1]['content'][:60]!r}; it must be a finite number")
@@ -403,8 +436,10 @@ def reward_of(config):
     from tools import UserError
     weights = {**WEIGHTS, **config.reward_weights}
     for name, weight in weights.items():
-        if name not in COMPONENTS or type(weight) not in (int, float) or not math.isfinite(weight):
-            raise UserError(f"reward_weights: {name!r}: {weight!r}: must be a finite number for one of {', '.join(COMPONENTS)}")
+        if name not in COMPONENTS or type(weight) not in (int, float) or not abs(weight) <= 1e6:
+            raise UserError(f"reward_weights: {name!r}: {weight!r:.40}: must be a number from -1e6 to 1e6 for one of {', '.join(COMPONENTS)}")
+    if config.reward and config.reward_weights or not any(weights.values()):
+        raise UserError("reward_weights: " + (f"they weigh toolplay's components, but reward = {config.reward!r} is used; give one of the two" if config.reward else "all are 0; nothing could be learned"))
     return custom_reward(config.reward) if config.reward else lambda case, episode: score(case, episode, weights)
 
 
@@ -419,6 +454,9 @@ def prompts_of(config, tokenizer, context=math.inf):
     from eval import Case, as_case
     from tools import BUILTIN, UserError
     cases, held_out = ([c if isinstance(c, Case) else as_case(c) for c in data.conversations(config, split, tokenizer, as_case, BUILTIN)] for split in ("train", "dev"))
+    if not config.reward and (unknown := [c for c in cases if c.calls is None and c.answer is None]):
+        raise UserError(f"{len(unknown)} of {len(cases)} prompts say nothing of a right answer, as {unknown[0].conversation['messages'][-1]['content'][:60]!r}: "
+                        'give them "answer", "expected" or an assistant turn, or set "reward" to a function of your own')
     if config.answers_only:
         cases = [case._replace(calls=None, reference=None) if case.answer is not None else case for case in cases]
     lengths = [len(data.encode(case.conversation, tokenizer, config.tool_style, generation=True)[0]) for case in cases]
@@ -543,6 +581,10 @@ def require(config):
         raise UserError("steps: ppo counts rounds; set iterations")
     if (config.advantage != "gae" or config.center) and config.samples < 2:
         raise UserError(f"samples = {config.samples}: {'center' if config.advantage == 'gae' else config.advantage} compares the samples of a prompt; at least 2 are needed")
+    if config.min_spread and config.samples < 2:
+        raise UserError(f"min_spread = {config.min_spread} with samples = 1: one sample differs from no other, so nothing would be learned")
+    if config.kl_target and not config.kl_coef:
+        raise UserError(f"kl_target = {config.kl_target} with kl_coef = 0: the coefficient is steered by multiplying it; give one above 0")
     if bool(config.ptx) != bool(config.ptx_mix):
         raise UserError("ptx and ptx_mix go together: how many conversations each minibatch imitates, and of which kinds")
     if 0 < config.dual_clip <= 1:
@@ -638,8 +680,8 @@ def train(run):
         return [{"row": row, "mask": [], "weight": [weight * m for m in row[1]]} for row in chosen]
 
     def learn(groups, position):
-        """Epochs over the episodes of a round's prompts -> means of the minibatches' logs."""
-        sums, count, stopped = {}, 0, False
+        """Epochs over the episodes of a round's prompts -> means of the minibatches' logs, over their tokens."""
+        sums, count, terms, stopped = {}, 0, 0, False
         whole = config.ppo_epochs * -(-len(groups) * config.samples // config.batch_size)
         for epoch in range(config.ppo_epochs):
             order = [unit for p in shuffled(len(groups), config.seed, position, epoch) for unit in groups[p]]
@@ -649,13 +691,13 @@ def train(run):
                 info = toolplay.train_step(trainer, batch, loss, size=lambda unit: sum(unit["mask"]),
                                            rows=lambda unit: [unit["row"]], veto=lambda means: means["ratio"] > config.ratio_guard)
                 for name, value in info.items():
-                    sums[name] = sums.get(name, 0.0) + value
-                count += 1
+                    sums[name] = sums.get(name, 0.0) + value * info["terms"]  # a mean over tokens: the last minibatch may be short
+                count, terms = count + 1, terms + info["terms"]
                 if stopped := bool(config.kl_stop and count < whole and info["approx_kl"] > config.kl_stop):
                     break
         left = per_round - count  # what is not learned from counts in the schedule
         trainer.step, trainer.updates = trainer.step + left, trainer.updates + left
-        return {**{name: value / count for name, value in sums.items() if name not in ("tokens", "terms", "skipped")}, "stopped": int(stopped)}
+        return {**{name: value / terms for name, value in sums.items() if name not in ("tokens", "terms", "skipped")}, "stopped": int(stopped)}
 
     # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
     for position in run.steps(trainer, trainer.total):
@@ -665,7 +707,7 @@ def train(run):
         played = toolplay.shared_out([cases[i] for i in picked], lambda own: play(round_, own) if own else [])
         played = [[{"case": cases[i], **unit} for unit in group] for i, group in zip(picked, played)]
         taught = [teaches(config, group) for group in played]
-        trainer.extra["taught"] += [i for i, yes in zip(picked, taught) if yes and i not in trainer.extra["taught"]]
+        trainer.extra["taught"] = list(dict.fromkeys([*trainer.extra["taught"], *(i for i, yes in zip(picked, taught) if yes)]))
         groups = [group for group, yes in zip(played, taught) if yes]
         everything, units = ([unit for group in some for unit in group] for some in (played, groups))
         log = {**summary(everything), "kl_coef": beta.value, "learned_from": len(groups) / config.prompts, "replayed": len(again) / config.prompts}
@@ -701,13 +743,18 @@ def inspect(folder="", n=4):
     from pathlib import Path
 
     import toolplay
-    lines = toolplay.read_lines(Path(folder) / "samples.jsonl", ["step", "score", "answer", "prompt", "tokens", "mask", "rewards", "advantages"])[-n:]
-    for line in lines:
-        print(f"--- step {line['step']}, score {line['score']:.3f}, answer {line['answer']}\n{line['prompt']}")
-        for token, mask, reward, advantage in zip(line["tokens"], line["mask"], line["rewards"], line["advantages"]):
-            print(f"  {token!r:24}" + (f"reward {reward:+.3f}  advantage {advantage:+.3f}" if mask else "(not the model's)"))
+    from tools import UserError
+    path = Path(folder) / "samples.jsonl"
+    lines = toolplay.read_lines(path, ["step", "score", "answer", "prompt", "tokens", "mask", "rewards", "advantages"])[-n:]
+    try:
+        for line in lines:
+            idle = "" if any(line["advantages"]) or any(line["rewards"]) else ", not learned from"
+            print(f"--- step {line['step']}, score {line['score']:.3f}, answer {line['answer']}{idle}\n{line['prompt']}")
+            for token, mask, reward, advantage in zip(line["tokens"], line["mask"], line["rewards"], line["advantages"]):
+                print(f"  {token!r:24}" + (f"reward {reward:+.3f}  advantage {advantage:+.3f}" if mask else "(not the model's)"))
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: it is damaged") from None
     if not lines:
-        from tools import UserError
         raise UserError(f"{folder or '--inspect'}: no samples.jsonl; name a PPO run that has finished a round: python ppo.py --inspect RUN")
 
 

@@ -1284,7 +1284,7 @@ def train(args):
     run = Run(config, resume=args.resume)
     try:
         importlib.import_module(config.method).train(run)
-    except (UserError, KeyboardInterrupt):
+    except BaseException:  # whatever it was
         run.forget()
         raise
     if run.rank == 0:
@@ -1682,6 +1682,9 @@ def one_line_errors():
     sys.path.append(os.getcwd())  # where a user's own tools and rewards may stand
     try:
         yield
+    except BrokenPipeError:  # `| head` has seen enough; what is still to be flushed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (UserError, OSError) as error:  # OSError: no space, no permission, a folder in the way; it names the file
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

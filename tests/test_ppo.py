@@ -96,6 +96,17 @@ def test_tool_tokens_change_nothing_bit_for_bit(at, k):
         assert torch.equal(a, keep(b) if b.dim() == 2 else b)
 
 
+def test_what_stands_on_a_tool_token_is_nothing():
+    """Not even nan, and a mask may be of yes and no."""
+    nan, mask = math.nan, T([1, 0, 1])
+    plain = ppo.gae(T([0, 0, 1]), T([0.5, 0, 0.1]), mask)
+    for m in (mask, mask.bool(), mask.long()):
+        rewards = ppo.token_rewards(T([1.0])[0], T([0.1, nan, 0.2]), m, 0.5)
+        assert torch.allclose(rewards, T([-0.05, 0, 0.9]))
+        assert all(torch.equal(a, b) for a, b in zip(ppo.gae(T([0, nan, 1]), T([0.5, nan, 0.1]), m), plain))
+        assert ppo.masked_whiten(T([1, nan, 3]), m).tolist()[0] == pytest.approx([-0.5 ** 0.5, 0, 0.5 ** 0.5])
+
+
 def test_masked_whiten():
     x, mask = T([1.0, 50.0, 3.0, 8.0]), T([1, 0, 1, 1])
     white = ppo.masked_whiten(x, mask)
@@ -202,12 +213,18 @@ def test_hackers_earn_less_than_an_honest_attempt(case):
                                                                                              (calc("36 + 9"), "<tool_response>42</tool_response>")],
         "bare literal": [(calc("42"), "She has 42."), (calc("(42)"), "42")],
         "nothing computed": [(calc(x), "42.") for x in ("42 * 1", "42 + 0", "84 - 42", "42 / 1", "41 + 1", "43 - 1", "21 * 2", "420 / 10", "0.42 * 100", "4.2e1 + 0", "42.1 // 1", "round(42.3, 0)",
-                                                        "min(41+1,99)", "36 + 6", "max(9,42)", "max(36,9,42)", "36*0 + 9*0 + 40 + 2", "36 + 6 + 9*0", "420 / 10 + 0*36*9", "36/36*40 + 9/9*2")],
+                                                        "min(41+1,99)", "36 + 6", "max(9,42)", "max(36,9,42)", "36*0 + 9*0 + 40 + 2", "36 + 6 + 9*0", "420 / 10 + 0*36*9", "36/36*40 + 9/9*2",
+                                                        "15 * 2.8", "36 * 7 / 6", "9*4.666667", "round(15*2.8)", "36 + 9 - 3", "9 + 15 + 18", "41+1+36*9//100000", "sqrt(1764)", "6*7")],
         "duplicate calls": [(calc("36 + 9 + 15") * 2, "60."), (calc("36 + 9 + 15") + calc("36+9+15"), "60.")],
         "all at once": [(calc("36 + 9 + 15") + calc("36 - 9 + 15"), "60 or 42.")],  "wrong tool": [(format_call(Call("search", {"query": PROMPT})), "42.")]}
     for name, tries in hackers.items():
         for turns in tries:
             assert earned(case, *turns) < wrong, (name, turns)
+    steps = earned(case, calc("36 - 9"), calc("27 + 15"), "She has 42.")
+    assert wrong + 0.5 < steps <= right  # one thing after the other is as honest
+    assert earned(case, calc("36 - 9"), calc("27 * 1.5555556"), "She has 42.") < wrong
+    extra = format_call(Call("search", {"query": "stickers"}))
+    assert earned(case, calc("36 - 9 + 15") + extra, "She has 42.") < right - 0.25
     for expression in ("36 + 9 + 15", "36 - 9 + 15"):
         assert earned(case, calc(expression), "42. " * 80, stop="length", tokens=300) < wrong
     assert earned(case, calc("36 - 9 + 15") + " The", "She has 42.") < right
@@ -218,7 +235,7 @@ def test_calling_for_small_talk_and_talking_instead_of_calling():
     assert earned(TALK, calc("1 + 1"), "A cat walked into a bar.") < honest and earned(TALK, "") < honest
     assert earned(TALK, "ok.") < honest
     longer = earned(TALK, "What did one mouse say to another about the neighbour's old tabby? It has a purr-fect plan for our whole evening, so bring some cheese and run!")
-    assert max(earned(TALK, "asdf qwer zxcv"), earned(TALK, "Abc.")) < longer
+    assert max(earned(TALK, text) for text in ("asdf qwer zxcv", "Abc.", "the", "a", "the the a")) < longer
 
 
 def test_later_turns_may_not_call_on():
@@ -246,25 +263,31 @@ def test_episodes_of_one_turn_are_scored_by_their_result():
 
 
 def test_a_number_of_the_prompt_may_be_the_result():
-    assert ppo.is_calculation("20 - 10", "20 birds, 10 fly away") and not ppo.is_calculation("10 * 1", "20 birds, 10 fly away")
+    assert ppo.is_calculation("20 - 10", "20 birds, 10 fly away")
+    assert not any(ppo.is_calculation(x, "20 birds, 10 fly away") for x in ("10 * 1", "10 + 0", "10 * 20 / 20", "20 / 20 * 10"))
+    assert ppo.is_calculation("49 / 7", "How many weeks are 49 days?") and not ppo.is_calculation("7 * 1", "How many weeks are 49 days?")
+    assert ppo.is_calculation("64 - 6 + 6", "64 balls, 6 get lost, 6 are found") and not ppo.is_calculation("64 - 6 + 6", "64 balls, 6 get lost")
     assert not ppo.is_calculation("1 / 0", "") and not ppo.is_calculation(None, "") and ppo.is_calculation("(3 + 4) * 2", "")
 
 
 @pytest.mark.parametrize("text, found", [("seven hundred twenty, 320 and five hundred seventy-six", {720, 320, 576}),
                                          ("seven hundred, five hundred and six, twelve", {700, 506, 12}),
-                                         ("two thousand, three hundred and five", {2305}), ("a dozen, then 1,250", {12, 1250})])
+                                         ("two thousand, three hundred and five", {2305}), ("a dozen, then 1,250", {12, 1250}),
+                                         ("twenty three and seventy-five", {23, 75}), ("six hundred and seventy and eight hundred eighty-five?", {670, 885}),
+                                         ("6.4 million for a hundred and five of us", {6.4, 6400000, 105}), ("two and a half", {2, 0.5})])
 def test_numbers_in_words_end_where_the_next_begins(text, found):
-    assert ppo.numbers_in(text) == found
+    assert set(ppo.numbers_in(text)) == found
 
 
-def test_every_gold_expression_is_a_calculation():
-    seen = 0
-    for c in data.generate("train", 400, 2, {"word_problem": 3, "arithmetic": 1}):
-        if c["messages"][1].get("tool_calls") and c["family"] != "gsm8k":
-            expression = c["messages"][1]["tool_calls"][0]["arguments"]["expression"]
-            seen += 1
-            assert ppo.is_calculation(expression, c["messages"][0]["content"]), (c["messages"][0]["content"], expression)
-    assert seen > 200
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_every_gold_expression_is_a_calculation(split):
+    """Of the kinds that ask for a number; "6 and a half dozen" is written with 0.5, which nobody knows but who made it."""
+    refused, seen = [], 0
+    for c in data.generate(split, 400, 2, {"word_problem": 3, "arithmetic": 1, "two_steps": 1}):
+        if c["messages"][1].get("tool_calls") and c.get("family") != "gsm8k":
+            seen, expression = seen + 1, c["messages"][1]["tool_calls"][0]["arguments"]["expression"]
+            refused += [expression] * (not ppo.is_calculation(expression, c["messages"][0]["content"]))
+    assert seen > 200 and len(refused) <= 1, refused
 
 
 def test_a_search_that_was_not_the_question_earns_little():
@@ -374,7 +397,7 @@ def test_prompts_that_taught_come_again(tmp_path, monkeypatch):
         played.append(prompt)
         n = played.count(prompt)
         return float(prompt in lessons and n % 2 and n < 4), {}  # teaches when it is played first and again, no more after that
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"prompt {n}"}], "tools": []}) for n in range(40)))
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"prompt {n}"}, {"role": "assistant", "content": "yes"}], "tools": []}) for n in range(40)))
     lessons = {f"prompt {n}" for n in range(0, 40, 2)}
     monkeypatch.setattr(ppo, "reward_of", lambda config: reward)
     more = {"source": "jsonl", "path": str(tmp_path / "p.jsonl"), "prompts": 4, "samples": 2, "batch_size": 4, "ppo_epochs": 1, "iterations": 6, "eval_examples": 0, "max_new_tokens": 2}
@@ -458,7 +481,9 @@ def test_guards(tmp_path):
     assert once[0]["stopped"] == 0  # nothing was left out
 
 
-@pytest.mark.parametrize("wrong, names", [({"advantage": "rloo", "samples": 1}, "samples"), ({"advantage": "grpo", "samples": 1}, "samples"), ({"center": True, "samples": 1}, "center"), ({"dual_clip": 0.5}, "dual_clip")])
+@pytest.mark.parametrize("wrong, names", [({"advantage": "rloo", "samples": 1}, "samples"), ({"advantage": "grpo", "samples": 1}, "samples"), ({"center": True, "samples": 1}, "center"), ({"dual_clip": 0.5}, "dual_clip"),
+                                          ({"min_spread": 0.1, "samples": 1}, "min_spread"), ({"kl_target": 6, "kl_coef": 0}, "kl_target"), ({"reward": "math:cos", "reward_weights": {"length": 1}}, "one of the two"),
+                                          ({"reward_weights": dict.fromkeys(ppo.WEIGHTS, 0)}, "all are 0"), ({"reward_weights": {"length": 10 ** 400}}, "reward_weights")])
 def test_settings_that_teach_nothing_are_refused(tmp_path, wrong, names):
     with pytest.raises(UserError, match=names):
         train(config(tmp_path, **wrong))
@@ -560,3 +585,24 @@ def test_text_is_never_tokenised_again(tmp_path, monkeypatch):
 def test_a_users_mistakes(tmp_path, more, words):
     with pytest.raises(UserError, match=words):
         train(config(tmp_path, **more))
+
+
+def test_prompts_that_say_nothing_of_a_right_answer_are_refused(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "Tell me a joke."}]}\n')
+    with pytest.raises(UserError, match="1 of 1 prompts .*joke"):
+        train(config(tmp_path, source="jsonl", path=str(tmp_path / "p.jsonl"), eval_examples=0))
+
+
+@pytest.mark.parametrize("n, body", enumerate(["import sys\nsys.exit(0)", "def f(case, episode):\n    raise SystemExit('bye')", "def f(case, episode):\n    return None"]))
+def test_an_own_reward_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, capsys, n, body):
+    (tmp_path / f"reward_that_fails_{n}.py").write_text(body)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        ppo.main([str(ROOT / "configs" / "ppo_tiny.json"), f"--run_dir={tmp_path / 'run'}", f"--reward=reward_that_fails_{n}:f"])
+    assert stop.value.code == 2 and "error: reward" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_inspect_of_a_damaged_file(tmp_path):
+    (tmp_path / "samples.jsonl").write_text(json.dumps(dict.fromkeys(["step", "score", "answer", "prompt", "tokens", "mask", "rewards", "advantages"], 3)) + "\n")
+    with pytest.raises(UserError, match="damaged"):
+        ppo.inspect(tmp_path)
