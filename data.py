@@ -184,7 +184,7 @@ def check_conversation(conversation):
     tools = conversation.get("tools") or []
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = json.loads(tools) or []
         except ValueError:
             raise UserError('"tools" must be a list, or its JSON text') from None
     tools = load_tools([without_function(t) for t in tools] if isinstance(tools, list) else tools)
@@ -1428,6 +1428,8 @@ def conversations(config, split, tokenizer, line=check_conversation, offered=())
     def with_tools(item):
         own = item.get("tools") if isinstance(item, dict) else ()
         own = list(offered) if own is None else own
+        with contextlib.suppress(ValueError):  # what is no JSON is said where it is read
+            own = json.loads(own) or [] if isinstance(own, str) else own
         if not extra or not isinstance(own, list):
             return item
         return {**item, "tools": [*(t for t in own if tool_name(t) not in [x.name for x in extra]), *extra]}

@@ -129,8 +129,12 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
     *_logp: [B] log-probs of whole answers, sums over their trained tokens (for ipo and simpo: means, see
     `sequence_logp`). The reference's are ignored by simpo and may be None there.
     -> (loss summed over the pairs, info: sums over the pairs of rewards, margin, accuracy and log-probs).
-    Raises ValueError for an unknown variant, or a smoothing that makes the loss meaningless.
+    Raises ValueError for an unknown variant, for a beta or a smoothing that makes the loss meaningless, and without a reference that is needed.
     """
+    if not beta > 0:
+        raise ValueError(f"beta = {beta}: must be above 0")
+    if variant not in FREE and variant in VARIANTS and (ref_chosen_logp is None or ref_rejected_logp is None):
+        raise ValueError(f"variant {variant!r} needs the reference's log-probs")
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}: must be one of {', '.join(VARIANTS)}")
     if not 0 <= label_smoothing < 0.5:
@@ -161,9 +165,8 @@ def sequence_logp(logp, mask, mean=False):
 
     In float64: the loss looks at small differences of sums of hundreds of terms.
     """
-    mask = mask.double()
-    total = (logp * mask).sum(-1)
-    return total / mask.sum(-1).clamp(min=1) if mean else total
+    total = torch.where(mask.bool(), logp.double(), 0).sum(-1)
+    return total / mask.double().sum(-1).clamp(min=1) if mean else total
 
 
 # --------------------------------------------------------------------------- 2. pairs by corruption
@@ -272,7 +275,7 @@ CORRUPTIONS = {f.__name__: f for f in (wrong_tool, malformed, wrong_argument, mi
 
 
 def first_call(conversation):
-    """-> (index of the first assistant message, its calls)."""
+    """-> (index of the first assistant message, its calls). There must be one."""
     at = next(n for n, m in enumerate(conversation["messages"]) if m["role"] == "assistant")
     return at, conversation["messages"][at].get("tool_calls") or []
 
@@ -310,6 +313,8 @@ def corrupted_pairs(conversations, tokenizer, seed=0, style="signature", faults=
     """Gold conversations -> pairs: the gold one, and the same with one fault of a random kind that applies (of `faults`, if any are named)."""
     pairs = []
     for n, conversation in enumerate(conversations):
+        if all(m["role"] != "assistant" for m in conversation["messages"]):
+            continue  # nothing to spoil
         rng, names = random.Random(f"{seed} pair {n}"), list(faults or CORRUPTIONS)
         for name in rng.sample(names, len(names)):
             worse = CORRUPTIONS[name](conversation, rng)
@@ -350,20 +355,31 @@ def parted(pair, tokens):
 def read_pair(line, tokenizer, style="signature"):
     """A line of a pairs file, as TRL reads it: prompt, chosen, rejected (messages, or texts), tools; -> Pair.
 
-    Without "prompt", chosen and rejected are whole conversations and their common beginning is the prompt.
+    Without "prompt", chosen and rejected are whole conversations and their common beginning is the prompt; also where they
+    repeat the prompt's text or messages (UltraFeedback does).
     """
+    import data  # here, so that this file alone gives the losses
     from tools import UserError
     if not isinstance(line, dict) or not {"chosen", "rejected"} <= set(line):
         raise UserError('a pair is an object with "prompt", "chosen" and "rejected"')
     as_messages = lambda x, role: [{"role": role, "content": x}] if isinstance(x, str) else x  # noqa: E731
-    prompt, chosen, rejected = as_messages(line.get("prompt", []), "user"), as_messages(line["chosen"], "assistant"), as_messages(line["rejected"], "assistant")
+    prompt, chosen, rejected = as_messages(line.get("prompt") or [], "user"), as_messages(line["chosen"], "assistant"), as_messages(line["rejected"], "assistant")
     if not all(isinstance(part, list) for part in (prompt, chosen, rejected)):
         raise UserError('"prompt", "chosen" and "rejected" are texts or lists of messages')
-    while chosen and rejected and chosen[0] == rejected[0]:  # what both share is prompt: in mean log-probs (ipo, simpo) it would not cancel
-        prompt, chosen, rejected = [*prompt, chosen[0]], chosen[1:], rejected[1:]
-    if not prompt or not chosen or not rejected or chosen == rejected:
-        raise UserError("the pair has no prompt, or its answers do not differ")
-    pair = pair_of({"messages": prompt, "tools": line.get("tools") or []}, chosen, rejected, tokenizer, style, "given")
+    if not chosen or not rejected:
+        raise UserError(f'"{"rejected" if chosen else "chosen"}" is empty')
+    if prompt and all(part[:len(prompt)] == prompt or isinstance(line["prompt"], str) and isinstance(part[0], dict) and part[0].get("role") in ("system", "user") for part in (chosen, rejected)):
+        prompt = []
+    prompt_tools = {"tools": line.get("tools") or []}
+    chosen, rejected = ([{key: m[key] for key in ("role", "content", "tool_calls") if key in m} for m in data.check_conversation({"messages": [*prompt, *part], **prompt_tools})["messages"]]
+                        for part in (chosen, rejected))  # in one spelling, or the same would differ
+    if chosen == rejected:
+        raise UserError("chosen and rejected are the same")
+    shared = next((n for n, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1])) if a != b), min(len(chosen), len(rejected)) - 1)
+    if not shared:
+        raise UserError('the pair has no "prompt", and chosen and rejected have no messages in common that could be it')
+    # What both share is prompt: in mean log-probs (ipo, simpo) it would not cancel.
+    pair = pair_of({"messages": chosen[:shared], **prompt_tools}, chosen[shared:], rejected[shared:], tokenizer, style, "given")
     if not all(any(mask) for _, mask in pair[:2]):
         raise UserError("chosen and rejected must each hold an assistant message")
     return pair
@@ -375,8 +391,10 @@ def check_settings(config):
     """UserError for settings that fit each other badly; said before minutes of sampling."""
     from ppo import reward_of
     from tools import UserError
-    if config.lora_dropout or config.label_smoothing >= 0.5:
-        raise UserError("dpo: lora_dropout must be 0 (the reference is the same model), and label_smoothing below 0.5")
+    if config.lora_dropout:
+        raise UserError(f"lora_dropout = {config.lora_dropout}: must be 0 for dpo, whose reference is the same model")
+    if config.label_smoothing >= 0.5:
+        raise UserError(f"label_smoothing = {config.label_smoothing}: must be below 0.5; from there on the judgements say nothing, or the reverse")
     if unknown := [fault for fault in config.faults if fault not in list(CORRUPTIONS)]:
         raise UserError(f"faults: {unknown[0]!r} is none of {', '.join(CORRUPTIONS)}")
     if config.pairs != "corrupted":
@@ -460,7 +478,8 @@ def datasets(config, tokenizer):
         pairs = made if made and isinstance(made[0], Pair) else corrupted_pairs(made, tokenizer, config.seed, config.tool_style, config.faults)
         fit = fitting(pairs, config, f"{split} pairs")
         if split == "train" and not fit:
-            raise UserError(f"no pair fits max_tokens = {config.max_tokens}; raise it")
+            raise UserError(f"no pair fits max_tokens = {config.max_tokens}; raise it" if pairs else
+                            f"faults: none of {', '.join(config.faults or CORRUPTIONS)} applies to any of the {len(made)} conversations; name others, or another mix")
         out.append(fit)
     return out
 
@@ -476,9 +495,9 @@ def sampled_pairs(model, tokenizer, conversations, config):
     import data
     import eval as evaluation
     import toolplay
-    from ppo import reward_of
+    from ppo import judgeable, reward_of
     score = reward_of(config)
-    cases = [evaluation.as_case(c) for c in conversations]
+    cases = judgeable([evaluation.as_case(c) for c in conversations], config)
     chats = [case.conversation for case in cases for _ in range(config.samples)]
     with tqdm(total=len(chats), desc="dpo answers", unit="answer", disable=toolplay.world_rank()[0] > 0, dynamic_ncols=True) as bar:
         episodes = toolplay.rollout(model, tokenizer, chats, temperature=config.temperature, max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
@@ -526,6 +545,18 @@ def fitting(pairs, config, what):
     return data.fitting(pairs, [max(len(ids) for ids, _ in pair[:2]) for pair in pairs], config.max_tokens, what)
 
 
+def prompts_of(config, split, tokenizer):
+    """Conversations whose first user turns are sampled from, the three built-in tools offered where a line of a file names none."""
+    import data
+    from eval import as_case
+    from tools import BUILTIN
+
+    def usable(line):  # here, where a bad line still has its number
+        as_case(line)
+        return data.check_conversation(line)
+    return data.conversations(config, split, tokenizer, usable, BUILTIN)
+
+
 def sampled_datasets(run, model, tokenizer):
     """-> (training pairs, held-out pairs) sampled from the initial policy, once: they are kept in the run folder."""
     import data
@@ -534,7 +565,7 @@ def sampled_datasets(run, model, tokenizer):
     from tools import UserError
     config, path = run.config, run.folder / "pairs.json"
     if not path.exists():
-        prompts = [data.conversations(config, split, tokenizer) for split in ("train", "dev")]
+        prompts = [prompts_of(config, split, tokenizer) for split in ("train", "dev")]
         with lora.merged(model) if config.lora_r else contextlib.nullcontext():  # sampled from faster
             out = [sampled_pairs(model, tokenizer, chats, config) if chats else [] for chats in prompts]
         print(f"{len(out[0])} pairs of {len(prompts[0])} prompts with {config.samples} answers each; without one are those whose answers earn alike, or too little", file=sys.stderr)
@@ -560,8 +591,6 @@ def reference_logp(run, pairs, answers, autocast):
 
     import toolplay
     from tools import UserError
-    if run.config.variant in FREE:
-        return [(0.0, 0.0)] * len(pairs)
     key = hashlib.sha256(json.dumps([run.config.model, toolplay.start_hashes(run.config), run.config.precision, run.device.type, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
     path = run.folder / "reference.json"
     if path.exists():
@@ -570,36 +599,44 @@ def reference_logp(run, pairs, answers, autocast):
             raise UserError(f"{path}: these log-probs are of other pairs or another model; the data has changed since the run began. Start a new run")
         return kept["logp"]
     with torch.no_grad(), autocast():
-        logp = answers(pairs).T.tolist()
+        logp = answers(pairs).T.tolist() if run.config.variant not in FREE else [(0.0, 0.0)] * len(pairs)  # kept for the hash
     if run.rank == 0:
         toolplay.write_json(path, {"data_sha256": key, "logp": logp})
     return logp
 
 
 def show(n, config):
-    """Print n pairs: the prompt's last message, and where the two answers differ (green: chosen, red: rejected)."""
+    """Print n pairs: what stands behind the last user's words, and where the two differ (green: chosen, red: rejected)."""
     import difflib
 
-    import data
     import toolplay
+    from tools import UserError
     check_settings(config)
     if config.pairs != "corrupted":
         model, tokenizer = toolplay.prepare_model(config, toolplay.pick_device(config.device))
-        pairs = sampled_pairs(model.eval(), tokenizer, data.conversations(config, "train", tokenizer)[:4 * n], config)
+        pairs = sampled_pairs(model.eval(), tokenizer, prompts_of(config, "train", tokenizer)[:4 * n], config)
     else:
         tokenizer = toolplay.load_model(config.model)[1]
         pairs, _ = datasets(config, tokenizer)
+    if not pairs:
+        raise UserError(f"no pair among the answers to {4 * n} prompts: show more, or raise temperature or samples")
     for pair in pairs[:n]:
-        start = next(t for t, m in enumerate(pair.chosen[1]) if m)
-        texts = [tokenizer.decode(ids[start:]).rstrip("\n") for ids, _ in pair[:2]]
+        start = toolplay.common_prefix(*(list(ids) for ids, _ in pair[:2]))
+        start = min([start, *(mask.index(1) for _, mask in map(lambda row: (row[0], list(row[1])), pair[:2]))])  # where they part, or an answer begins
+        texts = [plain(tokenizer.decode(ids[start:]).rstrip("\n")) for ids, _ in pair[:2]]
         words = [re.findall(r"\w+|\s+|[^\w\s]", text) for text in texts]
         marked = ["", ""]
         for tag, a, b, c, d in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
             for side, (low, high) in enumerate(((a, b), (c, d))):
                 piece = "".join(words[side][low:high])
                 marked[side] += piece if tag == "equal" or not piece else f"\033[{(32, 31)[side]};1m{piece}\033[0m"
-        prompt = tokenizer.decode(pair.chosen[0][:start]).split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
+        prompt = plain(tokenizer.decode(pair.chosen[0][:start]).split("<|im_start|>user\n")[-1].replace("<|im_end|>\n<|im_start|>assistant\n", "\n").rstrip("\n")).replace("\n", "\n            ")
         print(f"--- {pair.why}\n  prompt    {prompt}\n  chosen    {marked[0]}\n  rejected  {marked[1]}")
+
+
+def plain(text):
+    """Text for a terminal: what a data file has of control characters is shown, not obeyed."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
 def main(argv=None):
@@ -609,9 +646,11 @@ def main(argv=None):
     if argv[:1] != ["--show"]:
         return toolplay.main(["train", *argv])
     with toolplay.one_line_errors():
-        counts = [int(a) for a in argv[1:2] if re.fullmatch("[1-9][0-9]{0,5}", a)]
-        count, rest = (counts or [10])[0], argv[1 + len(counts):]
-        source = next((Path(a) for a in rest if a[:2] != "--"), None)
+        counts, rest = ([a for a in argv[1:] if bool(re.fullmatch(r"[-+]?\d+", a)) is number] for number in (True, False))
+        count, names = int((counts or ["10"])[0]), [a for a in rest if a[:2] != "--"]
+        if len(counts) > 1 or len(names) > 1 or not 1 <= count <= 1000:
+            raise UserError(f"--show {' '.join(argv[1:])}: how many pairs (1 to 1000), perhaps one config or run folder, and --key=value")
+        source = Path(names[0]) if names else None
         source = source / "config.json" if source and source.is_dir() else source or {"method": "dpo", "examples": 4 * count}
         config = toolplay.load_config(source, [a for a in rest if a[:2] == "--"])
         if config.method != "dpo":

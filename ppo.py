@@ -443,6 +443,15 @@ def reward_of(config):
     return custom_reward(config.reward) if config.reward else lambda case, episode: score(case, episode, weights)
 
 
+def judgeable(cases, config):
+    """The cases, if something is known of each that a reward could judge by."""
+    from tools import UserError
+    if not config.reward and (unknown := [c for c in cases if c.calls is None and c.answer is None]):
+        raise UserError(f"{len(unknown)} of {len(cases)} prompts say nothing of a right answer, as {unknown[0].conversation['messages'][-1]['content'][:60]!r}: "
+                        'give them "answer", "expected" or an assistant turn, or set "reward" to a function of your own')
+    return cases
+
+
 # --------------------------------------------------------------------------- 3. a round of episodes
 
 def prompts_of(config, tokenizer, context=math.inf):
@@ -454,9 +463,7 @@ def prompts_of(config, tokenizer, context=math.inf):
     from eval import Case, as_case
     from tools import BUILTIN, UserError
     cases, held_out = ([c if isinstance(c, Case) else as_case(c) for c in data.conversations(config, split, tokenizer, as_case, BUILTIN)] for split in ("train", "dev"))
-    if not config.reward and (unknown := [c for c in cases if c.calls is None and c.answer is None]):
-        raise UserError(f"{len(unknown)} of {len(cases)} prompts say nothing of a right answer, as {unknown[0].conversation['messages'][-1]['content'][:60]!r}: "
-                        'give them "answer", "expected" or an assistant turn, or set "reward" to a function of your own')
+    judgeable(cases, config)
     if config.answers_only:
         cases = [case._replace(calls=None, reference=None) if case.answer is not None else case for case in cases]
     lengths = [len(data.encode(case.conversation, tokenizer, config.tool_style, generation=True)[0]) for case in cases]
@@ -494,7 +501,8 @@ class Policy(torch.nn.Module):
         return toolplay.token_logprobs(self.model, rows, temperature, None if torch.is_grad_enabled() else budget, want)
 
     def switched(self, adapter, rows, want=()):
-        """As if `adapter`, {name: tensor} as of `adapter`, were the model's; gradients go to these tensors. No second model."""
+        """As if `adapter`, {name: tensor} as of `adapter()`, were the model's: for this one call each of its parameters is the
+        tensor of that name. So reference and critic are small adapters on the one model; gradients go to their tensors."""
         return torch.func.functional_call(self, adapter, (rows, want))
 
     def adapter(self):
@@ -523,6 +531,7 @@ def advantages_of(config, scores, kl, values, mask, kl_coef):
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
         return masked_whiten(advantages, mask), returns, rewards
+    # The others have no critic: every token of an episode gets the same advantage, and returns are not used.
     cost = kl_coef * torch.stack([model_tokens(x, m).sum() for x, m in zip(kl, mask)]).reshape(groups.shape)
     if config.advantage == "rloo":
         advantages = rloo_advantages(groups - cost)

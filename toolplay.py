@@ -1680,6 +1680,9 @@ def build_parser():
 def one_line_errors():
     """A user's mistake is one line and exit code 2; Ctrl-C is no traceback either."""
     sys.path.append(os.getcwd())  # where a user's own tools and rewards may stand
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character ends nothing
     try:
         yield
     except BrokenPipeError:  # `| head` has seen enough; what is still to be flushed goes nowhere

@@ -84,6 +84,12 @@ def test_meaningless_settings_are_refused(variant, smoothing):
         dpo.dpo_loss(PC, PR, RC, RR, 0.1, variant, smoothing)
 
 
+@pytest.mark.parametrize("more, words", [({"beta": 0}, "beta"), ({"beta": -1}, "beta"), ({"beta": math.nan}, "beta"), ({"ref_chosen_logp": None}, "reference")])
+def test_what_makes_no_loss_is_refused(more, words):
+    with pytest.raises(ValueError, match=words):
+        dpo.dpo_loss(**{"policy_chosen_logp": PC, "policy_rejected_logp": PR, "ref_chosen_logp": RC, "ref_rejected_logp": RR, **more})
+
+
 def test_a_new_variant_is_one_function():
     try:
         @dpo.variant
@@ -96,6 +102,7 @@ def test_a_new_variant_is_one_function():
 
 def test_sequence_logp():
     logp, mask = torch.tensor([[-1.0, -2.0, -4.0], [-1.0, -1.0, -1.0]]), torch.tensor([[0, 1, 1], [0, 0, 0]])
+    assert dpo.sequence_logp(torch.where(mask.bool(), logp, math.nan), mask).tolist() == [-6, 0]  # whatever stands where nothing is trained
     assert dpo.sequence_logp(logp, mask).tolist() == [-6, 0] and dpo.sequence_logp(logp, mask, mean=True).tolist() == [-3, 0]
 
 
@@ -179,7 +186,26 @@ def test_pairs_as_trl_writes_them():
     text = {"prompt": "2+2", "chosen": "4", "rejected": "5"}
     lists = {key: [{"role": "user" if key == "prompt" else "assistant", "content": value}] for key, value in text.items()}
     whole = {"chosen": lists["prompt"] + lists["chosen"], "rejected": lists["prompt"] + lists["rejected"]}
-    assert dpo.read_pair(text, tokenizer()) == dpo.read_pair(lists, tokenizer()) == dpo.read_pair(whole, tokenizer())
+    pair = dpo.read_pair(text, tokenizer())
+    assert pair == dpo.read_pair(lists, tokenizer()) == dpo.read_pair(whole, tokenizer()) == dpo.read_pair({**whole, "prompt": None}, tokenizer())
+    assert pair == dpo.read_pair({**whole, "prompt": "2+2"}, tokenizer()) == dpo.read_pair({**whole, "prompt": lists["prompt"]}, tokenizer())  # UltraFeedback: the prompt is there twice
+
+
+def test_pairs_in_two_spellings():
+    """Ids and arguments as text are no difference; an answer that ends where the other goes on is one."""
+    user, result, said = {"role": "user", "content": "2+2"}, {"role": "tool", "content": "4", "tool_call_id": "b"}, {"role": "assistant", "content": "4"}
+    plain = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2+2"}}]}
+    openai = {"role": "assistant", "content": None, "tool_calls": [{"id": "b", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "2+2"}'}}]}
+    line = {"prompt": [user], "tools": ["calculator"]}
+    with pytest.raises(UserError, match="the same"):
+        dpo.read_pair({**line, "chosen": [plain], "rejected": [openai]}, tokenizer())
+    other = dpo.read_pair({**line, "chosen": [plain, {"role": "tool", "content": "4"}, said], "rejected": [openai, result, {**said, "content": "5"}]}, tokenizer())
+    assert [tokenizer().decode([i for i, m in zip(ids, mask) if m]) for ids, mask in other[:2]] == ["4<|im_end|>", "5<|im_end|>"]  # the call is prompt
+    early = dpo.read_pair({**line, "chosen": [openai, result, said], "rejected": [plain]}, tokenizer())
+    assert all("calculator" in tokenizer().decode([i for i, m in zip(ids, mask) if m]) for ids, mask in early[:2])
+    for wrong, words in (({"chosen": []}, '"chosen" is empty'), ({"prompt": None}, "no .prompt.")):
+        with pytest.raises(UserError, match=words):
+            dpo.read_pair({**line, "chosen": "4", "rejected": "5", **wrong}, tokenizer())
 
 
 @pytest.mark.parametrize("line", [[], {"chosen": "a"}, {"chosen": "a", "rejected": "b"}, {"prompt": "x", "chosen": "a", "rejected": "a"}, {"prompt": 1, "chosen": "a", "rejected": "b"},
@@ -297,8 +323,9 @@ def test_resume_is_bit_identical_and_reads_the_reference(tmp_path, monkeypatch):
         assert (Path(whole.run_dir) / name).read_bytes() == (Path(cut.run_dir) / name).read_bytes(), name
 
 
-def test_other_data_than_the_reference_was_computed_on_is_refused(tmp_path):
-    c = config(tmp_path)
+@pytest.mark.parametrize("variant", ["sigmoid", "simpo"])
+def test_other_data_than_the_run_began_with_is_refused(tmp_path, variant):
+    c = config(tmp_path, variant=variant)
     train(c)
     path = Path(c.run_dir) / "reference.json"
     path.write_text(path.read_text().replace('"data_sha256": "', '"data_sha256": "0'))
@@ -434,3 +461,29 @@ def test_faults_of_the_policy_against_the_examples_own_turn(tmp_path, monkeypatc
 def test_a_fault_that_is_none_is_one_line(tmp_path, fault):
     with pytest.raises(UserError, match=rf"faults: {re.escape(repr(fault))} is none of wrong_tool, malformed"):
         train(config(tmp_path, faults=["wrong_tool", fault]))
+
+
+def test_faults_that_apply_nowhere_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="none of call_left_out applies to any of the 16"):
+        train(config(tmp_path, faults=["call_left_out"], mix={"no_tool": 1}, eval_examples=0))
+
+
+def test_conversations_without_an_answer_make_no_pair():
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "tools": ["calculator"]}
+    assert dpo.corrupted_pairs([asked], tokenizer()) == []
+
+
+def test_bad_lines_of_prompts_are_skipped_by_number(tmp_path, monkeypatch, capsys):
+    user, call = {"role": "user", "content": "2+2"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "nothing", "arguments": {}}]}
+    lines = [{"messages": [user, call]}, {"messages": [user, {**call, "tool_calls": [{"name": "calculator", "arguments": {"expression": "2+2"}}]}]}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    c = config(tmp_path, source="jsonl", path=str(tmp_path / "c.jsonl"), pairs="both")
+    assert len(dpo.prompts_of(c, "train", tokenizer())) == 1
+    assert "line 1: the expected call names tool 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["0"], ["-1"], ["1000001"], ["3", "4"], ["a.json", "b.json"]])
+def test_show_says_what_it_takes(argv, capsys):
+    with pytest.raises(SystemExit):
+        dpo.main(["--show", *argv])
+    assert "1 to 1000" in capsys.readouterr().err
