@@ -138,8 +138,9 @@ def table():
     column("needless calls", "tool_accuracy", lambda r: other(r) and not r["due"], fault=True)
     for seed in sum(records.values(), []):
         for r in seed:  # a due call is in order if it is well-formed and of the right tool
-            r["verdicts"]["format"] = r["verdicts"]["format"] and r["verdicts"]["tool_accuracy"]
+            r["verdicts"]["format"] = r["verdicts"]["tool_accuracy"] and (r["verdicts"]["format"] or not r["due"])
     column("wrong or malformed calls", "format", lambda r: other(r) and r["due"], fault=True)
+    column("either", "format", other, fault=True)
     print(evaluation.table(head, rows))
 
 
