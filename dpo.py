@@ -50,7 +50,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    """DPO's own keys; the shared ones are in toolplay.Config. A pairs file is `source: jsonl` with its `path`."""
+    """DPO's own keys; the shared ones are in toolplay.Config. `source: jsonl` reads pairs, or conversations to make them of."""
     pairs: Literal["corrupted", "sampled", "both"] = "corrupted"  # gold against a faulty copy; the policy's own best against its worst; that, and a faulty copy where it makes no pair
     faults: list = field(default_factory=list)                   # corrupted, both: which of CORRUPTIONS; empty: all
     samples: Annotated[int, "> 0"] = 4   # sampled: answers to each prompt, scored with ppo.py's reward
@@ -220,11 +220,13 @@ def wrong_argument(conversation, rng):
 
 
 def missing_argument(conversation, rng):
-    """A call without its first argument."""
+    """A call without the first argument that its tool requires; without an optional one it might be as right."""
+    import data  # here, so that this file alone gives the losses
     at, calls = first_call(conversation)
-    if not calls or not calls[0]["arguments"]:
-        return None
-    return until(conversation, at, tool_calls=[{**calls[0], "arguments": dict(list(calls[0]["arguments"].items())[1:])}, *calls[1:]])
+    required = [tool.parameters.get("required", []) for tool in data.check_conversation(conversation)["tools"] if calls and tool.name == calls[0]["name"]]
+    given = [name for name in calls[0]["arguments"] if name in required[0]] if required else []
+    arguments = {name: value for name, value in calls[0]["arguments"].items() if name != given[0]} if given else None
+    return until(conversation, at, tool_calls=[{**calls[0], "arguments": arguments}, *calls[1:]]) if given else None
 
 
 def call_left_out(conversation, rng):
@@ -469,13 +471,15 @@ def train(run):
 
 
 def datasets(config, tokenizer):
-    """-> (training pairs, held-out pairs); pairs longer than max_tokens are left out and counted."""
+    """-> (training pairs, held-out pairs), given ones and corrupted ones; those longer than max_tokens are left out and counted."""
     import data
     from tools import UserError
     out = []
     for split in ("train", "dev"):
-        made = data.conversations(config, split, tokenizer, lambda line: read_pair(line, tokenizer, config.tool_style))
-        pairs = made if made and isinstance(made[0], Pair) else corrupted_pairs(made, tokenizer, config.seed, config.tool_style, config.faults)
+        made = data.conversations(config, split, tokenizer, lambda line: data.check_conversation(line) if isinstance(line, dict) and "messages" in line else
+                                  read_pair(line, tokenizer, config.tool_style))
+        pairs = [x for x in made if isinstance(x, Pair)]
+        pairs += corrupted_pairs([x for x in made if not isinstance(x, Pair)], tokenizer, config.seed, config.tool_style, config.faults)
         fit = fitting(pairs, config, f"{split} pairs")
         if split == "train" and not fit:
             raise UserError(f"no pair fits max_tokens = {config.max_tokens}; raise it" if pairs else

@@ -487,3 +487,17 @@ def test_show_says_what_it_takes(argv, capsys):
     with pytest.raises(SystemExit):
         dpo.main(["--show", *argv])
     assert "1 to 1000" in capsys.readouterr().err
+
+
+def test_a_file_may_hold_pairs_and_conversations(tmp_path):
+    gold = data.generate("train", 2, 0, {"weather": 1})
+    lines = [{"prompt": "2+2", "chosen": "4", "rejected": "5"}, *({"messages": c["messages"], "tools": c["tools"]} for c in gold)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs, _ = dpo.datasets(config(tmp_path, source="jsonl", path=str(tmp_path / "p.jsonl")), tokenizer())
+    assert [pair.why for pair in pairs][0] == "given" and len(pairs) == 3 and set(p.why for p in pairs[1:]) <= set(dpo.CORRUPTIONS)
+
+
+def test_an_argument_that_may_be_missing_is_no_fault():
+    tool = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["b"]}}
+    chat = lambda **arguments: {"tools": [tool], "messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}]}  # noqa: E731
+    assert dpo.missing_argument(chat(a=1, b=2), None)[-1]["tool_calls"][0]["arguments"] == {"a": 1} and dpo.missing_argument(chat(a=1), None) is None
