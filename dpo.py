@@ -626,7 +626,7 @@ def show(n, config):
         raise UserError(f"no pair among the answers to {4 * n} prompts: show more, or raise temperature or samples")
     for pair in pairs[:n]:
         start = toolplay.common_prefix(*(list(ids) for ids, _ in pair[:2]))
-        start = min([start, *(mask.index(1) for _, mask in map(lambda row: (row[0], list(row[1])), pair[:2]))])  # where they part, or an answer begins
+        start = min([start, *(list(mask).index(1) for _, mask in pair[:2])])  # where they part, or an answer begins
         texts = [plain(tokenizer.decode(ids[start:]).rstrip("\n")) for ids, _ in pair[:2]]
         words = [re.findall(r"\w+|\s+|[^\w\s]", text) for text in texts]
         marked = ["", ""]
