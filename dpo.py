@@ -133,10 +133,10 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
     """
     if not beta > 0:
         raise ValueError(f"beta = {beta}: must be above 0")
-    if variant not in FREE and variant in VARIANTS and (ref_chosen_logp is None or ref_rejected_logp is None):
-        raise ValueError(f"variant {variant!r} needs the reference's log-probs")
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}: must be one of {', '.join(VARIANTS)}")
+    if variant not in FREE and (ref_chosen_logp is None or ref_rejected_logp is None):
+        raise ValueError(f"variant {variant!r} needs the reference's log-probs")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing = {label_smoothing}: must be in [0, 0.5); from there on the judgements say nothing, or the reverse")
     if variant in FREE:
@@ -221,12 +221,14 @@ def wrong_argument(conversation, rng):
 
 def missing_argument(conversation, rng):
     """A call without the first argument that its tool requires; without an optional one it might be as right."""
-    import data  # here, so that this file alone gives the losses
     at, calls = first_call(conversation)
-    required = [tool.parameters.get("required", []) for tool in data.check_conversation(conversation)["tools"] if calls and tool.name == calls[0]["name"]]
-    given = [name for name in calls[0]["arguments"] if name in required[0]] if required else []
-    arguments = {name: value for name, value in calls[0]["arguments"].items() if name != given[0]} if given else None
-    return until(conversation, at, tool_calls=[{**calls[0], "arguments": arguments}, *calls[1:]]) if given else None
+    if not calls or calls[0]["name"] not in names_of(conversation):
+        return None
+    required = tool_named(calls[0]["name"], conversation).parameters.get("required", [])
+    arguments = dict(calls[0]["arguments"])
+    if gone := next((name for name in arguments if name in required), None):
+        del arguments[gone]
+    return until(conversation, at, tool_calls=[{**calls[0], "arguments": arguments}, *calls[1:]]) if gone else None
 
 
 def call_left_out(conversation, rng):
@@ -300,10 +302,14 @@ def names_of(conversation):
     return [tool_name(t) for t in conversation.get("tools") or []]
 
 
+def tool_named(name, conversation):
+    import data  # here, so that this file alone gives the losses
+    return next(tool for tool in data.check_conversation(conversation)["tools"] if tool.name == name)
+
+
 def tempting_call(name, conversation):
     """A call such as a model makes that looks at single words: the numbers, the capitalised word, the whole message."""
-    import data  # here, so that this file alone gives the losses
-    tool = next(t for t in data.check_conversation(conversation)["tools"] if t.name == name)
+    tool = tool_named(name, conversation)
     first = next(iter([*tool.parameters.get("required", []), *tool.parameters.get("properties", {})]), "query")
     text = next(m["content"] for m in conversation["messages"] if m["role"] == "user")
     numbers, capital = re.findall(r"\d[\d.]*", text), re.findall(r"(?<!^)\b[A-Z]\w+", text)
@@ -370,11 +376,17 @@ def read_pair(line, tokenizer, style="signature"):
         raise UserError('"prompt", "chosen" and "rejected" are texts or lists of messages')
     if not chosen or not rejected:
         raise UserError(f'"{"rejected" if chosen else "chosen"}" is empty')
-    if prompt and all(part[:len(prompt)] == prompt or isinstance(line["prompt"], str) and isinstance(part[0], dict) and part[0].get("role") in ("system", "user") for part in (chosen, rejected)):
-        prompt = []
+
+    def holds_prompt(part):
+        whole = isinstance(part[0], dict) and part[0].get("role") in ("system", "user")
+        return part[:len(prompt)] == prompt or isinstance(line.get("prompt"), str) and whole
+
+    def in_one_spelling(part):  # or the same would differ
+        messages = data.check_conversation({"messages": [*prompt, *part], **prompt_tools})["messages"]
+        return [{key: m[key] for key in ("role", "content", "tool_calls") if key in m} for m in messages]
     prompt_tools = {"tools": line.get("tools") or []}
-    chosen, rejected = ([{key: m[key] for key in ("role", "content", "tool_calls") if key in m} for m in data.check_conversation({"messages": [*prompt, *part], **prompt_tools})["messages"]]
-                        for part in (chosen, rejected))  # in one spelling, or the same would differ
+    prompt = [] if holds_prompt(chosen) and holds_prompt(rejected) else prompt
+    chosen, rejected = in_one_spelling(chosen), in_one_spelling(rejected)
     if chosen == rejected:
         raise UserError("chosen and rejected are the same")
     shared = next((n for n, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1])) if a != b), min(len(chosen), len(rejected)) - 1)

@@ -328,7 +328,8 @@ def counts(case):
     return case.answer is not None and any(tool.name == "calculator" for tool in case.conversation["tools"])
 
 
-NUMBER = r"\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+"  # in an expression
+NUMBER = r"\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+"
+WITH_COMMAS = r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|" + NUMBER
 EVERYDAY = {*range(2, 11), 12, 24, 25, 50, 52, 60, 365, 1000, 1000000}  # legs, days, coins, hours, weeks, minutes, metres
 
 
@@ -348,8 +349,7 @@ def is_calculation(expression, prompt, results=()):
     result = value(expression)
     if result is None or not re.search(r"\d[)%\s]*[-+*/%x×÷^][-+*/(\s$×÷^]*[\d.a-z]|sqrt|abs|round|min|max|%", expression):
         return False
-    commas = "" if re.search("m(ax|in)", expression) else r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|"  # max(9,420) holds two numbers
-    places = list(re.finditer(commas + NUMBER, expression))
+    places = list(re.finditer(NUMBER if re.search("m(ax|in)", expression) else WITH_COMMAS, expression))  # max(9,420) holds two numbers
     used, given = [float(place[0].replace(",", "")) for place in places], [*numbers_in(prompt), *map(abs, results)]
     same = functools.partial(math.isclose, rel_tol=1e-9)
 
@@ -383,9 +383,12 @@ def numbers_in(text):
     small = {**{word: n for n, word in enumerate(ONES)}, **{word: 10 * n for n, word in enumerate(TENS)}}
     scales = {"hundred": 100, "thousand": 1000, "million": 1000000}
     found, total, current, before = [], 0, None, ""  # of the words of one number: its finished thousands, and what follows them
-    for word in [*re.findall(r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?(?:e[-+]?\d+)?|\.\d+|[a-z]+|(?<!thousand),", str(text).lower()), ""]:
+    for word in [*re.findall(WITH_COMMAS + r"|[a-z]+|(?<!thousand),", str(text).lower()), ""]:
         if word in scales and before[:1].isdigit():
             found.append(found[-1] * scales[word])
+        elif word == "hundred" and current and current > 100:  # "three hundred and one hundred" are two
+            found.append(float(total + current - current % 100))
+            total, current = 0, 100 * (current % 100)
         elif word in scales and (current or before == "a"):
             current = (current or 1) * scales[word]
             if word != "hundred":

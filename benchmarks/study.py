@@ -62,25 +62,22 @@ def rejection_sampling(name, seed):
     import data
     import ppo
     import toolplay as tp
-    from eval import as_case
     path = RUNS / f"{name}.jsonl"
     if not path.exists():
         model, tokenizer, _ = tp.load_run(RUNS / "start")
-        config = tp.load_config(ROOT / "configs" / "ppo.json", [f"--seed={seed}"])
-        conversations = data.generate("train", RFT_PROMPTS, seed + 1, config.mix)
+        config = tp.load_config(ROOT / "configs" / "ppo.json", [f"--seed={seed + 1}", f"--examples={RFT_PROMPTS}"])
+        cases, _ = ppo.prompts_of(config, tokenizer)  # of which PPO knows the answers, no more
         kept, begin = [], time.time()
-        for at in range(0, len(conversations), 32):
-            group = conversations[at:at + 32]
-            cases = [as_case(c) for c in group]
-            cases = [c._replace(calls=None, reference=None) if c.answer is not None else c for c in cases]
-            episodes = tp.rollout(model, tokenizer, [c.conversation for c in cases for _ in range(4)], max_new_tokens=48, max_turns=3, seed=f"{seed} {at}", batch_size=128)
-            for n, (case, conversation) in enumerate(zip(cases, group)):
+        for at in range(0, len(cases), 32):
+            group = cases[at:at + 32]
+            episodes = tp.rollout(model, tokenizer, [c.conversation for c in group for _ in range(4)], max_new_tokens=48, max_turns=3, seed=f"{seed} {at}", batch_size=128)
+            for n, case in enumerate(group):
                 right = [e for e in episodes[4 * n:4 * n + 4] if ppo.score(case, e)[1]["right_answer"] == 1 and len(e.turns) == 2]
                 for e in {str(e.calls): e for e in right}.values():  # different ways to the answer teach more than one (Yuan et al., sec. 3.3)
-                    messages = [*conversation["messages"][:1], {"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls]},
+                    messages = [*case.conversation["messages"], {"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls]},
                                 *({"role": "tool", "content": r.text()} for r in e.results), {"role": "assistant", "content": e.final}]
-                    kept.append({"kind": conversation["kind"], "messages": messages, "tools": conversation["tools"]})
-        print(f"{len(kept)} right answers to {len(conversations)} prompts, 4 samples each, {(time.time() - begin) / 60:.1f} minutes")
+                    kept.append({"kind": case.kind, "messages": messages, "tools": [tool.name for tool in case.conversation["tools"]]})
+        print(f"{len(kept)} right answers to {len(cases)} prompts, 4 samples each, {(time.time() - begin) / 60:.1f} minutes")
         kept += [{key: c[key] for key in ("kind", "messages", "tools")} for c in data.generate("train", len(kept) // 2, seed + 1, config.ptx_mix)]
         tp.write_lines(path, kept)
     train(name, "sft_start.json", f"--seed={seed}", "--source=jsonl", f"--path={path}", "--mix={}", f"--start_from={RUNS / 'start'}", f"--steps={RFT_STEPS}",

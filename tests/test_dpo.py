@@ -473,7 +473,7 @@ def test_conversations_without_an_answer_make_no_pair():
     assert dpo.corrupted_pairs([asked], tokenizer()) == []
 
 
-def test_bad_lines_of_prompts_are_skipped_by_number(tmp_path, monkeypatch, capsys):
+def test_bad_lines_of_prompts_are_skipped_by_number(tmp_path, capsys):
     user, call = {"role": "user", "content": "2+2"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "nothing", "arguments": {}}]}
     lines = [{"messages": [user, call]}, {"messages": [user, {**call, "tool_calls": [{"name": "calculator", "arguments": {"expression": "2+2"}}]}]}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -274,20 +274,20 @@ def test_a_number_of_the_prompt_may_be_the_result():
                                          ("seven hundred, five hundred and six, twelve", {700, 506, 12}),
                                          ("two thousand, three hundred and five", {2305}), ("a dozen, then 1,250", {12, 1250}),
                                          ("twenty three and seventy-five", {23, 75}), ("six hundred and seventy and eight hundred eighty-five?", {670, 885}),
-                                         ("6.4 million for a hundred and five of us", {6.4, 6400000, 105}), ("two and a half", {2, 0.5})])
+                                         ("6.4 million for a hundred and five of us", {6.4, 6400000, 105}), ("two and a half", {2, 0.5}),
+                                         ("three hundred and one hundred and sixty three", {300, 163})])
 def test_numbers_in_words_end_where_the_next_begins(text, found):
     assert set(ppo.numbers_in(text)) == found
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_every_gold_expression_is_a_calculation(split):
-    """Of the kinds that ask for a number; "6 and a half dozen" is written with 0.5, which nobody knows but who made it."""
-    refused, seen = [], 0
+    seen = 0
     for c in data.generate(split, 400, 2, {"word_problem": 3, "arithmetic": 1, "two_steps": 1}):
         if c["messages"][1].get("tool_calls") and c.get("family") != "gsm8k":
             seen, expression = seen + 1, c["messages"][1]["tool_calls"][0]["arguments"]["expression"]
-            refused += [expression] * (not ppo.is_calculation(expression, c["messages"][0]["content"]))
-    assert seen > 200 and len(refused) <= 1, refused
+            assert ppo.is_calculation(expression, c["messages"][0]["content"]), (c["messages"][0]["content"], expression)
+    assert seen > 200
 
 
 def test_a_search_that_was_not_the_question_earns_little():
