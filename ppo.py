@@ -513,6 +513,57 @@ class Policy(torch.nn.Module):
         return {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
 
 
+class ActorCritic:
+    """Policy, reference and critic in one model: which adapter is on tells them apart.
+
+    `parameters`, {name: tensor}, is what is trained: the policy's adapter, and with GAE the value head and the critic's own adapter.
+    """
+
+    def __init__(self, model, config, device):
+        self.config, self.device = config, device
+        self.policy = Policy(model, config.temperature, config.micro_tokens)
+        self.reference, self.critic = self.policy.adapter(), {}
+        self.head = ValueHead(model.get_input_embeddings().weight.shape[1]).to(device)
+        self.trunk = ("hidden",) if config.advantage == "gae" else ()           # what the critic reads
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if config.advantage == "gae":
+            self.parameters.update({f"value_head.{n}": p for n, p in self.head.named_parameters()})
+            if config.value_lora:
+                self.critic = {name: p.requires_grad_() for name, p in self.policy.adapter().items()}
+                self.parameters.update({f"critic.{name}": p for name, p in self.critic.items()})
+
+    def values(self, rows, out):
+        """V [B, T] of rows, whose policy has read `out`; a critic of its own reads them once more."""
+        return self.head(self.policy.switched(self.critic, rows, self.trunk)["hidden"] if self.critic else out["hidden"])
+
+    @torch.no_grad()
+    def fixed(self, units):
+        """What stays as it is while episodes are learned from -> for each unit its log-probs under policy and reference, and values."""
+        rows = [unit["row"] for unit in units]
+        out, ref_logp = self.policy(rows, self.trunk), self.policy.switched(self.reference, rows)
+        logp, values = (out["logp"], self.values(rows, out)) if self.trunk else (out, torch.zeros_like(out))
+        return [{name: x[b, :len(ids)].tolist() for name, x in (("logp", logp), ("ref_logp", ref_logp), ("values", values))} for b, (ids, _) in enumerate(rows)]
+
+    def loss(self, group):
+        """(2), (3) and (6) over a minibatch's units -> (sum over their tokens, info)."""
+        config, rows = self.config, [unit["row"] for unit in group]
+        out = self.policy(rows, (*self.trunk, "entropy"))
+        mask, weight, old_logp, advantages, returns, old_values = (padded([unit.get(key, ()) for unit in group], out["logp"].shape[1], self.device)
+                                                                   for key in ("mask", "weight", "logp", "advantages", "returns", "values"))
+        total, info = policy_loss(out["logp"], old_logp, advantages, mask, config.clip_range, config.dual_clip)
+        entropy = model_tokens(out["entropy"], mask).sum()
+        info = {**info, "policy_loss": total, "entropy": entropy.detach()}
+        if config.entropy_coef:
+            total = total - config.entropy_coef * entropy
+        if config.advantage == "gae":
+            value, more = value_loss(self.values(rows, out), old_values, returns, mask, config.value_clip)
+            total, info = total + config.vf_coef * value, {**info, **more, "value_loss": value}
+        if config.ptx:
+            imitation = -(weight * out["logp"]).sum()                                                                  # (6)
+            total, info = total + imitation, {**info, "ptx_loss": imitation.detach() / config.ptx_coef}
+        return total, info
+
+
 def padded(rows, width, device):
     """Lists of numbers of different length, [] among them -> [B, width], zeros behind."""
     return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], dtype=torch.float32, device=device)
@@ -603,6 +654,35 @@ def require(config):
         raise UserError(f"dual_clip = {config.dual_clip}: must be above 1 (or 0: none); below, it would stop every lesson of a bad episode")
 
 
+def minibatches(config, prompts):
+    """How many minibatches the episodes of that many prompts give, in all epochs."""
+    return config.ppo_epochs * -(-prompts * config.samples // config.batch_size)
+
+
+def learn(trainer, groups, loss, imitated, position, config):
+    """Epochs over the episodes of a round's prompts -> means of the minibatches' logs, over their tokens.
+
+    `imitated`: number of a minibatch's tokens -> units that are learned beside it. `position`: the trainer's step, before the round.
+    """
+    import toolplay
+    sums, count, terms, stopped, whole = {}, 0, 0, False, minibatches(config, len(groups))
+    for epoch in range(config.ppo_epochs):
+        order = [unit for p in shuffled(len(groups), config.seed, position, epoch) for unit in groups[p]]
+        for at in range(0, 0 if stopped else len(order), config.batch_size):
+            batch = order[at:at + config.batch_size]
+            batch += imitated(sum(sum(unit["mask"]) for unit in batch))
+            info = toolplay.train_step(trainer, batch, loss, size=lambda unit: sum(unit["mask"]),
+                                       rows=lambda unit: [unit["row"]], veto=lambda means: means["ratio"] > config.ratio_guard)
+            for name, value in info.items():
+                sums[name] = sums.get(name, 0.0) + value * info["terms"]  # a mean over tokens: the last minibatch may be short
+            count, terms = count + 1, terms + info["terms"]
+            if stopped := bool(config.kl_stop and count < whole and info["approx_kl"] > config.kl_stop):
+                break
+    left = minibatches(config, config.prompts) - count  # what is not learned from counts in the schedule
+    trainer.step, trainer.updates = trainer.step + left, trainer.updates + left
+    return {**{name: value / terms for name, value in sums.items() if name not in ("tokens", "terms", "skipped")}, "stopped": int(stopped)}
+
+
 def train(run):
     # Imported here so that this file alone gives the losses to anyone who copies it.
     import data
@@ -621,68 +701,32 @@ def train(run):
     shown = data.encode_all(data.conversations(imitate, "train", tokenizer), tokenizer, config, "imitation") if config.ptx else []
     shown_batches = data.Batches(shown, dataclasses.replace(config, batch_size=max(config.ptx, 1)))
 
-    # 2. model: policy, reference (the same weights under another adapter), critic
-    policy = Policy(model, config.temperature, config.micro_tokens)
-    reference, critic = policy.adapter(), {}
-    head = ValueHead(model.get_input_embeddings().weight.shape[1]).to(run.device)
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if config.advantage == "gae":
-        parameters.update({f"value_head.{n}": p for n, p in head.named_parameters()})
-        if config.value_lora:
-            critic = {name: p.requires_grad_() for name, p in policy.adapter().items()}
-            parameters.update({f"critic.{name}": p for name, p in critic.items()})
+    # 2. model: policy, reference, critic
+    actor = ActorCritic(model, config, run.device)
 
     # 3. optimizer
-    batch = config.prompts * config.samples
-    per_round = config.ppo_epochs * -(-batch // config.batch_size)
-    trainer = toolplay.Trainer(config, parameters, config.iterations * per_round)
+    per_round = minibatches(config, config.prompts)
+    trainer = toolplay.Trainer(config, actor.parameters, config.iterations * per_round)
     run.start(trainer)
     if trainer.extra.setdefault("reference", started := toolplay.start_hashes(config)) != started:
         raise UserError(f"{config.start_from}: its adapter is another one than when the run began, and was its reference; start a new run")
     beta = AdaptiveKL(trainer.extra.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
 
-    trunk = ("hidden",) if config.advantage == "gae" else ()  # what the critic reads
-
-    def values_of(rows, out):
-        return head(policy.switched(critic, rows, trunk)["hidden"] if critic else out["hidden"])
-
-    def loss(group):
-        rows = [unit["row"] for unit in group]
-        out = policy(rows, (*trunk, "entropy"))
-        mask, weight, old_logp, advantages, returns, old_values = (padded([unit.get(key, ()) for unit in group], out["logp"].shape[1], run.device)
-                                                                   for key in ("mask", "weight", "logp", "advantages", "returns", "values"))
-        total, info = policy_loss(out["logp"], old_logp, advantages, mask, config.clip_range, config.dual_clip)
-        entropy = model_tokens(out["entropy"], mask).sum()
-        info = {**info, "policy_loss": total, "entropy": entropy.detach()}
-        if config.entropy_coef:
-            total = total - config.entropy_coef * entropy
-        if config.advantage == "gae":
-            value, more = value_loss(values_of(rows, out), old_values, returns, mask, config.value_clip)
-            total, info = total + config.vf_coef * value, {**info, **more, "value_loss": value}
-        if config.ptx:
-            imitation = -(weight * out["logp"]).sum()                                                                  # (6)
-            total, info = total + imitation, {**info, "ptx_loss": imitation.detach() / config.ptx_coef}
-        return total, info
-
-    def play(round_, of):
+    def play(of):
         """A rank's share of a round: for each of its prompts, episodes with what they earned."""
         chosen = [case for case in of for _ in range(config.samples)]
         with lora.merged(model), run.counter("rollout", len(chosen)) as count:  # sampled from faster
             episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen], temperature=config.temperature, style=config.tool_style, progress=count,
-                                        max_new_tokens=config.max_new_tokens, max_turns=config.max_turns, seed=f"{config.seed} round {round_}", batch_size=batch)
+                                        max_new_tokens=config.max_new_tokens, max_turns=config.max_turns, seed=f"{config.seed} round {round_}", batch_size=config.prompts * config.samples)
         units = [{"episode": e, "row": (e.ids, e.mask), "mask": e.mask, **dict(zip(("score", "parts"), reward(case, e)))}
                  for case, e in zip(chosen, episodes)]
         return [units[n:n + config.samples] for n in range(0, len(units), config.samples)]
 
-    @torch.no_grad()
-    def frozen(units):
-        """What stays fixed while a rank's episodes are learned from: log-probs of policy and reference, values of each."""
-        rows = [unit["row"] for unit in units]
+    def fixed(units):
+        """A rank's share of what stays as it is while a round is learned from."""
         model.eval()
         with trainer.autocast():
-            out, ref_logp = policy(rows, trunk), policy.switched(reference, rows)
-            logp, values = (out["logp"], values_of(rows, out)) if trunk else (out, torch.zeros_like(out))
-        return [{name: x[b, :len(ids)].tolist() for name, x in (("logp", logp), ("ref_logp", ref_logp), ("values", values))} for b, (ids, _) in enumerate(rows)]
+            return actor.fixed(units)
 
     def imitated(tokens):
         """The next conversations to imitate beside a minibatch of that many tokens: units whose tokens are no actions (mask 0), but have
@@ -691,32 +735,12 @@ def train(run):
         weight = config.ptx_coef * tokens / max(1, sum(sum(mask) for _, mask in chosen))
         return [{"row": row, "mask": [], "weight": [weight * m for m in row[1]]} for row in chosen]
 
-    def learn(groups, position):
-        """Epochs over the episodes of a round's prompts -> means of the minibatches' logs, over their tokens."""
-        sums, count, terms, stopped = {}, 0, 0, False
-        whole = config.ppo_epochs * -(-len(groups) * config.samples // config.batch_size)
-        for epoch in range(config.ppo_epochs):
-            order = [unit for p in shuffled(len(groups), config.seed, position, epoch) for unit in groups[p]]
-            for at in range(0, 0 if stopped else len(order), config.batch_size):
-                batch = order[at:at + config.batch_size]
-                batch += imitated(sum(sum(unit["mask"]) for unit in batch))
-                info = toolplay.train_step(trainer, batch, loss, size=lambda unit: sum(unit["mask"]),
-                                           rows=lambda unit: [unit["row"]], veto=lambda means: means["ratio"] > config.ratio_guard)
-                for name, value in info.items():
-                    sums[name] = sums.get(name, 0.0) + value * info["terms"]  # a mean over tokens: the last minibatch may be short
-                count, terms = count + 1, terms + info["terms"]
-                if stopped := bool(config.kl_stop and count < whole and info["approx_kl"] > config.kl_stop):
-                    break
-        left = per_round - count  # what is not learned from counts in the schedule
-        trainer.step, trainer.updates = trainer.step + left, trainer.updates + left
-        return {**{name: value / terms for name, value in sums.items() if name not in ("tokens", "terms", "skipped")}, "stopped": int(stopped)}
-
     # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
     for position in run.steps(trainer, trainer.total):
         round_ = position // per_round
         again, new = pick(trainer.extra, len(cases), config)
         picked = again + new
-        played = toolplay.shared_out([cases[i] for i in picked], lambda own: play(round_, own) if own else [])
+        played = toolplay.shared_out([cases[i] for i in picked], lambda own: play(own) if own else [])
         played = [[{"case": cases[i], **unit} for unit in group] for i, group in zip(picked, played)]
         taught = [teaches(config, group) for group in played]
         trainer.extra["taught"] = list(dict.fromkeys([*trainer.extra["taught"], *(i for i, yes in zip(picked, taught) if yes)]))
@@ -726,11 +750,11 @@ def train(run):
         if new:  # what is played again was chosen for its results: only on new prompts does progress show
             log["reward_new"] = summary(everything[len(again) * config.samples:])["reward"]
         if units:
-            for unit, fixed in zip(units, toolplay.shared_out(units, lambda own: frozen(own) if own else [])):
-                unit.update(fixed)
+            for unit, numbers in zip(units, toolplay.shared_out(units, lambda own: fixed(own) if own else [])):
+                unit.update(numbers)
             log.update(judge_round(config, units, beta.value, run.device))
-            trainer.extra["kl_coef"] = beta.update(log["kl"], batch)
-        log.update(learn(groups, position), skipped=trainer.skipped)
+            trainer.extra["kl_coef"] = beta.update(log["kl"], len(everything))
+        log.update(learn(trainer, groups, actor.loss, imitated, position, config), skipped=trainer.skipped)
         if held_out and (trainer.step >= trainer.total or config.eval_every and (round_ + 1) % config.eval_every == 0):
             report, _ = evaluation.evaluate(model, tokenizer, held_out, max_new_tokens=config.max_new_tokens, style=config.tool_style, progress=False)
             log.update({f"eval_{name}": report["metrics"][name]["value"] for name in ("tool_accuracy", "format", "response_quality")})
