@@ -27,11 +27,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import codecs
 import contextlib
 import functools
 import glob
 import itertools
 import json
+import os
 import random
 import re
 import sys
@@ -39,7 +41,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from tools import (BUILTIN, Call, Result, UserError, _loads, _problems, calculate, execute, format_call, format_result, load_tools,
+from tools import (BUILTIN, TYPES, Call, Result, UserError, _loads, _problems, calculate, execute, format_call, format_result, load_tools,
                    render_tools, tool_from_schema)
 
 CORPORA = Path(__file__).parent / "configs" / "corpora"
@@ -543,9 +545,10 @@ class Writer:
         return {"id": "formula", "expression": expression, "slots": slots, "texts": [fill(sentence, {"f": text})], "negative": True}
 
     def sums(self):
-        """Two numbers and one of the four operations, each of these as often as the others."""
+        """Two numbers, in digits, and one of the four operations, each of these as often as the others."""
         form = r"\{\w+\} [%s] \{\w+\}" % re.escape(self.rng.choice("+-*/"))
-        return self.calculation("arithmetic.json", lambda family: re.fullmatch(form, family["expression"]))
+        family = self.rng.choice([f for f in pool("arithmetic.json", "families", self.split) if re.fullmatch(form, f["expression"])])
+        return self.calculator_call({**family, "slots": {name: re.sub("^(int|word) ", "num ", slot) for name, slot in family["slots"].items()}})
 
     def everyday(self):
         return self.calculation("everyday.json", spoken=SPOKEN)
@@ -1121,6 +1124,7 @@ def sample_replies(path=CORPORA / "talk_replies.jsonl", limit=24):
 # Qin et al. 2023 (arXiv:2307.16789). Three shapes of files: answer trees, "toolllama" dialogues, and bare instructions. All become
 # conversations: functions are tools, the call of Finish is the final answer. An instruction has none: it is the question alone.
 OBSERVATIONS = (1024, 512, 256, 128)  # characters that are kept of a tool's result: the first that lets a conversation fit
+API_TYPES = {"NUMBER": "integer", "BOOLEAN": "boolean"}  # all others are strings
 RESERVED = ("from", "class", "return", "false", "true", "id", "and")
 
 
@@ -1128,170 +1132,242 @@ class Unusable(ValueError):
     """Why an item of a data set is left out, in a few words."""
 
 
-def standard_name(text):
+class Damaged(Unusable):
+    """It is not what it should be: the file is named."""
+
+
+def standard_name(text, reserved=RESERVED):
     """ToolBench's names: "Get Player's-ID" -> get_player_s_id, "2fa" -> get_2fa, "id" -> is_id."""
-    name = re.sub(r"_+", "_", re.sub(r"[^a-z0-9_]", "_", str(text).lower())).strip("_")
-    return f"get_{name}" if name[:1].isdigit() else f"is_{name}" if name in RESERVED else name
+    name = re.sub("_+", "_", re.sub("[^a-z0-9_\u4e00-\u9fa5]", "_", text.lower())).strip("_")
+    return f"get_{name}" if name[:1].isdigit() else f"is_{name}" if name in reserved else name
 
 
 def toolbench_api(api):
     """An entry of an instruction's api_list -> tool schema; the name is that of the answers: api_for_tool, its last 64 characters."""
-    types = {"NUMBER": "integer", "BOOLEAN": "boolean"}
-    fields = {key: [(standard_name(p["name"]), types.get(str(p.get("type")).upper(), "string"), p.get("description")) for p in api.get(key) or []]
-              for key in ("required_parameters", "optional_parameters")}
-    properties = {name: {"type": kind, **({"description": text} if text else {})} for group in fields.values() for name, kind, text in group if name}
-    return {"name": f"{standard_name(api['api_name'])}_for_{standard_name(api['tool_name'])}"[-64:], "description": (api.get("api_description") or "").strip(),
-            "parameters": {"type": "object", "properties": properties, "required": [name for name, _, _ in fields["required_parameters"] if name]}}
+    properties, required = {}, []
+    for key in ("required_parameters", "optional_parameters"):
+        for p in api.get(key) or []:
+            if (name := standard_name(p["name"])) and name not in properties:  # of two of a name, the first
+                properties[name] = {"type": API_TYPES.get(str(p.get("type")).upper(), "string"), **({"description": p["description"]} if p.get("description") else {})}
+                required += [name] if key == "required_parameters" else []
+    return {"name": f"{standard_name(api['api_name'])}_for_{standard_name(api['tool_name'], ())}"[-64:], "description": (api.get("api_description") or "").strip(),
+            "parameters": {"type": "object", "properties": properties, "required": required}}
 
 
 def toolbench_function(function):
-    """A function of an answer -> tool schema, its description without the wrapping."""
+    """A function of an answer -> tool schema, its description without the wrapping. Names that are none, and types, become standard ones."""
     text = re.sub(r'^.*The description of this function is: "?|"$', "", function.get("description") or "", flags=re.DOTALL).strip()
-    known = ("type", "description", "enum", "items", "default")
-    properties = {name: {k: v for k, v in field.items() if k in known} for name, field in ((function.get("parameters") or {}).get("properties") or {}).items()}
-    required = [name for name in (function.get("parameters") or {}).get("required") or [] if name in properties]
-    return {"name": function["name"], "description": text, "parameters": {"type": "object", "properties": properties, "required": required}}
+    known, parameters = ("type", "description", "enum", "items", "default"), function.get("parameters") or {}
+
+    def field(given):
+        kept = {key: given[key] for key in known if key in given}
+        if "type" in kept and not isinstance(kept["type"], list) and kept["type"] not in TYPES:
+            kept["type"] = API_TYPES.get(str(kept["type"]).upper(), "string")
+        return kept
+    properties = {name: field(given) for name, given in (parameters.get("properties") or {}).items()}
+    name = function["name"] if re.fullmatch(r"\w{1,64}", function["name"]) else standard_name(function["name"])[-64:]
+    return {"name": name, "description": text, "parameters": {"type": "object", "properties": properties, "required": [name for name in parameters.get("required") or [] if name in properties]}}
 
 
-def toolbench_tools(functions):
-    """An answer's functions -> tool schemas. Finish is the answer, not a tool."""
-    return [toolbench_function(function) for function in functions if function["name"] != "Finish"]
-
-
-def toolbench_items(content):
-    """What a file holds -> its items, each with the name of its shape."""
+def toolbench_items(text, name):
+    """What a file of ToolBench holds -> (its items, each with the name of its shape, {line: why it is none}). JSON, or JSON lines."""
+    shapes, bad = {"answer tree": "answer_generation", "dialogue": "conversations", "instruction": "api_list"}, {}
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                content += [json.loads(line)] if line.strip() else []
+            except (ValueError, RecursionError):
+                if not content and ".jsonl" not in name.lower():
+                    raise  # not lines, but one text that is damaged
+                bad[number] = "it is no JSON"
+        content = [item for line in content for item in (line if isinstance(line, list) else [line])]
     items = content if isinstance(content, list) else [content]
-    shapes = {"answer tree": "answer_generation", "dialogue": "conversations", "instruction": "api_list"}
-    out = [(next((shape for shape, key in shapes.items() if isinstance(item, dict) and key in item), None), item) for item in items]
-    if not any(shape for shape, _ in out):
-        raise Unusable("it is none of ToolBench's shapes")
-    return out
+    return [(next((shape for shape, key in shapes.items() if isinstance(item, dict) and key in item), None), item) for item in items], bad
+
+
+def toolbench_functions(text):
+    """The list of functions in a dialogue's system text: a Python list behind words about them, which may have brackets too."""
+    text = text[max(text.find("access to the following APIs:"), 0):]
+    starts, ends = ([m.start() for m in re.finditer(mark, text)] for mark in (r"\[", r"\]"))
+    for start, end, read in itertools.product(starts[:20], ends[:-6:-1], (ast.literal_eval, json.loads)):  # literals only: nothing is executed
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            functions = read(text[start:end + 1])
+            if isinstance(functions, list) and all(isinstance(f, dict) for f in functions):
+                return functions
+    raise Unusable("its list of functions cannot be read")
+
+
+def toolbench_action(text):
+    """What an assistant says in a dialogue -> (its thought, (function name, argument text or None) or None): "Thought: ... Action: ... Action Input: ..."."""
+    before, _, arguments = text.partition("Action Input:")
+    thought, action, name = before.rpartition("Action:")
+    if not action or not arguments and thought.rpartition("\n")[2].strip():
+        return text, None  # it talks about an action
+    return thought, (name.strip(), arguments or None)
 
 
 def toolbench_steps(shape, item):
     """An item -> (tool schemas, [(role, text, (function name, argument text) or None)])."""
     if shape == "instruction":
-        tools = {tool["name"]: tool for tool in map(toolbench_api, reversed(item["api_list"]))}  # of two of a name, the first
-        return [*reversed(tools.values())], [("user", item["query"], None)]
+        return [toolbench_api(api) for api in item["api_list"]], [("user", item["query"], None)]
     if shape == "answer tree":
         answer = item["answer_generation"]
         if not answer.get("train_messages"):
             raise Unusable("no train_messages: the search found no answer")
         # Cumulative: one list a step. The last one holds them all.
-        steps = [(m["role"], m.get("content") or "", (m["function_call"].get("name"), m["function_call"].get("arguments") or "{}") if m.get("function_call") else None)
-                 for m in answer["train_messages"][-1]]
-        return toolbench_tools(answer["function"]), steps
-    steps, functions = [], None
-    for turn in item["conversations"]:
-        role, text, call = turn["from"], turn["value"], None
-        if role == "system":  # its text ends in a Python list of the functions
-            try:
-                functions = ast.literal_eval(text[text.index("["):text.rindex("]") + 1])  # literals only: nothing is executed
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                raise Unusable("its list of functions cannot be read") from None
-        elif role == "assistant" and (found := re.fullmatch(r"(.*?)\s*Action:\s*(.*?)\s*Action Input:\s*(.*)", text, re.DOTALL)):
-            text, call = re.sub(r"^\s*Thought:\s*", "", found[1]), (found[2], found[3])
-        steps.append((role, text, call))
-    if functions is None:
-        raise Unusable("its list of functions cannot be read")
-    return toolbench_tools(functions), steps
+        functions, steps = answer["function"], [(m["role"], m.get("content") or "", (m["function_call"]["name"], m["function_call"].get("arguments") or "{}") if m.get("function_call") else None)
+                                                for m in answer["train_messages"][-1]]
+    else:
+        functions = next((toolbench_functions(turn["value"]) for turn in item["conversations"] if turn["from"] == "system"), None)
+        if functions is None:
+            raise Unusable("its list of functions cannot be read")
+        steps = [(turn["from"], *(toolbench_action(turn["value"]) if turn["from"] == "assistant" else (turn["value"], None))) for turn in item["conversations"]]
+    return [toolbench_function(function) for function in functions if function["name"] != "Finish"], steps  # Finish is the answer, not a tool
 
 
 def toolbench_arguments(text):
-    """The argument text of a call -> dict, or None. Real ones hold raw newlines and commas too many."""
-    try:
-        arguments = _loads(text, strict=False) if isinstance(text, str) else text
-    except (ValueError, RecursionError):
-        return None
-    return arguments if isinstance(arguments, dict) else None
+    """The arguments of a call -> dict, or None. Real ones hold raw newlines and commas too many, stand between fences, or are Python's."""
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        given = text if isinstance(text, str) else json.dumps(text)
+        given, end = given.strip().strip("`").removeprefix("json").strip().replace("\\_", "_"), None
+        with contextlib.suppress(ValueError):
+            end = json.JSONDecoder(strict=False).raw_decode(given)[1]  # words behind it go
+        try:
+            found = _loads(given[:end], strict=False)
+        except ValueError:
+            if end:
+                return None  # JSON with a key twice, or with NaN
+            found = _loads(json.dumps(ast.literal_eval(given)))
+        found = _loads(found, strict=False) if isinstance(found, str) else found
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def toolbench_repaired(arguments, tool):
-    """Arguments of the types that the schema asks for ("5" -> 5, 5 -> "5"), unknown ones left out; None if they do not fit all the same."""
-    fields = tool["parameters"]["properties"]
+    """Arguments of the types that the schema asks for ("5" -> 5, 5 -> "5", 5.0 -> 5), unknown ones and empty optional ones left out; None if
+    they do not fit all the same, or none is known."""
+    fields, required = tool["parameters"]["properties"], tool["parameters"]["required"]
 
     def typed(value, kind):
-        if kind == "string" and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return str(value)
+        if kind == "string" and not isinstance(value, (str, type(None))):
+            return json.dumps(value, ensure_ascii=False)
         if isinstance(value, str) and kind in ("integer", "number", "boolean", "array", "object"):
             with contextlib.suppress(ValueError, RecursionError):
-                return _loads(value.lower() if kind == "boolean" else value)
-        return value
-    made = {key: typed(value, fields[key].get("type")) for key, value in arguments.items() if key in fields}
-    return None if any(_problems(made, tool["parameters"])) else made
+                value = _loads(value.lower() if kind == "boolean" else value)
+        return int(value) if kind == "integer" and isinstance(value, float) and value.is_integer() else value
+    made = {key: typed(value, fields[key].get("type")) for key, value in arguments.items() if key in fields and not (value is None and key not in required)}
+    return None if arguments and not set(arguments) & set(fields) or any(_problems(made, tool["parameters"])) else made
+
+
+def toolbench_text(text):
+    """What an assistant says, without the words that mark it as a thought, and without tags that would be read as calls."""
+    return re.sub(r"</?(tool_call|tool_response)>", r"[\1]", re.sub(r"(?m)^[ \t]*Thought:[ \t]*", "", text)).strip()
 
 
 def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
     """An item -> (conversation, number of calls left out because they were broken, whether a result was clipped).
 
-    Thoughts stand beside the next call; those beside Finish are left out, for the user sees that turn. Raises Unusable with the reason.
+    Thoughts stand beside the next call; those beside Finish are left out, for the user sees that turn, and so are those beside a call
+    that is left out. Raises Unusable with the reason.
     """
     try:
+        tools = {}
         found, steps = toolbench_steps(shape, item)
-        tools = {tool["name"]: tool for tool in found}
+        for tool in found:
+            tools.setdefault(tool["name"], tool)  # of two of a name ToolBench runs the first
         names = {standard_name(name): name for name in reversed(tools)}
-        messages, waiting, dropped, clipped, finished, thoughts = [], 0, 0, False, False, []
+        messages, waiting, dropped, unended, clipped, finished, thoughts = [], 0, 0, 0, False, False, []
         for role, text, call in steps:
             if finished:
                 break
             if role == "user":
-                messages.append({"role": "user", "content": re.sub(r"\s*Begin!\s*$", "", text).strip()})
+                messages.append({"role": "user", "content": text.strip().removesuffix("Begin!").strip()})
             elif role in ("function", "tool"):
                 if waiting:
-                    messages.append({"role": "tool", "content": toolbench_observation(text, observation)})
-                    clipped = clipped or messages[-1]["content"] != toolbench_observation(text, len(text) + 100)
+                    content, cut = toolbench_observation(text, observation)
+                    messages.append({"role": "tool", "content": content})
+                    clipped = clipped or cut
                 waiting = 0
+            elif role == "assistant" and call is None:
+                thoughts.append(toolbench_text(text))
             elif role == "assistant":
-                arguments = toolbench_arguments(call[1]) if call else None
-                if call and call[0] == "Finish":
-                    if arguments is None or not str(arguments.get("final_answer") or "").strip() or arguments.get("return_type") != "give_answer":
+                name, arguments = call[0], toolbench_arguments(call[1])
+                if name == "Finish":
+                    given = arguments or {}
+                    answer = given.get("final_answer") or ""
+                    answer = toolbench_text(answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False))
+                    finished = given.get("return_type") == "give_answer" and bool(answer)
+                    if finished:
+                        messages.append({"role": "assistant", "content": answer})
+                    elif given.get("return_type") == "give_up_and_restart":
                         raise Unusable("it gives up, or its Finish is broken")
-                    messages.append({"role": "assistant", "content": str(arguments["final_answer"]).strip()})
-                    finished = True
-                elif call:
-                    name = call[0] if call[0] in tools else names.get(standard_name(call[0]))
-                    arguments = toolbench_repaired(arguments, tools[name]) if name and arguments is not None else None
-                    if arguments is None:
-                        dropped += 1  # a name that is not offered, no JSON, not what the function takes: never to be learned
-                    else:
-                        messages.append({"role": "assistant", "content": "\n".join(filter(None, [*thoughts, text.strip()])), "tool_calls": [{"name": name, "arguments": arguments}]})
-                        waiting, thoughts = 1, []
-                elif re.search(r"Action:", text):
-                    dropped += 1  # without its input
+                    else:  # ToolBench answers it with an error, and goes on
+                        unended, waiting, thoughts = unended + 1, 0, []
+                    continue
+                name = name if name in tools else names.get(standard_name(str(name)))
+                arguments = toolbench_repaired(arguments, tools[name]) if name and arguments is not None else None
+                if arguments is None:
+                    dropped += 1  # a name that is not offered, no JSON, not what the function takes: never to be learned
                 else:
-                    thoughts.append(re.sub(r"^\s*Thought:\s*|\s*$", "", text))
+                    messages.append({"role": "assistant", "content": "\n".join(filter(None, [*thoughts, toolbench_text(text)])), "tool_calls": [{"name": name, "arguments": arguments}]})
+                waiting, thoughts = int(arguments is not None), []
             elif role != "system":
                 raise Unusable(f"a turn of an unknown role, {str(role)[:20]!r}")
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise Unusable(f"it is damaged ({type(error).__name__}: {error})"[:120]) from None
-    if not messages or messages[0]["role"] != "user" or not messages[0]["content"]:
-        raise Unusable("nobody asks for anything")
-    if dropped and not any(m.get("tool_calls") for m in messages):
-        raise Unusable("all its calls are broken or made up")
-    if not finished and shape != "instruction":
-        raise Unusable("no Finish: a step of a longer conversation, or cut off")
-    try:
-        return check_conversation({"kind": "toolbench", "messages": messages, "tools": list(tools.values())}), dropped, clipped
+        if not messages or messages[0]["role"] != "user" or not messages[0]["content"]:
+            raise Unusable("nobody asks for anything")
+        if dropped and not any(m.get("tool_calls") for m in messages):
+            raise Unusable("all its calls are broken or made up")
+        if not finished and shape != "instruction":
+            raise Unusable("it gives up, or its Finish is broken" if unended else "no Finish: a step of a longer conversation, or cut off")
+        return check_conversation({"kind": "toolbench", "messages": messages, "tools": list(tools.values())}), dropped + unended, clipped
     except UserError as error:
         raise Unusable(f"it is no conversation ({error})"[:120]) from None
+    except Unusable:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise Damaged(f"it is damaged ({type(error).__name__}: {error})"[:120]) from None
 
 
 def toolbench_observation(text, limit):
-    """{"error": "", "response": ...} -> our {"result": ...} or {"error": ...}, at most `limit` characters of it."""
+    """{"error": "", "response": ...} -> (our {"result": ...} or {"error": ...}, at most `limit` characters of it; whether that is less than was there).
+
+    ToolBench cuts the whole text at 1,024 characters and puts dots behind: what is left of it is unwrapped too.
+    """
+    error = ""
     try:
         found = json.loads(text)
-        error, text = (found.get("error"), str(found.get("response", ""))) if isinstance(found, dict) and "response" in found else ("", text)
     except (ValueError, RecursionError):
-        error = ""
-    return Result("", not error, text[:limit], message=f"{error} {text}".strip()[:limit], max_chars=10 * limit).text()
+        text = text.removesuffix("...")
+        if cut := re.match(r'\{"error": ("(?:[^"\\]|\\.)*"), "response": "((?:[^"\\]|\\[^u]|\\u[0-9a-f]{4})*)', text):
+            error, text = json.loads(cut[1], strict=False), json.loads(f'"{cut[2]}"', strict=False)
+    else:
+        if isinstance(found, dict) and ("response" in found or set(found) == {"error"}):
+            error, text = (found.get(key) or "" for key in ("error", "response"))
+            text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+    said = f"{error} {text}".strip() if error else text
+    return Result("", not error, said[:limit], message=said[:limit], max_chars=10 * limit).text(), len(said) > limit
 
 
-def loaded(line):
-    """A line of a .jsonl file, or None."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+def toolbench_files(path):
+    """The files that a path means (one, a folder, a glob), each once, whatever links lead to it; of folders *.json*."""
+    waiting, seen, found = [path] if os.path.lexists(path) else glob.glob(str(path), recursive=True), set(), []
+    given = set(map(str, waiting))
+    while waiting:
+        name = str(waiting.pop())
+        real = os.path.realpath(name)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            waiting += Path(name).iterdir() if os.path.isdir(name) else []
+        except OSError:
+            found.append(name)  # to be named
+        if not os.path.isdir(name) and (name in given or ".json" in os.path.basename(name).lower()):
+            found.append(name)
+    return sorted(found)
 
 
 def read_toolbench(path, fits=lambda conversation: True, report=None, questions=True):
@@ -1301,27 +1377,30 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
     Nothing is fatal but a path that holds nothing usable. A conversation that does not fit has its tool results clipped further
     (OBSERVATIONS), and is left out if that does not help.
     """
-    files = Path(path).rglob("*.json*") if Path(path).is_dir() else [Path(path)] if Path(path).exists() else map(Path, glob.glob(str(path), recursive=True))
-    names = sorted(str(p) for p in files if p.is_file())
-    if not names:
+    if not (names := toolbench_files(path)):
         raise UserError(f"{path}: no such file or folder, or no *.json in it")
-    kept, counts, damaged, seen, calls_dropped = [], Counter(), {}, set(), 0
+    kept, counts, damaged, noted, seen, calls_dropped = [], Counter(), {}, {}, set(), 0
     for name in names:
         try:
-            text = Path(name).read_bytes().decode("utf-8-sig")
+            if not os.path.isfile(name):
+                raise Unusable("it is no file that can be read")
+            raw = Path(name).read_bytes()
+            text = raw.decode("utf-8-sig")
             if not text.strip():
                 raise Unusable("it is empty")
-            if name.endswith(".jsonl"):
-                lines = {number: loaded(line) for number, line in enumerate(text.split("\n"), 1) if line.strip()}
-                damaged.update({f"{name}, line {number}": "it is no JSON" for number, line in lines.items() if line is None})
-            items = toolbench_items(json.loads(text) if not name.endswith(".jsonl") else [line for line in lines.values() if line is not None])
+            items, bad = toolbench_items(text, name)
+            if not any(shape for shape, _ in items):
+                raise Unusable("it is none of ToolBench's shapes")
         except (OSError, ValueError, RecursionError) as error:
             damaged[name] = str(error)[:120] or type(error).__name__
             continue
-        for shape, item in items:
+        damaged.update({f"{name}, line {number}": why for number, why in bad.items()})
+        if raw[:3] == codecs.BOM_UTF8:
+            noted[name] = "it begins with a byte order mark; read all the same"
+        for number, (shape, item) in enumerate(items, 1):
             try:
                 if shape is None:
-                    raise Unusable("it is none of ToolBench's shapes")
+                    raise Damaged("it is none of ToolBench's shapes")
                 if shape == "instruction" and not questions:
                     raise Unusable("an instruction without an answer")
                 for observation in OBSERVATIONS:
@@ -1333,19 +1412,22 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
                 key = json.dumps([turns(conversation)], ensure_ascii=False)
                 if key in seen:
                     raise Unusable("the same as an earlier one")
-            except Unusable as error:
+            except (Unusable, UserError) as error:  # a chat template may refuse turns that it does not know
                 counts[str(error)] += 1
+                if isinstance(error, Damaged):
+                    damaged[name if len(items) == 1 else f"{name}, item {number}"] = str(error)
                 continue
             seen.add(key)
             kept.append(conversation)
             calls_dropped += dropped
             counts["used, a question without an answer" if shape == "instruction" else "used, its results clipped" if clipped else "used"] += 1
-    summary = {"path": str(path), "files": len(names), "damaged_files": damaged, "conversations": len(kept), "calls_left_out": calls_dropped, "items": dict(counts.most_common())}
+    summary = {"path": str(path), "files": len(names), "damaged_files": damaged, "noted_files": noted, "conversations": len(kept), "calls_left_out": calls_dropped, "items": dict(counts.most_common())}
     lines = [f"ToolBench, {path}: {len(kept)} conversations from {len(names)} files; {calls_dropped} broken or made-up calls left out of them"]
-    lines += [f"  {count:7d}  {what}" for what, count in counts.most_common()] + [f"  damaged  {name}: {why}" for name, why in damaged.items()]
+    lines += [f"  {count:7d}  {what}" for what, count in counts.most_common()] + [f"  {len(damaged):7d}  files, lines or items damaged"] * bool(damaged)
+    lines += [f"  {word}  {name}: {why}" for word, named in (("damaged", damaged), ("noted", noted)) for name, why in [*named.items()][:100]]
     print("\n".join(lines), file=sys.stderr)
     if report:
-        Path(report).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(report).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if not kept:
         raise UserError(f"{path}: nothing usable in {len(names)} files (see above; if all is too long, raise max_tokens)")
     return kept
@@ -1536,7 +1618,7 @@ def write_jsonl(path, conversations):
     """Export conversations as JSONL, if a path is given."""
     if path:
         lines = [json.dumps({**c, "tools": [t if isinstance(t, (str, dict)) else t.schema() for t in c["tools"]]}, ensure_ascii=False) + "\n" for c in conversations]
-        Path(path).write_text("".join(lines), encoding="utf-8")
+        Path(path).write_text("".join(lines), encoding="utf-8", errors="replace")  # half a surrogate pair is no text
         print(f"{len(lines)} conversations written to {path}")
 
 
@@ -1557,6 +1639,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.n is not None and args.n < 1:
         parser.error(f"--n {args.n}: must be at least 1")
+    if args.max_tokens is not None and args.max_tokens < 1:
+        parser.error(f"--max-tokens {args.max_tokens}: must be at least 1")
+    if not args.toolbench and (args.report or args.max_tokens or args.questions):
+        parser.error("--report, --max-tokens and --questions go with --toolbench")
     mix = {args.kind: 1} if args.kind else None
     try:
         if args.sample_replies:
@@ -1567,16 +1653,14 @@ def main(argv=None):
             _, tokenizer = toolplay.load_model("smollm2-135m")
         if args.toolbench:
             fits = (lambda c: len(encode(c, tokenizer)[0]) <= args.max_tokens) if args.max_tokens else lambda c: True
-            made = read_toolbench(args.toolbench, fits, args.report, args.questions)
-            if not args.show:
-                write_jsonl(args.out, made[:args.n])
-        if args.show:
-            for conversation in made[:args.show] if args.toolbench else generate(args.split, args.show, args.seed, mix):
-                print(f'--- {conversation["kind"]} ({conversation.get("family", "")})\n{coloured(conversation, tokenizer)}')
-        elif args.out and not args.toolbench:
-            write_jsonl(args.out, generate(args.split, args.n or 1000, args.seed, mix))
-        elif not args.toolbench:
-            parser.print_help()
+            made = read_toolbench(args.toolbench, fits, args.report, args.questions)[:args.n]
+        elif args.show or args.out:
+            made = generate(args.split, args.n or (1000 if args.out else args.show), args.seed, mix)
+        else:
+            return parser.print_help()
+        for conversation in made[:args.show or 0]:
+            print(f'--- {conversation["kind"]} ({conversation.get("family", "")})\n{coloured(conversation, tokenizer)}')
+        write_jsonl(args.out, made)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

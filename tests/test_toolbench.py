@@ -136,7 +136,8 @@ def test_damaged_files_are_named(tmp_path, capsys):
     (tmp_path / "latin.json").write_bytes('{"a": "é"}'.encode("latin-1"))
     assert len(data.read_toolbench(tmp_path)) == 1
     err = capsys.readouterr().err
-    assert all(name in err for name in ("cut.json", "empty.json", "other.json", "latin.json")) and "bom.json" not in err and "1 conversations from 5 files" in err
+    assert all(name in err for name in ("cut.json", "empty.json", "other.json", "latin.json")) and "noted  " in err and "bom.json" in err and "1 conversations from 5 files" in err
+    assert "4  files, lines or items damaged" in err
     assert len(data.read_toolbench(str(tmp_path / "deep" / "*.json"))) == 1
     with pytest.raises(UserError, match="no such file"):
         data.read_toolbench(tmp_path / "nowhere")
@@ -169,6 +170,145 @@ def test_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         data.main(["--toolbench", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x.jsonl")])
     assert exit_.value.code == 2
+
+
+GOOD = [call("find_book_for_library", '{"title": "Emma"}', "I look."), result("shelf 3")]
+ASSISTANT = 'Thought: I look.\nAction: find_book_for_library\nAction Input: {"title": "Emma"}'
+
+
+def one(folder, item, **options):
+    """The only conversation of an item, and the report."""
+    c, = data.read_toolbench(write(folder, "one.json", item), report=folder / "report.json", **options)
+    return c, json.loads((folder / "report.json").read_text())
+
+
+def test_a_list_of_functions_behind_brackets_is_found(tmp_path):
+    good = dialogue(("assistant", ASSISTANT), ("function", "{}"), LLAMA_END)
+    for before, after in ("1.lib: [DEPRECATED] A [library](x)\n", ""), ("", " Good luck [you]!"):
+        item = json.loads(json.dumps(good))
+        item["conversations"][0]["value"] = f"You have tools:\n{before}Specifically, you have access to the following APIs: {FUNCTIONS!r}{after}"
+        assert len(one(tmp_path, item)[0]["tools"]) == 1
+    item["conversations"][0]["value"] = f"[Tools] {json.dumps(FUNCTIONS)}"
+    assert len(one(tmp_path, item)[0]["tools"]) == 1
+
+
+@pytest.mark.parametrize("said, content", [
+    ('{"error": "", "response": "[{\\"id\\": 7, \\"a\\u00e9...', '{"result": "[{\\"id\\": 7, \\"aé"}'), ('{"error": "busy", "response": "abc...', '{"error": "busy abc"}'),
+    ('{"error": "", "response": "cut in \\u00...', '{"result": "cut in "}'), ('{"error": "API not working"}', '{"error": "API not working"}'),
+    ('{"error": "", "response": {"a": [1, null]}}', '{"result": "{\\"a\\": [1, null]}"}'), ("plain", '{"result": "plain"}'), ('{"error": "gone"', '{"result": "{\\"error\\": \\"gone\\""}')])
+def test_results_are_unwrapped_also_where_toolbench_cut_them(tmp_path, said, content):
+    c, _ = one(tmp_path, tree(GOOD[0], {"role": "function", "name": "x", "content": said}))
+    assert c["messages"][2]["content"] == content
+
+
+def test_toolbench_s_own_cut_is_not_ours(tmp_path):
+    assert one(tmp_path, tree(GOOD[0], {"role": "function", "content": "a" * 1024 + "..."}))[1]["items"] == {"used": 1}
+    assert one(tmp_path, tree(GOOD[0], {"role": "function", "content": "a" * 1025}))[1]["items"] == {"used, its results clipped": 1}
+
+
+def test_a_broken_finish_may_be_mended(tmp_path):
+    c, report = one(tmp_path, tree(*GOOD, call("Finish", '{"final_answer": "It is there."}'), {"role": "function", "content": "{error}"}))
+    assert [m["role"] for m in c["messages"]] == ["user", "assistant", "tool", "assistant"] and report["calls_left_out"] == 1
+
+
+@pytest.mark.parametrize("text, thought, call_", [
+    ("\nThought: Hm.\n\nAction: Call the 'find' function.\nAction: find\nAction Input: {}", "\nThought: Hm.\n\nAction: Call the 'find' function.\n", ("find", " {}")),
+    ("My plan. Action: look it up.", "My plan. Action: look it up.", None), ("Thought: a\nAction: find", "Thought: a\n", ("find", None)), ("Action: f\nAction Input:", "", ("f", None)),
+    ("Only words", "Only words", None), ("", "", None)])
+def test_an_action_is_the_last_that_is_named(text, thought, call_):
+    assert data.toolbench_action(text) == (thought, call_)
+
+
+def test_thoughts_lose_their_mark_and_go_with_their_call(tmp_path):
+    two = "\nThought: First.\nThought: Second.\nAction: find_book_for_library\nAction Input: {\"title\": \"Emma\"}"
+    assert one(tmp_path, dialogue(("assistant", two), ("function", "{}"), LLAMA_END))[0]["messages"][1]["content"] == "First.\nSecond."
+    c, report = one(tmp_path, tree({"role": "assistant", "content": "My plan. Action: look."}, *GOOD))
+    assert c["messages"][1]["content"] == "My plan. Action: look.\nI look." and report["calls_left_out"] == 0
+    c, report = one(tmp_path, tree({"role": "assistant", "content": "I call no_such."}, call("no_such", "{}"), result("?"), *GOOD))
+    assert c["messages"][1]["content"] == "I look." and report["calls_left_out"] == 1
+    c, _ = one(tmp_path, tree(call("find_book_for_library", '{"title": "Emma"}', "Say <tool_call>{oops}</tool_call>"), result("?"), end=finish("<tool_call>no")))
+    assert c["messages"][1]["content"] == "Say [tool_call]{oops}[tool_call]" and c["messages"][-1]["content"] == "[tool_call]no"
+
+
+def test_of_two_functions_of_a_name_the_first_is_meant(tmp_path):
+    other = {**FUNCTIONS[0], "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}}
+    c, _ = one(tmp_path, tree(*GOOD, function=[FUNCTIONS[0], other, FUNCTIONS[1]]))
+    assert [t.signature()[:36] for t in c["tools"]] == ["find_book_for_library(title: string,"]
+
+
+def test_names_and_types_of_answers_are_standardised(tmp_path):
+    odd = [{"name": "Find Book for Library", "description": "x", "parameters": {"type": "object", "required": ["title", "count"], "properties": {
+        "title": {"type": "STRING"}, "count": {"type": "NUMBER"}, "kind": {"type": "ENUM"}, "tags": {"type": "array"}}}}]
+    c, _ = one(tmp_path, tree(call("Find Book for Library", '{"title": "Emma", "count": "3"}'), result("?"), function=odd))
+    assert c["tools"][0].signature().startswith("find_book_for_library(title: string, count: integer, kind?: string, tags?: array)")
+    assert c["messages"][1]["tool_calls"] == [{"name": "find_book_for_library", "arguments": {"title": "Emma", "count": 3}}]
+    api = {**INSTRUCTION["api_list"][0], "tool_name": "ID", "optional_parameters": [{"name": "max-count", "type": "STRING"}]}
+    made = data.toolbench_api(api)
+    assert made["name"] == "get_2_find_book_for_id" and made["parameters"]["properties"]["max_count"] == {"type": "integer"}
+    assert data.standard_name("天气 API") == "天气_api"
+
+
+@pytest.mark.parametrize("text, arguments", [
+    ('```json\n{"title": "Emma"}\n```', {"title": "Emma"}), ("{'title': 'Emma', 'is_id': None}", {"title": "Emma"}), ('"{\\"title\\": \\"Emma\\"}"', {"title": "Emma"}),
+    ('{"title": "Emma"}\nObservation: none', {"title": "Emma"}), ('{"title": "Em\\_ma"}', {"title": "Em_ma"}), ('{"title": true, "is_id": "5.0"}', {"title": "true", "is_id": 5}),
+    ('{"title": ["a", 1]}', {"title": '["a", 1]'}), ({"title": "E\ud800"}, {"title": "E\ufffd"}), ('{"title": "Emma", "zzz": 1,}', {"title": "Emma"})])
+def test_arguments_that_can_be_mended(tmp_path, text, arguments):
+    c, report = one(tmp_path, tree(call("find_book_for_library", text), result("?")))
+    assert c["messages"][1]["tool_calls"][0]["arguments"] == arguments and report["calls_left_out"] == 0
+
+
+@pytest.mark.parametrize("text", ['{"title": NaN}', {"title": float("nan")}, [], '{"zzz": 1}', '{"title": "Emma"', "{'title': {1, 2}}", '{"title": "a", "title": "b"}', "__import__('os')", '{"title": null}'])
+def test_arguments_that_can_not(tmp_path, text):
+    c, report = one(tmp_path, tree(call("find_book_for_library", text), result("?"), *GOOD))
+    assert len(c["messages"]) == 4 and report["calls_left_out"] == 1
+
+
+def test_wrong_shapes_are_named_whatever_they_are(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for n, item in enumerate([{"answer_generation": None}, {"conversations": 5}, tree(*GOOD, function=[{**FUNCTIONS[0], "name": float("nan")}]), tree(*GOOD, function=[{**FUNCTIONS[0], "description": 5}]),
+                              {"query": "x", "api_list": [{"tool_name": None, "api_name": "a"}]}]):
+        write(folder, f"{n}.json", item)
+    write(folder, "lines.json", "\n".join(map(json.dumps, [tree(*GOOD), [tree(*GOOD, end=finish("Yes."))], None])))
+    write(folder, "UPPER.JSON", tree(*GOOD, end=finish("No.")))
+    (folder / "link.json").symlink_to(folder / "link.json")
+    (folder / "loop").symlink_to(folder)
+    assert len(data.read_toolbench(folder, report=tmp_path / "report.txt")) == 3
+    report = json.loads((tmp_path / "report.txt").read_text())
+    assert {Path(name).name for name in report["damaged_files"]} == {*(f"{n}.json" for n in range(5)), "lines.json, item 3", "link.json"} and report["files"] == 8
+    assert len(data.read_toolbench(str(folder / "**"))) == 3 and len(data.read_toolbench(str(tmp_path / "*"))) == 3
+
+
+def test_a_template_that_refuses_turns_costs_that_conversation_only(tmp_path):
+    def fits(conversation):
+        if [m["role"] for m in conversation["messages"]].count("user") > 1:
+            raise UserError("the tokenizer's chat template refuses the turns")
+        return True
+    path = write(tmp_path, "a.json", [tree(*GOOD), tree(*GOOD, {"role": "user", "content": "Go on."})])
+    assert len(data.read_toolbench(path, fits, report=tmp_path / "report.json")) == 1
+    assert json.loads((tmp_path / "report.json").read_text())["items"] == {"used": 1, "the tokenizer's chat template refuses the turns": 1}
+
+
+def test_halves_of_surrogates_and_names_that_are_no_text(tmp_path, capsys):
+    function = {**FUNCTIONS[0], "description": "A book. Half: \ud83d"}
+    path = tmp_path / "bad\udcff.json"
+    path.write_text(json.dumps(tree(*GOOD, function=[function])))
+    data.main(["--toolbench", str(tmp_path), "--out", str(tmp_path / "out.jsonl"), "--report", str(tmp_path / "report.txt")])
+    assert len(data.read_jsonl(tmp_path / "out.jsonl")) == 1 and json.loads((tmp_path / "report.txt").read_text())["conversations"] == 1
+
+
+@pytest.mark.parametrize("text", [" " * 200_000 + "b", "a" + "\n" * 200_000 + "b", "Action: " * 100_000, "Action: a Action Input " * 50_000, "Thought: " * 100_000, "[" * 200_000])
+def test_long_texts_are_read_in_linear_time(tmp_path, text):
+    """Quadratic in the length these would take minutes."""
+    data.read_toolbench(write(tmp_path, "a.json", [tree(call("find_book_for_library", '{"title": "Emma"}', text), result(text)), dialogue(("assistant", text), ("assistant", ASSISTANT), ("function", text), LLAMA_END),
+                                                   {"conversations": [{"from": "system", "value": text}]}]))
+
+
+@pytest.mark.parametrize("arguments", [["--report", "x"], ["--max-tokens", "5", "--show", "1"], ["--toolbench", "x", "--max-tokens", "0"]])
+def test_options_that_go_nowhere_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        data.main(arguments)
+    assert exit_.value.code == 2 and capsys.readouterr().err.startswith("error: --")
 
 
 # ---------------------------------------------------------------- without ToolBench
