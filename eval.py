@@ -549,7 +549,7 @@ def bfcl_cases(suite, folder=None, n=None):
     """
     import importlib.util
     name, _, categories = suite.partition(":")
-    categories = [c for c in categories.split(",") if c]
+    categories = list(dict.fromkeys(c for c in categories.split(",") if c))
     if name != "bfcl" or not categories or set(categories) - set(BFCL):
         raise UserError(f"--suite {suite}: must be bfcl: and some of {','.join(BFCL)}")
     if "irrelevance" in categories and "simple_python" not in categories:
@@ -566,11 +566,15 @@ def bfcl_cases(suite, folder=None, n=None):
     for category in categories:
         file = f"BFCL_v4_{category}.json"
         try:
-            items = lines(file)[:n]
+            if not (items := lines(file)[:n]):
+                raise ValueError("it holds no case")
             gold = {} if category == "irrelevance" else {x["id"]: x["ground_truth"] for x in lines(f"possible_answer/{file}")}
             for item in items:
+                answers = [] if category == "irrelevance" else gold[item["id"]]
+                if not item["function"] or category != "irrelevance" and not (answers and all(len(answer) == 1 and all(hasattr(x, "items") for x in answer.values()) for answer in answers)):
+                    raise ValueError(f"{item['id']} has no function, or no answer")
                 tools = {f["name"]: {"name": f["name"], "description": f["description"], "parameters": bfcl_schema(f["parameters"])} for f in item["function"]}
-                cases.append({"category": category, "id": item["id"], "functions": item["function"], "answers": gold.get(item["id"], []),
+                cases.append({"category": category, "id": item["id"], "functions": item["function"], "answers": answers,
                               "conversation": data.check_conversation({"messages": item["question"][0], "tools": list(tools.values())})})
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{Path(folder) / file}: cannot be read as BFCL's ({type(error).__name__}: {error})") from None
@@ -578,7 +582,10 @@ def bfcl_cases(suite, folder=None, n=None):
 
 
 def bfcl(model, tokenizer, cases, style="signature", batch_size=128, max_new_tokens=512):
-    """Greedy first turns -> (table, {category: {"value", "low", "high", "n", "too_long"}}, records). A prompt beyond the context is wrong."""
+    """Greedy first turns -> (table, {category: {"value", "low", "high", "n", "too_long"}}, records). A prompt beyond the context is wrong.
+
+    Judged are the calls that tools.parse_calls reads; what is malformed is no call. Behind its last call a turn ends (see rollout).
+    """
     from tqdm import tqdm
 
     import toolplay
@@ -622,7 +629,9 @@ def command(args):
     def keep(name, result):
         for path in [f"{args.run}/{name}"] * bool(args.run) + [args.out] * bool(args.out):
             toolplay.write_json(path, result)
-    suite = bfcl_cases(args.suite, args.bfcl, args.n) if args.suite else []
+    if args.data and args.suite is not None or args.bfcl and args.suite is None:
+        raise UserError("--data with --suite: give one of the two" if args.data else "--bfcl FOLDER goes with --suite bfcl:...")
+    suite = bfcl_cases(args.suite, args.bfcl, args.n) if args.suite is not None else []
     model, tokenizer, config = toolplay.model_of(args)
     stands_in = " (trained on invented functions, which stood in for ToolBench)" if config.fallback and config.source == "synthetic" else ""
     trained_on = config.source + stands_in if args.run else None

@@ -184,3 +184,22 @@ def test_a_damaged_suite_is_one_line(tmp_path, line):
     (folder / "BFCL_v4_simple_python.json").write_text(line + "\n")
     with pytest.raises(UserError, match="BFCL_v4_simple_python.json: cannot be read"):
         evaluation.bfcl_cases("bfcl:simple_python", folder)
+
+
+@pytest.mark.parametrize("gold", ["", '{"id": "other", "ground_truth": [{"f": {}}]}', *(json.dumps({"id": "simple_python_0", "ground_truth": truth}) for truth in (None, [], [{}], ["abc"], [{"f": {}, "g": {}}], [{"f": None}]))])
+def test_gold_that_is_missing_or_no_answer_is_one_line(tmp_path, gold):
+    """Else silence would be right, or the judge break down after minutes of sampling."""
+    folder = tiny_suite(tmp_path)
+    (folder / "possible_answer" / "BFCL_v4_simple_python.json").write_text(gold + "\n")
+    with pytest.raises(UserError, match="BFCL_v4_simple_python.json: cannot be read"):
+        evaluation.bfcl_cases("bfcl:simple_python", folder)
+
+
+def test_a_suite_without_cases_is_no_suite_and_none_counts_twice(tmp_path, capsys):
+    folder = tiny_suite(tmp_path)
+    assert len(evaluation.bfcl_cases("bfcl:simple_python,simple_python", folder)) == 1
+    (folder / "BFCL_v4_simple_python.json").write_text("\n")
+    for options in (["--suite", "bfcl:simple_python", "--bfcl", str(folder)], ["--suite", ""], ["--suite", "bfcl:multiple", "--data", "x"], ["--bfcl", str(folder)]):
+        with pytest.raises(SystemExit) as exit_:
+            toolplay.main(["eval", "--model", "tiny", *options])
+        assert exit_.value.code == 2 and capsys.readouterr().err.startswith("error: ")
