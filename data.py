@@ -570,8 +570,12 @@ class Writer:
         name = f'{city["name"]}, {city["country"]}' if self.rng.random() < 0.12 else city["name"]
         return name.lower() if lower else name
 
-    def weather(self):
-        family = self.pick("weather.json", "families")
+    def skies(self):
+        """Weather, where nobody asks for a unit."""
+        return self.weather(lambda family: not family.get("unit"))
+
+    def weather(self, wanted=lambda family: True):
+        family = self.rng.choice([f for f in pool("weather.json", "families", self.split) if wanted(f)])
         template, lower = self.register(self.rng.choice(family["texts"]))
         if self.split == "train" and re.search(r"\{city\}[?.]?$", template) and self.rng.random() < 0.25:  # "in oslo rn": where does the city end?
             closers = [c["text"] for c in pool("register.json", "closers", self.split) if re.fullmatch(r"[a-z']+( [a-z]+)?", c["text"])]
@@ -713,7 +717,7 @@ def swap_word(word, table, rate, rng):
 MIX = {"canonical": 2, "arithmetic": 21, "everyday": 35, "weather": 10, "search": 9, "no_tool": 6, "trap": 9,
        "word_problem": 4, "missing_tool": 2, "two_calls": 1, "tool_error": 1}
 SYNTHETIC = {"api_one": 3, "api_choice": 4, "api_parallel": 3, "api_ask": 1, "api_none": 2}  # invented functions (section 5)
-KINDS = [*MIX, "sums", "small_talk", "one_step", "two_steps", *SYNTHETIC]  # easy ones for the demo; word problems of one operation, and of more
+KINDS = [*MIX, "sums", "skies", "small_talk", "one_step", "two_steps", *SYNTHETIC]  # easy ones for the demo; word problems of one operation, and of more
 
 
 def final_answer(call, result, rng, story=False):

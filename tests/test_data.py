@@ -413,7 +413,9 @@ def test_a_line_that_trains_nothing_is_a_bad_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_the_easy_kinds_of_the_demo(split):
-    made = data.generate(split, 60, 4, {"sums": 1, "small_talk": 1})
+    made = data.generate(split, 90, 4, {"sums": 1, "small_talk": 1, "skies": 1})
+    assert all(re.search(r"\d", c["messages"][0]["content"]) for c in made if c["kind"] == "sums")
+    assert {tuple(c["messages"][1]["tool_calls"][0]["arguments"]) for c in made if c["kind"] == "skies"} == {("city",)}
     sums = [c["messages"][1]["tool_calls"][0]["arguments"]["expression"] for c in made if c["kind"] == "sums"]
     assert {re.fullmatch(r"[\d.]+ ([-+*/]) [\d.]+", expression)[1] for expression in sums} == set("+-*/")
     hard = {kind["kind"] for kind in data.corpus("talk_prompts.json")["kinds"] if kind.get("lookup") or kind.get("mentions")}
