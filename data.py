@@ -79,8 +79,19 @@ def turns(conversation, style="signature"):
 
 
 def is_chatml(tokenizer):
+    """Whether a tokenizer has ChatML's tokens, and its own template, if it has one, lays out turns with them as `pieces` does."""
     ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])  # get_vocab() would build a dict of the whole vocabulary
-    return not {None, tokenizer.unk_token_id} & set(ids)
+    return not {None, tokenizer.unk_token_id} & set(ids) and (not tokenizer.chat_template or writes_chatml(tokenizer, str(tokenizer.chat_template)))
+
+
+@functools.lru_cache(16)
+def writes_chatml(tokenizer, template):
+    """(Phi-4 and InternLM have these tokens, and another layout.) What a template says to the system may differ."""
+    try:
+        text = tokenizer.apply_chat_template([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], tokenize=False, add_generation_prompt=True)
+    except Exception:  # templates raise what they like
+        return False
+    return text.startswith("<|im_start|>") and text.endswith("<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n")
 
 
 def end_of_turn(tokenizer):
@@ -226,7 +237,7 @@ def _in_call_order(messages):
         else:
             results.append(message.pop("id"))
             out.append(message)
-            if len(results) == len(ids) and None not in ids and sorted(map(str, results)) == sorted(map(str, ids)):
+            if len(results) == len(set(map(str, ids))) == len(ids) and None not in ids and sorted(map(str, results)) == sorted(map(str, ids)):
                 out[-len(ids):] = [out[len(out) - len(ids) + list(map(str, results)).index(str(i))] for i in ids]
             continue
         out.append(message)
@@ -758,6 +769,8 @@ def converse(kind, split, rng):
     messages = [{"role": "user", "content": prompt}]
     if calls:
         results = [execute(call, tools) for call in calls]
+        if broken := [r.message for r in results if r.error_type == "crashed"]:  # a corpus of one's own that cannot be read
+            raise UserError(broken[0].removeprefix("UserError: "))
         finals = [final_answer(c, r, rng, story=kind in ("word_problem", "one_step", "two_steps")) for c, r in zip(calls, results)]
         reply = finals[0] if len(finals) == 1 else fill(rng.choice(corpus("answers.json")["two"]), {"first": finals[0], "second": finals[1]})
         if len(finals) > 2:

@@ -76,6 +76,8 @@ def as_case(item):
     messages, tools = item.get("messages", [{"role": "user", "content": item.get("prompt")}]), item.get("tools")
     conversation = data.check_conversation({"messages": messages, "tools": list(BUILTIN) if tools is None else tools})
     messages, expected = conversation["messages"], item.get("expected")
+    if unknown := set(expected or ()) - {"calls", "final", "answer"}:
+        raise UserError(f'"expected" has an unknown key {min(unknown)!r}; it may hold "calls", "final" and "answer"')
     tools = {tool.name: tool for tool in conversation["tools"]}
     if expected is None:
         start = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
@@ -222,6 +224,7 @@ def judge(case, episode):
     plain = not calling and bool(first.strip()) and not FORGED.search(first)
     right_tools = Counter(c.name for c in calls) == gold if due else not calling
     exact = right_tools and same_calls(case.calls or [], calls, tools)
+    again = [json.dumps([c.name, c.arguments], sort_keys=True, default=str) for c in episode.calls]
     may_err = any(result.error_type == "tool_error" for result in gold_results)
     verdicts = {
         "tool_accuracy": None if due is None else right_tools,
@@ -231,7 +234,7 @@ def judge(case, episode):
         "execution": [r.ok or may_err and r.error_type == "tool_error" for r in episode.results if r.error_type != "not_executable"],
         "response_quality": response(case, episode, gold_results),
         "response_f1": None if case.reference is None else f1(episode.final, case.reference)}
-    verdicts["overall"] = None if due is None else not any(verdicts[name] is False for name in ("call_accuracy", "format", "response_quality"))
+    verdicts["overall"] = None if due is None else not any(verdicts[name] is False for name in ("call_accuracy", "format", "response_quality")) and len(set(again)) == len(again)
     wrong = [name for name, verdict in verdicts.items() if verdict is False or name == "execution" and False in verdict]
     return {"id": case.id, "kind": case.kind, "tools": sorted(set(gold)) or ["none"] * (due is False), "due": due, "wrong": wrong,
             "prompt": case.conversation["messages"][-1]["content"], "expected": case.calls and [vars(call) for call in case.calls],
@@ -253,6 +256,8 @@ def response(case, episode, gold_results):
             return states(final, value, known) and (result.name != "weather" or describes(final, result.value, " ".join(texts)))
         hits = [hit["text"] for hit in value] if result.name == "search" and result.ok else []
         return any(f1(final, text) >= 0.5 for text in ([reference] if reference else hits)) or not hits and declines(final, reference, known)
+    if (case.calls or case.answer is not None) and final.lstrip()[:1] in ("{", "["):
+        return False  # a tool's result as it came
     if case.answer is not None:
         return states(final, case.answer, known)
     if case.calls is None or not reference and any(result.error_type == "not_executable" for result in gold_results):

@@ -344,6 +344,9 @@ def load_adapter(model, folder):
             raise ValueError(f"target_modules {targets!r} match no linear layer of the model")
     with errors_name(Path(folder) / WEIGHTS_FILE) as path:
         tensors = load_file(path)
+        for name, base in bases.items():  # PEFT writes the frozen output head along
+            if (frozen := tensors.pop(file_key(f"{name}.base_layer"), None)) is not None and not torch.equal(frozen.to(base.weight), base.weight):
+                raise ValueError(f"{name}.base_layer.weight is not the model's: the adapter belongs to other weights")
         check_tensors(tensors, bases, settings["r"])
     if not layers:
         attach(model, bases, **settings)

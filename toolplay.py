@@ -26,6 +26,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import random
@@ -60,6 +61,7 @@ Positive = Annotated[int, "> 0"]
 NotNegative = Annotated[int, ">= 0"]
 Rate = Annotated[float, "> 0"]
 Share = Annotated[float, "0 to 1"]
+Part = Annotated[float, "0 to below 1"]
 
 
 @dataclass
@@ -75,10 +77,10 @@ class Config:
     # adapters (lora.py)
     lora_r: NotNegative = 16             # rank; 0 trains every weight instead
     lora_alpha: Rate = 32.0              # the update is scaled by alpha / r
-    lora_dropout: Share = 0.0            # dropout on the adapter's input
+    lora_dropout: Part = 0.0             # dropout on the adapter's input
     lora_rslora: bool = False            # scale by alpha / sqrt(r) instead
     lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names or patterns
-    lora_skip: Share = 0.0               # share of the lowest layers without adapters: backward ends above them
+    lora_skip: Part = 0.0                # share of the lowest layers without adapters: backward ends above them
     # data (data.py)
     source: Literal["manual", "synthetic", "jsonl", "toolbench", "teacher"] = "manual"  # templates; invented functions; what `path` holds (also "data")
     path: str = ""                       # JSONL file of training conversations; ToolBench's files: one, a folder or a glob; a teacher run
@@ -138,7 +140,9 @@ def load_config(source, overrides=()):
         if not isinstance(given, dict):
             raise UserError(f"{name}: a config is a JSON object of keys and values")
     given = {key: value for key, value in given.items() if key not in ("comment", "provenance")}  # notes, not settings
-    if "data" in given and "source" not in given:  # another name for it
+    if "data" in given:  # another name for it
+        if "source" in given:
+            raise UserError(f'{name}: "data" is another name for "source"; give one of them')
         given["source"] = given.pop("data")
     origin, typed = dict.fromkeys(given, name), {}
     for item in overrides:
@@ -169,6 +173,10 @@ def load_config(source, overrides=()):
         for kind, weight in getattr(config, key, {}).items():
             if kind not in data.KINDS or _wrong(weight, Rate):
                 raise UserError(f"{origin[key]}: {key}: {json.dumps(kind)}: {json.dumps(weight)}: must be a number > 0 for one of {', '.join(data.KINDS)}")
+    if config.lora_r and not config.lora_targets:
+        raise UserError(f'{origin["lora_targets"]}: lora_targets = []: name at least one layer or pattern, or set lora_r = 0')
+    if wrong := [t for t in config.tools if not isinstance(t, dict)]:
+        raise UserError(f'{origin["tools"]}: tools: {json.dumps(wrong[0])}: must be an object with name, description, parameters and function (the built-in tools are there anyway)')
     if config.source == "toolbench" and not config.path:
         data.stand_in(config, "no path to ToolBench's files is given")
     reads = config.source in ("jsonl", "toolbench", "teacher")
@@ -207,7 +215,7 @@ def _wrong(value, hint):
         return "must be a string without NUL characters and half characters" if re.search("[\0\ud800-\udfff]", value) else None
     if kind is float and value and not 1e-30 <= abs(value) <= 1e12:  # beyond, sums and quotients of settings overflow
         return f"must be {name} {limit or ''}".strip() + ", its size from 1e-30 to 1e12"
-    fits = {"> 0": lambda: value > 0, ">= 0": lambda: value >= 0, "0 to 1": lambda: 0 <= value <= 1, None: lambda: True}
+    fits = {"0 to below 1": lambda: 0 <= value < 1, "> 0": lambda: value > 0, ">= 0": lambda: value >= 0, "0 to 1": lambda: 0 <= value <= 1, None: lambda: True}
     return None if fits[limit]() else f"must be {name} {limit}"
 
 
@@ -228,6 +236,7 @@ def config_reference():
 
 # --------------------------------------------------------------------------- 2. model
 
+OWN = ("tiny", "smollm2-135m")  # models that come with toolplay
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -240,6 +249,9 @@ def load_model(name="smollm2-135m", device="cpu"):
     import transformers  # the only place: base weights and tokenizers, nothing else
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are many lines
+    if "/" not in name and not Path(name).exists() and name not in OWN and (near := difflib.get_close_matches(name.lower(), OWN, 1)):
+        raise UserError(f'model {name!r} is none of toolplay\'s; did you mean "{near[0]}"?')
     if name == "tiny":
         model, tokenizer = _tiny(transformers)
     else:
@@ -1319,7 +1331,7 @@ def read_tools(path, more=()):
         return {**BUILTIN, **load_tools(more)}
     sys.path.append(str(Path(path).resolve().parent))  # so that its functions can stand beside it
     try:
-        return load_tools(json.loads(Path(path).read_text(encoding="utf-8")))
+        return load_tools(json.loads(Path(path).read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -1328,7 +1340,7 @@ def read_tools(path, more=()):
 
 def request(item, tools):
     """A line of predict's input -> (id, conversation); UserError says what is wrong with it."""
-    if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item:
+    if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item or item["id"] != item["id"]:  # NaN
         raise UserError('a line is an object with "id" and "prompt" (or "messages")')
     messages = item["messages"] if "messages" in item else [{"role": "user", "content": item.get("prompt")}]
     own = item.get("tools")
@@ -1342,9 +1354,10 @@ def predict(args):
     """Answer the prompts of a JSONL file. Streams; started again, it goes on where it stopped."""
     from tqdm import tqdm
     output, ids = Path(args.output), set()
+    stream = output.exists() and not output.is_file() and not output.is_dir()  # /dev/stdout: nothing to go on from
     try:
-        finished = read_lines(output, ["id", "output"])
-        if not finished and output.exists() and output.read_bytes().strip():
+        finished = [] if stream else read_lines(output, ["id", "output"])
+        if not finished and output.is_file() and output.read_bytes().strip():
             raise UserError(output)
     except UserError as error:
         raise UserError(f"{error}: this is something else than answers; choose another --output, or mend it") from None
@@ -1364,7 +1377,8 @@ def predict(args):
     done = {json.dumps(line.get("id"), ensure_ascii=False) for line in finished}
     todo = [(key, conversation) for key, conversation in items if json.dumps(key, ensure_ascii=False) not in done]
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(output, finished)
+    if not stream:
+        write_lines(output, finished)
     with open(output, "a", encoding="utf-8") as file, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True) as bar:
         for start in range(0, len(todo), args.batch_size):
             batch = todo[start:start + args.batch_size]
@@ -1375,7 +1389,8 @@ def predict(args):
                                        "results": [json.loads(r.text()) for r in e.results], "final": e.final}, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(batch))
-    print(f"{len(items)} answers in {output}")
+    there = f"; {len(items) - len(todo)} of them were there before, and are kept: for others choose another --output" if len(todo) < len(items) else ""
+    print(f"{len(items)} answers in {output}{there}", file=sys.stderr if stream else sys.stdout)
 
 
 def chat(args):

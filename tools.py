@@ -182,15 +182,17 @@ def tool(function=None, *, isolated=True, name=None):
     if function is None:
         return functools.partial(tool, isolated=isolated, name=name)
     name = name or getattr(function, "__name__", "tool")
+    if inspect.isclass(function) or not callable(function) or not hasattr(function, "__annotations__"):
+        raise UserError(f"tool {name}: {function!r:.60} is no plain function; write one that calls it, with type hints and a docstring")
     description, notes = _docstring(function)
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise UserError(f"tool {name}: it is async; wrap it in a plain function that calls asyncio.run")
     try:
-        hints = typing.get_type_hints(function)
-    except NameError as error:
+        hints, parameters = typing.get_type_hints(function), inspect.signature(function).parameters
+    except (NameError, SyntaxError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"tool {name}: {error}, in a type hint") from None
     properties, required = {}, []
-    for key, parameter in inspect.signature(function).parameters.items():
+    for key, parameter in parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise UserError(f"tool {name}: parameter {key}: arguments come by name; * and / have no JSON form")
         properties[key] = {**_hint_schema(hints.get(key, typing.Any), f"tool {name}: parameter {key}"), **notes.get(key, {})}
@@ -219,6 +221,7 @@ def _docstring(function):
     """Google style -> (description, {parameter: {"description": text}})."""
     description, *sections = re.split(r"\n(\w+):[ ]*\n", "\n" + (inspect.getdoc(function) or ""))
     lines = dict(zip(sections[::2], sections[1::2])).get("Args", "")
+    lines = lines if lines[:1].isspace() else textwrap.indent(lines, "    ")  # nothing before "Args:": getdoc takes their indent away
     # What is indented further than a name goes on with its text.
     notes = re.findall(r"^ {1,4}(\w+)(?: *\([^)]*\))?: *(.*(?:\n {5,}.*)*)", lines, re.MULTILINE)
     return description.strip(), {name: {"description": " ".join(text.split())} for name, text in notes}
@@ -237,7 +240,7 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
     if isinstance(function, str):
         try:
             function = pkgutil.resolve_name(function)
-        except Exception as error:  # whatever a user's module does when it is imported
+        except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
             raise UserError(f'tool {inner["name"]}: can not import {function!r} ({error}); write "package.module:name"') from error
     function = getattr(function, "function", function)  # that of a Tool
     return Tool(inner["name"], inner.get("description") or "", inner.get("parameters") or {"type": "object", "properties": {}}, function)
@@ -533,11 +536,13 @@ def _respell(text):
     """The expression as Python writes it: "1,234 x 5%" -> "1234 * 5 .percent"."""
     text = re.sub(r"\s*\bper ?cent\b", "%", text.translate(SPELLING).rstrip("=? \t\n").lower())
     text = re.sub(r"\bsqrt\s+(\d[\d.,]*)", r"sqrt(\1)", text)
+    if based := re.search(r"\b0[xob]\d\w*", text):
+        raise ToolError(f"unexpected {based[0][:50]!r}: numbers are decimal")
     text = re.sub(r"(?<![a-z])(x|of)(?=\s*[\d.(]|\s+-?[\d.(a-z])", "*", text)  # "3 x 4", but not the unknown of 3x + 4
     # As an attribute, the percent sign binds as tightly as it should: 2 ** 50% is 2 ** 0.5.
     tokens = TOKEN.findall(re.sub(r"%(?!\s*[0-9.(a-z]|\s+-[0-9.(])", " .percent ", text))
     # A comma before three digits is one of thousands; in min and max it separates, unless others do so with a space.
-    several, calls = not re.search(r"\d, ", text), []  # for each open parenthesis: does a tight comma separate there?
+    several, calls = not re.search(r"\d(,\s|\s+,)", text), []  # for each open parenthesis: does a tight comma separate there?
     for index, token in enumerate(tokens):
         if token == "(":
             calls.append(several and tokens[index - 1] in ("min", "max"))

@@ -85,7 +85,7 @@ def test_the_complaint_says_what_was_given_and_what_is_allowed():
 
 
 @pytest.mark.parametrize("key, value", [("lr", 1), ("lr", 1e-30), ("epochs", 3), ("warmup", 0), ("warmup", 1), ("steps", 0), ("lora_r", 0), ("weight_decay", 0),
-                                        ("lora_targets", []), ("mix", {"weather": 0.5}), ("model", "ünï/cødé"), ("eval_every", 0)])
+                                        ("lora_targets", ["q_proj"]), ("mix", {"weather": 0.5}), ("model", "ünï/cødé"), ("eval_every", 0)])
 def test_good_values(file, key, value):
     assert getattr(load_config(file({key: value})), key) == value
 
@@ -119,6 +119,18 @@ def test_strings_need_no_quotes_on_the_command_line():
 def test_values_that_belong_together():
     assert "path" in complaint({"source": "jsonl"})
     assert load_config({"source": "jsonl", "path": "x.jsonl"}).path == "x.jsonl"
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"lora_dropout": 1}, "0 to below 1"), ({"lora_skip": 1.0}, "0 to below 1"), ({"lora_targets": []}, "lora_targets"), ({"tools": [5]}, "tools: 5"), ({"tools": ["calculator"]}, "must be an object"),
+    ({"data": "jsonl", "source": "jsonl"}, "another name")])
+def test_what_would_fail_later_fails_at_once(settings, words):
+    assert words in complaint(settings)
+
+
+def test_a_typo_of_our_models_does_not_ask_the_hub():
+    with pytest.raises(UserError, match='did you mean "tiny"'):
+        toolplay.load_model("TINY")
 
 
 def test_a_method_that_is_not_there_says_so(monkeypatch):

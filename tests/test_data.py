@@ -1,10 +1,14 @@
 """data.py: the one mask, the splits, the templates, JSONL."""
 import io
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 
 import pytest
+import small
 
 import data
 import toolplay
@@ -100,6 +104,32 @@ def test_a_template_may_refuse_and_added_words_are_words():
     ids, mask = data.encode({"messages": [user, {"role": "assistant", "content": "", "tool_calls": [{"name": "search", "arguments": {"query": "x"}}]}], "tools": ["search"]}, tokenizer)
     text = tokenizer.decode(ids)
     assert "One.\n\nTwo <b>three</b>.<\u200bend_of_turn>" in text and '<tool_call>{"name": "search"' in text
+
+
+@pytest.mark.parametrize("layout, header", [
+    ("<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>", "<|im_start|>assistant<|im_sep|>"), ("<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n", "<|im_start|>assistant\n")])
+def test_chatml_s_tokens_in_another_layout(layout, header):
+    """Phi-4's, and one with a token before all (InternLM's): the tokenizer's own template holds. Without such a token it is ChatML's."""
+    for start in ("", "</s>"):
+        tokenizer = plain_tokenizer(f"{start}{{% for m in messages %}}{layout}{{% endfor %}}{{% if add_generation_prompt %}}{header}{{% endif %}}")
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|im_sep|>"]})
+        assert data.is_chatml(tokenizer) == (header[-1] == "\n" and not start)
+        text = tokenizer.decode(data.encode({"messages": [{"role": "user", "content": "U"}]}, tokenizer, generation=True)[0])
+        assert text.startswith(start + "<|im_start|>") and text.endswith("U<|im_end|>" + "\n" * (header[-1] == "\n") + header)
+
+
+def test_results_of_equal_ids_keep_their_order():
+    calls = [{"id": "c", "name": "calculator", "arguments": {"expression": str(n)}} for n in range(2)]
+    results = [{"role": "tool", "tool_call_id": "c", "content": text} for text in ("one", "two")]
+    chat = data.check_conversation({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": calls}, *results], "tools": ["calculator"]})
+    assert [m["content"] for m in chat["messages"][2:]] == ["one", "two"]
+
+
+def test_a_corpus_of_ones_own_that_cannot_be_read_is_an_error(tmp_path):
+    """Not a tool that failed: that would be learned from."""
+    for name in ("TOOLPLAY_CITIES", "TOOLPLAY_SEARCH"):
+        done = subprocess.run([sys.executable, "data.py", "--n", "60", "--out", str(tmp_path / "x.jsonl")], cwd=small.ROOT, env={**os.environ, name: "/nope"}, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: /nope") and len(done.stderr.splitlines()) == 1 and not (tmp_path / "x.jsonl").exists()
 
 
 def test_template_that_rewrites_history_is_refused():

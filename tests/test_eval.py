@@ -239,6 +239,12 @@ def test_hostile_output_is_judged(text):
         json.dumps(record)
 
 
+def test_what_is_expected_is_spelled_right():
+    for expected in ({"tool_calls": []}, {"call": []}, {"calls": [], "other": 1}):
+        with pytest.raises(UserError, match="unknown key"):
+            evaluation.as_case({"prompt": "x", "expected": expected})
+
+
 # policies
 
 def games():
@@ -270,6 +276,8 @@ POLICIES = {
     "calls twice": lambda c, n: [right_turns(c)[0] * 2, right_turns(c)[-1]] if c.calls else [format_call(calc("1 + 1")) * 2, right_turns(c)[-1]],
     "all tools": lambda c, n: ["".join(map(format_call, [calc("1 + 1"), Call("weather", {"city": "Paris"}), Call("search", {"query": QUERY})]))],
     "silence": lambda c, n: [""],
+    "the same call again": lambda c, n: [right_turns(c)[0], *right_turns(c)] if c.calls else [format_call(calc("1 + 1"))],
+    "the result as it came": lambda c, n: [right_turns(c)[0], *([execute(c.calls[0], load_tools(None)).text()] if c.calls else [])] if c.calls else ["{}"],
 }
 
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -566,3 +567,17 @@ def test_we_read_peft_files(tmp_path, kind, targets, rslora):
     assert not torch.allclose(logits(ours), logits(tiny(kind)), atol=1e-3)
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=0)
     assert lora.lora_layers(ours)[next(iter(lora.lora_layers(ours)))].dropout.p == 0.1
+
+
+def test_the_frozen_head_that_peft_writes_along(tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)).eval()
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any(key.endswith("base_layer.weight") for key in safetensors.torch.load_file(tmp_path / "adapter_model.safetensors"))
+    ours = tiny("llama")
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=0)
+    other = tiny("llama")
+    other.lm_head.weight = torch.nn.Parameter(other.lm_head.weight + 1)
+    with pytest.raises(ValueError, match="belongs to other weights"):
+        load_adapter(other, tmp_path)

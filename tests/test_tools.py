@@ -58,7 +58,7 @@ def run(function, arguments=None, **options):
     ("15% of 200", 30), ("15%", 0.15), ("200 + 10%", 200.1), ("15 / 100 * 200", 30), ("100 / 5%", 2000),
     ("(5 + 5)%", 0.1), ("50% - 10%", 0.4), ("17 % (3)", 2), ("17 % sqrt(9)", 2), ("15% x 200", 30), ("$12.50 + €3", 15.5),
     ("2 + 2 =", 4), ("2 + 2 = ?", 4), ("2+2=?  ", 4), ("3 x 4", 12), ("3x4", 12), ("3 x -4", -12), ("2 x sqrt(9)", 6),
-    ("max(1,000, 2,000)", 2000), ("max(12,500, 3,000)", 12500), ("min(12,500, 13)", 13), ("max(1,500, 900) + 2", 1502), ("round(1,234.6)", 1235), ("round(1,234.567,1)", 1234.6), ("min(1,234)", 1), ("sqrt(1,000,000)", 1000), ("abs(-1,234)", 1234), ("round(1,234.567, 1)", 1234.6),
+    ("max(1,000, 2,000)", 2000), ("max(1,000 , 2,000)", 2000), ("min(2,500 ,3,000)", 2500), ("max(1,000,\n2,000)", 2000), ("max(12,500, 3,000)", 12500), ("min(12,500, 13)", 13), ("max(1,500, 900) + 2", 1502), ("round(1,234.6)", 1235), ("round(1,234.567,1)", 1234.6), ("min(1,234)", 1), ("sqrt(1,000,000)", 1000), ("abs(-1,234)", 1234), ("round(1,234.567, 1)", 1234.6),
     ("20 percent of 50", 10), ("5\xa0+\xa03", 8), ("√16", 4), ("5 — 3", 2), ("2 • 3", 6), ("¥500 * 2", 1000), ("15 % -4", -1), ("5% - 3", -2.95), ("0.1 + 0.2", 0.3), ("6/2", 3),
     ("1/3", 0.3333333333), ("1/3*3", 1), ("0.5 + 0.5", 1), (".5 * 4", 2), ("5.", 5), ("007 + 1", 8), ("1e3", 1000),
     ("round(2.567, 2)", 2.57), ("round(3.7)", 4), ("sqrt(2) ** 2", 2), ("8 ** (1/3)", 2), ("1000 * 1.05 ** 30", 4321.942375),
@@ -757,3 +757,40 @@ def test_search_says_nothing_rather_than_something_else():
     for query in ("which city is the capital of Nigeria", "why do we celebrate Christmas", "largest ocean", "is lavender toxic to dogs"):
         assert real(query) == [], query
     assert [real(query)[0]["title"] for query in ("Eiffel Tower height", "who painted the Mona Lisa")] == ["Eiffel Tower", "Mona Lisa"]
+
+
+@pytest.mark.parametrize("function", [functools.partial(print), max, dict, tool(lambda: 1, name="t"), 5])
+def test_what_is_no_plain_function_is_refused(function):
+    with pytest.raises(UserError, match="is no plain function"):
+        tool(function)
+
+
+@pytest.mark.parametrize("hint", ["in t", "math.nope"])
+def test_hints_that_are_none(hint):
+    def odd(x): pass
+    odd.__annotations__["x"] = hint
+    with pytest.raises(UserError, match="in a type hint"):
+        tool(odd)
+
+
+def test_a_docstring_may_begin_with_its_arguments():
+    def odd(x: int, y: str = "a"):
+        """Args:
+            x: how many
+                of them
+            y: the word
+        """
+    fields = tool(odd).parameters["properties"]
+    assert (fields["x"]["description"], fields["y"]["description"]) == ("how many of them", "the word")
+
+
+def test_a_module_that_exits_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="can not import"):
+        tool_from_schema({"name": "x", "function": "leaves:f"})
+
+
+def test_hexadecimal_is_no_product_with_zero():
+    with pytest.raises(ToolError, match="0x10"):
+        calculate("0x10 + 1")
