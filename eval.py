@@ -27,11 +27,11 @@ What does not apply to a case is not counted for it.
                      5 % when it is rounded to the digits shown. Else, due: for every gold result its key fact: the
                      number; the temperature (and no other unit or city); for search F1 >= 0.5 with the reference (or with a hit), or "not found"
                      where the reference says so; for an error, words that it cannot be done (or F1 >= 0.2), and no
-                     made-up number. None due: ended by itself, mostly letters, no 4-gram four times, no echo of the
+                     made-up number. A result as it came (JSON) is no answer. None due: ended by itself, mostly letters, no 4-gram four times, no echo of the
                      prompt; for the kind missing_tool it must also say what it cannot do or lacks, with no made-up number.
   response_f1        Mean token F1 (as in SQuAD, Rajpurkar et al. 2016) of the final text and the reference.
   overall            sqrt(success where a call is due * success where none is), success being all of tool, format,
-                     arguments and response. To call always, never, twice, or to echo gives nothing on one side, and a
+                     arguments and response, and no call made twice. To call always, never, twice, or to echo gives nothing on one side, and a
                      product forgives no zero. One side alone: its rate; then beware, for what none is due nearly any
                      tidy text succeeds.
 
