@@ -97,7 +97,11 @@ def writes_chatml(tokenizer, template):
 def end_of_turn(tokenizer):
     """The id that ends an assistant turn: the last one that its template puts there, else the tokenizer's eos token."""
     last = [ids[-1] for ids, trained in pieces([("system", SYSTEM), ("user", "."), ("assistant", ".")], tokenizer) if trained][-1]
-    return last if last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
+    return last if is_token_of_its_own(last, tokenizer) else tokenizer.eos_token_id
+
+
+def is_token_of_its_own(id_, tokenizer):
+    return id_ in tokenizer.all_special_ids or id_ in tokenizer.added_tokens_decoder
 
 
 def pieces(messages, tokenizer, generation=False):
@@ -158,7 +162,10 @@ def _template_pieces(messages, tokenizer, generation):
         if chat[i]["role"] == "assistant":
             body = after[len(header):]
             tail = len(body) - len(body.rstrip("\n "))  # what stands behind the end-of-turn token is layout
-            out += [(ids(header[len(before):]), 0), (ids(body[:len(body) - tail]), 1), (ids(body[len(body) - tail:]), 0)]
+            said = ids(body[:len(body) - tail])
+            if said and tokenizer.eos_token_id is not None and not is_token_of_its_own(said[-1], tokenizer):
+                said.append(tokenizer.eos_token_id)  # a template without an end of turn: else the model would never learn to stop
+            out += [(ids(header[len(before):]), 0), (said, 1), (ids(body[len(body) - tail:]), 0)]
         else:
             out.append((ids(after[len(before):]), 0))
         before = after

@@ -118,6 +118,13 @@ def test_chatml_s_tokens_in_another_layout(layout, header):
         assert text.startswith(start + "<|im_start|>") and text.endswith("U<|im_end|>" + "\n" * (header[-1] == "\n") + header)
 
 
+def test_a_template_without_an_end_of_turn_teaches_to_stop_all_the_same():
+    tokenizer = plain_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    chat = {"messages": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A."}, {"role": "user", "content": "V"}, {"role": "assistant", "content": "B."}]}
+    ids, mask = data.encode(chat, tokenizer)
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "A.</s>B.</s>" and data.end_of_turn(tokenizer) == tokenizer.eos_token_id
+
+
 def test_results_of_equal_ids_keep_their_order():
     calls = [{"id": "c", "name": "calculator", "arguments": {"expression": str(n)}} for n in range(2)]
     results = [{"role": "tool", "tool_call_id": "c", "content": text} for text in ("one", "two")]
