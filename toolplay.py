@@ -429,7 +429,8 @@ def takes_trie(model):
         types = getattr(config, "layer_types", None) or ["full_attention"]
         window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         softcap = getattr(config, "attn_logit_softcapping", None)
-        model._takes_trie = set(types) == {"full_attention"} and not softcap and not (window and not getattr(config, "layer_types", None))
+        by_length = re.search(r"'(rope_)?type': '(dynamic|longrope)'", str([getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]))  # angles depend on the longest position
+        model._takes_trie = set(types) == {"full_attention"} and not softcap and not by_length and not (window and not getattr(config, "layer_types", None))
         if model._takes_trie:
             rows = [([1, 2, 3, 4], [0, 1, 1, 1]), ([1, 2, 5, 6], [0, 0, 1, 1]), ([2, 3], [0, 1])]
             training = model.training
@@ -442,7 +443,7 @@ def takes_trie(model):
                 model._takes_trie = False
             model.train(training)
         if not model._takes_trie:
-            print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows or a special kernel); "
+            print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend on a row's length, a special kernel); "
                   "falling back to one sequence per forward: exact, but slower", file=sys.stderr)
     return model._takes_trie
 

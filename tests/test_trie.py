@@ -209,6 +209,19 @@ def test_attention_without_tree_masks_is_noticed(capsys):
         assert (token_logprobs(net, rows) - gather(rows, one_by_one(net, rows))).abs().max() < 1e-4
 
 
+def test_positions_that_depend_on_a_row_s_length_fall_back():
+    """Dynamic RoPE: the angles of all positions change where a row is longer than the model was made for; a tree has rows of many lengths."""
+    import transformers
+    torch.manual_seed(0)
+    net = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})).eval()
+    rows = [([b % 7 for b in range(n)], [1] * n) for n in (5, 12, 30)]
+    with torch.no_grad():
+        assert not toolplay.takes_trie(net)
+        assert (token_logprobs(net, rows) - gather(rows, one_by_one(net, rows))).abs().max() < 1e-4
+
+
 def test_trial_leaves_the_mode_alone():
     for training in (True, False):
         net = model("llama").train(training)
