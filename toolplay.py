@@ -671,7 +671,7 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
             seed=0, batch_size=32, style="signature", progress=None):
     """Let the model answer each conversation, executing its tool calls -> one Episode per conversation.
 
-    tools: {name: Tool} for all, or None: each conversation's own. temperature 0 is greedy. max_new_tokens bounds each
+    tools: {name: Tool} or [Tool] for all, or None: each conversation's own. temperature 0 is greedy. max_new_tokens bounds each
     turn. A turn stops at the end-of-turn token, or when after a complete call anything but another call follows.
     Each row draws from its own stream, keyed by (seed, prompt, how many equal prompts came before): what it draws does
     not depend on the rest of the batch. `seed` may be a list, of one for each conversation. logp is of the policy at `temperature` (before top-p truncation).
@@ -679,7 +679,7 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     episodes, seen = [], {}
     for n, conversation in enumerate(conversations):
         # Checked before its tools are used: a tool from a data file must not bring a function of its own.
-        conversation = data.check_conversation({**conversation, "tools": list(tools.values())} if tools is not None else conversation)
+        conversation = data.check_conversation({**conversation, "tools": list(tools.values() if isinstance(tools, dict) else tools)} if tools is not None else conversation)
         ids, _ = data.encode(conversation, tokenizer, style, generation=True)
         own = seed[n] if isinstance(seed, list) else seed
         copy = seen[own, tuple(ids)] = seen.get((own, tuple(ids)), -1) + 1

@@ -371,7 +371,8 @@ def test_each_conversation_has_its_own_tools(llama, monkeypatch):
     Script(monkeypatch, {"q": [f"{CALL}<|im_end|>", "ok<|im_end|>"]})
     chats = [ask("q"), ask("q", ["weather"]), ask("q", [])]
     assert [e.results[0].error_type for e in run(llama, chats, max_new_tokens=120)] == ["", "unknown_tool", "unknown_tool"]
-    assert [e.results[0].ok for e in run(llama, chats, {"calculator": BUILTIN["calculator"]}, max_new_tokens=120)] == [True] * 3
+    for tools in ({"calculator": BUILTIN["calculator"]}, [BUILTIN["calculator"]]):
+        assert [e.results[0].ok for e in run(llama, chats, tools, max_new_tokens=120)] == [True] * 3
     assert [e.results[0].ok for e in run(llama, chats, {}, max_new_tokens=120)] == [False] * 3
 
 
