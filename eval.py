@@ -181,7 +181,7 @@ def states(text, answer, known):
 def describes(text, weather, known):
     """Whether a text about the weather keeps to the unit and the city; it need not repeat them."""
     units = {unit.lower() for unit in re.findall(r"\d\s*(?:°|degrees)?\s*(C|F|celsius|fahrenheit)\b", text, re.IGNORECASE)}
-    others = [city for city in _cities(_city_file())[0].values() if re.search(rf"\b{re.escape(city)}\b", text) and city not in known]
+    others = [city for city in _cities(_city_file())[0].values() if city in text and city not in known and re.search(rf"\b{re.escape(city)}\b", text)]
     return (not units or any(unit[0] == weather["unit"][0] for unit in units)) and (weather["city"] in text or not others)
 
 
