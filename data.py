@@ -333,15 +333,31 @@ def taken_pairs():
     return {frozenset(pair) for found in numbers for pair in itertools.combinations(found, 2) if pair[0] != pair[1]}
 
 
-def draw_values(slots, split, rng):
-    """One value per slot ('num 2 99', 'money 1 50', ...) such that every pair of them belongs to `split`; None: no luck."""
+def constants_of(expression):
+    return {float(n) for n in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])", expression)}
+
+
+@functools.lru_cache(maxsize=None)
+def kept_constants():
+    """Constants that dev and test have beside one drawn number: with a number of theirs, train does not draw these."""
+    families = [f for name in ("arithmetic", "everyday", "traps") for split in ALONE for f in pool(f"{name}.json", "families", split)]
+    return {n for f in families if len(f.get("slots", {})) == 1 for n in constants_of(f.get("expression", ""))}
+
+
+def draw_values(slots, split, rng, expression=""):
+    """One value per slot ('num 2 99', 'money 1 50', ...) such that every pair of them, and with `expression`'s constants, belongs to `split`; None: no luck."""
     values, wanted = {}, None if split == "train" or len(slots) < 2 else rng.choice(COLOURS[split])
+    constants = {colour(n) for n in constants_of(expression) - CONSTANTS}
+    owner = lambda value: next((name for name, colours in ALONE.items() if colour(value) in colours), "train")  # noqa: E731
 
     def fits(value):
+        if split == "train" and colour(value) in constants or len(slots) == 1 and owner(value) != split:
+            return False
         if len(slots) == 1:
-            return next((name for name, colours in ALONE.items() if colour(value) in colours), "train") == split
+            return True
         if split == "train":
-            return colour(value) not in map(colour, values.values())
+            kept = [float(a) in kept_constants() and owner(b) != "train" for v in values.values() for a, b in ((v, value), (value, v))]
+            return colour(value) not in map(colour, values.values()) and not any(kept)
         return value not in CONSTANTS and colour(value) == wanted and not any(frozenset((float(value), float(v))) in taken_pairs() for v in values.values())
     for name, spec in slots.items():
         kind, low, high = spec.split()
@@ -349,6 +365,8 @@ def draw_values(slots, split, rng):
         for _ in range(60):
             value = rng.randint(int(float(low) * 10 ** places), int(float(high) * 10 ** places))
             value = round(value / 10 ** places, places) if places else value
+            if kind == "million":
+                value = round(round(rng.uniform(float(low), float(high)), rng.choice([0, 1, 1, 2])) * 10 ** 6)
             if kind in ("num", "int", "word", "dollars") and value > 99 and rng.random() < 0.2:  # people like round numbers: 1200; or 3047, as said
                 rounded = value - value % 1000 + value % 100 if value > 1000 and rng.random() < 0.3 else round(value, 2 - len(str(value)))
                 value = rounded if float(low) <= rounded <= float(high) else value
@@ -367,6 +385,10 @@ def write_value(value, kind, rng):
     if kind == "pct":
         slips = corpus("register.json")["typos"]["percent"]  # the engine's typos do not reach what is written with a number
         return digits + rng.choice(["%"] * 8 + [" %", " percent", " percent", " per cent", " pct", f" {rng.choice(slips)}"])
+    if kind == "million":
+        return rng.choice([f"{value / 10 ** 6:g} million"] * 3 + [f"{value / 10 ** 6:g}m", comma, digits])
+    if kind in ("num", "int", "dollars") and value >= 2000 and value % 100 == 0 and rng.random() < 0.2:
+        return "$" * (kind == "dollars") + f"{value / 1000:g}" + ("k" if kind == "dollars" else rng.choice(["k", "k", " thousand"]))
     if kind in ("money", "dollars"):
         return rng.choice([f"${comma}"] * 4 + [f"${digits}", f"{digits} dollars", f"{digits} bucks" if kind == "dollars" else f"{digits} USD"]
                           + [comma, digits, digits, f"{rng.choice('£€')}{comma}", f"{digits} {rng.choice(['euros', 'pounds', 'eur'])}"])
@@ -414,7 +436,8 @@ SEVERAL = 0.64  # share of requests for a calculation that have more than one op
 SPOKEN = 0.08  # share of requests for a calculation that are written as one says them, "twelve hundred minus eighty-two"
 SAID = 0.4  # share of those for one operation that begin with a number in words, "seventeen times twelve": a first word has other tokens
 SYMBOLS = re.compile(r"\} ?[-−+*/x×÷^²%=)]|[(√] ?\{")  # next to a number's slot: such a sum is written, not said
-FORMULAS = 0.2  # share of these, in training, that are a random formula: hands list dozens of shapes, there are thousands
+FORMULAS, CHAINS = 0.2, 0.2  # shares of these, in training, that are a random formula, or steps in words: hands list dozens of shapes, there are thousands
+RATES, PRICES = 0.1, 0.1  # shares of everyday sums, in training, that are put together: "30 a month, over two years?"; "12 eggs cost 3.60, one?"
 
 
 class Writer:
@@ -473,7 +496,7 @@ class Writer:
         """A request from a family with number slots -> (prompt, expression, slot values). spoken: its whole numbers are words."""
         for _ in range(300):
             slots = family.get("slots", {})
-            values = draw_values(slots, self.split, self.rng)
+            values = draw_values(slots, self.split, self.rng, family["expression"])
             if values is None or not all(holds(test, values) for test in family.get("where", [])):
                 continue
             expression = fill(family["expression"], {k: f"{v:.2f}" if slots[k].startswith("money") else str(v) for k, v in values.items()})
@@ -520,8 +543,9 @@ class Writer:
     def arithmetic(self):
         """One operation, or several: drawn first, so that the many wordings of one do not crowd out the others."""
         several = self.rng.random() < SEVERAL
-        if several and self.split == "train" and self.rng.random() < FORMULAS:
-            return self.calculator_call(self.formula())
+        made = self.rng.random() if several and self.split == "train" else 1
+        if made < FORMULAS + CHAINS:
+            return self.calculator_call(self.formula() if made < FORMULAS else self.chain(), spoken=made > FORMULAS and self.rng.random() < SPOKEN)
         if not several and self.rng.random() < SAID:
             return self.calculator_call(self.said())
         return self.calculation("arithmetic.json", lambda family: (operations(family["expression"]) > 1) == several, SPOKEN)
@@ -562,6 +586,49 @@ class Writer:
         sentence = self.pick("arithmetic.json", "sentences")["text"]
         return {"id": "formula", "expression": expression, "slots": slots, "texts": [fill(sentence, {"f": text})], "negative": True}
 
+    def chain(self):
+        """A family of two or three operations, said one after the other: "take 340, knock 25 off, then halve it"."""
+        rng, parts = self.rng, corpus("made_sums.json")
+        start, links, slots = rng.choice(parts["starts"]), parts["links"], {}
+        expression, text, tight = start["expression"], start["text"], binding(start["expression"])
+        for name in re.findall(r"\{(\w)\}", text):
+            slots[name] = {"p": "pct 2 90"}.get(name) or rng.choice(["num 2 99", "num 20 900", "num 20 900", "num 100 5000", "num 100 5000", "dec 2 80", "dec 2 80", "million 0.2 40"])
+        for name in "nm"[:rng.choice([1, 2, 2]) if operations(expression) else 2]:
+            step = rng.choice(parts["steps"])
+            x = expression if tight >= step["tight"] else f"({expression})"
+            expression, said = fill(step["expression"], {"x": x, "n": f"{{{name}}}"}), fill(rng.choice(step["texts"]), {"n": f"{{{name}}}"})
+            link, tight = rng.choice(links), binding(step["expression"])
+            text += link + (said if link[0] != "." or "hen" in link or "ow" in link else said.capitalize())
+            if "slot" in step:
+                slots[name] = step["slot"]
+        text = (text if start.get("noun") else text[0].upper() + text[1:]) + rng.choice(parts["ends"])
+        return {"id": "chain", "expression": expression, "slots": slots, "texts": [text], "negative": True, "whole": False, "where": [start["where"]] if "where" in start else []}
+
+    def rate(self):
+        """A family with a number that nobody says: so much a month is twelve times as much a year."""
+        rng, parts = self.rng, corpus("made_sums.json")
+        unit = rng.choice(list(parts["rates"].values()))
+        context, (goals, expression), (extra, more) = rng.choice(unit["texts"]), rng.choice(unit["goals"]), rng.choice(parts["rate_extras"])
+        if "{b}" in extra and ("{m}" not in context or "/" in expression):
+            extra, more = "", ""  # what is paid once is no rate
+        goal = rng.choice(goals.split("|"))
+        context = fill(context, {"per": rng.choice(unit["per"])}) + extra
+        ask = rng.choice(parts["rate_asks"])
+        text = fill(ask, {"context": context if ask.startswith("{context}") else decapitalise(context), "goal": goal})
+        slots = {"a": "num 2 400", "m": rng.choice(["money 3 900", "dollars 5 3000"]), "b": "dollars 5 300", "k": "int 2 12", "n": "int 2 9"}
+        expression = (expression + more).replace("{a}", "{m}" if "{m}" in context else "{a}")
+        return {"id": "rate", "expression": expression, "slots": {k: v for k, v in slots.items() if f"{{{k}}}" in expression}, "texts": [text[0].upper() + text[1:]]}
+
+    def price(self):
+        """A family about the price of one thing and of several, either of which is given: which way round is it?"""
+        rng, parts = self.rng, corpus("made_sums.json")
+        kind, (goods, goods2) = rng.choice(parts["prices"]), rng.sample(parts["goods"], 2)
+        words = dict(zip(("good", "goods", "good2", "goods2"), (*goods.split("|"), *goods2.split("|"))))
+        text = fill(rng.choice(kind["texts"]), words)
+        slots = {"m": rng.choice(["money 0.2 30", "money 1 90", "dollars 2 60"]), "n": "int 2 48", "k": "int 2 30", "m2": rng.choice(["money 0.2 30", "dollars 2 60"])}
+        slots["m2"] = "dollars 20 900" if kind["expression"].startswith("{m2}") else slots["m2"]
+        return {"id": "price", "expression": kind["expression"], "slots": {k: v for k, v in slots.items() if f"{{{k}}}" in kind["expression"]}, "texts": [text[0].upper() + text[1:]]}
+
     def sums(self):
         """Two numbers, in digits, and one of the four operations, each of these as often as the others."""
         form = r"\{\w+\} [%s] \{\w+\}" % re.escape(self.rng.choice("+-*/"))
@@ -569,6 +636,9 @@ class Writer:
         return self.calculator_call({**family, "slots": {name: re.sub("^(int|word) ", "num ", slot) for name, slot in family["slots"].items()}})
 
     def everyday(self):
+        made = self.rng.random() if self.split == "train" else 1
+        if made < RATES + PRICES:
+            return self.calculator_call(self.rate() if made < RATES else self.price(), spoken=self.rng.random() < SPOKEN)
         return self.calculation("everyday.json", spoken=SPOKEN)
 
     def word_problem(self, steps=None):
@@ -665,6 +735,8 @@ class Writer:
 
     def two_calls(self):
         if self.rng.random() < 0.4:
+            if self.split == "train" and self.rng.random() < 0.7:
+                return self.several_cities()
             template, lower = self.register(self.pick("extra.json", "two_cities")["text"])
             a, b = self.place(lower), self.place(lower)
             if a == b:
@@ -676,6 +748,15 @@ class Writer:
             return None
         prompt = fill(self.pick("extra.json", "joiners")["text"], {"x": end_sentence(one[0]), "y": decapitalise(two[0])})
         return prompt, one[1] + two[1], "joined", {}
+
+    def several_cities(self):
+        """Three to five at once: what is practised is to copy names, whose first token is often another one behind a quotation mark."""
+        template, lower = self.register(self.pick("extra.json", "several_cities")["text"])
+        cities = [self.place(lower) for _ in range(self.rng.choice([3, 3, 4, 5]))]
+        if len(set(cities)) < len(cities):
+            return None
+        comma, last = self.rng.choice([(", ", " and "), (", ", ", and "), (", ", ", "), (" and ", " and "), (" / ", " / "), ("\n", "\n"), (", ", " & "), ("; ", "; ")])
+        return fill(template, {"cities": comma.join(cities[:-1]) + last + cities[-1]}), [Call("weather", {"city": city}) for city in cities], "several_cities", {"city": cities}
 
     def tool_error(self):
         if self.rng.random() < 0.25:
@@ -699,6 +780,12 @@ class Writer:
 def operations(expression):
     """How many operations an expression has; sqrt and the like are one."""
     return len(re.findall(r"\*\*|//|[-+*/%]|[a-z]{3,}", re.sub(r"\{\w+\}", "0", expression)))
+
+
+def binding(expression):
+    """How tightly an expression with {slots} binds: 0 a sum, 1 a product, 2 a power, 3 a number or a function."""
+    top = ast.parse(re.sub(r"\{\w+\}", "x", expression), mode="eval").body
+    return 3 if not isinstance(top, ast.BinOp) else {ast.Add: 0, ast.Sub: 0, ast.Pow: 2}.get(type(top.op), 1)
 
 
 def holds(test, values):
@@ -733,7 +820,7 @@ def swap_word(word, table, rate, rng):
 # --------------------------------------------------------------------------- 4. whole conversations
 
 MIX = {"canonical": 2, "arithmetic": 21, "everyday": 35, "weather": 10, "search": 9, "no_tool": 6, "trap": 9,
-       "word_problem": 4, "missing_tool": 2, "two_calls": 1, "tool_error": 1}
+       "word_problem": 4, "missing_tool": 2, "two_calls": 4, "tool_error": 1}
 SYNTHETIC = {"api_one": 3, "api_choice": 4, "api_parallel": 3, "api_ask": 1, "api_none": 2}  # invented functions (section 5)
 KINDS = [*MIX, "sums", "skies", "small_talk", "one_step", "two_steps", *SYNTHETIC]  # easy ones for the demo; word problems of one operation, and of more
 
@@ -787,7 +874,7 @@ def converse(kind, split, rng):
         if calls[0].name == "calculator" and len(calls) == 1 and results[0].ok:
             answer = results[0].value
     found = kind == "search" and results[0].ok and results[0].value  # to retell a text takes more practice than to report a number
-    if split == "train" and calls and kind not in ("two_calls", "tool_error") and rng.random() < (0.6 if found else 0.8):
+    if split == "train" and calls and (kind not in ("two_calls", "tool_error") or family == "several_cities") and rng.random() < (0.6 if found else 0.8):
         del messages[2:]  # the call is the harder lesson: most of the time is better spent on one more of them
     else:
         messages.append({"role": "assistant", "content": reply})

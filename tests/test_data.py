@@ -464,3 +464,39 @@ def test_no_reply_to_talk_is_an_echo():
     import eval as evaluation
     for talk in data.corpus("talk_replies.jsonl")[1:]:
         assert evaluation.converses(talk["reply"], talk["prompt"]), talk
+
+
+@pytest.mark.parametrize("kind", ["chain", "rate", "price"])
+def test_sums_that_are_put_together_ask_for_what_they_compute(kind):
+    """Whatever is in the text is in the expression, and the other way round; and all kinds of parts turn up."""
+    writer, seen = data.Writer("train", random.Random(3)), set()
+    for _ in range(500):
+        family = getattr(writer, kind)()
+        slots = set(re.findall(r"\{(\w+)\}", family["expression"]))
+        assert set(family["slots"]) == slots == set(re.findall(r"\{(\w+)\}", family["texts"][0])), family
+        seen.add(re.sub(r"\{\w+\}", "N", family["expression"]))
+    assert len(seen) >= {"chain": 150, "rate": 25, "price": 5}[kind]
+
+
+def test_steps_in_words_are_bracketed_where_it_matters(monkeypatch):
+    chains = lambda: [(w := data.Writer("train", random.Random(seed))).calculator_call(w.chain()) for seed in range(300)]  # noqa: E731
+    lean = chains()
+    monkeypatch.setattr(data, "binding", lambda expression: -1)  # brackets around everything
+    for one, other in zip(lean, chains()):
+        assert (one is None) == (other is None)
+        if one:
+            a, b = (made[1][0].arguments["expression"] for made in (one, other))
+            assert one[0] == other[0] and calculate(a) == pytest.approx(calculate(b), rel=1e-9), (a, b)
+
+
+def test_numbers_that_are_written_short():
+    texts = {data.write_value(2_500_000, "million", random.Random(seed)) for seed in range(50)}
+    assert texts == {"2.5 million", "2.5m", "2,500,000", "2500000"}
+    assert "2.5k" in {data.write_value(2500, "num", random.Random(seed)) for seed in range(60)}
+    assert not any("k" in data.write_value(2501, "num", random.Random(seed)) for seed in range(60))
+
+
+def test_several_cities_at_once():
+    for seed in range(60):
+        if made := data.Writer("train", random.Random(seed)).several_cities():
+            assert 3 <= len(made[1]) <= 5 and all(call.arguments["city"] in made[0] for call in made[1])
