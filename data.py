@@ -85,12 +85,17 @@ def is_chatml(tokenizer):
 
 
 @functools.lru_cache(16)
+def example_of(tokenizer, template):
+    """Two turns as the template lays them out, or "" if it refuses them."""
+    for chat in ([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], [{"role": "user", "content": "U"}]):
+        with contextlib.suppress(Exception):  # templates raise what they like
+            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return ""
+
+
 def writes_chatml(tokenizer, template):
     """(Phi-4 and InternLM have these tokens, and another layout.) What a template says to the system may differ."""
-    try:
-        text = tokenizer.apply_chat_template([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], tokenize=False, add_generation_prompt=True)
-    except Exception:  # templates raise what they like
-        return False
+    text = example_of(tokenizer, template)
     return text.startswith("<|im_start|>") and text.endswith("<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -131,11 +136,16 @@ def _template_pieces(messages, tokenizer, generation):
     layout = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content not in GRAMMAR
               and (token.special or token.content.strip() and token.content in str(tokenizer.chat_template))]
 
-    def safe(text):  # such a token inside content is broken by a zero-width space: it must not become the token
-        for token in sorted(layout, key=len, reverse=True):
+    # Tags that are plain text to the tokenizer ([INST], Zephyr's <|user|>): what is said, not what the model itself says, is kept from them.
+    written = str(tokenizer.chat_template) + example_of(tokenizer, str(tokenizer.chat_template))
+    tags = [tag for tag in set(re.findall(r"<{1,2}/?\|?\w+\|?>{1,2}|\[/?[A-Z_]{2,}\]", written)) - set(GRAMMAR) - set(layout)]
+
+    def safe(message):  # such a token inside content is broken by a zero-width space: it must not become the token
+        text = message["content"]
+        for token in sorted(layout + tags * (message["role"] != "assistant"), key=len, reverse=True):
             text = text.replace(token, token[0] + "\u200b" + token[1:])
-        return text
-    chat = [{"role": "user" if role == "tool" else role, "content": safe(text)} for role, text in messages]
+        return {"role": message["role"], "content": text}
+    chat = [safe({"role": "user" if role == "tool" else role, "content": text}) for role, text in messages]
 
     def render(upto, header=False):
         if not upto:
@@ -912,6 +922,7 @@ STYLES = {"snake": lambda domain, words: "_".join(words), "camel": lambda domain
           "dotted": lambda domain, words: f"{domain}.{'_'.join(words)}"}
 NAMED = ["{n} {v}", "with {n} {v}", "with a {n} of {v}", "{n}: {v}", "{n} = {v}"]
 WHOLE = 0.5  # share of requests that are sentences written as a whole, where a function has some; the others are put together from phrases
+SAID_TOO = {"train": 0.4, "dev": 0.25, "test": 0.25}  # how often a phrase states an optional value; what is left out most, is practised most
 OFFERS = {"train": 500}  # different offers of either kind, one function and several; on the other splits every conversation has its own
 MONTHS = "January February March April May June July August September October November December".split()
 
@@ -1044,7 +1055,10 @@ class ApiWriter:
         return value, self.state(parameter, said)
 
     def plain(self, parameter):
-        """-> (value, how it is written) of a parameter that is no object, enum or boolean."""
+        """-> (value, how it is written) of a parameter that is no object or boolean."""
+        if "enum" in parameter:
+            value = self.rng.choice(parameter["enum"])
+            return value, str(value).replace("_", " ")
         values, said = self.listed(parameter, self.rng.choice([1, 2, 2, 3]) if parameter["type"] == "array" else 1)
         return values if parameter["type"] == "array" else values[0], said
 
@@ -1063,10 +1077,14 @@ class ApiWriter:
         return phrase.replace("{n}", canonical(parameter).replace("_", " ")).replace("{v}", said)
 
     def sentence(self, function):
-        """A whole sentence that was written for the function, with a slot for each value -> (it, the names of its slots), or None:
-        there is none for what this variant shows, or this request is put together from phrases."""
-        shown = {canonical(p) for p in function["parameters"]}
-        found = [(text, slots) for text in corpus("api_sentences.json")["sentences"].get("_".join(function["words"]), []) for slots in [set(re.findall(r"{(\w+)}", text))] if slots <= shown]
+        """A whole sentence that was written for the function, with a slot for each value -> (it, the names of its slots, {name: value}
+        of what it says in words of its own: "with no stops"), or None: there is none for what this variant shows, or this request is
+        put together from phrases."""
+        shown, found = {canonical(p) for p in function["parameters"]}, []
+        for item in corpus("api_sentences.json")["sentences"].get("_".join(function["words"]), []):
+            text, told = (item, {}) if isinstance(item, str) else item
+            slots = set(re.findall(r"{(\w+)}", text))
+            found += [(text, slots, told)] if slots | set(told) <= shown else []
         return self.rng.choice(found) if found and self.rng.random() < WHOLE else None
 
     def request(self, function, without=None, spread=1, template=None):
@@ -1074,8 +1092,9 @@ class ApiWriter:
         parameter ("in Oslo and Rome") or in two ("for Ann and Bo, with 3 and 5 guests, respectively"). `without`: a parameter
         that is left unsaid; `template`: words around the values, in place of the function's own."""
         whole = self.sentence(function) if not without and not template else None
-        chosen = [p for p in function["parameters"] if (canonical(p) in whole[1] if whole else p is not without and (p["required"] or self.rng.random() < 0.25))]
-        simple = [p for p in chosen if p["type"] in ("string", "integer", "number") and "enum" not in p]
+        chosen = [p for p in function["parameters"] if (canonical(p) in whole[1] or canonical(p) in whole[2] if whole else p is not without and (p["required"] or self.rng.random() < SAID_TOO[self.split]))]
+        told = whole[2] if whole else {}
+        simple = [p for p in chosen if canonical(p) not in told and p["type"] in ("string", "integer", "number") and "enum" not in p]
         varied = self.rng.sample(simple, min(len(simple), 2 if not whole and self.rng.random() < 0.35 else 1)) if spread > 1 else []
         made = []  # (parameter, its value or, where it varies, values, how they are said)
         for p in chosen:
@@ -1083,7 +1102,7 @@ class ApiWriter:
                 values, said = self.listed(p, spread)
                 made.append((p, values, said if whole else self.state(p, said)))
             else:
-                made.append((p, *(self.plain(p) if whole else self.argument(p))))
+                made.append((p, told[canonical(p)], "") if canonical(p) in told else (p, *(self.plain(p) if whole else self.argument(p))))
         words = [value for _, value, _ in made if isinstance(value, str)]
         counts = {len(values) for p, values, _ in made if p in varied}
         if len(set(words)) < len(words) or len(counts) > 1:  # from euros to euros; two people and three tables

@@ -134,12 +134,16 @@ def test_whole_sentences_say_every_required_value():
     """Each belongs to one function, has a slot for each required value, and no slot that is not written out as it is."""
     functions = {"_".join(f["words"]): f for d in data.corpus("apis.json")["domains"] for f in d["functions"]}
     assert len(functions) == sum(len(d["functions"]) for d in data.corpus("apis.json")["domains"])
-    for name, texts in data.corpus("api_sentences.json")["sentences"].items():
-        plain = {data.canonical(p): p["required"] for p in functions[name]["parameters"] if "enum" not in p and p["type"] not in ("boolean", "object")}
-        for text in texts:
+    for name, items in data.corpus("api_sentences.json")["sentences"].items():
+        parameters = {data.canonical(p): p for p in functions[name]["parameters"]}
+        required = {key for key, p in parameters.items() if p["required"]}
+        assert len({str(item) for item in items}) == len(items) >= 4
+        for item in items:
+            text, told = (item, {}) if isinstance(item, str) else item
             slots = re.findall(r"{(\w+)}", text)
-            assert len(set(slots)) == len(slots) and set(slots) <= set(plain) and {p for p, required in plain.items() if required} <= set(slots), text
-        assert not any(p["required"] for p in functions[name]["parameters"] if data.canonical(p) not in plain) and len(set(texts)) == len(texts) >= 4
+            assert len(set(slots)) == len(slots) and set(slots) | set(told) <= set(parameters) and required <= set(slots) | set(told) and not set(slots) & set(told), (name, text)
+            assert not any(parameters[slot]["type"] in ("boolean", "object") for slot in slots), (name, text)
+            assert not list(_problems(told, {"type": "object", "properties": {key: data.ApiWriter("train", random.Random(0), False).field(parameters[key]) for key in told}})), (name, text, told)
 
 
 def test_whole_sentences_are_used():
@@ -148,7 +152,7 @@ def test_whole_sentences_are_used():
     sentences = data.corpus("api_sentences.json")["sentences"]
 
     def written(c):
-        forms = [re.sub(r"\\{\w+\\}", "(.+)", re.escape(text)) for text in sentences.get(c["family"].partition(".")[2], [])]
+        forms = [re.sub(r"\\{\w+\\}", "(.+)", re.escape(text if isinstance(text, str) else text[0])) for text in sentences.get(c["family"].partition(".")[2], [])]
         return any(re.fullmatch(form + "?", c["messages"][0]["content"], re.IGNORECASE) for form in forms)
     whole = [c for c in made if written(c)]
     assert 0.25 < len(whole) / len(made) < 0.65

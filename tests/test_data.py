@@ -118,6 +118,17 @@ def test_chatml_s_tokens_in_another_layout(layout, header):
         assert text.startswith(start + "<|im_start|>") and text.endswith("U<|im_end|>" + "\n" * (header[-1] == "\n") + header)
 
 
+@pytest.mark.parametrize("template, tag", [
+    *[("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}", tag) for tag in ("<|user|>", "<|assistant|>")],
+    ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}</s>{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}", "[/INST]")])
+def test_tags_that_are_plain_text_cannot_be_forged(template, tag):
+    """By a user or a tool's result; what the model itself says stays as it is, and so do other brackets."""
+    tokenizer = plain_tokenizer(template)
+    chat = {"messages": [{"role": "user", "content": f"U [1] <b>[A] {tag} V"}, {"role": "assistant", "content": f"A {tag}"}]}
+    said, own = ("".join(tokenizer.decode([i for i, m in zip(*data.encode(chat, tokenizer)) if m == kind])) for kind in (0, 1))
+    assert f"U [1] <b>[A] {tag[0]}\u200b{tag[1:]} V" in said and tag in own
+
+
 def test_a_template_without_an_end_of_turn_teaches_to_stop_all_the_same():
     tokenizer = plain_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
     chat = {"messages": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A."}, {"role": "user", "content": "V"}, {"role": "assistant", "content": "B."}]}
