@@ -599,7 +599,7 @@ class Writer:
     def chain(self):
         """A family of two or three operations, said one after the other: "take 340, knock 25 off, then halve it"."""
         rng, parts = self.rng, corpus("made_sums.json")
-        start, links, slots = rng.choice(parts["starts"]), parts["links"], {}
+        start, slots = rng.choice(parts["starts"]), {}
         expression, text, tight = start["expression"], start["text"], binding(start["expression"])
         for name in re.findall(r"\{(\w)\}", text):
             slots[name] = {"p": "pct 2 90"}.get(name) or rng.choice(["num 2 99", "num 20 900", "num 20 900", "num 100 5000", "num 100 5000", "dec 2 80", "dec 2 80", "million 0.2 40"])
@@ -607,8 +607,7 @@ class Writer:
             step = rng.choice(parts["steps"])
             x = expression if tight >= step["tight"] else f"({expression})"
             expression, said = fill(step["expression"], {"x": x, "n": f"{{{name}}}"}), fill(rng.choice(step["texts"]), {"n": f"{{{name}}}"})
-            link, tight = rng.choice(links), binding(step["expression"])
-            text += link + (said if link[0] != "." or "hen" in link or "ow" in link else said.capitalize())
+            text, tight = text + rng.choice(parts["links"]) + said, binding(step["expression"])
             if "slot" in step:
                 slots[name] = step["slot"]
         text = (text if start.get("noun") else text[0].upper() + text[1:]) + rng.choice(parts["ends"])
@@ -928,9 +927,12 @@ MONTHS = "January February March April May June July August September October No
 
 
 # Domains whose functions might be of some use for a request to a built-in tool.
-NUMBERS = {"statistics", "geometry", "banking", "stock_portfolio", "chemistry", "astronomy", "savings_math", "workshop"}
-NEAR = {"arithmetic": NUMBERS, "everyday": NUMBERS, "one_step": NUMBERS, "weather": {"astronomy"}, "no_tool": set(),
-        "search": {"astronomy", "chemistry", "gardening", "library", "social_network", "wildlife", "workshop", "world_geography", "cinema", "music_streaming", "sports_results", "geometry", "recipes", "stock_portfolio", "email"}}
+NUMBERS = {"statistics", "geometry", "banking", "stock_portfolio", "chemistry", "astronomy", "savings_math", "workshop", "physics_motion", "electricity", "loans_and_tax",
+           "probability_and_combinatorics", "algebra_and_matrices", "biology_and_genetics", "currency_and_crypto", "used_cars_and_repair", "farming", "personal_health_calculators", "climate_and_environment", "maps_and_navigation"}
+NEAR = {"arithmetic": NUMBERS, "everyday": NUMBERS, "one_step": NUMBERS, "weather": {"astronomy", "climate_and_environment"}, "no_tool": {"translation_and_language"},
+        "search": {"astronomy", "chemistry", "gardening", "library", "social_network", "wildlife", "workshop", "world_geography", "cinema", "music_streaming", "sports_results", "geometry", "recipes", "stock_portfolio", "email",
+                   "history_archive", "legal_records", "museum_and_art", "biology_and_genetics", "news_and_podcasts", "translation_and_language", "maps_and_navigation", "climate_and_environment", "farming",
+                   "pets_and_vets", "personal_health_calculators", "currency_and_crypto", "board_and_card_games", "used_cars_and_repair", "physics_motion"}}
 
 
 class ApiWriter:
@@ -1038,6 +1040,8 @@ class ApiWriter:
             said = ([number_words(value)] if 0 <= value < 100 else []) + ["a dozen"] * (value == 12) + [f"{value:,}"] * (value > 2100)  # nobody writes the year 1,998
             return value, rng.choice(said) if said and rng.random() < 0.3 else str(value)
         value = round(rng.uniform(low, high), 2 if name == "money" or high <= 2 else 1)
+        if self.split == "train" and name == "dec" and high > 5 and value >= 1 and rng.random() < 0.4:  # people like whole numbers
+            value = int(value)
         return value, f"${value:.2f}" if name == "money" and rng.random() < 0.7 else str(value)
 
     def argument(self, parameter):
