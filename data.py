@@ -1058,6 +1058,10 @@ class ApiWriter:
         value, said = self.plain(parameter)
         return value, self.state(parameter, said)
 
+    def styled(self, parameter, value):
+        """A value as it stands in the corpus, an object's keys in this style."""
+        return {self.key(p): value["_".join(p["name"])] for p in parameter["properties"] if "_".join(p["name"]) in value} if parameter["type"] == "object" else value
+
     def plain(self, parameter):
         """-> (value, how it is written) of a parameter that is no object or boolean."""
         if "enum" in parameter:
@@ -1106,7 +1110,7 @@ class ApiWriter:
                 values, said = self.listed(p, spread)
                 made.append((p, values, said if whole else self.state(p, said)))
             else:
-                made.append((p, told[canonical(p)], "") if canonical(p) in told else (p, *(self.plain(p) if whole else self.argument(p))))
+                made.append((p, self.styled(p, told[canonical(p)]), "") if canonical(p) in told else (p, *(self.plain(p) if whole else self.argument(p))))
         words = [value for _, value, _ in made if isinstance(value, str)]
         counts = {len(values) for p, values, _ in made if p in varied}
         if len(set(words)) < len(words) or len(counts) > 1:  # from euros to euros; two people and three tables

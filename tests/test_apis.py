@@ -133,6 +133,8 @@ def test_the_seed_decides(made):
 def test_whole_sentences_say_every_required_value():
     """Each belongs to one function, has a slot for each required value, and no slot that is not written out as it is."""
     functions = {"_".join(f["words"]): f for d in data.corpus("apis.json")["domains"] for f in d["functions"]}
+    writer = data.ApiWriter("train", random.Random(0), False)
+    writer.style = "snake"
     assert len(functions) == sum(len(d["functions"]) for d in data.corpus("apis.json")["domains"])
     for name, items in data.corpus("api_sentences.json")["sentences"].items():
         parameters = {data.canonical(p): p for p in functions[name]["parameters"]}
@@ -143,7 +145,7 @@ def test_whole_sentences_say_every_required_value():
             slots = re.findall(r"{(\w+)}", text)
             assert len(set(slots)) == len(slots) and set(slots) | set(told) <= set(parameters) and required <= set(slots) | set(told) and not set(slots) & set(told), (name, text)
             assert not any(parameters[slot]["type"] in ("boolean", "object") for slot in slots), (name, text)
-            assert not list(_problems(told, {"type": "object", "properties": {key: data.ApiWriter("train", random.Random(0), False).field(parameters[key]) for key in told}})), (name, text, told)
+            assert not list(_problems(told, {"type": "object", "properties": {key: writer.field(parameters[key]) for key in told}})), (name, text, told)
 
 
 def test_whole_sentences_are_used():
@@ -156,3 +158,16 @@ def test_whole_sentences_are_used():
         return any(re.fullmatch(form + "?", c["messages"][0]["content"], re.IGNORECASE) for form in forms)
     whole = [c for c in made if written(c)]
     assert 0.25 < len(whole) / len(made) < 0.65
+
+
+def test_a_whole_sentence_can_say_an_object_in_its_own_words():
+    function = {"words": ["send", "it"], "descriptions": ["Sends it."], "requests": ["Send {..}"], "result": {}, "parameters": [
+        {"name": ["to", "whom"], "type": "object", "description": ["who"], "required": True, "properties": [
+            {"name": ["full", "name"], "type": "string", "description": ["name"], "required": True, "values": "person", "phrases": ["{v}"]}]},
+        {"name": ["how", "fast"], "type": "string", "description": ["speed"], "required": False, "enum": ["by_land", "by_air"], "phrases": {"by_land": ["slowly"], "by_air": ["fast"]}}]}
+    writer = data.ApiWriter("train", random.Random(0), False)
+    writer.sentence = lambda f: ("Send it to Bo Lind {how_fast}.", {"how_fast"}, {"to_whom": {"full_name": "Bo Lind"}})
+    for style, keys in (("camel", ("toWhom", "fullName", "howFast")), ("snake", ("to_whom", "full_name", "how_fast"))):
+        writer.style, writer.masked = style, False
+        text, [arguments] = writer.request(function)
+        assert arguments == {keys[0]: {keys[1]: "Bo Lind"}, keys[2]: arguments[keys[2]]} and text == f"Send it to Bo Lind {arguments[keys[2]].replace('_', ' ')}."
