@@ -1186,7 +1186,7 @@ def api_conversation(kind, split, rng):
         for n in range(rng.choice([2, 2, 3]) if kind == "api_parallel" and spread == 1 else 1):
             again = n > 0 and rng.random() < 0.3  # the same once more, with other values: only these are said
             if n and not again and rng.random() < 0.8:
-                _, function, tool = rng.choice(writer.offered)
+                _, function, tool = rng.choice([o for o in writer.offered if o[1] is not function] or writer.offered)
             text, several = writer.request(function, spread=spread, template=rng.choice(answers["api"]["again"]) if again else None)
             prompts.append(text)
             calls += [Call(tool["name"], arguments) for arguments in several]
