@@ -1196,7 +1196,8 @@ def api_conversation(kind, split, rng):
     prompt = prompts[0] if len(prompts) == 1 else fill(rng.choice(answers["api"]["joined"]), {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": decapitalise(prompts[-1])})
     if rng.random() < 0.25:
         stated = json.dumps([list(c.arguments.values()) for c in calls], ensure_ascii=False)
-        prompt = prompt.lower() if stated == stated.lower() else prompt.rstrip(".?!")
+        ends = tuple(v for c in calls for v in c.arguments.values() if isinstance(v, str))
+        prompt = prompt.lower() if stated == stated.lower() else prompt if prompt.endswith(ends) else prompt.rstrip(".?!")
     messages = [{"role": "user", "content": prompt}]
     if calls:
         messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
