@@ -1197,7 +1197,10 @@ def api_conversation(kind, split, rng):
     if rng.random() < 0.25:
         stated = json.dumps([list(c.arguments.values()) for c in calls], ensure_ascii=False)
         ends = tuple(v for c in calls for v in c.arguments.values() if isinstance(v, str))
-        prompt = prompt.lower() if stated == stated.lower() else prompt if prompt.endswith(ends) else prompt.rstrip(".?!")
+        if stated == stated.lower():
+            prompt = prompt.lower()
+        while stated != stated.lower() and prompt[-1] in ".?!" and not prompt.endswith(ends):  # a full stop that belongs to a value stays
+            prompt = prompt[:-1]
     messages = [{"role": "user", "content": prompt}]
     if calls:
         messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
