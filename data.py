@@ -446,6 +446,7 @@ SEVERAL = 0.64  # share of requests for a calculation that have more than one op
 SPOKEN = 0.08  # share of requests for a calculation that are written as one says them, "twelve hundred minus eighty-two"
 SAID = 0.4  # share of those for one operation that begin with a number in words, "seventeen times twelve": a first word has other tokens
 SYMBOLS = re.compile(r"\} ?[-−+*/x×÷^²%=)]|[(√] ?\{")  # next to a number's slot: such a sum is written, not said
+TOWNS = 0.4  # share of names of places, in training, that few have heard of
 FORMULAS, CHAINS = 0.2, 0.2  # shares of these, in training, that are a random formula, or steps in words: hands list dozens of shapes, there are thousands
 RATES, PRICES = 0.1, 0.1  # shares of everyday sums, in training, that are put together: "30 a month, over two years?"; "12 eggs cost 3.60, one?"
 
@@ -662,8 +663,12 @@ class Writer:
     def two_steps(self):
         return self.word_problem(2)
 
+    def city(self):
+        """A city: of those that people ask for, or in training any town of the world."""
+        return self.pick("cities.json", "geonames" if self.split == "train" and self.rng.random() < TOWNS else "cities")
+
     def place(self, lower):
-        city = self.pick("cities.json", "cities")
+        city = self.city()
         name = f'{city["name"]}, {city["country"]}' if self.rng.random() < 0.12 else city["name"]
         return name.lower() if lower else name
 
@@ -678,9 +683,14 @@ class Writer:
             closers = [c["text"] for c in pool("register.json", "closers", self.split) if re.fullmatch(r"[a-z']+( [a-z]+)?", c["text"])]
             template = template.rstrip("?.") + " " + self.rng.choice(closers)
         city = self.place(lower)
-        if self.split == "train" and self.rng.random() < 0.2:  # half of one name, half of another: to copy what stands there, not what is known
-            one, two = (self.pick("cities.json", "cities")["name"] for _ in range(2))
-            city = f"{one.split()[0]} {two.split()[-1]}" if " " in one and " " in two else one[:len(one) // 2 + 1] + two[len(two) // 2:].lower()
+        if self.split == "train" and self.rng.random() < 0.25:  # no city: to copy what stands there, not what is known
+            one, two = (self.city()["name"] for _ in range(2))
+            if self.rng.random() < 0.4:  # a word that is one token behind a blank is several behind a quotation mark: how is it spelled?
+                entities = corpus("search_questions.json")["entities"]
+                one = self.rng.choice(of_split(entities[self.rng.choice(list(entities))], "train"))["name"]
+                city = one if one[0].isupper() else one.capitalize()
+            else:  # half of one name, half of another
+                city = f"{one.split()[0]} {two.split()[-1]}" if " " in one and " " in two else one[:len(one) // 2 + 1] + two[len(two) // 2:].lower()
             city = city.lower() if lower else city
         arguments = {"city": city, **({"unit": family["unit"]} if family.get("unit") else {})}
         return fill(template, {"city": city}), [Call("weather", arguments)], family["id"], {"city": city}

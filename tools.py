@@ -625,7 +625,8 @@ def _city_file(path=None):
 @functools.lru_cache(maxsize=8)
 def _cities(path):
     try:
-        cities = json.loads(Path(path).read_text(encoding="utf-8"))["cities"]
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        cities = [*content["cities"], *content.get("geonames", [])]
         names = {_normal(name): city["name"] for city in reversed(cities) for name in [*city.get("aliases", []), city["name"]]}
         return names, {_normal(city.get("country", "")) for city in cities} - {""}  # of two namesakes, the first one stays
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -234,7 +234,7 @@ def test_splits_share_no_template_family_and_no_wording():
 def test_splits_share_no_city_entity_or_talk():
     fold = lambda s: s.casefold()  # noqa: E731
     cities = {}
-    for city in data.corpus("cities.json")["cities"]:
+    for city in data.corpus("cities.json")["cities"] + data.corpus("cities.json")["geonames"]:
         assert cities.setdefault(fold(city["name"]), city["split"]) == city["split"]
     for kind, entities in data.corpus("search_questions.json")["entities"].items():
         owner = {}
@@ -254,7 +254,7 @@ def test_no_name_of_one_split_stands_in_a_text_of_another():
 
     def walk(x, split):
         if isinstance(x, dict):
-            for key in set(x) - {"comment", "entities", "cities"}:
+            for key in set(x) - {"comment", "entities", "cities", "geonames"}:
                 walk(x[key], x.get("split", split))
         elif isinstance(x, list):
             for value in x:
@@ -267,7 +267,7 @@ def test_no_name_of_one_split_stands_in_a_text_of_another():
     for talk in data.corpus("talk_replies.jsonl")[1:]:
         texts[talk["split"]].append(talk["prompt"])
     words = {split: set(re.findall(r"\w+", " ".join(all_))) for split, all_ in texts.items()}
-    names = [*data.corpus("cities.json")["cities"], *(e for kind in data.corpus("search_questions.json")["entities"].values() for e in kind)]
+    names = [*data.corpus("cities.json")["cities"], *data.corpus("cities.json")["geonames"], *(e for kind in data.corpus("search_questions.json")["entities"].values() for e in kind)]
     for name, owner in {(x["name"], x["split"]) for x in names if x["name"][0].isupper()}:
         for split in set(texts) - {owner}:
             if set(re.findall(r"\w+", name)) <= words[split]:
