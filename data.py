@@ -447,8 +447,8 @@ SPOKEN = 0.08  # share of requests for a calculation that are written as one say
 SAID = 0.4  # share of those for one operation that begin with a number in words, "seventeen times twelve": a first word has other tokens
 SYMBOLS = re.compile(r"\} ?[-−+*/x×÷^²%=)]|[(√] ?\{")  # next to a number's slot: such a sum is written, not said
 TOWNS = 0.4  # share of names of places, in training, that few have heard of
-FORMULAS, CHAINS = 0.2, 0.2  # shares of these, in training, that are a random formula, or steps in words: hands list dozens of shapes, there are thousands
-RATES, PRICES = 0.1, 0.1  # shares of everyday sums, in training, that are put together: "30 a month, over two years?"; "12 eggs cost 3.60, one?"
+FORMULAS, CHAINS = 0.2, 0.1  # shares of these, in training, that are a random formula, or steps in words: hands list dozens of shapes, there are thousands
+RATES, PRICES = 0.05, 0.05  # shares of everyday sums, in training, that are put together: "30 a month, over two years?"; "12 eggs cost 3.60, one?"
 
 
 class Writer:
@@ -839,7 +839,7 @@ def swap_word(word, table, rate, rng):
 # --------------------------------------------------------------------------- 4. whole conversations
 
 MIX = {"canonical": 2, "arithmetic": 21, "everyday": 35, "weather": 10, "search": 9, "no_tool": 6, "trap": 9,
-       "word_problem": 4, "missing_tool": 2, "two_calls": 4, "tool_error": 1}
+       "word_problem": 4, "missing_tool": 2, "two_calls": 2, "tool_error": 1}
 SYNTHETIC = {"api_one": 3, "api_choice": 4, "api_parallel": 3, "api_ask": 1, "api_none": 2}  # invented functions (section 5)
 KINDS = [*MIX, "sums", "skies", "small_talk", "one_step", "two_steps", *SYNTHETIC]  # easy ones for the demo; word problems of one operation, and of more
 
