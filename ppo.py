@@ -377,13 +377,14 @@ def is_calculation(expression, prompt, results=()):
 
 
 def numbers_in(text):
-    """The numbers of a text, in digits or in words ("one thousand and seven"), as often as they stand there -> list."""
+    """The numbers of a text, in digits or in words ("one thousand and seven", 57k), as often as they stand there -> list."""
     from data import ONES, TENS
     alone = {"half": (2, 0.5), "third": (3,), "quarter": (4, 0.25), "twice": (2,), "double": (2,), "triple": (3,), "dozen": (12,)}
     small = {**{word: n for n, word in enumerate(ONES)}, **{word: 10 * n for n, word in enumerate(TENS)}}
     scales = {"hundred": 100, "thousand": 1000, "million": 1000000}
     found, total, current, before = [], 0, None, ""  # of the words of one number: its finished thousands, and what follows them
-    for word in [*re.findall(WITH_COMMAS + r"|[a-z]+|(?<!thousand),", str(text).lower()), ""]:
+    text = re.sub(r"(?<=\d)(k|m)\b", lambda m: {"k": " thousand", "m": " million"}[m[1]], str(text).lower())  # 57k
+    for word in [*re.findall(WITH_COMMAS + r"|[a-z]+|(?<!thousand),", text), ""]:
         if word in scales and before[:1].isdigit():
             found.append(found[-1] * scales[word])
         elif word == "hundred" and current and current > 100:  # "three hundred and one hundred" are two

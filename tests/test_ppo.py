@@ -274,7 +274,7 @@ def test_a_number_of_the_prompt_may_be_the_result():
                                          ("seven hundred, five hundred and six, twelve", {700, 506, 12}),
                                          ("two thousand, three hundred and five", {2305}), ("a dozen, then 1,250", {12, 1250}),
                                          ("twenty three and seventy-five", {23, 75}), ("six hundred and seventy and eight hundred eighty-five?", {670, 885}),
-                                         ("6.4 million for a hundred and five of us", {6.4, 6400000, 105}), ("two and a half", {2, 0.5}),
+                                         ("6.4 million for a hundred and five of us", {6.4, 6400000, 105}), ("two and a half", {2, 0.5}), ("$4.5k, 2m people and 12 km", {4.5, 4500, 2, 2000000, 12}),
                                          ("three hundred and one hundred and sixty three", {300, 163})])
 def test_numbers_in_words_end_where_the_next_begins(text, found):
     assert set(ppo.numbers_in(text)) == found
