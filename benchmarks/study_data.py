@@ -61,20 +61,31 @@ def table(folder, options, seeds):
             cells = []
             for what in CASES:
                 shares = [sum(run[what]) / len(run[what]) for run in done]
-                points.setdefault((what, source), []).append((n, statistics.mean(shares), min(shares), max(shares)))
+                points.setdefault((what, source), []).append((n, shares))
                 cells.append(f"{statistics.mean(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})")
             print(f"| {source} | {n} | {' | '.join(cells)} |")
     for axis, what in zip(axes, CASES):
-        for source, colour in zip(SOURCES, ("#4477aa", "#cc3311", "#228833")):
-            if found := points.get((what, source)):
-                x, mean, low, high = zip(*found)
-                axis.plot(x, mean, "o-", color=colour, label=source)
-                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axis.set(title=f"call accuracy: {what}", xlabel="examples", xscale="log", ylim=(0, 1), xticks=options.sizes)
-        axis.set_xticklabels(options.sizes)
-        axis.minorticks_off()
+        for place, (source, colour) in enumerate(zip(SOURCES, ("#4477aa", "#cc3311", "#228833"))):
+            found = points.get((what, source), [])
+            if len(options.sizes) == 1:  # a point for each seed, a line for their mean
+                for n, shares in found:
+                    axis.plot([place] * len(shares), shares, "o", color=colour, alpha=0.7)
+                    axis.hlines(statistics.mean(shares), place - 0.25, place + 0.25, color=colour)
+            elif found:
+                x, seen = zip(*found)
+                axis.plot(x, [statistics.mean(shares) for shares in seen], "o-", color=colour, label=source)
+                axis.fill_between(x, [min(shares) for shares in seen], [max(shares) for shares in seen], color=colour, alpha=0.15, linewidth=0)
+        axis.set(title=f"call accuracy: {what}", ylim=(0, 1))
+        if len(options.sizes) == 1:
+            axis.set_xticks(range(len(SOURCES)), SOURCES)
+            axis.set(xlabel=f"data, {options.sizes[0]} examples", xlim=(-0.6, len(SOURCES) - 0.4))
+        else:
+            axis.set(xlabel="examples", xscale="log", xticks=options.sizes)
+            axis.set_xticklabels(options.sizes)
+            axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    if len(options.sizes) > 1:
+        axes[0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "data.png", dpi=110)
     print(f"\n{ROOT / 'docs' / 'data.png'}")
