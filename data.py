@@ -663,29 +663,29 @@ class Writer:
     def two_steps(self):
         return self.word_problem(2)
 
-    def city(self):
+    def city(self, towns=TOWNS):
         """A city: of those that people ask for, or in training any town of the world."""
-        return self.pick("cities.json", "geonames" if self.split == "train" and self.rng.random() < TOWNS else "cities")
+        return self.pick("cities.json", "geonames" if self.split == "train" and self.rng.random() < towns else "cities")
 
-    def place(self, lower):
-        city = self.city()
+    def place(self, lower, towns=TOWNS):
+        city = self.city(towns)
         name = f'{city["name"]}, {city["country"]}' if self.rng.random() < 0.12 else city["name"]
         return name.lower() if lower else name
 
     def skies(self):
-        """Weather, where nobody asks for a unit."""
-        return self.weather(lambda family: not family.get("unit"))
+        """Weather, where nobody asks for a unit, in cities that people ask for."""
+        return self.weather(lambda family: not family.get("unit"), towns=0)
 
-    def weather(self, wanted=lambda family: True):
+    def weather(self, wanted=lambda family: True, towns=TOWNS):
         family = self.rng.choice([f for f in pool("weather.json", "families", self.split) if wanted(f)])
         template, lower = self.register(self.rng.choice(family["texts"]))
         if self.split == "train" and re.search(r"\{city\}[?.]?$", template) and self.rng.random() < 0.25:  # "in oslo rn": where does the city end?
             closers = [c["text"] for c in pool("register.json", "closers", self.split) if re.fullmatch(r"[a-z']+( [a-z]+)?", c["text"])]
             template = template.rstrip("?.") + " " + self.rng.choice(closers)
-        city = self.place(lower)
-        if self.split == "train" and self.rng.random() < 0.25:  # no city: to copy what stands there, not what is known
-            one, two = (self.city()["name"] for _ in range(2))
-            if self.rng.random() < 0.4:  # a word that is one token behind a blank is several behind a quotation mark: how is it spelled?
+        city = self.place(lower, towns)
+        if self.split == "train" and self.rng.random() < (0.25 if towns else 0.2):  # no city: to copy what stands there, not what is known
+            one, two = (self.city(towns)["name"] for _ in range(2))
+            if towns and self.rng.random() < 0.4:  # a word that is one token behind a blank is several behind a quotation mark: how is it spelled?
                 entities = corpus("search_questions.json")["entities"]
                 one = self.rng.choice(of_split(entities[self.rng.choice(list(entities))], "train"))["name"]
                 city = one if one[0].isupper() else one.capitalize()
