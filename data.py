@@ -93,6 +93,12 @@ def example_of(tokenizer, template):
     return ""
 
 
+@functools.lru_cache(16)
+def plain_tags(tokenizer, template):
+    """Tags of a template that may be plain text to the tokenizer: [INST], Zephyr's <|user|>."""
+    return set(re.findall(r"<{1,2}/?\|?\w+\|?>{1,2}|\[/?[A-Z_]{2,}\]", template + example_of(tokenizer, template))) - set(GRAMMAR)
+
+
 def writes_chatml(tokenizer, template):
     """(Phi-4 and InternLM have these tokens, and another layout.) What a template says to the system may differ."""
     text = example_of(tokenizer, template)
@@ -136,9 +142,7 @@ def _template_pieces(messages, tokenizer, generation):
     layout = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content not in GRAMMAR
               and (token.special or token.content.strip() and token.content in str(tokenizer.chat_template))]
 
-    # Tags that are plain text to the tokenizer ([INST], Zephyr's <|user|>): what is said, not what the model itself says, is kept from them.
-    written = str(tokenizer.chat_template) + example_of(tokenizer, str(tokenizer.chat_template))
-    tags = [tag for tag in set(re.findall(r"<{1,2}/?\|?\w+\|?>{1,2}|\[/?[A-Z_]{2,}\]", written)) - set(GRAMMAR) - set(layout)]
+    tags = list(plain_tags(tokenizer, str(tokenizer.chat_template)) - set(layout))  # what is said, not what the model itself says, is kept from them
 
     def safe(message):  # such a token inside content is broken by a zero-width space: it must not become the token
         text = message["content"]
@@ -442,6 +446,12 @@ def talks(split):
     return [{**t, "easy": t["kind"] in easy} for t in of_split(corpus("talk_replies.jsonl")[1:], split)]
 
 
+def any_name(rng):
+    """A name of anything that people search for, of the train split."""
+    entities = corpus("search_questions.json")["entities"]
+    return rng.choice(of_split(entities[rng.choice(list(entities))], "train"))["name"]
+
+
 SEVERAL = 0.64  # share of requests for a calculation that have more than one operation
 SPOKEN = 0.08  # share of requests for a calculation that are written as one says them, "twelve hundred minus eighty-two"
 SAID = 0.4  # share of those for one operation that begin with a number in words, "seventeen times twelve": a first word has other tokens
@@ -627,7 +637,7 @@ class Writer:
         text = fill(ask, {"context": context if ask.startswith("{context}") else decapitalise(context), "goal": goal})
         slots = {"a": "num 2 400", "m": rng.choice(["money 3 900", "dollars 5 3000"]), "b": "dollars 5 300", "k": "int 2 12", "n": "int 2 9"}
         expression = (expression + more).replace("{a}", "{m}" if "{m}" in context else "{a}")
-        return {"id": "rate", "expression": expression, "slots": {k: v for k, v in slots.items() if f"{{{k}}}" in expression}, "texts": [text[0].upper() + text[1:]]}
+        return made_family("rate", expression, text, slots)
 
     def price(self):
         """A family about the price of one thing and of several, either of which is given: which way round is it?"""
@@ -637,7 +647,7 @@ class Writer:
         text = fill(rng.choice(kind["texts"]), words)
         slots = {"m": rng.choice(["money 0.2 30", "money 1 90", "dollars 2 60"]), "n": "int 2 48", "k": "int 2 30", "m2": rng.choice(["money 0.2 30", "dollars 2 60"])}
         slots["m2"] = "dollars 20 900" if kind["expression"].startswith("{m2}") else slots["m2"]
-        return {"id": "price", "expression": kind["expression"], "slots": {k: v for k, v in slots.items() if f"{{{k}}}" in kind["expression"]}, "texts": [text[0].upper() + text[1:]]}
+        return made_family("price", kind["expression"], text, slots)
 
     def sums(self):
         """Two numbers, in digits, and one of the four operations, each of these as often as the others."""
@@ -686,8 +696,7 @@ class Writer:
         if self.split == "train" and self.rng.random() < (0.25 if towns else 0.2):  # no city: to copy what stands there, not what is known
             one, two = (self.city(towns)["name"] for _ in range(2))
             if towns and self.rng.random() < 0.4:  # a word that is one token behind a blank is several behind a quotation mark: how is it spelled?
-                entities = corpus("search_questions.json")["entities"]
-                one = self.rng.choice(of_split(entities[self.rng.choice(list(entities))], "train"))["name"]
+                one = any_name(self.rng)
                 city = one if one[0].isupper() else one.capitalize()
             else:  # half of one name, half of another
                 city = f"{one.split()[0]} {two.split()[-1]}" if " " in one and " " in two else one[:len(one) // 2 + 1] + two[len(two) // 2:].lower()
@@ -799,6 +808,11 @@ class Writer:
 def operations(expression):
     """How many operations an expression has; sqrt and the like are one."""
     return len(re.findall(r"\*\*|//|[-+*/%]|[a-z]{3,}", re.sub(r"\{\w+\}", "0", expression)))
+
+
+def made_family(name, expression, text, slots):
+    """A family that was put together: one text, which begins with a capital, and of `slots` those that the expression has."""
+    return {"id": name, "expression": expression, "slots": {k: v for k, v in slots.items() if f"{{{k}}}" in expression}, "texts": [text[0].upper() + text[1:]]}
 
 
 def binding(expression):
@@ -1014,9 +1028,9 @@ class ApiWriter:
         rng = self.rng
         if isinstance(kind, list):
             if self.split == "train" and isinstance(kind[0], str) and rng.random() < 0.1:  # a name from anywhere: values are copied, not known by heart
-                entities = corpus("search_questions.json")["entities"]
-                kind = [e["name"] for e in of_split(entities[rng.choice(list(entities))], "train")]
-            value = rng.choice(kind)
+                value = any_name(rng)
+            else:
+                value = rng.choice(kind)
             return value, str(value)
         name, *limits = kind.split()
         if name == "city":
@@ -1206,11 +1220,12 @@ def api_conversation(kind, split, rng):
     prompt = prompts[0] if len(prompts) == 1 else fill(rng.choice(answers["api"]["joined"]), {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": decapitalise(prompts[-1])})
     if rng.random() < 0.25:
         stated = json.dumps([list(c.arguments.values()) for c in calls], ensure_ascii=False)
-        ends = tuple(v for c in calls for v in c.arguments.values() if isinstance(v, str))
         if stated == stated.lower():
             prompt = prompt.lower()
-        while stated != stated.lower() and prompt[-1] in ".?!" and not prompt.endswith(ends):  # a full stop that belongs to a value stays
-            prompt = prompt[:-1]
+        else:
+            ends = tuple(v for c in calls for v in c.arguments.values() if isinstance(v, str))
+            while prompt[-1] in ".?!" and not prompt.endswith(ends):  # a full stop that belongs to a value stays
+                prompt = prompt[:-1]
     messages = [{"role": "user", "content": prompt}]
     if calls:
         messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]

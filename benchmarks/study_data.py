@@ -52,7 +52,7 @@ def table(folder, options, seeds):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, len(CASES), figsize=(4.2 * len(CASES), 3.4), sharey=True)
     print(f"| data | examples | {' | '.join(CASES)} |\n| --- | ---: |{' ---: |' * len(CASES)}")
-    points = {}
+    points, alone = {}, len(options.sizes) == 1
     for source in SOURCES:
         for n in options.sizes:
             done = [score(folder, (source, n, seed), options) for seed in seeds if (folder / f"{source}-{n}-{seed}" / "functions.json").exists()]
@@ -67,7 +67,7 @@ def table(folder, options, seeds):
     for axis, what in zip(axes, CASES):
         for place, (source, colour) in enumerate(zip(SOURCES, ("#4477aa", "#cc3311", "#228833"))):
             found = points.get((what, source), [])
-            if len(options.sizes) == 1:  # a point for each seed, a line for their mean
+            if alone:  # a point for each seed, a line for their mean
                 for n, shares in found:
                     axis.plot([place] * len(shares), shares, "o", color=colour, alpha=0.7)
                     axis.hlines(statistics.mean(shares), place - 0.25, place + 0.25, color=colour)
@@ -76,7 +76,7 @@ def table(folder, options, seeds):
                 axis.plot(x, [statistics.mean(shares) for shares in seen], "o-", color=colour, label=source)
                 axis.fill_between(x, [min(shares) for shares in seen], [max(shares) for shares in seen], color=colour, alpha=0.15, linewidth=0)
         axis.set(title=f"call accuracy: {what}", ylim=(0, 1))
-        if len(options.sizes) == 1:
+        if alone:
             axis.set_xticks(range(len(SOURCES)), SOURCES)
             axis.set(xlabel=f"data, {options.sizes[0]} examples", xlim=(-0.6, len(SOURCES) - 0.4))
         else:
@@ -84,7 +84,7 @@ def table(folder, options, seeds):
             axis.set_xticklabels(options.sizes)
             axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
-    if len(options.sizes) > 1:
+    if not alone:
         axes[0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "data.png", dpi=110)
