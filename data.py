@@ -946,7 +946,7 @@ STYLES = {"snake": lambda domain, words: "_".join(words), "camel": lambda domain
 NAMED = ["{n} {v}", "with {n} {v}", "with a {n} of {v}", "{n}: {v}", "{n} = {v}"]
 WHOLE = 0.5  # share of requests that are sentences written as a whole, where a function has some; the others are put together from phrases
 SAID_TOO = {"train": 0.4, "dev": 0.25, "test": 0.25}  # how often a phrase states an optional value; what is left out most, is practised most
-OFFERS = {"train": 500}  # different offers of either kind, one function and several; on the other splits every conversation has its own
+OFFERS = {"train": 900}  # different offers of either kind, one function and several; on the other splits every conversation has its own
 MONTHS = "January February March April May June July August September October November December".split()
 
 
