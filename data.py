@@ -950,15 +950,6 @@ OFFERS = {"train": 900}  # different offers of either kind, one function and sev
 MONTHS = "January February March April May June July August September October November December".split()
 
 
-# Domains whose functions might be of some use for a request to a built-in tool.
-NUMBERS = {"statistics", "geometry", "banking", "stock_portfolio", "chemistry", "astronomy", "savings_math", "workshop", "physics_motion", "electricity", "loans_and_tax",
-           "probability_and_combinatorics", "algebra_and_matrices", "biology_and_genetics", "currency_and_crypto", "used_cars_and_repair", "farming", "personal_health_calculators", "climate_and_environment", "maps_and_navigation"}
-NEAR = {"arithmetic": NUMBERS, "everyday": NUMBERS, "one_step": NUMBERS, "weather": {"astronomy", "climate_and_environment"}, "no_tool": {"translation_and_language"},
-        "search": {"astronomy", "chemistry", "gardening", "library", "social_network", "wildlife", "workshop", "world_geography", "cinema", "music_streaming", "sports_results", "geometry", "recipes", "stock_portfolio", "email",
-                   "history_archive", "legal_records", "museum_and_art", "biology_and_genetics", "news_and_podcasts", "translation_and_language", "maps_and_navigation", "climate_and_environment", "farming",
-                   "pets_and_vets", "personal_health_calculators", "currency_and_crypto", "board_and_card_games", "used_cars_and_repair", "physics_motion"}}
-
-
 class ApiWriter:
     """Writes requests to the functions of one offer, in one style of names. An offer is drawn from its own random stream: in
     training several conversations share one, so that one set of tools is asked for different things (and is computed once by
@@ -1192,9 +1183,11 @@ def api_conversation(kind, split, rng):
     if kind == "api_none" and not near and rng.random() < 0.6:  # a request for one of the built-in tools, which are not offered, or just talk
         ask = rng.choice(["arithmetic", "everyday", "one_step", "weather", "weather", "search", "search", "search", "no_tool"])
         made_up = getattr(Writer(split, rng), ask)()
-        if made_up is None or any(d["name"] in NEAR[ask] for d, _, _ in writer.offered):
+        if made_up is None:
             return None
-        text, _, family, facts = made_up
+        text, wanted, family, facts = made_up
+        if any((wanted[0].name if wanted else "none") in d.get("near", ()) for d, _, _ in writer.offered):
+            return None
         prompts, reply = [text], facts.get("reply") or rng.choice(answers["api"]["none"])
     elif kind == "api_none":
         prompts, reply = [writer.request(function)[0]], rng.choice(answers["api"]["none"])
