@@ -53,7 +53,7 @@ class Config:
     """DPO's own keys; the shared ones are in toolplay.Config. `source: jsonl` reads pairs, or conversations to make them of."""
     pairs: Literal["corrupted", "sampled", "both"] = "corrupted"  # gold against a faulty copy; the policy's own best against its worst; that, and a faulty copy where it makes no pair
     faults: list = field(default_factory=list)                   # corrupted, both: which of CORRUPTIONS; empty: all
-    samples: Annotated[int, "> 0"] = 4   # sampled: answers to each prompt, scored with ppo.py's reward
+    samples: Annotated[int, "> 0"] = 4   # sampled: answers to each prompt (two or more), scored with ppo.py's reward
     temperature: Annotated[float, "> 0"] = 1.0                   # sampled: of the sampling
     max_new_tokens: Annotated[int, "> 0"] = 64                   # sampled: bound of each turn
     max_turns: Annotated[int, "> 0"] = 3                         # sampled: assistant turns; 1 ends an answer behind its calls' results
@@ -66,7 +66,7 @@ class Config:
     parting: Annotated[int, ">= 0"] = 0                          # train only this many tokens of either answer, from where the two part; 0: all
     variant: Literal[tuple(VARIANTS)] = "sigmoid"                # the loss
     beta: Annotated[float, "> 0"] = 0.1  # strength of the tie to the reference; 0.1 as in the paper
-    label_smoothing: Annotated[float, "0 to 1"] = 0.0            # share of judgements taken to be wrong (sigmoid, robust)
+    label_smoothing: Annotated[float, "0 to 1"] = 0.0            # share of judgements taken to be wrong, below 0.5 (sigmoid, robust)
     simpo_margin: Annotated[float, ">= 0"] = 0.5                 # SimPO's gamma; its beta is 2 to 2.5 in the paper
     nll_coef: Annotated[float, ">= 0"] = 0.0                     # weight of the chosen answer's own loss, see nll_loss; 1 in the paper
 

@@ -75,16 +75,16 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"              # auto: cuda where there is one
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: fp16 with loss scaling on cuda, fp32 on cpu
     # adapters (lora.py)
-    lora_r: NotNegative = 16             # rank; 0 trains every weight instead
+    lora_r: NotNegative = 16             # rank; 0 trains every weight instead (not for ppo)
     lora_alpha: Rate = 32.0              # the update is scaled by alpha / r
-    lora_dropout: Part = 0.0             # dropout on the adapter's input
+    lora_dropout: Part = 0.0             # dropout on the adapter's input (sft, teacher)
     lora_rslora: bool = False            # scale by alpha / sqrt(r) instead
     lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names or patterns
     lora_skip: Part = 0.0                # share of the lowest layers without adapters: backward ends above them
     # data (data.py)
     source: Literal["manual", "synthetic", "jsonl", "toolbench", "teacher"] = "manual"  # templates; invented functions; what `path` holds (also "data")
     path: str = ""                       # JSONL file of training conversations; ToolBench's files: one, a folder or a glob; a teacher run
-    eval_path: str = ""                  # the same for evaluation during training; empty: the dev split (none for jsonl, toolbench)
+    eval_path: str = ""                  # the same for evaluation during training; empty: the dev split (none for jsonl, toolbench; the teacher measures on the test split)
     fallback: Literal["", "synthetic"] = ""                      # what stands in where ToolBench's path holds nothing usable; always so without a path
     examples: Positive = 4000            # how many conversations to write
     eval_examples: NotNegative = 100     # how many to keep for evaluation during training
@@ -1297,8 +1297,10 @@ def train(args):
     run = Run(config, resume=args.resume)
     try:
         importlib.import_module(config.method).train(run)
-    except BaseException:  # whatever it was
+    except BaseException as error:  # whatever it was
         run.forget()
+        if isinstance(error, KeyboardInterrupt) and run.folder.exists():  # before the first step, but with something to go on from
+            raise Interrupted(str(run.folder)) from None
         raise
     if run.rank == 0:
         print(f"done: {run.folder}\n  score it:     python toolplay.py eval --run {run.folder}\n  talk to it:   python toolplay.py chat --run {run.folder}")

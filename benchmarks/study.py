@@ -5,8 +5,8 @@ study.py - what DPO and PPO teach that imitation does not: every run, every scor
     .venv/bin/python benchmarks/study.py start gae-0     only these
     .venv/bin/python benchmarks/study.py table plot      the table, docs/ppo.png and docs/dpo.png from the runs that are there
 
-All runs start from one SFT checkpoint (configs/sft_start.json), which has never seen a story problem of more than one
-operation (everyday sums of several it has). Then PPO and DPO as their configs say, and the rivals for as long as PPO takes:
+All runs start from one SFT checkpoint (configs/sft_start.json), which has seen no family of story problems of more than one
+operation (seven single ones among the canonical examples, and everyday sums of several, it has). Then PPO and DPO as their configs say, and the rivals for as long as PPO takes:
 
     gae-0 gae-1 gae-2, rloo-0, grpo-0    ppo.py from answers alone (configs/ppo.json, other seeds and advantages)
     sft-0 sft-1 sft-2                    more SFT on fresh examples of what the checkpoint was trained on: the control

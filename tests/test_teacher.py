@@ -1,4 +1,5 @@
 """teacher.py: the filter by hand and one by one, calls in plain text, the funnel, whole runs."""
+import dataclasses
 import json
 import math
 import shutil
@@ -251,7 +252,7 @@ def test_a_run(tmp_path, calls, capsys):
     assert "best 10" in capsys.readouterr().out
 
 
-def test_an_interrupted_annotation_goes_on_to_the_same_bytes(tmp_path, calls, monkeypatch):
+def test_an_interrupted_annotation_goes_on_to_the_same_bytes(tmp_path, calls, monkeypatch, capsys):
     teacher.train(toolplay.Run(config(tmp_path / "a")))
     real, count = teacher.annotate, []
 
@@ -263,8 +264,10 @@ def test_an_interrupted_annotation_goes_on_to_the_same_bytes(tmp_path, calls, mo
     cut = config(tmp_path / "b")
     with monkeypatch.context() as patch:
         patch.setattr(teacher, "annotate", stop)
-        with pytest.raises(KeyboardInterrupt):
-            teacher.train(toolplay.Run(cut))
+        (tmp_path / "c.json").write_text(json.dumps(dataclasses.asdict(cut)))
+        with pytest.raises(SystemExit, match="130"):
+            toolplay.main(["train", str(tmp_path / "c.json")])
+    assert f"toolplay.py train {cut.run_dir} --resume" in capsys.readouterr().err
     teacher.train(toolplay.Run(cut, resume=True))
     for name in ("augmented.jsonl", "metrics.jsonl", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "a/run" / name).read_bytes() == (tmp_path / "b/run" / name).read_bytes(), name
