@@ -204,6 +204,13 @@ def continuation(results, tokenizer):
     return [i for ids, _ in parts[last + 1:] for i in ids]
 
 
+def messages_of(item):
+    """The messages of a line that holds "messages", or a "prompt": a text, or (as in TRL) messages."""
+    if "messages" in item:
+        return item["messages"]
+    return item["prompt"] if isinstance(item.get("prompt"), list) else [{"role": "user", "content": item.get("prompt")}]
+
+
 def check_conversation(conversation):
     """Normalise a conversation (tool calls to {"name", "arguments"}, tools to Tools); UserError with the reason if it is not one.
 
@@ -1408,7 +1415,7 @@ def toolbench_arguments(text):
 
 def toolbench_repaired(arguments, tool):
     """Arguments of the types that the schema asks for ("5" -> 5, 5 -> "5", 5.0 -> 5), unknown ones and empty optional ones left out; None if
-    they do not fit all the same, or none is known."""
+    they do not fit all the same, or none is known. NUMBER has become integer, as in ToolBench, where fractions are numbers too: then the schema says so."""
     fields, required = tool["parameters"]["properties"], tool["parameters"]["required"]
 
     def typed(value, kind):
@@ -1419,6 +1426,8 @@ def toolbench_repaired(arguments, tool):
                 value = _loads(value.lower() if kind == "boolean" else value)
         return int(value) if kind == "integer" and isinstance(value, float) and value.is_integer() else value
     made = {key: typed(value, fields[key].get("type")) for key, value in arguments.items() if key in fields and not (value is None and key not in required)}
+    for key in [key for key, value in made.items() if isinstance(value, float) and fields[key].get("type") == "integer"]:
+        fields[key] = {**fields[key], "type": "number"}
     return None if arguments and not set(arguments) & set(fields) or any(_problems(made, tool["parameters"])) else made
 
 
@@ -1585,6 +1594,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
     lines = [f"ToolBench, {path}: {len(kept)} conversations from {len(names)} files; {calls_dropped} broken or made-up calls left out of them"]
     lines += [f"  {count:7d}  {what}" for what, count in counts.most_common()] + [f"  {len(damaged):7d}  files, lines or items damaged"] * bool(damaged)
     lines += [f"  {word}  {name}: {why}" for word, named in (("damaged", damaged), ("noted", noted)) for name, why in [*named.items()][:100]]
+    lines += [f"  and {len(named) - 100} more {word} (--report names all)" for word, named in (("damaged", damaged), ("noted", noted)) if len(named) > 100]
     print("\n".join(lines), file=sys.stderr)
     if report:
         Path(report).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -1620,7 +1630,7 @@ def read_teacher(path, split, n, seed=0, extra=()):
         if call:
             result = execute(call, tools)
             messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": call.name, "arguments": call.arguments}]}, {"role": "tool", "content": result.text()}]
-            answer = result.value if call.name == "calculator" and rest.startswith(str(result.value)) else None
+            answer = result.value if call.name == "calculator" and re.match(re.escape(str(result.value)) + r"(?!\d|[.,]\d)", rest) else None
         return {"kind": call.name if call else "no_tool", "messages": [*messages, {"role": "assistant", "content": rest}], "tools": list(BUILTIN), "answer": answer}
     file = Path(path) / "augmented.jsonl" if Path(path).is_dir() else Path(path)
     rng, tools, calling, silent = random.Random(f"{split} teacher {seed}"), {**BUILTIN, **load_tools(list(extra))}, [], []
@@ -1640,6 +1650,8 @@ def read_teacher(path, split, n, seed=0, extra=()):
         raise UserError(f"{file}: no call of {', '.join(tools)} survived in it; run teacher.py on more texts, or with a lower tau_f")
     out = calling + silent[:len(calling)]
     rng.shuffle(out)
+    if len(out) < n and split == "train":
+        print(f"{file}: {len(out)} conversations where {n} are wanted: {len(calling)} with a call, and as many without one at most", file=sys.stderr)
     return out[:n]
 
 
@@ -1688,8 +1700,7 @@ def conversations(config, split, tokenizer, line=check_conversation, offered=())
         except UserError as error:
             if not config.fallback:
                 raise
-            stand_in(config, error, split)
-            made = generate(split, count, config.seed, config.mix or SYNTHETIC)
+            made = generate(split, count, config.seed, stand_in(config, error, split))
     elif config.source in ("manual", "synthetic"):
         made = generate(split, count, config.seed, mix_of(config))
     return [with_tools(item) for item in (made if split == "train" else made[:count])]
@@ -1706,10 +1717,13 @@ def mix_of(config):
 
 
 def stand_in(config, why, split="train"):
-    """The synthetic generator takes ToolBench's place in a run, and says so: here, and (as it learns from it) in its config.json."""
-    print(f"{why}: invented functions (data.SYNTHETIC) stand in for ToolBench", file=sys.stderr)
+    """The synthetic generator takes ToolBench's place in a run, and says so: here, and (as it learns from it) in its config.json.
+    -> its mix: the invented kinds of the config's own, if it has any."""
+    mix = {kind: weight for kind, weight in config.mix.items() if kind in SYNTHETIC} or SYNTHETIC
+    print(f"{why}: invented functions ({', '.join(mix)}) stand in for ToolBench", file=sys.stderr)
     if split == "train":
-        config.source, config.fallback = "synthetic", "synthetic"
+        config.source, config.fallback, config.mix = "synthetic", "synthetic", mix
+    return mix
 
 
 def encode_all(conversations, tokenizer, config, what):

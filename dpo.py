@@ -240,7 +240,7 @@ def call_left_out(conversation, rng):
 def call_too_many(conversation, rng):
     """Behind the calls that are due one more."""
     at, calls = first_call(conversation)
-    return until(conversation, at, tool_calls=[*calls, tempting_call(rng.choice(names_of(conversation)), conversation)]) if calls else None
+    return until(conversation, at, tool_calls=[*calls, tempting_call(rng.choice(names_of(conversation)), conversation)]) if calls and names_of(conversation) else None
 
 
 def missing_call(conversation, rng):
@@ -321,8 +321,9 @@ def corrupted_pairs(conversations, tokenizer, seed=0, style="signature", faults=
     """Gold conversations -> pairs: the gold one, and the same with one fault of a random kind that applies (of `faults`, if any are named)."""
     pairs = []
     for n, conversation in enumerate(conversations):
-        if all(m["role"] != "assistant" for m in conversation["messages"]):
-            continue  # nothing to spoil
+        roles = [m["role"] for m in conversation["messages"]]
+        if "user" not in roles or "assistant" not in roles[roles.index("user"):] or roles.index("assistant") < roles.index("user"):
+            continue  # nothing to spoil: no answer to a request
         rng, names = random.Random(f"{seed} pair {n}"), list(faults or CORRUPTIONS)
         for name in rng.sample(names, len(names)):
             worse = CORRUPTIONS[name](conversation, rng)
@@ -382,10 +383,9 @@ def read_pair(line, tokenizer, style="signature"):
         return part[:len(prompt)] == prompt or isinstance(line.get("prompt"), str) and whole
 
     def in_one_spelling(part):  # or the same would differ
-        messages = data.check_conversation({"messages": [*prompt, *part], **prompt_tools})["messages"]
+        messages = data.check_conversation({"messages": [*([] if holds_prompt(part) else prompt), *part], **prompt_tools})["messages"]
         return [{key: m[key] for key in ("role", "content", "tool_calls") if key in m} for m in messages]
     prompt_tools = {"tools": line.get("tools") or []}
-    prompt = [] if holds_prompt(chosen) and holds_prompt(rejected) else prompt
     chosen, rejected = in_one_spelling(chosen), in_one_spelling(rejected)
     if chosen == rejected:
         raise UserError("chosen and rejected are the same")
@@ -409,6 +409,8 @@ def check_settings(config):
         raise UserError(f"lora_dropout = {config.lora_dropout}: must be 0 for dpo, whose reference is the same model")
     if config.label_smoothing >= 0.5:
         raise UserError(f"label_smoothing = {config.label_smoothing}: must be below 0.5; from there on the judgements say nothing, or the reverse")
+    if config.label_smoothing and config.variant in ("ipo", "hinge", "simpo"):
+        raise UserError(f"label_smoothing = {config.label_smoothing}: {config.variant} has none; set it to 0, or take variant sigmoid or robust")
     if unknown := [fault for fault in config.faults if fault not in list(CORRUPTIONS)]:
         raise UserError(f"faults: {unknown[0]!r} is none of {', '.join(CORRUPTIONS)}")
     if config.pairs != "corrupted":
@@ -568,8 +570,8 @@ def prompts_of(config, split, tokenizer):
     from tools import BUILTIN
 
     def usable(line):  # here, where a bad line still has its number
-        as_case(line)
-        return data.check_conversation(line)
+        case = as_case(line)
+        return data.check_conversation({**line, "messages": line.get("messages") or case.conversation["messages"], "tools": case.conversation["tools"]})
     return data.conversations(config, split, tokenizer, usable, BUILTIN)
 
 
@@ -611,7 +613,7 @@ def reference_logp(run, pairs, answers, autocast):
     path = run.folder / "reference.json"
     if path.exists():
         kept = toolplay.read_json(path, lambda kept: (kept["data_sha256"], [float(a) + float(b) for a, b in kept["logp"]]), "remove it: it is computed anew")
-        if kept["data_sha256"] != key:
+        if kept["data_sha256"] != key or len(kept["logp"]) != len(pairs):
             raise UserError(f"{path}: these log-probs are of other pairs or another model; the data has changed since the run began. Start a new run")
         return kept["logp"]
     with torch.no_grad(), autocast():

@@ -42,6 +42,9 @@ Beta(yes + 1/2, no + 1/2), or Wilson where there is one side.
     python eval.py --run runs/demo --split test
     python eval.py --model smollm2-135m --data cases.jsonl --out result.json
 """
+import contextlib
+import csv
+import io
 import itertools
 import json
 import re
@@ -73,7 +76,7 @@ def as_case(item):
     """A conversation in training form, or a prompt with an expectation -> Case; UserError with the reason."""
     if not isinstance(item, dict) or not isinstance(item.get("expected"), (dict, type(None))):
         raise UserError('a case is an object with "messages" or "prompt", and perhaps "expected", an object')
-    messages, tools = item.get("messages", [{"role": "user", "content": item.get("prompt")}]), item.get("tools")
+    messages, tools = data.messages_of(item), item.get("tools")
     conversation = data.check_conversation({"messages": messages, "tools": list(BUILTIN) if tools is None else tools})
     messages, expected = conversation["messages"], item.get("expected")
     if unknown := set(expected or ()) - {"calls", "final", "answer"}:
@@ -381,6 +384,15 @@ def compare(groups, draws=2000):
     return out
 
 
+def settings_of(config):
+    """What makes two runs seeds of one experiment: the config without its seed and what changes no result; for the run it started from, that run's."""
+    kept = {k: v for k, v in config.items() if k not in ("seed", "run_dir", "comment", "provenance", "device", "save_every", "micro_tokens") and not k.startswith("wandb")}
+    with contextlib.suppress(OSError, ValueError):  # it may be gone
+        if kept.get("start_from"):
+            kept["start_from"] = settings_of(json.loads((Path(kept["start_from"]) / "config.json").read_text(encoding="utf-8")))
+    return kept
+
+
 def compare_command(args):
     """Compare runs on the same cases: each metric with its interval, paired differences to the first, seeds aggregated."""
     import toolplay
@@ -391,7 +403,7 @@ def compare_command(args):
         remedy = f"make one: python eval.py --run {folder}"
         try:
             result = toolplay.read_json(folder / "eval.json", lambda d: [(r["id"], r["prompt"], r["kind"] + "", [r["verdicts"][m] for m in METRICS]) for r in d["records"]], remedy)
-            config = toolplay.read_json(folder / "config.json", dict.items, remedy)
+            config = toolplay.read_json(folder / "config.json", dict.items, remedy) if (folder / "config.json").exists() else {"run": str(folder)}  # of eval --model --out
         except OSError as error:
             raise UserError(f"{folder}: no result to compare ({type(error).__name__}); {remedy}") from None
         records = [r for r in result["records"] if not args.kind or r["kind"] in args.kind.split(",")]
@@ -401,8 +413,7 @@ def compare_command(args):
         if same is not None and cases != same or not cases:
             raise UserError(f"{folder}: its eval.json is of other cases than {args.runs[0]}'s; run eval on all with the same --data, --n and --seed")
         same = cases
-        settings = {k: v for k, v in config.items() if k not in ("seed", "run_dir", "comment", "provenance") and not k.startswith("wandb")}
-        key, seed = json.dumps(settings, sort_keys=True), config.get("seed")
+        key, seed = json.dumps(settings_of(config), sort_keys=True), config.get("seed")
         version = next(n for n in itertools.count() if seed not in groups.get((key, n), {}))  # a seed that comes again: the code has changed
         groups.setdefault((key, version), {})[seed] = (folder, records)
     labelled = {}
@@ -420,8 +431,9 @@ def compare_command(args):
     print(f"\n{len(same)} cases; value [95 % interval] (paired difference to {first} [95 % interval])")
     if args.csv:
         keys = ["value", "low", "high", "difference", "d_low", "d_high", "n", "seeds"]
-        lines = [",".join(["run", "metric", *keys])] + [",".join([label, name, *(f"{of[name][k]:.6g}" for k in keys)]) for label, of in result.items() for name in METRICS]
-        toolplay.write_atomic(args.csv, lambda p: p.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([["run", "metric", *keys]] + [[label, name, *(f"{of[name][k]:.6g}" for k in keys)] for label, of in result.items() for name in METRICS])
+        toolplay.write_atomic(args.csv, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
 
 
 # --------------------------------------------------------------------------- 7. with a model

@@ -108,11 +108,13 @@ def read_call(text, tools):
     What stands between the brackets is the first argument, or those that the tool requires, with commas between them.
     """
     from tools import Call  # here, so that this file alone gives the losses
-    found = re.match(r"\s*(\w+)\(([^\[\]\n]+?)\)\s*(?:\]|->)", text)
-    if not found or found[1] not in tools or not found[2].strip():
+    found = re.match(r"\s*([^\s<>\"(),\[\]]+)\(([^\[\]\n]*?)\)\s*(?:\]|->)", text)
+    if not found or found[1] not in tools:
         return None
     required, fields = (tools[found[1]].parameters.get(key) or [] for key in ("required", "properties"))
     names = required or list(fields)[:1]
+    if not found[2].strip():
+        return Call(found[1], {}) if not required else None
 
     def typed(name, text):
         if name not in fields or fields[name].get("type") not in ("integer", "number", "boolean"):
@@ -314,14 +316,19 @@ def prose(split, n, seed=0):
 
 
 def read_texts(path, n):
-    """The first n texts of a file: JSONL with "text", or a text a line."""
+    """The first n texts of a file: JSON lines with "text" (or "question" and "answer", as GSM8K has them), or a text a line."""
     import data
     from tools import UserError
-    if str(path).endswith(".jsonl"):
+    if str(path).lower().endswith((".jsonl", ".ndjson", ".json")):
         def check(item):
-            if not isinstance(item, dict) or not isinstance(item.get("text"), str) or not item["text"].strip():
-                raise UserError('a line is an object with "text"')
-            return {"text": item["text"].strip(), "kind": "text"}
+            found = [item.get(key) for key in (["text"] if "text" in item else ["question", "answer"])] if isinstance(item, dict) else [None]
+            if not all(isinstance(text, str) and text.strip() for text in found):
+                raise UserError('a line is an object with "text", or with "question" and "answer"')
+            text = found[0].strip()
+            if len(found) > 1:  # in one line, without GSM8K's marks: "5 + 6 = <<5+6=11>>11", and "#### 11" at the end
+                text = " ".join(re.sub(r"<<[^<>]*>>|^####.*", "", f"{text}\n{found[1]}", flags=re.MULTILINE).split())
+            text.encode()  # half a surrogate pair is no text
+            return {"text": text, "kind": "text"}
         return data.read_jsonl(path, check)[:n]
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -426,13 +433,14 @@ def train(run):
 
     # 1. data: texts, annotated by the model itself; what is annotated already is not done again
     model, tokenizer = toolplay.prepare_model(config, run.device)
-    tools = load_tools([*data.BUILTIN, *config.tools])
+    tools = {**data.BUILTIN, **load_tools(config.tools)}
     texts = read_texts(config.text, config.texts) if config.text else prose("train", config.texts, config.seed)
+    texts = [item for item in texts if len(ids_of(tokenizer, item["text"])) > 1]  # a token alone has no loss
     texts = data.fitting(texts, [len(ids_of(tokenizer, item["text"])) for item in texts], config.max_tokens, "texts")
     if not texts:
         raise UserError(f"no text fits max_tokens = {config.max_tokens}; raise it, or write shorter texts, one a line")
     held_out = read_texts(config.eval_path, config.eval_examples) if config.eval_path else prose("test", config.eval_examples, config.seed) if config.eval_examples else []
-    held_out = [item for item in held_out if len(ids_of(tokenizer, item["text"])) > 1]  # a token alone has no loss
+    held_out = [item for item in held_out if len(ids_of(tokenizer, item["text"])) > 1]
     annotated = annotated_texts(run, model, tokenizer, texts, tools)
     rows = [insert(line["ids"], kept_calls(line["candidates"]), tokenizer) for line in annotated]
     if not any(0 in mask for _, mask in rows):

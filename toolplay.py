@@ -552,6 +552,8 @@ class SharedPrefixCache:
     """
 
     def __init__(self, model, prompts):
+        if not takes_trie(model):  # asked here, for it is what lends the model our attention
+            raise ValueError(f"{type(model).__name__} takes no mask of our own: sample from it one row at a time")
         self.model, self.device = model, model.get_input_embeddings().weight.device
         trie = Trie(prompts)
         nodes = {}  # layer -> (k, v), each [1, heads, N, d]
@@ -985,8 +987,8 @@ class Run:
                 raise UserError(f"{self.folder} already holds a run: continue it with --resume, or choose another place with --run_dir=...")
             before = dataclasses.asdict(load_config(old))
             for key in flat:
-                if key == "source" and before["fallback"]:
-                    config.source = before[key]  # what stood in when it began
+                if key in ("source", "mix") and before["fallback"]:
+                    setattr(config, key, before[key])  # what stood in when it began
                 elif flat[key] != before[key] and key not in ("run_dir", "wandb", "device"):
                     raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(before[key])}, now {json.dumps(flat[key])}; "
                                     "resume with the same config, or start a new run with --run_dir=...")
@@ -1345,8 +1347,7 @@ def request(item, tools):
     """A line of predict's input -> (id, conversation); UserError says what is wrong with it."""
     if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item or item["id"] != item["id"]:  # NaN
         raise UserError('a line is an object with "id" and "prompt" (or "messages")')
-    messages = item["messages"] if "messages" in item else [{"role": "user", "content": item.get("prompt")}]
-    own = item.get("tools")
+    messages, own = data.messages_of(item), item.get("tools")
     conversation = data.check_conversation({"messages": messages, "tools": list(tools.values()) if own is None else own})
     if conversation["messages"][-1]["role"] not in ("user", "tool"):
         raise UserError("the last message must be the user's (or a tool result)")

@@ -101,7 +101,7 @@ def main():
     parser.add_argument("--folder", default="runs/study_data")
     parser.add_argument("--table", action="store_true", help="only the table and the picture")
     options = parser.parse_args()
-    folder = Path(options.folder)
+    folder, options.teacher = Path(options.folder).resolve(), str(Path(options.teacher).resolve())  # the runs' own place is the repository
     if not options.table:
         if not (Path(options.teacher) / "adapter").is_dir():
             toolplay("train", *(["--resume", options.teacher] if (Path(options.teacher) / "config.json").exists() else [ROOT / "configs" / "teacher.json", f"--run_dir={options.teacher}"]))

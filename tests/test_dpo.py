@@ -19,7 +19,7 @@ import dpo
 import eval as evaluation
 import lora
 import toolplay
-from tools import Call, UserError, parse_calls
+from tools import BUILTIN, Call, UserError, parse_calls
 
 ROOT = Path(toolplay.__file__).parent
 PC, PR, RC, RR = [torch.tensor(x, dtype=torch.float64) for x in ([-10.0, -3.0, -7.5], [-12.0, -2.5, -7.5], [-11.0, -2.0, -7.5], [-11.5, -4.0, -7.5])]
@@ -191,6 +191,12 @@ def test_pairs_as_trl_writes_them():
     assert pair == dpo.read_pair({**whole, "prompt": "2+2"}, tokenizer()) == dpo.read_pair({**whole, "prompt": lists["prompt"]}, tokenizer())  # UltraFeedback: the prompt is there twice
 
 
+def test_only_one_side_may_repeat_the_prompt():
+    user = {"role": "user", "content": "2+2"}
+    mixed = {"prompt": "2+2", "chosen": [user, {"role": "assistant", "content": "4"}], "rejected": "5"}
+    assert dpo.read_pair(mixed, tokenizer()) == dpo.read_pair({"prompt": "2+2", "chosen": "4", "rejected": "5"}, tokenizer())
+
+
 def test_pairs_in_two_spellings():
     """Ids and arguments as text are no difference; an answer that ends where the other goes on is one."""
     user, result, said = {"role": "user", "content": "2+2"}, {"role": "tool", "content": "4", "tool_call_id": "b"}, {"role": "assistant", "content": "4"}
@@ -331,6 +337,10 @@ def test_other_data_than_the_run_began_with_is_refused(tmp_path, variant):
     path.write_text(path.read_text().replace('"data_sha256": "', '"data_sha256": "0'))
     with pytest.raises(UserError, match="reference.json.*data has changed"):
         train(c, resume=True)
+    kept = json.loads(path.read_text().replace('"data_sha256": "0', '"data_sha256": "'))
+    path.write_text(json.dumps({**kept, "logp": kept["logp"][:-1]}))  # its end is lost
+    with pytest.raises(UserError, match="reference.json"):
+        train(c, resume=True)
 
 
 def test_the_reference_is_where_training_starts(tmp_path):
@@ -457,6 +467,12 @@ def test_faults_of_the_policy_against_the_examples_own_turn(tmp_path, monkeypatc
         assert why == "reward 0.00 against the example's"
 
 
+@pytest.mark.parametrize("variant", ["ipo", "hinge", "simpo"])
+def test_smoothing_where_there_is_none_is_one_line(tmp_path, variant):
+    with pytest.raises(UserError, match=f"{variant} has none"):
+        train(config(tmp_path, variant=variant, label_smoothing=0.1))
+
+
 @pytest.mark.parametrize("fault", ["typo", 1, ["malformed"]])
 def test_a_fault_that_is_none_is_one_line(tmp_path, fault):
     with pytest.raises(UserError, match=rf"faults: {re.escape(repr(fault))} is none of wrong_tool, malformed"):
@@ -470,7 +486,15 @@ def test_faults_that_apply_nowhere_are_one_line(tmp_path):
 
 def test_conversations_without_an_answer_make_no_pair():
     asked = {"messages": [{"role": "user", "content": "Hi"}], "tools": ["calculator"]}
-    assert dpo.corrupted_pairs([asked], tokenizer()) == []
+    greeted = {"messages": [{"role": "assistant", "content": "Hello!"}, *asked["messages"], {"role": "assistant", "content": "Hi."}], "tools": ["calculator"]}
+    alone = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "Yes."}], "tools": ["calculator"]}
+    assert dpo.corrupted_pairs([asked, greeted, alone], tokenizer()) == []
+
+
+def test_calls_without_a_list_of_tools():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2+2"}}]}
+    bare = {"messages": [{"role": "user", "content": "2+2"}, call], "tools": []}
+    assert len(dpo.corrupted_pairs([bare] * 12, tokenizer())) == 12
 
 
 def test_bad_lines_of_prompts_are_skipped_by_number(tmp_path, capsys):
@@ -478,7 +502,8 @@ def test_bad_lines_of_prompts_are_skipped_by_number(tmp_path, capsys):
     lines = [{"messages": [user, call]}, {"messages": [user, {**call, "tool_calls": [{"name": "calculator", "arguments": {"expression": "2+2"}}]}]}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     c = config(tmp_path, source="jsonl", path=str(tmp_path / "c.jsonl"), pairs="both")
-    assert len(dpo.prompts_of(c, "train", tokenizer())) == 1
+    prompts = dpo.prompts_of(c, "train", tokenizer())
+    assert len(prompts) == 1 and [tool.name for tool in prompts[0]["tools"]] == list(BUILTIN) and evaluation.as_case(prompts[0]).calls  # it names no tools
     assert "line 1: the expected call names tool 'nothing'" in capsys.readouterr().err
 
 

@@ -1,5 +1,6 @@
 """eval.py: each metric on cases made by hand, hostile output, and policies that try to cheat."""
 import argparse
+import csv
 import dataclasses
 import functools
 import io
@@ -340,6 +341,7 @@ def test_expectation_form():
     assert got.conversation["messages"] == history and got.calls == [calc("2 + 2")] and got.reference is None and got.kind == "arithmetic"
     got = evaluation.as_case({"prompt": "2 + 2?", "tools": [], "expected": {"calls": [], "answer": None, "final": "Four."}})
     assert got.calls == [] and got.conversation["tools"] == [] and got.reference == "Four."
+    assert evaluation.as_case({"prompt": [{"role": "user", "content": "2 + 2?"}], "answer": 4}) == evaluation.as_case({"prompt": "2 + 2?", "answer": 4})  # TRL's form
     got = evaluation.as_case({"prompt": "2 + 2?", "expected": {"answer": 4}})
     assert got.calls is None and got.answer == 4
     assert verdicts(got, "It is 4.")["response_quality"] is True and verdicts(got, "It is 4.")["overall"] is None
@@ -474,6 +476,14 @@ def test_compare(tmp_path, capsys):
     with pytest.raises(SystemExit):
         toolplay.main([*argv, "--kind", "k7"])
     assert "no case of kind 'k7'" in capsys.readouterr().err
+    for seed in (1, 2):  # started from its own seed's run, under a name with a comma; and the untrained model, which has no config
+        (tmp_path / f"dpo,{seed}").mkdir()
+        shutil.copy(tmp_path / f"ppo-s{seed}" / "eval.json", tmp_path / f"dpo,{seed}")
+        (tmp_path / f"dpo,{seed}" / "config.json").write_text(json.dumps({"seed": seed, "start_from": str(tmp_path / f"ppo-s{seed}")}))
+    (tmp_path / "base").mkdir()
+    shutil.copy(tmp_path / "sft" / "eval.json", tmp_path / "base")
+    toolplay.main(["compare", *(str(tmp_path / name) for name in ("base", "dpo,1", "dpo,2")), "--csv", str(tmp_path / "out.csv")])
+    assert "base (1 seed)" in (out := capsys.readouterr().out) and "dpo, (2 seeds)" in out and {len(row) for row in csv.reader((tmp_path / "out.csv").open())} == {10}
     same = evaluation.compare({"a": [records([True, False] * 10)], "b": [records([True, False] * 10)]}, 200)["b"]["tool_accuracy"]
     assert same["difference"] == same["d_low"] == same["d_high"] == 0  # the same cases are drawn for both: paired
     (tmp_path / "sft" / "eval.json").write_text(json.dumps({"records": records([True] * 3)}))

@@ -16,7 +16,7 @@ import data
 import teacher
 import toolplay
 from teacher import Candidate
-from tools import BUILTIN, Call, UserError, execute
+from tools import BUILTIN, Call, UserError, execute, load_tools
 
 ROOT = Path(toolplay.__file__).parent
 CALC = Call("calculator", {"expression": "2 * 3"})
@@ -52,6 +52,12 @@ def test_alone_in_an_empty_folder(tmp_path):
     ("search(who wrote (1984)?)]", Call("search", {"query": "who wrote (1984)?"})), ("calculator(2 * 3", None), ("calculator()]", None), ("nothing(2)]", None), ("2 * 3]", None), ("", None)])
 def test_read_call(text, call):
     assert teacher.read_call(text, BUILTIN) == call
+
+
+@pytest.mark.parametrize("text, call", [("unit.convert(5)]", Call("unit.convert", {"n": 5})), ("get-time()]", Call("get-time", {})), ("unit.convert()]", None)])
+def test_calls_of_tools_of_ones_own(text, call):
+    tools = load_tools([{"name": "get-time", "description": "", "parameters": {}}, {"name": "unit.convert", "description": "", "parameters": {"properties": {"n": {"type": "integer"}}, "required": ["n"]}}])
+    assert teacher.read_call(text, tools) == call
 
 
 def test_results_in_words():
@@ -223,6 +229,8 @@ def test_texts_from_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "One."}\nbroken\n{"text": "Two."}\n')
     assert [x["text"] for x in teacher.read_texts(tmp_path / "a.txt", 2)] == ["One.", "Two."]
     assert [x["text"] for x in teacher.read_texts(tmp_path / "a.jsonl", 9)] == ["One.", "Two."]
+    (tmp_path / "g.JSONL").write_text(json.dumps({"question": "Two and 3?", "answer": "They are 2 + 3 = <<2+3=5>>5\n#### 5"}) + '\n{"text": "\\ud83d"}\n{"question": "?"}\n')
+    assert [x["text"] for x in teacher.read_texts(tmp_path / "g.JSONL", 9)] == ["Two and 3? They are 2 + 3 = 5"]
     (tmp_path / "empty.txt").write_text("\n")
     for name in ("empty.txt", "nowhere.txt"):
         with pytest.raises(UserError):
@@ -297,6 +305,10 @@ def test_surviving_calls_become_conversations(tmp_path):
     assert "Two bags of 3 apples are" in asked["content"] and " 6" not in asked["content"]
     assert called["tool_calls"] == [{"name": "calculator", "arguments": {"expression": "2 * 3"}}] and result["content"] == '{"result": 6}'
     assert said["content"] == "6 apples." and with_call["answer"] == 6
+    line = (tmp_path / "augmented.jsonl").read_text().splitlines()[0]
+    for rest, answer in (("6.", 6), ("60 apples.", None), ("6.50 a bag.", None)):  # 60 is not what the call gave
+        (tmp_path / "b.jsonl").write_text(line.replace("6 apples.", rest) + "\n")
+        assert data.read_teacher(tmp_path / "b.jsonl", "train", 1)[0]["answer"] == answer
     without, = (c for c in made if c["kind"] == "no_tool")
     assert "tool_calls" not in without["messages"][1] and without["answer"] is None
     assert len(data.read_teacher(tmp_path, "train", 1)) == 1 and data.read_teacher(tmp_path, "dev", 9) == []  # no call survived in the tenth text

@@ -257,6 +257,12 @@ def test_arguments_that_can_be_mended(tmp_path, text, arguments):
     assert c["messages"][1]["tool_calls"][0]["arguments"] == arguments and report["calls_left_out"] == 0
 
 
+def test_a_number_may_be_a_fraction(tmp_path):
+    c, report = one(tmp_path, tree(call("find_book_for_library", '{"title": "Emma", "is_id": "5.25"}'), result("?")))
+    assert c["messages"][1]["tool_calls"][0]["arguments"] == {"title": "Emma", "is_id": 5.25} and report["calls_left_out"] == 0
+    assert next(t for t in c["tools"] if t.name == "find_book_for_library").parameters["properties"]["is_id"]["type"] == "number"  # what is learned fits what is read
+
+
 @pytest.mark.parametrize("text", ['{"title": NaN}', {"title": float("nan")}, [], '{"zzz": 1}', '{"title": "Emma"', "{'title': {1, 2}}", '{"title": "a", "title": "b"}', "__import__('os')", '{"title": null}'])
 def test_arguments_that_can_not(tmp_path, text):
     c, report = one(tmp_path, tree(call("find_book_for_library", text), result("?"), *GOOD))
@@ -325,6 +331,7 @@ def test_without_a_path_invented_functions_stand_in_and_it_is_said(tmp_path, cap
     kept = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (kept["source"], kept["fallback"]) == ("synthetic", "synthetic")
     toolplay.main(["eval", "--run", str(tmp_path / "run"), "--n", "2"])
+    assert data.stand_in(toolplay.load_config({"mix": {"sums": 3, "api_one": 2}}), "so") == {"api_one": 2} and data.stand_in(toolplay.load_config({"mix": {"sums": 3}}), "so") == data.SYNTHETIC
     assert "stood in for ToolBench" in capsys.readouterr().out and "ToolBench" in json.loads((tmp_path / "run" / "eval.json").read_text())["trained_on"]
 
 
