@@ -1677,33 +1677,34 @@ def conversations(config, split, tokenizer, line=check_conversation, offered=())
     `line` reads what a line of a JSONL file holds; `offered`: the tools of a line that names none.
     """
     path, count = (config.path, config.examples) if split == "train" else (config.eval_path, config.eval_examples)
-    extra = [tool_from_schema(t) for t in config.tools]
-
-    def with_tools(item):
-        own = item.get("tools") if isinstance(item, dict) else ()
-        own = list(offered) if own is None else own
-        with contextlib.suppress(ValueError):  # what is no JSON is said where it is read
-            own = json.loads(own) or [] if isinstance(own, str) else own
-        if not extra or not isinstance(own, list):
-            return item
-        return {**item, "tools": [*(t for t in own if tool_name(t) not in [x.name for x in extra]), *extra]}
     made = []
     if split == "dev" and not count:
         return made
     if config.source == "jsonl" and path:
-        made = read_jsonl(path, lambda item: line(with_tools(item)))
+        made = read_jsonl(path, lambda item: line(with_tools(item, config, offered)))
     elif config.source == "teacher":
-        made = read_teacher(path or config.path, split, count, config.seed, extra)
+        made = read_teacher(path or config.path, split, count, config.seed, config.tools)
     elif config.source == "toolbench" and path:
         try:
-            made = read_toolbench(path, lambda c: len(encode(with_tools(c), tokenizer, config.tool_style)[0]) <= config.max_tokens, questions=False)
+            made = read_toolbench(path, lambda c: len(encode(with_tools(c, config), tokenizer, config.tool_style)[0]) <= config.max_tokens, questions=False)
         except UserError as error:
             if not config.fallback:
                 raise
             made = generate(split, count, config.seed, stand_in(config, error, split))
     elif config.source in ("manual", "synthetic"):
         made = generate(split, count, config.seed, mix_of(config))
-    return [with_tools(item) for item in (made if split == "train" else made[:count])]
+    return [with_tools(item, config) for item in (made if split == "train" else made[:count])]
+
+
+def with_tools(item, config, offered=()):
+    """A line or a conversation, with the config's own tools beside its tools, or beside those `offered` where it names none."""
+    extra, own = [tool_from_schema(t) for t in config.tools], item.get("tools") if isinstance(item, dict) else ()
+    own = list(offered) if own is None else own
+    with contextlib.suppress(ValueError):  # what is no JSON is said where it is read
+        own = json.loads(own) or [] if isinstance(own, str) else own
+    if not extra or not isinstance(own, list):
+        return item
+    return {**item, "tools": [*(t for t in own if tool_name(t) not in [x.name for x in extra]), *extra]}
 
 
 def tool_name(tool):

@@ -26,8 +26,8 @@ What does not apply to a case is not counted for it.
                      other numbers that nobody mentioned. A whole answer must be exact, another one within 0.5 %, or within
                      5 % when it is rounded to the digits shown. Else, due: for every gold result its key fact: the
                      number; the temperature (and no other unit or city); for search F1 >= 0.5 with the reference (or with a hit), or "not found"
-                     where the reference says so; for an error, words that it cannot be done (or F1 >= 0.2), and no
-                     made-up number. A result as it came (JSON) is no answer. None due: ended by itself, mostly letters, no 4-gram four times, no echo of the
+                     where the reference says so; for a tool of one's own a value of its result, or F1 >= 0.5 with the reference;
+                     for an error, words that it cannot be done (or F1 >= 0.2), and no made-up number. A result as it came (JSON) is no answer. None due: ended by itself, mostly letters, no 4-gram four times, no echo of the
                      prompt; for the kind missing_tool it must also say what it cannot do or lacks, with no made-up number.
   response_f1        Mean token F1 (as in SQuAD, Rajpurkar et al. 2016) of the final text and the reference.
   overall            sqrt(success where a call is due * success where none is), success being all of tool, format,
@@ -59,7 +59,7 @@ from tools import BUILTIN, STOP_WORDS, Call, Tool, UserError, _cities, _city_fil
 
 METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "execution", "response_quality", "response_f1", "overall")
 FORGED = re.compile(r"</?tool_response|<\|\w+\|>")
-NUMBER = re.compile(r"(?<![\w.])(?<!\d,)([-−]?)[$€£]?((?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(e[-+]?\d+)?", re.ASCII)
+NUMBER = re.compile(r"(?<![^\W_])(?<!\.)(?<!\d,)([-−]?)[$€£]?((?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(e[-+]?\d+)?", re.ASCII)
 CANNOT = re.compile(r"n['’]t (?:\w+ ){0,2}(?:have|know|check|see|search|look|find|work|calculate|do|tell|include|available)|\b(?:cannot|can not|unable|not able|without|"
                     r"no \w+ ?(?:tool|here|in this chat|report)|have no|no \w+ is available|need a|have nothing|is no)\b", re.IGNORECASE)
 DENIAL = re.compile(r"n['’]t\b|\b(no|not|nothing|none|cannot|without|unable|unknown|undefined|sorry|error|afraid|wrong|refused|empty)\b", re.I)
@@ -85,7 +85,7 @@ def as_case(item):
     if expected is None:
         start = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
         messages, gold = messages[:start], list(itertools.takewhile(lambda m: m["role"] != "user", messages[start:]))
-        replies = [m["content"] for m in gold if m["role"] == "assistant"]
+        replies = [m["content"] for m in gold if m["role"] == "assistant" and not m.get("tool_calls")]  # words beside a call are no answer
         expected = {"calls": gold[0].get("tool_calls", []) if gold else None, "final": "".join(replies[-1:]), "answer": item.get("answer")}
     turn = {"role": "assistant", "content": expected.get("final") or "", "tool_calls": expected.get("calls")}
     turn, conversation = data.check_conversation({"messages": [turn]})["messages"][0], {"messages": messages, "tools": list(tools.values())}
@@ -117,10 +117,10 @@ def near(a, b, tolerance):
 
 def same_expression(gold, got):
     """Equal value or the same error; and not just a literal where the gold computes something."""
-    bare = [re.fullmatch(r"[-+]*[\d.,]+(e[-+]?\d+)?", re.sub(r"[\s()$€£=?]", "", x), re.IGNORECASE) for x in (gold, got)]
+    bare = [re.fullmatch(r"[-+]*[\d.,]+(e[-+]?\d+)?(%|percent)?", re.sub(r"[\s()$€£=?]", "", x), re.IGNORECASE) for x in (gold, got)]
     a, b = [execute(Call("calculator", {"expression": x}), BUILTIN) for x in (gold, got)]
-    if a.ok and any(near(n, a.value, 1e-6) for n in set(numbers(got)) - set(numbers(gold))):
-        return False  # "391 * 1" for 17 * 23: the answer was guessed, not computed
+    if a.ok and any(near(n, abs(a.value), 1e-6) for n in {*map(abs, numbers(got))} - {*map(abs, numbers(gold))}):
+        return False  # "391 * 1" for 17 * 23, or "0 - 3" for 5 - 8: the answer was guessed, not computed
     return (near(b.value, a.value, 1e-6) if a.ok and b.ok else a.message == b.message) and not (bare[1] and not bare[0])
 
 
@@ -144,9 +144,10 @@ def same_call(gold, got, tools={}):
     """tools: name -> Tool. To state the default of a parameter is the same as to leave it out."""
     defaults = {"unit": "celsius"} if gold.name == "weather" else {}
     if gold.name in tools:
-        fields = tools[gold.name].parameters.get("properties", {})
-        defaults = {**defaults, **{key: field["default"] for key, field in fields.items() if isinstance(field, dict) and "default" in field}}
-    a, b = [{k: v for k, v in call.arguments.items() if k not in defaults or not same_argument(gold.name, k, defaults[k], v)} for call in (gold, got)]
+        fields, required = (tools[gold.name].parameters.get(key) or {} for key in ("properties", "required"))
+        defaults = {**{key: None for key in fields if key not in required}, **defaults, **{key: field["default"] for key, field in fields.items() if isinstance(field, dict) and "default" in field}}
+    # null for what may be left out is leaving it out, as in `execute`
+    a, b = [{k: v for k, v in call.arguments.items() if k not in defaults or v is not None and not same_argument(gold.name, k, defaults[k], v)} for call in (gold, got)]
     return gold.name == got.name and set(a) == set(b) and all(same_argument(gold.name, key, a[key], b[key]) for key in a)
 
 
@@ -194,18 +195,21 @@ def declines(text, reference, known):
 
 
 def converses(text, prompt):
-    """Whether this is a reply at all: mostly letters, no loop, no echo. No judgement of what it says."""
-    words, solid = _normal(text).split(), "".join(text.split())
+    """Whether this is a reply at all: mostly letters, no loop, no echo (of "Thank you!" one word more is none). No judgement of what it says."""
+    words, asked, solid = _normal(text).split(), _normal(prompt).split(), "".join(text.split())
     loop = max(Counter(zip(words, words[1:], words[2:], words[3:])).values(), default=0) >= 4
-    return bool(words) and not loop and 2 * sum(map(str.isalpha, solid)) >= len(solid) and f1(text, prompt) < 0.8
+    return bool(words) and not loop and 2 * sum(map(str.isalpha, solid)) >= len(solid) and (f1(text, prompt) < 0.8 or len(asked) < 4 and words != asked)
 
 
 POLITE = frozenset("hello hi hey bye goodbye thanks thank welcome sure yes no okay ok sorry great good nice happy not don but if you he she".split())
 
 
 def worded(text, known):
-    """Whether a text has a word that everybody uses, or one of the `known` texts ("asdf qwer" has none), and not only such as "the"."""
+    """Whether a text has a word that everybody uses, or one of the `known` texts ("asdf qwer" has none), and not only such as "the".
+    Other scripts than the Latin are not judged."""
     words = set(_normal(text).split())
+    if not re.search("[a-z]", _normal(text)):
+        return bool(words)
     return bool(words - STOP_WORDS) and (bool(words & (STOP_WORDS | POLITE)) or f1(text, known) > 0)
 
 
@@ -227,7 +231,7 @@ def judge(case, episode):
     plain = not calling and bool(first.strip()) and not FORGED.search(first)
     right_tools = Counter(c.name for c in calls) == gold if due else not calling
     exact = right_tools and same_calls(case.calls or [], calls, tools)
-    again = [json.dumps([c.name, c.arguments], sort_keys=True, default=str) for c in episode.calls]
+    again = lambda calls: sum(same_call(a, b, tools) for a, b in itertools.combinations(calls, 2))  # noqa: E731
     may_err = any(result.error_type == "tool_error" for result in gold_results)
     verdicts = {
         "tool_accuracy": None if due is None else right_tools,
@@ -237,7 +241,7 @@ def judge(case, episode):
         "execution": [r.ok or may_err and r.error_type == "tool_error" for r in episode.results if r.error_type != "not_executable"],
         "response_quality": response(case, episode, gold_results),
         "response_f1": None if case.reference is None else f1(episode.final, case.reference)}
-    verdicts["overall"] = None if due is None else not any(verdicts[name] is False for name in ("call_accuracy", "format", "response_quality")) and len(set(again)) == len(again)
+    verdicts["overall"] = None if due is None else not any(verdicts[name] is False for name in ("call_accuracy", "format", "response_quality")) and again(episode.calls) <= again(case.calls or [])
     wrong = [name for name, verdict in verdicts.items() if verdict is False or name == "execution" and False in verdict]
     return {"id": case.id, "kind": case.kind, "tools": sorted(set(gold)) or ["none"] * (due is False), "due": due, "wrong": wrong,
             "prompt": case.conversation["messages"][-1]["content"], "expected": case.calls and [vars(call) for call in case.calls],
@@ -245,20 +249,40 @@ def judge(case, episode):
             "results": [json.loads(r.text()) for r in episode.results], "final": episode.final, "stop": episode.stop, "verdicts": verdicts}
 
 
+def shape_of(result):
+    """"weather" or "search", if a result is what the built-in tool of that name gives: a tool of one's own may have its name."""
+    value = result.value
+    if result.name == "weather" and isinstance(value, dict) and {"temperature", "unit", "city"} <= set(value) and is_number(value["temperature"]):
+        return "weather"
+    return "search" if result.name == "search" and isinstance(value, list) and all(isinstance(hit, dict) and isinstance(hit.get("text"), str) for hit in value) else ""
+
+
+def leaves(value):
+    """The texts and numbers in a result."""
+    if isinstance(value, (dict, list, tuple)):
+        return [leaf for part in (value.values() if isinstance(value, dict) else value) for leaf in leaves(part)]
+    return [value] if is_number(value) or isinstance(value, str) and value.strip() else []
+
+
 def response(case, episode, gold_results):
     """response_quality of an episode: True, False, or None where nothing is known to compare with."""
     messages, final, reference = case.conversation["messages"], episode.final, case.reference
-    texts = [m["content"] for m in messages] + [r.text() for r in episode.results] + [str(c.arguments) for c in (case.calls or []) + episode.calls]
-    known = set(numbers(" ".join(texts)))  # who repeats these makes nothing up
+    # Who repeats these makes nothing up; what the model wrote into its own calls is known only where nothing better is.
+    texts = [m["content"] for m in messages] + [r.text() for r in (episode.results if case.calls is None else gold_results)] + [str(c.arguments) for c in case.calls or []]
+    known, like = set(numbers(" ".join(texts))), lambda text: f1(final, text) >= 0.5
 
     def fact(result):
-        value = result.value["temperature"] if result.name == "weather" and result.ok else result.value
-        if result.error_type == "tool_error":
+        value, builtin = result.value, result.ok and result.name in BUILTIN and shape_of(result)
+        if not result.ok and result.error_type != "not_executable":
             return declines(final, reference, known)
+        if builtin == "weather":
+            return states(final, value["temperature"], known) and describes(final, value, " ".join(texts))
+        if builtin == "search":
+            return any(map(like, [reference] if reference else [hit["text"] for hit in value])) or not value and declines(final, reference, known)
         if is_number(value):
-            return states(final, value, known) and (result.name != "weather" or describes(final, result.value, " ".join(texts)))
-        hits = [hit["text"] for hit in value] if result.name == "search" and result.ok else []
-        return any(f1(final, text) >= 0.5 for text in ([reference] if reference else hits)) or not hits and declines(final, reference, known)
+            return states(final, value, known)
+        said = [str(x) for x in leaves(value)]  # of a tool of one's own
+        return bool(reference and like(reference)) or any(re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said) or (None if not said and not reference else False)
     if (case.calls or case.answer is not None) and final.lstrip()[:1] in ("{", "["):
         return False  # a tool's result as it came
     if case.answer is not None:
@@ -266,9 +290,10 @@ def response(case, episode, gold_results):
     if case.calls is None or not reference and any(result.error_type == "not_executable" for result in gold_results):
         return None
     if case.calls:
-        return all(map(fact, gold_results))
+        facts = [fact(result) for result in gold_results]
+        return False if False in facts else None if None in facts else True
     talk = " ".join([reference or "", *(m["content"] for m in messages)])
-    return episode.stop == "end" and converses(final, messages[-1]["content"]) and worded(final, talk) and (
+    return episode.stop == "end" and (reference and f1(final, reference) >= 0.8 or converses(final, messages[-1]["content"]) and worded(final, talk)) and (
         case.kind != "missing_tool" or bool(CANNOT.search(final)) and declines(final, reference, known))
 
 
@@ -656,7 +681,7 @@ def command(args):
         text, report, records = bfcl(model, tokenizer, suite, config.tool_style)
         print(f"## {args.run or args.model}{stands_in}\n\n{text}")
         return keep("bfcl.json", {"data": args.suite, "trained_on": trained_on, "report": report, "records": records})
-    cases = data.read_jsonl(args.data, as_case)[:args.n] if args.data else data.generate(args.split, args.n or 200, args.seed, data.mix_of(config))
+    cases = data.read_jsonl(args.data, lambda item: as_case(data.with_tools(item, config, BUILTIN)))[:args.n] if args.data else data.generate(args.split, args.n or 200, args.seed, data.mix_of(config))
     report, records = evaluate(model, tokenizer, cases, style=config.tool_style)
     print(format_report(report, f"{args.run or args.model}{stands_in} on {args.data or args.split}", records, args.failures))
     if not args.data:

@@ -225,7 +225,8 @@ def right_format(case, episode, verdicts):
     """Every call parses and fits its schema, no turn holds a forged result or chat tag, and something is said in the end."""
     from eval import FORGED  # here, so that this file alone gives the losses
     said = episode.final.strip() or first_turn_only(episode)
-    return float(bool(verdicts["format"]) and bool(said) and not any(FORGED.search(turn) for turn in episode.turns))
+    broken = {"malformed_call", "unknown_tool", "unknown_argument", "missing_argument", "wrong_type"} & {result.error_type for result in episode.results}
+    return float(bool(verdicts["format"]) and bool(said) and not broken and not any(FORGED.search(turn) for turn in episode.turns))
 
 
 def right_tool(case, episode, verdicts):
@@ -265,8 +266,9 @@ def calculated(episode):
 
 def worked_out(case, episode, verdicts):
     """Whether the calculator's last result is the number that is asked for, by calculations with the prompt's numbers."""
-    results = calculated(episode)
-    return bool(results) and math.isclose(results[-1], case.answer, rel_tol=1e-6) and bool(calculates(case, episode, verdicts))
+    results, places = calculated(episode), len(f"{case.answer:.9f}".rstrip("0").partition(".")[2])  # 20 / 3 is 6.67, where that is the answer
+    right = bool(results) and any(math.isclose(x, case.answer, rel_tol=1e-6) for x in (results[-1], *[round(results[-1], places)] * bool(places)))
+    return right and bool(calculates(case, episode, verdicts))
 
 
 def right_result(case, episode, verdicts):
@@ -324,13 +326,14 @@ WEIGHTS = {"right_format": 0.1, "right_tool": 0.1, "executed": 0.1, "calculates"
 
 
 def counts(case):
-    """Whether the case asks for a number that the calculator is there for."""
-    return case.answer is not None and any(tool.name == "calculator" for tool in case.conversation["tools"])
+    """Whether the case asks for a number that the calculator is there for (where calls are known, one of them is its)."""
+    due = case.calls is None or any(call.name == "calculator" for call in case.calls)
+    return case.answer is not None and due and any(tool.name == "calculator" for tool in case.conversation["tools"])
 
 
 NUMBER = r"\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+"
 WITH_COMMAS = r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|" + NUMBER
-EVERYDAY = {*range(2, 11), 12, 24, 25, 50, 52, 60, 365, 1000, 1000000}  # legs, days, coins, hours, weeks, minutes, metres
+EVERYDAY = {*range(2, 11), 12, 16, 24, 25, 30, 31, 36, 50, 52, 60, 360, 365, 366, 1000, 1000000}  # legs, days, ounces, coins, hours, weeks, minutes, degrees, metres
 
 
 def is_calculation(expression, prompt, results=()):
@@ -349,7 +352,9 @@ def is_calculation(expression, prompt, results=()):
     result = value(expression)
     if result is None or not re.search(r"\d[)%\s]*[-+*/%x×÷^][-+*/(\s$×÷^]*[\d.a-z]|sqrt|abs|round|min|max|%", expression):
         return False
-    places = list(re.finditer(NUMBER if re.search("m(ax|in)", expression) else WITH_COMMAS, expression))  # max(9,420) holds two numbers
+    places = list(re.finditer(NUMBER if re.search("m(ax|in)|round", expression) else WITH_COMMAS, expression))  # max(9,420) holds two numbers
+    if re.search("round", expression) and not re.search("m(ax|in)", expression):  # its second number only says to how many digits
+        places = [place for place in places if not re.search(r",\s*$", expression[:place.start()])]
     used, given = [float(place[0].replace(",", "")) for place in places], [*numbers_in(prompt), *map(abs, results)]
     same = functools.partial(math.isclose, rel_tol=1e-9)
 
@@ -358,20 +363,26 @@ def is_calculation(expression, prompt, results=()):
         equal = [m for m, x in enumerate(used) if x == used[n]]
         changed = [n] if len(equal) <= sum(same(used[n], x) for x in given) else equal
 
-        def other(change):
-            parts = [expression[a:b] for a, b in zip([0] + [p.end() for p in places], [p.start() for p in places] + [None])]
-            numbers = [f"({change(used[m]):.9f})" if m in changed else place[0] for m, place in enumerate(places)]
-            return value("".join(part + number for part, number in zip(parts, [*numbers, ""])))
-        return any(other(change) != result for change in (lambda x: 1000 * x + 7, lambda x: x / 1000))
+        return any(other(changed, change) not in (None, result) for change in (lambda x: 1000 * x + 7, lambda x: x / 1000))
+
+    def other(changed, change):
+        """The value of the expression with other numbers in some places."""
+        parts = [expression[a:b] for a, b in zip([0] + [p.end() for p in places], [p.start() for p in places] + [None])]
+        numbers = [f"({change(used[m]):.9f})" if m in changed else place[0] for m, place in enumerate(places)]
+        return value("".join(part + number for part, number in zip(parts, [*numbers, ""])))
 
     def multiplies(n):
         return re.search(r"[*/x×÷^%]\s*$", expression[:places[n].start()]) or re.match(r"\s*[*/x×÷^%]", expression[places[n].end():])
     own = [any(same(x, y) for g in given for y in (g, g / 100, 1 + g / 100, 1 - g / 100)) for x in used]
-    strange = [n for n, x in enumerate(used) if not own[n] and x not in (0, 1, 100)]
+    percent = [n for n, x in enumerate(used) if x == 100 and not re.search(r"%\s*$|m(ax|in)", expression[:places[n].start()])]  # not in 10 % 100, min(10, 100)
+    strange = [n for n, x in enumerate(used) if not own[n] and x not in (0, 1) and n not in percent]
     if sum(x not in (0, 1) for x in used) < 2 and any(same(x, abs(result)) for x in used) or not all(map(matters, range(len(used)))):
         return False
     if not any(x > 1 for x in given):  # all is everybody's knowledge
         return True
+    bases = [n for n, mine in enumerate(own) if mine and not re.search(r"(\*\*|\^)\s*$", expression[:places[n].start()])]  # not the exponents
+    if other(bases, lambda x: 0) not in (None, 0, 1, 100):  # without the prompt's numbers nothing is left: not so in 36 + 9 - 3 * 1
+        return False
     enough = sum(own) >= min(2, len(used), len({x for x in given if x > 1})) or sum(own) == 1 and not re.search("[-+]", expression)
     return enough and len(strange) <= sum(own) and all(used[n] in EVERYDAY and multiplies(n) for n in strange)
 
@@ -384,7 +395,7 @@ def numbers_in(text):
     scales = {"hundred": 100, "thousand": 1000, "million": 1000000}
     found, total, current, before = [], 0, None, ""  # of the words of one number: its finished thousands, and what follows them
     text = re.sub(r"(?<=\d)(k|m)\b", lambda m: {"k": " thousand", "m": " million"}[m[1]], str(text).lower())  # 57k
-    for word in [*re.findall(WITH_COMMAS + r"|[a-z]+|(?<!thousand),", text), ""]:
+    for word in [*re.findall(WITH_COMMAS + r"|[a-z]+|(?<!thousand),", text, re.ASCII), ""]:
         if word in scales and before[:1].isdigit():
             found.append(found[-1] * scales[word])
         elif word == "hundred" and current and current > 100:  # "three hundred and one hundred" are two
@@ -400,8 +411,10 @@ def numbers_in(text):
             found += [float(x) for x in [(current or 0) + total] if x]
             total, current = 0, small.get(word)
             found += map(float, [word.replace(",", "")] if word[:1] in tuple("0123456789.") else alone.get(word, ()))
+            if word == "dozen" and len(found) > 1 or word == "half" and before == "a" and len(found) > 2:  # two dozen, two and a half
+                found.append(12 * found[-2] if word == "dozen" else found[-3] + 0.5)
         before = word
-    return found
+    return found + [int(a) / int(b) for a, b in re.findall(r"(?<![\d./])(\d{1,2})/(\d{1,2})(?![\d./])", text, re.ASCII) if 0 < int(a) < int(b)]  # 3/4 of them
 
 
 def score(case, episode, weights=WEIGHTS):
@@ -469,7 +482,7 @@ def prompts_of(config, tokenizer, context=math.inf):
     cases, held_out = ([c if isinstance(c, Case) else as_case(c) for c in data.conversations(config, split, tokenizer, as_case, BUILTIN)] for split in ("train", "dev"))
     judgeable(cases, config)
     if config.answers_only:
-        cases = [case._replace(calls=None, reference=None) if case.answer is not None else case for case in cases]
+        cases = [case._replace(calls=None, reference=None) if counts(case) else case for case in cases]
     lengths = [len(data.encode(case.conversation, tokenizer, config.tool_style, generation=True)[0]) for case in cases]
     if not (cases := data.fitting(cases, lengths, min(config.max_tokens, context - 1), "prompts")):
         raise UserError(f"no prompt fits max_tokens = {config.max_tokens}; raise it")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import eval as evaluation
 import toolplay
-from tools import Call, Result, UserError, execute, format_call, load_tools, parse_calls, search, weather
+from tools import Call, Result, Tool, UserError, execute, format_call, load_tools, parse_calls, search, weather
 
 CITIES = ["Paris", "London", "Madrid", "Rome", "Berlin"]
 QUERY = "how do bees make honey"
@@ -106,6 +106,7 @@ def test_format_when_none_is_due(turn, stop):
 @pytest.mark.parametrize("tool, key, gold, got, same", [
     ("calculator", "expression", "17 * 23", "23*17", True), ("calculator", "expression", "17 * 23", "391", False),
     ("calculator", "expression", "17 * 23", " (391.0) = ", False), ("calculator", "expression", "17 * 23", "-(-391)", False),
+    *[("calculator", "expression", "17 * 23", x, False) for x in ("39100%", "0 - -391", "0--391")], ("calculator", "expression", "5 - 8", "0 - 3", False), ("calculator", "expression", "5 - 8", "-(8 - 5)", True),
     ("calculator", "expression", "5", "5.0", True), ("calculator", "expression", "15 / 100 * 80", "15% of 80", True),
     ("calculator", "expression", "17 * 23", "17 * 24", False), ("calculator", "expression", "1 / 3", "0.5 - 0.1666666666667", True),
     ("calculator", "expression", "5 / 0", "7 / 0", True), ("calculator", "expression", "5 / 0", "5 + ", False),
@@ -209,6 +210,47 @@ def test_a_missing_tool_must_be_owned_up_to():
     asked = case("17 * 23?", [], final="I have no calculator here.", kind="missing_tool", tools=[])
     assert verdicts(asked, "I can't work that out without a calculator.")["overall"] is True
     assert verdicts(asked, "It is 388.")["overall"] is False
+
+
+def test_results_of_tools_of_ones_own():
+    """The value that came is to be said; where there is none to compare with, nothing is known. A name does not make a tool a built-in one."""
+    schema = {"type": "object", "properties": {"x": {"type": "string"}}}
+    for name, value, right, wrong in (("find", "Ann", "The name is ann.", "Sorry, I cannot tell."), ("weather", "sunny", "It's sunny!", "It's wet."), ("weather", {"temp": 3}, "It is 3 now", "It is 33 now"),
+                                      ("search", ["a", "b"], "It is a.", "No, none."), ("pair", {"a": [1, "two"]}, "two of them", "Sorry, nothing.")):
+        mine = Tool(name, "", schema, lambda x, value=value: value, isolated=False)
+        asked = SUM._replace(conversation={"messages": [{"role": "user", "content": "x?"}], "tools": [mine]}, calls=[Call(name, {"x": "?"})], answer=None, reference=None)
+        turn = format_call(Call(name, {"x": "?"}))
+        assert [verdicts(asked, turn, final)["response_quality"] for final in (right, wrong)] == [True, False], name
+    empty = asked._replace(conversation={**asked.conversation, "tools": [Tool("pair", "", schema, lambda x: None, isolated=False)]})
+    assert verdicts(empty, turn, "Done.")["response_quality"] is None
+
+
+def test_the_same_call_in_another_spelling_is_made_twice():
+    assert verdicts(SUM, format_call(calc("17 * 23")), format_call(calc("17*23")), "It is 391.")["overall"] is False
+    both = case("17 * 23, and once more 17 * 23", [calc("17 * 23"), calc("17 * 23")], 391)
+    assert verdicts(both, format_call(calc("17 * 23")) + format_call(calc("17*23")), "It is 391.")["overall"] is True  # as asked
+
+
+def test_numbers_the_model_wrote_into_a_call_are_guesses_too():
+    assert verdicts(SUM, format_call(calc("389+390+391+392+393")), "389, 390, 391, 392, 393")["response_quality"] is False
+    assert verdicts(SUM, format_call(calc("17 * 23")), "__391__")["response_quality"] is True
+
+
+def test_null_is_left_out_as_execute_does_it():
+    tools = load_tools(["weather"])
+    assert evaluation.same_call(Call("weather", {"city": "Paris", "unit": None}), Call("weather", {"city": "Paris"}), tools)
+    assert not evaluation.same_call(Call("weather", {"city": None}), Call("weather", {}), tools)
+
+
+@pytest.mark.parametrize("prompt, reply, reference", [("Good morning!", "Good morning!", "Good morning!"), ("Thank you!", "Thank you too!", None), ("What is 40 and 2?", "42", "42"), ("你好", "您好,很高兴见到你", None)])
+def test_short_and_foreign_replies(prompt, reply, reference):
+    assert verdicts(case(prompt, [], final=reference), reply)["response_quality"] is True
+
+
+def test_words_beside_a_call_are_no_reference():
+    turn = {"role": "assistant", "content": "Let me look that up.", "tool_calls": [{"name": "search", "arguments": {"query": QUERY}}]}
+    asked = evaluation.as_case({"messages": [{"role": "user", "content": QUERY}, turn, {"role": "tool", "content": "..."}], "tools": ["search"]})
+    assert asked.reference is None and asked.calls == [Call("search", {"query": QUERY})]
 
 
 def test_every_written_refusal_is_recognised():

@@ -214,7 +214,8 @@ def test_hackers_earn_less_than_an_honest_attempt(case):
         "bare literal": [(calc("42"), "She has 42."), (calc("(42)"), "42")],
         "nothing computed": [(calc(x), "42.") for x in ("42 * 1", "42 + 0", "84 - 42", "42 / 1", "41 + 1", "43 - 1", "21 * 2", "420 / 10", "0.42 * 100", "4.2e1 + 0", "42.1 // 1", "round(42.3, 0)",
                                                         "min(41+1,99)", "36 + 6", "max(9,42)", "max(36,9,42)", "36*0 + 9*0 + 40 + 2", "36 + 6 + 9*0", "420 / 10 + 0*36*9", "36/36*40 + 9/9*2",
-                                                        "15 * 2.8", "36 * 7 / 6", "9*4.666667", "round(15*2.8)", "36 + 9 - 3", "9 + 15 + 18", "41+1+36*9//100000", "sqrt(1764)", "6*7")],
+                                                        "15 * 2.8", "36 * 7 / 6", "9*4.666667", "round(15*2.8)", "36 + 9 - 3", "9 + 15 + 18", "41+1+36*9//100000", "sqrt(1764)", "6*7",
+                                                        "36 + 9 - 3*1", "36 + 9 - 1 - 1 - 1", "max(6*7, 36, 9)", "round(round(6*7, 9), 15)")],
         "duplicate calls": [(calc("36 + 9 + 15") * 2, "60."), (calc("36 + 9 + 15") + calc("36+9+15"), "60.")],
         "all at once": [(calc("36 + 9 + 15") + calc("36 - 9 + 15"), "60 or 42.")],  "wrong tool": [(format_call(Call("search", {"query": PROMPT})), "42.")]}
     for name, tries in hackers.items():
@@ -262,9 +263,30 @@ def test_episodes_of_one_turn_are_scored_by_their_result():
     assert first(BLIND, calc("36 + 9"), calc("45 - 9 + 15"), stop="turns") < first(BLIND, calc("36 + 9 + 15"))  # calling on and on is a fault
 
 
+def test_what_is_due_is_known_although_a_number_is():
+    legs = evaluation.as_case({"prompt": "How many legs has a spider?", "expected": {"calls": [], "answer": 8}})
+    assert not ppo.counts(legs) and earned(legs, "8.") > earned(legs, calc("4 * 2"), "8.") + 0.5
+    oslo = BUILTIN["weather"].function("Oslo")["temperature"]
+    asked = evaluation.as_case({"prompt": "How warm is it in Oslo?", "expected": {"calls": [{"name": "weather", "arguments": {"city": "Oslo"}}], "answer": oslo}})
+    assert earned(asked, format_call(Call("weather", {"city": "Oslo"})), f"It is {oslo}.") > 1.2
+
+
+def test_a_broken_call_in_a_later_turn_is_no_right_format():
+    right = earned(BLIND, calc("36 - 9 + 15"), "She has 42.")
+    for turn in ("<tool_call>{", format_call(Call("calculator", {"sum": "1"}))):
+        assert earned(BLIND, calc("36 - 9 + 15"), turn, "She has 42.") < right - 0.9
+
+
+@pytest.mark.parametrize("prompt, answer, expression", [("Share 20 dollars among 3 children.", 6.67, "20 / 3"), ("Share 20 dollars among 3 children.", 6.67, "round(20 / 3, 2)"), ("two dozen eggs, 6 break", 18, "24 - 6"),
+                                                        ("two and a half hours at 60 km an hour", 150, "60 * 2.5"), ("3/4 of 80 pens", 60, "0.75 * 80"), ("2 cups a day in June", 60, "2 * 30")])
+def test_honest_calculations(prompt, answer, expression):
+    case = evaluation.as_case({"prompt": prompt, "answer": answer})
+    assert earned(case, calc(expression), f"That makes {answer}.") > 1.3
+
+
 def test_a_number_of_the_prompt_may_be_the_result():
     assert ppo.is_calculation("20 - 10", "20 birds, 10 fly away")
-    assert not any(ppo.is_calculation(x, "20 birds, 10 fly away") for x in ("10 * 1", "10 + 0", "10 * 20 / 20", "20 / 20 * 10"))
+    assert not any(ppo.is_calculation(x, "20 birds, 10 fly away") for x in ("10 * 1", "10 + 0", "10 * 20 / 20", "20 / 20 * 10", "10 % 100", "min(10, 100)"))
     assert ppo.is_calculation("49 / 7", "How many weeks are 49 days?") and not ppo.is_calculation("7 * 1", "How many weeks are 49 days?")
     assert ppo.is_calculation("64 - 6 + 6", "64 balls, 6 get lost, 6 are found") and not ppo.is_calculation("64 - 6 + 6", "64 balls, 6 get lost")
     assert not ppo.is_calculation("1 / 0", "") and not ppo.is_calculation(None, "") and ppo.is_calculation("(3 + 4) * 2", "")
@@ -274,7 +296,7 @@ def test_a_number_of_the_prompt_may_be_the_result():
                                          ("seven hundred, five hundred and six, twelve", {700, 506, 12}),
                                          ("two thousand, three hundred and five", {2305}), ("a dozen, then 1,250", {12, 1250}),
                                          ("twenty three and seventy-five", {23, 75}), ("six hundred and seventy and eight hundred eighty-five?", {670, 885}),
-                                         ("6.4 million for a hundred and five of us", {6.4, 6400000, 105}), ("two and a half", {2, 0.5}), ("$4.5k, 2m people and 12 km", {4.5, 4500, 2, 2000000, 12}),
+                                         ("6.4 million for a hundred and five of us", {6.4, 6400000, 105}), ("two and a half", {2, 0.5, 2.5}), ("two dozen, half a dozen", {2, 24, 12, 0.5, 6}), ("3/4 of 80", {3, 4, 0.75, 80}), ("36/9 and 1/2/2026", {36, 9, 1, 2, 2026}), ("٣ thousand, 7", {7}), ("$4.5k, 2m people and 12 km", {4.5, 4500, 2, 2000000, 12}),
                                          ("three hundred and one hundred and sixty three", {300, 163})])
 def test_numbers_in_words_end_where_the_next_begins(text, found):
     assert set(ppo.numbers_in(text)) == found
