@@ -41,7 +41,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from tools import (BUILTIN, TYPES, Call, Result, UserError, _loads, _problems, calculate, execute, format_call, format_result, load_tools,
+from tools import (BUILTIN, TYPES, Call, Result, UserError, _loads, _problems, calculate, execute, format_call, format_result, load_tools, one_line_errors,
                    render_tools, tool_from_schema)
 
 CORPORA = Path(__file__).parent / "configs" / "corpora"
@@ -159,18 +159,32 @@ def _template_pieces(messages, tokenizer, generation):
         except Exception as error:  # templates raise what they like
             raise UserError(f"the tokenizer's chat template refuses the turns {', '.join(m['role'] for m in upto)} ({str(error)[:80]})") from None
     try:
-        render(chat[:2])
-    except UserError:  # many (Gemma's) know no system role: it joins the first user turn
+        lost = chat[0]["role"] == "system" and chat[0]["content"].strip() not in render(chat[:2])
+    except UserError:
         if len(chat) == 1:
             raise
+        lost = True
+    if lost and len(chat) > 1:  # many know no system role, and refuse it (Gemma's) or leave it out: it joins the first user turn
         chat = [{"role": "user", "content": chat[0]["content"] + "\n\n" + chat[1]["content"]}] + chat[2:]
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def settled(upto):
+        """The turns, without an eos token that ends the whole, and is not there where the conversation goes on (Phi-3's)."""
+        text, end = render(upto), tokenizer.eos_token
+        return text.removesuffix(end) if end and text.endswith(end) and not render(upto, header=True).startswith(text) else text
+
+    def opening(upto, after):
+        """The turns, and the header of the assistant's next, as far as `after` has it (a thinking model's template opens a thought)."""
+        text = render(upto, header=True)
+        same = os.path.commonprefix([text, after])
+        return same if same == text else same[:same.rfind("\n") + 1]
     # Some templates refuse a lone system message, or fold it into the first user turn: then these two are one piece.
     first = 2 if chat[0]["role"] == "system" and len(chat) > 1 else 1
-    out, before = [(ids(render(chat[:first])), 0)], render(chat[:first])
+    before = settled(chat[:first])
+    out = [(ids(before), 0)]
     for i in range(first, len(chat)):
-        after = render(chat[:i + 1])
-        header = render(chat[:i], header=True) if chat[i]["role"] == "assistant" else before
+        after = settled(chat[:i + 1])
+        header = opening(chat[:i], after) if chat[i]["role"] == "assistant" else before
         if not (after.startswith(header) and header.startswith(before)):
             raise UserError("this chat template rewrites earlier turns, so that turns cannot be told apart; use a ChatML model or a simpler template")
         if chat[i]["role"] == "assistant":
@@ -183,7 +197,7 @@ def _template_pieces(messages, tokenizer, generation):
         else:
             out.append((ids(after[len(before):]), 0))
         before = after
-    return out + [(ids(render(chat, header=True)[len(before):]), 0)] * generation
+    return out + [(ids(render(chat, header=True).removeprefix(before)), 0)] * generation
 
 
 def encode(conversation, tokenizer, style="signature", generation=False):
@@ -1819,7 +1833,9 @@ def main(argv=None):
     if not args.toolbench and (args.report or args.max_tokens or args.questions):
         parser.error("--report, --max-tokens and --questions go with --toolbench")
     mix = {args.kind: 1} if args.kind else None
-    try:
+    with one_line_errors():
+        if args.out:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         if args.sample_replies:
             sample_replies()
             return
@@ -1836,9 +1852,6 @@ def main(argv=None):
         for conversation in made[:args.show or 0]:
             print(f'--- {conversation["kind"]} ({conversation.get("family", "")})\n{coloured(conversation, tokenizer)}')
         write_jsonl(args.out, made)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

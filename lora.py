@@ -165,6 +165,8 @@ def add_lora(model, targets, r, alpha, dropout=0.0, rslora=False, seed=None, ski
                          f"the model has: {', '.join(sorted(set(map(last, linears)))) or 'none'}")
     if not (names := [n for n in names if numbers.get(n, lowest) >= lowest]):
         raise ValueError(f"skip = {skip} leaves no layer to train; lower it")
+    if r > (widest := max(max(linears[n].weight.shape) for n in names)):
+        raise ValueError(f"lora_r = {r}: the chosen layers are at most {widest} wide")
     attach(model, names, seed, r=r, alpha=alpha, dropout=dropout, rslora=rslora)
     return names
 

@@ -20,6 +20,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import glob
 import hashlib
 import importlib
 import importlib.metadata
@@ -42,14 +43,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
 
-import data
-import lora
-from tools import BUILTIN, Call, Result, UserError, execute, format_result, load_tools, parse_calls
+    import data
+    import lora
+    from tools import BUILTIN, Call, Result, UserError, execute, format_result, load_tools, one_line_errors, parse_calls
+except (ModuleNotFoundError, SyntaxError) as error:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {error}: this Python is too old (3.10 to 3.13 will do) or lacks packages; run ./setup.sh, then .venv/bin/python toolplay.py", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).parent
 METHODS = ("sft", "dpo", "ppo", "teacher")
@@ -184,6 +191,8 @@ def load_config(source, overrides=()):
         raise UserError(f'{name}: source = "jsonl" (or "toolbench", "teacher") needs "path", where the conversations are, and "path" needs such a source')
     if config.eval_path and not reads and not config.fallback and method != "teacher":
         raise UserError(f'{name}: "eval_path" needs source = "jsonl", "toolbench" or "teacher"; with "{config.source}" the dev split is evaluated')
+    for key in ("path", "eval_path", "start_from", "model", "run_dir"):
+        setattr(config, key, os.path.expanduser(getattr(config, key)))
     if not config.run_dir:
         config.run_dir = f"runs/{Path(name).stem if not isinstance(source, dict) else method}"
     return config
@@ -247,6 +256,7 @@ def load_model(name="smollm2-135m", device="cpu"):
     Raises UserError with one line and the remedy when it cannot be had.
     """
     import transformers  # the only place: base weights and tokenizers, nothing else
+    name = str(name)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are many lines
@@ -297,7 +307,10 @@ def _convert_gguf(path, transformers):
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    stamp = hashlib.sha256(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}".encode()).hexdigest()[:12]
+    with open(path, "rb") as file:  # known by its size, beginning and end, wherever it lies
+        size, ends = path.stat().st_size, [file.read(2 ** 20)]
+        file.seek(max(0, size - 2 ** 20))
+        stamp = hashlib.sha256(b"".join([str(size).encode(), *ends, file.read()])).hexdigest()[:12]
     cache = Path(os.environ.get("TOOLPLAY_CACHE") or Path.home() / ".cache" / "toolplay")
     folder = cache / f"{path.stem}-{stamp}"
     if not folder.exists():
@@ -313,11 +326,15 @@ def _convert_gguf(path, transformers):
             raise UserError(f"{path}: the file lacks weights ({sorted(missing)[:3]})")
         model.tie_weights()
         aside = cache / f"{folder.name}.{os.getpid()}"
-        model.save_pretrained(aside)
-        transformers.AutoTokenizer.from_pretrained(str(path.parent), **kwargs).save_pretrained(aside)
-        with contextlib.suppress(OSError):  # another process was first: its folder is as good
-            aside.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            model.save_pretrained(aside)
+            transformers.AutoTokenizer.from_pretrained(str(path.parent), **kwargs).save_pretrained(aside)
+            with contextlib.suppress(OSError):  # another process was first: its folder is as good
+                aside.rename(folder)
+        except Exception as error:  # a full disk has its own type in every library
+            raise UserError(f"{cache}: the converted weights cannot be written ({first_line(error)}); set TOOLPLAY_CACHE to a folder with 600 MB free") from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     return str(folder)
 
 
@@ -421,11 +438,13 @@ def planned_attention(module, query, key, value, attention_mask, scaling=None, *
 
 
 def takes_trie(model):
-    """Whether the model's attention takes an arbitrary mask. Tried once per model, on three short rows."""
-    if not hasattr(model, "_takes_trie"):
-        import transformers
-        transformers.AttentionInterface.register("sdpa", planned_attention)
-        config = model.config.get_text_config()
+    """Whether the model's attention takes an arbitrary mask. Tried once per model and kind of attention, on three short rows."""
+    import transformers
+    transformers.AttentionInterface.register("sdpa", planned_attention)
+    config = model.config.get_text_config()
+    kind = getattr(config, "_attn_implementation", None)
+    if getattr(model, "_takes_trie_as", ()) != (kind,):
+        model._takes_trie_as = (kind,)
         types = getattr(config, "layer_types", None) or ["full_attention"]
         window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         softcap = getattr(config, "attn_logit_softcapping", None)
@@ -439,7 +458,7 @@ def takes_trie(model):
                 with torch.no_grad(), torch.autocast(model.device.type, enabled=False):  # half precision is too coarse for this test
                     joint, alone = _logprobs(model, rows), torch.cat([F.pad(_logprobs(model, [r]), (0, 4 - len(r[0]))) for r in rows])
                 model._takes_trie = bool((joint - alone).abs().max() < 1e-3)
-            except (RuntimeError, ValueError, TypeError, NotImplementedError):
+            except Exception:  # whatever a model raises that is built otherwise
                 model._takes_trie = False
             model.train(training)
         if not model._takes_trie:
@@ -459,6 +478,8 @@ def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=())
     """
     if not batch:
         raise UserError("token_logprobs: the batch is empty")
+    if (longest := max(len(ids) for ids, _ in batch)) > context_of(model):
+        raise UserError(f"a row has {longest} tokens, the model knows {context_of(model)} positions: lower max_tokens")
     groups = micro_batches([[row] for row in batch], budget) if takes_trie(model) else [[b] for b in range(len(batch))]
     if len(groups) == 1 and groups[0] == list(range(len(batch))):
         return _logprobs(model, batch, temperature, want, also)
@@ -665,7 +686,33 @@ class EqualRows:
 
 def prompt_cache(model, prompts):
     """The cache that suits the model's attention, filled with B prompts (lists of ids): step(ids [B][m]) -> logits [B, V], keep(rows)."""
-    return EqualRows(SharedPrefixCache if takes_trie(model) else RowCaches, model, prompts)
+    return EqualRows(SharedPrefixCache if shares_prefix(model) else RowCaches, model, prompts)
+
+
+@torch.no_grad()
+def shares_prefix(model):
+    """Whether a model that takes the trie takes our cache too (not where it keeps something else than keys and values). Tried once."""
+    if not takes_trie(model):
+        return False
+    if getattr(model, "_shares_prefix", None) is None:
+        device, training = model.get_input_embeddings().weight.device, model.training
+        model.eval()
+        try:
+            with torch.autocast(model.device.type, enabled=False):
+                joint = SharedPrefixCache(model, [[1, 2, 3], [1, 2]]).step([[4], [5]])
+                alone = torch.cat([model(input_ids=torch.tensor([ids], device=device)).logits[:, -1] for ids in ([1, 2, 3, 4], [1, 2, 5])])
+            model._shares_prefix = bool((joint - alone).abs().max() < 1e-2)
+        except Exception:  # whatever a model raises that is built otherwise
+            model._shares_prefix = False
+        model.train(training)
+        if not model._shares_prefix:
+            print(f"{type(model).__name__}: it keeps something else than keys and values; sampling row by row: exact, but slower", file=sys.stderr)
+    return model._shares_prefix
+
+
+def context_of(model):
+    """The longest sequence that a model knows, in tokens."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 @torch.no_grad()
@@ -687,7 +734,7 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
         copy = seen[own, tuple(ids)] = seen.get((own, tuple(ids)), -1) + 1
         episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)), {tool.name: tool for tool in conversation["tools"]},
                          np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(repr((own, ids, copy)).encode()).digest()[:8], "big")))))
-    limits = Limits(max_new_tokens, max_turns, getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+    limits = Limits(max_new_tokens, max_turns, context_of(model))
     fitting = [row for row in episodes if row[0].prompt < limits.context]
     for episode, _, _ in episodes:
         if episode.prompt >= limits.context:  # no room for an answer
@@ -935,7 +982,13 @@ def write_atomic(path, write):
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     if aside.is_dir():  # left by a killed process that had this one's number
         shutil.rmtree(aside)
-    write(aside)
+    try:
+        write(aside)
+    except BaseException as error:  # nothing half-written stays
+        (shutil.rmtree if aside.is_dir() else os.remove)(aside) if aside.exists() else None
+        if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":  # what torch and safetensors raise for a full disk
+            raise OSError(f"{path}: cannot be written ({first_line(error)})") from None
+        raise
     if path.exists() and path.is_dir() != aside.is_dir():
         (shutil.rmtree if aside.is_dir() else os.remove)(aside)
         raise UserError(f"{path}: there is a {'folder' if path.is_dir() else 'file'} of that name already; choose another one")
@@ -976,7 +1029,7 @@ class Run:
     """
 
     def __init__(self, config, resume=False):
-        start_distributed()
+        start_distributed(config.device)
         self.config, self.rank = config, world_rank()[0]
         self.folder, self.resume, self.wandb, self.bar = Path(config.run_dir), resume, None, None
         self.device = pick_device(config.device)
@@ -999,6 +1052,7 @@ class Run:
         torch.manual_seed(config.seed % 2 ** 63)
         self.source = config.source  # as config.json has it
         if self.rank == 0:
+            self.made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             if not old.exists():
                 self.write_config()
@@ -1006,7 +1060,10 @@ class Run:
     def forget(self):
         """Remove the folder of a run that did not get as far as to do anything: the next try must not stumble over it."""
         if self.rank == 0 and not self.resume and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb"}:
-            shutil.rmtree(self.folder)
+            if self.made:
+                shutil.rmtree(self.folder)
+            else:  # a link, a mounted volume, a folder with an older run's wandb/
+                (self.folder / "config.json").unlink(missing_ok=True)
 
     def write_config(self):
         write_json(self.folder / "config.json", {**dataclasses.asdict(self.config), "provenance": provenance(self.config.seed)})
@@ -1129,11 +1186,14 @@ def in_main_thread():
     return threading.current_thread() is threading.main_thread()
 
 
-def start_distributed():
+def start_distributed(device="auto"):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        own, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count() if device != "cpu" else 0
+        if gpus and own >= gpus:
+            raise UserError(f"process {own + 1} of this machine has no GPU of its own (there are {gpus}): start fewer, or set --device=cpu")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        if gpus:
+            torch.cuda.set_device(own)
 
 
 def pick_device(name):
@@ -1189,6 +1249,8 @@ def read_json(path, shape, remedy):
 def open_wandb(config, folder):
     try:
         import wandb
+        if os.environ.get("WANDB_MODE", "online") == "online" and "prompt" in inspect.signature(wandb.login).parameters and not wandb.login(prompt=False):
+            raise RuntimeError("no login; run wandb login")  # it would ask, and wait
         return wandb.init(project=config.wandb_project, name=config.wandb_name or folder.name, tags=config.wandb_tags,
                           config=dataclasses.asdict(config), dir=str(folder))
     except ImportError:
@@ -1230,8 +1292,8 @@ def load_checkpoint(folder, trainer):
         if state["scaler"]:  # empty: the checkpoint is of a run without loss scaling
             trainer.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(rng["torch"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(rng["cuda"])
+        for index, generator in enumerate(rng["cuda"][:torch.cuda.device_count()]):  # there may have been more
+            torch.cuda.set_rng_state(generator, index)
         random.setstate(rng["python"])
         np.random.set_state(rng["numpy"])
     except UserError:
@@ -1345,7 +1407,7 @@ def read_tools(path, more=()):
 
 def request(item, tools):
     """A line of predict's input -> (id, conversation); UserError says what is wrong with it."""
-    if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item or item["id"] != item["id"]:  # NaN
+    if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item or isinstance(item["id"], float) and not math.isfinite(item["id"]):
         raise UserError('a line is an object with "id" and "prompt" (or "messages")')
     messages, own = data.messages_of(item), item.get("tools")
     conversation = data.check_conversation({"messages": messages, "tools": list(tools.values()) if own is None else own})
@@ -1358,7 +1420,7 @@ def predict(args):
     """Answer the prompts of a JSONL file. Streams; started again, it goes on where it stopped."""
     from tqdm import tqdm
     output, ids = Path(args.output), set()
-    stream = output.exists() and not output.is_file() and not output.is_dir()  # /dev/stdout: nothing to go on from
+    stream = str(output).startswith(("/dev/", "/proc/")) or output.exists() and not output.is_file() and not output.is_dir()  # nothing to go on from
     try:
         finished = [] if stream else read_lines(output, ["id", "output"])
         if not finished and output.is_file() and output.read_bytes().strip():
@@ -1370,7 +1432,9 @@ def predict(args):
 
     def check(item):
         key, conversation = request(item, tools)
-        data.encode(conversation, tokenizer, config.tool_style, generation=True)  # a chat template may refuse it
+        size = len(data.encode(conversation, tokenizer, config.tool_style, generation=True)[0])  # a chat template may refuse it
+        if size >= context_of(model):
+            raise UserError(f"the prompt has {size} tokens, the model knows {context_of(model)}: no room for an answer")
         name = json.dumps(key, ensure_ascii=False)
         name.encode()  # half a character cannot be written
         if name in ids:
@@ -1484,7 +1548,7 @@ def validate(args):
     def of_config(path):
         config = load_config(path)
         load_tools(config.tools)
-        if missing := [p for p in (config.path, config.eval_path, config.start_from) if p and not Path(p).exists()]:
+        if missing := [p for p in (config.path, config.eval_path, config.start_from) if p and not Path(p).exists() and not glob.glob(p, recursive=True)]:
             return f"method {config.method}; {missing[0]} is not there (yet)"
         return f"method {config.method}"
     pins = [re.fullmatch(r"([\w-]+)==([\w.]+)(?:; *python_version *(<|>=) *['\"]3\.(\d+)['\"])?", line.strip())
@@ -1629,7 +1693,7 @@ def tour():
         choice = ""
     if not choice:
         return
-    if not choice.isdigit() or not 1 <= int(choice) <= len(TOUR):
+    if not choice.isdecimal() or not 1 <= int(choice) <= len(TOUR):
         raise UserError(f"{choice!r}: choose a number from 1 to {len(TOUR)}")
     verb, *rest = TOUR[int(choice) - 1][1]
     if verb in ("lora", "data", "dpo"):
@@ -1695,26 +1759,6 @@ def build_parser():
     return parser
 
 
-@contextlib.contextmanager
-def one_line_errors():
-    """A user's mistake is one line and exit code 2; Ctrl-C is no traceback either."""
-    sys.path.append(os.getcwd())  # where a user's own tools and rewards may stand
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character ends nothing
-    try:
-        yield
-    except BrokenPipeError:  # `| head` has seen enough; what is still to be flushed goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except (UserError, OSError) as error:  # OSError: no space, no permission, a folder in the way; it names the file
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
 def main(argv=None):
     """The command line. A user's mistake is one line and exit code 2; Ctrl-C says how to resume."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -1733,7 +1777,7 @@ def main(argv=None):
         except Interrupted as error:
             verb = ["train", str(error), "--resume"]
             if args.verb == "demo":
-                verb = ["demo", "--resume", f"--run_dir={error}", *(x for x in args.overrides if not x.startswith("--run_dir="))]
+                verb = ["demo", "--resume", "--n", str(args.n), f"--run_dir={error}", *(x for x in args.overrides if not x.startswith("--run_dir="))]
             print(f"\nstopped; the run is safe in {error}. Go on with: python toolplay.py {shlex.join(verb)}", file=sys.stderr)
             raise SystemExit(130) from None
 

@@ -96,7 +96,7 @@ class Tool:
         if not re.fullmatch(r'[^\s<>"(),]+', self.name) or not (self.function is None or callable(self.function)):
             raise UserError(f"tool {self.name!r}: the name must be one word without quotes, brackets or commas, the function callable")
         try:  # what can not be written, or breaks the check of an empty call, is no schema
-            self.signature(), _dumps(self.schema()), list(_problems({}, self.parameters))
+            self.signature(), _dumps(self.schema()), list(_problems({}, self.parameters)), _check_refs(self.parameters)
         except Exception as error:
             raise UserError(f"tool {self.name!r}: parameters: not a JSON schema that can be used ({type(error).__name__}: {error})") from None
 
@@ -107,7 +107,7 @@ class Tool:
     def signature(self, described=False) -> str:
         """One line: `name(p: type, q?: type = default) - first sentence`; `described`: with what is said of the parameters."""
         sentence = re.split(r"(?<=[.!?]) ", " ".join(self.description.split()), maxsplit=1)[0]
-        return f"{self.name}({_fields(self.parameters, described)})" + (f" - {sentence}" if sentence else "")
+        return f"{self.name}({_fields(self.parameters, described, self.parameters)})" + (f" - {sentence}" if sentence else "")
 
 
 # The JSON schema of a tool, whose parameters are a JSON schema themselves.
@@ -116,35 +116,68 @@ FORM = {"additionalProperties": True, "properties": {"name": {"type": "string"},
         "type": "object", "additionalProperties": {"type": "object"}}}}}}
 
 
-def _fields(schema, described=False):
+COMBINED = ("allOf", "anyOf", "oneOf")
+
+
+def _resolved(schema, root):
+    """A schema without a $ref in front of it: "#" is the root, "#/$defs/Unit" a place in it. References to elsewhere are not followed."""
+    for _ in range(100):
+        if not isinstance(ref := schema.get("$ref"), str) or ref != "#" and not ref.startswith("#/"):
+            return schema
+        schema = functools.reduce(lambda node, key: node[key.replace("~1", "/").replace("~0", "~")], ref.split("/")[1:], root)
+    raise ValueError("a $ref leads in a circle")
+
+
+def _check_refs(root):
+    """Raises what a reference to nothing, or in a circle, raises."""
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        if isinstance(node, dict) and isinstance(node.get("$ref"), str) and not isinstance(_resolved(node, root), dict):
+            raise ValueError(f"$ref {node['$ref']!r} is no schema")
+
+
+def _parts(schema, root):
+    """The schemas that are combined into one, it first."""
+    return [schema, *(part for word in COMBINED for item in schema.get(word, []) if isinstance(item, dict) for part in _parts(_resolved(item, root), root))]
+
+
+def _fields(schema, described, root, depth=0):
     fields = []
     for name, field in schema.get("properties", {}).items():
+        field = {**_resolved(field, root), **{key: field[key] for key in ("description", "default") if key in field}}
         default = "" if field.get("default") is None else f" = {_dumps(field['default'])}"
         about = " ".join(str(field.get("description") or "").split()) if described else ""
-        fields.append(f"{name}{'' if name in schema.get('required', []) else '?'}: {_type(field, described)}{default}" + (f" ({about})" if about else ""))
+        fields.append(f"{name}{'' if name in schema.get('required', []) else '?'}: {_type(field, described, root, depth)}{default}" + (f" ({about})" if about else ""))
     return ", ".join(fields)
 
 
-def _type(schema, described=False):
+def _type(schema, described=False, root=None, depth=0):
+    root, depth = schema if root is None else root, depth + 1
+    schema = _resolved(schema, root)
     if "enum" in schema:
         return " | ".join(map(_dumps, schema["enum"]))
     if "const" in schema:
         return _dumps(schema["const"])
     if parts := schema.get("anyOf") or schema.get("oneOf"):
-        return " | ".join(_type(part, described) for part in parts)
+        return " | ".join(_type(part, described, root, depth) for part in parts) if depth < 9 else "any"  # a schema may hold itself
     kind = schema.get("type", "any")
     kind = kind if isinstance(kind, str) else " | ".join(kind)
-    items = f"<{_type(schema['items'], described)}>" if isinstance(schema.get("items"), dict) and schema["items"] else ""
-    return f"{kind}{items}" + (f"{{{_fields(schema, described)}}}" if schema.get("properties") else "")
+    items = f"<{_type(schema['items'], described, root, depth)}>" if isinstance(schema.get("items"), dict) and schema["items"] and depth < 9 else ""
+    return f"{kind}{items}" + (f"{{{_fields(schema, described, root, depth)}}}" if schema.get("properties") and depth < 9 else "")
 
 
-def _problems(value, schema, where="", root=None):
-    """Yield (error type, message) for each way in which `value` breaks `schema`.  No coercion."""
+def _problems(value, schema, where="", root=None, part=False):
+    """Yield (error type, message) for each way in which `value` breaks `schema`.  No coercion.
+
+    Arguments that a schema does not name are unknown to it, unless it says otherwise; to a `part` of a combined one
+    (allOf, anyOf, oneOf) they may be another part's.
+    """
     root = schema if root is None else root
-    if str(schema.get("$ref", "")).startswith("#/"):
-        schema = functools.reduce(lambda node, key: node[key], schema["$ref"][2:].split("/"), root)
+    schema = _resolved(schema, root)
     label, prefix = (f"argument {where!r}", where + ".") if where else ("the arguments", "")
-    check = lambda part: list(_problems(value, part, where, root))  # noqa: E731
+    check = lambda inner: list(_problems(value, inner, where, root, part=True))  # noqa: E731
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if value is None and schema.get("nullable") is True:
@@ -154,17 +187,18 @@ def _problems(value, schema, where="", root=None):
             or "enum" in schema and _dumps(value) not in map(_dumps, schema["enum"])
             or "const" in schema and _dumps(value) != _dumps(schema["const"])
             or any(schema.get(word) and all(map(check, schema[word])) for word in ("anyOf", "oneOf"))):
-        yield "wrong_type", f"{label} must be {_type(schema)}, not {_dumps(value)[:60]}"
+        yield "wrong_type", f"{label} must be {_type(schema, False, root)}, not {_dumps(value)[:60]}"
         return
-    for part in schema.get("allOf", []):
-        yield from check(part)
+    for inner in schema.get("allOf", []):
+        yield from check(inner)
     if isinstance(value, list) and isinstance(schema.get("items"), dict):
         for index, item in enumerate(value):
             yield from _problems(item, schema["items"], f"{where}[{index}]", root)
     elif isinstance(value, dict):
-        known, others = schema.get("properties", {}), schema.get("additionalProperties", "properties" not in schema)
+        known, elsewhere = schema.get("properties", {}), {key for inner in _parts(schema, root)[1:] for key in inner.get("properties", {})}
+        others = schema.get("additionalProperties", part or not known and not elsewhere and "properties" not in schema)
         for key, item in value.items():
-            inner = known.get(key, others)
+            inner = known.get(key, key in elsewhere or others)
             if inner is False:
                 yield "unknown_argument", f"unknown argument {prefix + key[:100]!r}{_nearest(key, known)}"
             else:
@@ -395,6 +429,26 @@ class Result:
         return text
 
 
+@contextlib.contextmanager
+def one_line_errors():
+    """A user's mistake is one line and exit code 2; Ctrl-C is no traceback either."""
+    sys.path.append(os.getcwd())  # where a user's own tools and rewards may stand
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character ends nothing
+    try:
+        yield
+    except BrokenPipeError:  # `| head` has seen enough; what is still to be flushed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except (UserError, OSError) as error:  # OSError: no space, no permission, a folder in the way; it names the file
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def format_result(result: Result) -> str:
     return f"<tool_response>{result.text()}</tool_response>"
 
@@ -414,11 +468,13 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
     try:
         if tool.function is None:
             return failed("not_executable", f"{name} can be shown but not run: it has no function")
-        schema, arguments = {"type": "object", "properties": {}, **tool.parameters}, call.arguments
+        whole = {"type": "object"} if {"$ref", *COMBINED} & set(tool.parameters) else {"type": "object", "properties": {}}
+        schema, arguments = {**whole, **tool.parameters}, call.arguments
         if isinstance(arguments, dict):  # null for what may be left out: it is left out
-            may_be_null = {key for key, field in schema["properties"].items() if not list(_problems(None, field, root=schema))}
+            fields = schema.get("properties", {})
+            may_be_null = {key for key, field in fields.items() if not list(_problems(None, field, root=schema))}
             arguments = {key: value for key, value in arguments.items()
-                         if value is not None or key in may_be_null or key in schema.get("required", []) or key not in schema["properties"]}
+                         if value is not None or key in may_be_null or key in schema.get("required", []) or key not in fields}
         own = BUILTIN.get(name)
         schemas = [schema, own.parameters] if own and tool.function is own.function else [schema]  # a built-in in other words has its own needs
         for problem in itertools.chain.from_iterable(_problems(arguments, s) for s in schemas):
@@ -534,9 +590,9 @@ def calculate(expression: str) -> int | float:
 
 def _respell(text):
     """The expression as Python writes it: "1,234 x 5%" -> "1234 * 5 .percent"."""
-    text = re.sub(r"\s*\bper ?cent\b", "%", text.translate(SPELLING).rstrip("=? \t\n").lower())
-    text = re.sub(r"\bsqrt\s+(\d[\d.,]*)", r"sqrt(\1)", text)
-    if based := re.search(r"\b0[xob]\d\w*", text):
+    text = re.sub(r"\s*(?<![a-z])per ?cent\b", "%", text.translate(SPELLING).rstrip("=? \t\n").lower())
+    text = re.sub(r"\bsqrt\s+(\d+(?:,\d{3})*(?:\.\d*)?|\.\d+)", r"sqrt(\1)", text)
+    if based := re.search(r"(?<![\w.])0[xob]\d\w*", text):
         raise ToolError(f"unexpected {based[0][:50]!r}: numbers are decimal")
     text = re.sub(r"(?<![a-z])(x|of)(?=\s*[\d.(]|\s+-?[\d.(a-z])", "*", text)  # "3 x 4", but not the unknown of 3x + 4
     # As an attribute, the percent sign binds as tightly as it should: 2 ** 50% is 2 ** 0.5.

@@ -108,6 +108,15 @@ def test_predict_streams_resumes_and_reports_bad_lines(run, tmp_path, capsys):
     assert target.read_bytes() == whole
 
 
+def test_predict_into_a_file_by_way_of_stdout(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "hi"}\n{"id": Infinity, "prompt": "hi"}\n' + json.dumps({"id": 2, "prompt": "long " * 1000}) + "\n")
+    with open(tmp_path / "out.jsonl", "w") as out:
+        done = subprocess.run([sys.executable, ROOT / "toolplay.py", "predict", "--run", run, "--input", tmp_path / "in.jsonl", "--output", "/dev/stdout", "--max-new-tokens", "3"],
+                              stdout=out, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [1]
+    assert "line 2:" in done.stderr and "no room for an answer" in done.stderr
+
+
 def test_predict_keeps_what_it_did_not_write(run, tmp_path, capsys):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"id": 1, "prompt": "half a character: \\ud800"}\n{"id": "\\udfff", "prompt": "hi"}\n{"id": 2, "prompt": "hi"}\n{"id": 3, "prompt": "ho"}\n')

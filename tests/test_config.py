@@ -152,3 +152,15 @@ def test_every_config_in_the_repository_is_good():
 def test_a_byte_order_mark_is_no_mistake(tmp_path):
     (tmp_path / "c.json").write_text('\ufeff{"lr": 0.5}', encoding="utf-8")
     assert toolplay.load_config(tmp_path / "c.json").lr == 0.5
+
+
+def test_more_than_the_model_has_is_one_line():
+    with pytest.raises(UserError, match="lora_r = 1000000000: .* at most 128 wide"):
+        toolplay.prepare_model(toolplay.load_config({"model": "tiny", "lora_r": 10 ** 9}), "cpu")
+    with pytest.raises(UserError, match="5000 tokens, the model knows 4096 positions"):
+        toolplay.token_logprobs(toolplay.load_model("tiny")[0], [([1] * 5000, [1] * 5000)])
+
+
+def test_a_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert toolplay.load_config({"run_dir": "~/x"}).run_dir == str(tmp_path / "x")

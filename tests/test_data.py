@@ -129,6 +129,22 @@ def test_tags_that_are_plain_text_cannot_be_forged(template, tag):
     assert f"U [1] <b>[A] {tag[0]}\u200b{tag[1:]} V" in said and tag in own
 
 
+PHI = ("{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}<|{{ m['role'] }}|>\n{{ m['content'] }}<end_of_turn>\n{% endif %}{% endfor %}"
+       "{% if add_generation_prompt %}<|assistant|>\n{% else %}</s>{% endif %}")
+THINKS = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}"
+
+
+@pytest.mark.parametrize("template, opens", [(PHI, "<|assistant|>\n"), (THINKS, "<|assistant|>\n<think>\n")])
+def test_templates_that_leave_out_the_system_text_end_the_whole_or_open_a_thought(template, opens):
+    tokenizer = plain_tokenizer(template)
+    ids, mask = data.encode(CHAT, tokenizer)
+    text = tokenizer.decode(ids)
+    assert "</s>" not in text and "calculator(" in text and "Be kind." in text  # the tools are there, whatever the template does with a system text
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]).endswith("391, and sunny.<end_of_turn>") and data.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    prompt = tokenizer.decode(data.encode({**CHAT, "messages": CHAT["messages"][:2]}, tokenizer, generation=True)[0])
+    assert prompt.endswith(opens) and text.startswith(prompt.removesuffix("<think>\n"))
+
+
 def test_a_template_without_an_end_of_turn_teaches_to_stop_all_the_same():
     tokenizer = plain_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
     chat = {"messages": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A."}, {"role": "user", "content": "V"}, {"role": "assistant", "content": "B."}]}

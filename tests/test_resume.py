@@ -1,8 +1,10 @@
 """Runs: the same bytes twice, the same bytes after any kill -9, and clear words about what cannot be resumed."""
+import dataclasses
 import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -246,6 +248,30 @@ def test_a_log_cut_in_mid_line(tmp_path):
 
 
 # ---------------------------------------------------------------- atomic files
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    def fail(aside):
+        aside.mkdir()
+        (aside / "half").write_text("half")
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file\nand more")
+    with pytest.raises(OSError, match="x: cannot be written"):
+        toolplay.write_atomic(tmp_path / "x", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_in_a_folder_that_was_there_is_said_and_costs_nothing(tmp_path):
+    (tmp_path / "real" / "wandb").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    config = toolplay.load_config({"model": "tiny", "run_dir": str(tmp_path / "link"), "examples": 4, "max_tokens": 20, "device": "cpu"})
+    with pytest.raises(UserError, match="max_tokens = 20"):
+        toolplay.train(SimpleNamespace(config=str(written(tmp_path, config)), overrides=[], resume=False))
+    assert [p.name for p in (tmp_path / "real").iterdir()] == ["wandb"]
+
+
+def written(folder, config):
+    (folder / "c.json").write_text(json.dumps(dataclasses.asdict(config)))
+    return folder / "c.json"
+
 
 def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "x.json"

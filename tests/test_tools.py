@@ -59,7 +59,7 @@ def run(function, arguments=None, **options):
     ("(5 + 5)%", 0.1), ("50% - 10%", 0.4), ("17 % (3)", 2), ("17 % sqrt(9)", 2), ("15% x 200", 30), ("$12.50 + €3", 15.5),
     ("2 + 2 =", 4), ("2 + 2 = ?", 4), ("2+2=?  ", 4), ("3 x 4", 12), ("3x4", 12), ("3 x -4", -12), ("2 x sqrt(9)", 6),
     ("max(1,000, 2,000)", 2000), ("max(1,000 , 2,000)", 2000), ("min(2,500 ,3,000)", 2500), ("max(1,000,\n2,000)", 2000), ("max(12,500, 3,000)", 12500), ("min(12,500, 13)", 13), ("max(1,500, 900) + 2", 1502), ("round(1,234.6)", 1235), ("round(1,234.567,1)", 1234.6), ("min(1,234)", 1), ("sqrt(1,000,000)", 1000), ("abs(-1,234)", 1234), ("round(1,234.567, 1)", 1234.6),
-    ("20 percent of 50", 10), ("5\xa0+\xa03", 8), ("√16", 4), ("5 — 3", 2), ("2 • 3", 6), ("¥500 * 2", 1000), ("15 % -4", -1), ("5% - 3", -2.95), ("0.1 + 0.2", 0.3), ("6/2", 3),
+    ("1.0x5", 5), ("max(√16, 3)", 4), ("min(sqrt 9, 2)", 2), ("sqrt 1,600", 40), ("20percent of 50", 10), ("20 percent of 50", 10), ("5\xa0+\xa03", 8), ("√16", 4), ("5 — 3", 2), ("2 • 3", 6), ("¥500 * 2", 1000), ("15 % -4", -1), ("5% - 3", -2.95), ("0.1 + 0.2", 0.3), ("6/2", 3),
     ("1/3", 0.3333333333), ("1/3*3", 1), ("0.5 + 0.5", 1), (".5 * 4", 2), ("5.", 5), ("007 + 1", 8), ("1e3", 1000),
     ("round(2.567, 2)", 2.57), ("round(3.7)", 4), ("sqrt(2) ** 2", 2), ("8 ** (1/3)", 2), ("1000 * 1.05 ** 30", 4321.942375),
     ("1000 * 1.00041666 ** 360", None), ("12345678.905 + 0", 12345678.905), ("100000000000 / 3", 33333333333.33),
@@ -794,3 +794,34 @@ def test_a_module_that_exits_is_one_line(tmp_path, monkeypatch):
 def test_hexadecimal_is_no_product_with_zero():
     with pytest.raises(ToolError, match="0x10"):
         calculate("0x10 + 1")
+
+
+# ---------------------------------------------------------------- schemas of several parts, and references
+
+def problems(parameters, arguments):
+    made = Tool("t", "", parameters, lambda **given: given, isolated=False)
+    result = execute(Call("t", arguments), {"t": made})
+    return [] if result.ok else [result.error_type]
+
+
+def test_arguments_may_be_named_by_any_part_of_a_schema():
+    by = {"type": "object", "oneOf": [{"properties": {"id": {"type": "integer"}}, "required": ["id"]}, {"properties": {"name": {"type": "string"}}, "required": ["name"]}]}
+    assert problems(by, {"id": 5}) == problems(by, {"name": "x"}) == []
+    assert problems(by, {"id": "x"}) == ["wrong_type"] and problems(by, {"id": 5, "zzz": 1}) == ["unknown_argument"]
+    both = {"type": "object", "properties": {"p": {"allOf": [{"properties": {"a": {"type": "integer"}}, "required": ["a"]}, {"properties": {"b": {"type": "integer"}}}]}}}
+    assert problems(both, {"p": {"a": 1, "b": 2}}) == [] and problems(both, {"p": {"b": 2}}) == ["missing_argument"] and problems(both, {"p": {"a": 1, "c": 2}}) == ["unknown_argument"]
+    beside = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "anyOf": [{"properties": {"a": {}}, "required": ["a"]}, {"required": ["b"]}]}
+    assert problems(beside, {"b": 1}) == problems(beside, {"a": 1, "b": 2}) == [] and problems(beside, {}) == ["wrong_type"]
+
+
+def test_references_are_followed_to_their_end():
+    chain = {"type": "object", "properties": {"x": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"type": "integer"}}}
+    assert problems(chain, {"x": 1}) == [] and problems(chain, {"x": "abc"}) == ["wrong_type"]
+    tree = {"type": "object", "properties": {"n": {"type": "integer"}, "kids": {"type": "array", "items": {"$ref": "#"}}}}
+    assert problems(tree, {"n": 1, "kids": [{"n": 2, "kids": []}]}) == [] and problems(tree, {"kids": [{"n": "x"}]}) == ["wrong_type"]
+    assert Tool("t", "", tree).signature().startswith("t(n?: integer, kids?: array<")
+    unit = {"type": "object", "properties": {"unit": {"$ref": "#/$defs/Unit", "default": "a"}, "or": {"anyOf": [{"$ref": "#/$defs/Unit"}, {"type": "null"}]}}, "$defs": {"Unit": {"enum": ["a", "b"], "type": "string"}}}
+    assert Tool("t", "", unit).signature() == 't(unit?: "a" | "b" = "a", or?: "a" | "b" | null)'
+    for ref in ("#/$defs/nothing", "#/$defs/A"):
+        with pytest.raises(UserError, match="not a JSON schema that can be used"):
+            Tool("t", "", {"type": "object", "properties": {"x": {"$ref": ref}}, "$defs": {"A": {"$ref": "#/$defs/A"}}})
