@@ -410,7 +410,7 @@ def check_settings(config):
     if config.label_smoothing >= 0.5:
         raise UserError(f"label_smoothing = {config.label_smoothing}: must be below 0.5; from there on the judgements say nothing, or the reverse")
     if config.label_smoothing and config.variant in ("ipo", "hinge", "simpo"):
-        raise UserError(f"label_smoothing = {config.label_smoothing}: {config.variant} has none; set it to 0, or take variant sigmoid or robust")
+        print(f"label_smoothing = {config.label_smoothing} changes nothing: {config.variant} has none (sigmoid and robust do)", file=sys.stderr)
     if unknown := [fault for fault in config.faults if fault not in list(CORRUPTIONS)]:
         raise UserError(f"faults: {unknown[0]!r} is none of {', '.join(CORRUPTIONS)}")
     if config.pairs != "corrupted":
