@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import toolplay  # noqa: E402
+from toolplay import load_model  # noqa: E402  (the real one: tests put others in its place)
 
 VOCAB = 258  # of the byte-level tokenizer that comes with the model "tiny"
 
@@ -44,7 +45,7 @@ def model(name, seed=0):
 
 @functools.cache
 def tokenizer():
-    return toolplay.load_model("tiny")[1]
+    return load_model("tiny")[1]
 
 
 def random_rows(seed, most=9, longest=24):
