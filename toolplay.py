@@ -1420,7 +1420,7 @@ def predict(args):
     """Answer the prompts of a JSONL file. Streams; started again, it goes on where it stopped."""
     from tqdm import tqdm
     output, ids = Path(args.output), set()
-    stream = str(output).startswith(("/dev/", "/proc/")) or output.exists() and not output.is_file() and not output.is_dir()  # nothing to go on from
+    stream = str(output).startswith(("/dev/std", "/dev/fd/", "/proc/")) or output.exists() and not output.is_file() and not output.is_dir()  # nothing to go on from
     try:
         finished = [] if stream else read_lines(output, ["id", "output"])
         if not finished and output.is_file() and output.read_bytes().strip():
