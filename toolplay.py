@@ -478,7 +478,8 @@ def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=())
     """
     if not batch:
         raise UserError("token_logprobs: the batch is empty")
-    if (longest := max(len(ids) for ids, _ in batch)) > context_of(model):
+    learned = not getattr(model.config.get_text_config(), "rope_parameters", None)  # GPT-2's positions end; rotary ones go on, though no row so long was learned
+    if learned and (longest := max(len(ids) for ids, _ in batch)) > context_of(model):
         raise UserError(f"a row has {longest} tokens, the model knows {context_of(model)} positions: lower max_tokens")
     groups = micro_batches([[row] for row in batch], budget) if takes_trie(model) else [[b] for b in range(len(batch))]
     if len(groups) == 1 and groups[0] == list(range(len(batch))):

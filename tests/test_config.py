@@ -3,7 +3,7 @@ import dataclasses
 import json
 
 import pytest
-import small  # noqa: F401  (puts the repository on the path)
+import small
 
 import toolplay
 from toolplay import UserError, load_config
@@ -157,8 +157,8 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path):
 def test_more_than_the_model_has_is_one_line():
     with pytest.raises(UserError, match="lora_r = 1000000000: .* at most 128 wide"):
         toolplay.prepare_model(toolplay.load_config({"model": "tiny", "lora_r": 10 ** 9}), "cpu")
-    with pytest.raises(UserError, match="5000 tokens, the model knows 4096 positions"):
-        toolplay.token_logprobs(toolplay.load_model("tiny")[0], [([1] * 5000, [1] * 5000)])
+    with pytest.raises(UserError, match="1025 tokens, the model knows 1024 positions"):
+        toolplay.token_logprobs(small.model("gpt2"), [([1] * 1025, [1] * 1025)])
 
 
 def test_a_home_folder_is_found(monkeypatch, tmp_path):
