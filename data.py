@@ -168,6 +168,12 @@ def _template_pieces(messages, tokenizer, generation):
         chat = [{"role": "user", "content": chat[0]["content"] + "\n\n" + chat[1]["content"]}] + chat[2:]
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
 
+    def rest(text, before):
+        """What comes behind earlier turns."""
+        if not text.startswith(before):
+            raise UserError("this chat template rewrites earlier turns, so that turns cannot be told apart; use a ChatML model or a simpler template")
+        return text[len(before):]
+
     def settled(upto):
         """The turns, without an eos token that ends the whole, and is not there where the conversation goes on (Phi-3's)."""
         text, end = render(upto), tokenizer.eos_token
@@ -185,19 +191,17 @@ def _template_pieces(messages, tokenizer, generation):
     for i in range(first, len(chat)):
         after = settled(chat[:i + 1])
         header = opening(chat[:i], after) if chat[i]["role"] == "assistant" else before
-        if not (after.startswith(header) and header.startswith(before)):
-            raise UserError("this chat template rewrites earlier turns, so that turns cannot be told apart; use a ChatML model or a simpler template")
+        opened, body = rest(header, before), rest(after, header)
         if chat[i]["role"] == "assistant":
-            body = after[len(header):]
             tail = len(body) - len(body.rstrip("\n "))  # what stands behind the end-of-turn token is layout
             said = ids(body[:len(body) - tail])
             if said and tokenizer.eos_token_id is not None and not is_token_of_its_own(said[-1], tokenizer):
                 said.append(tokenizer.eos_token_id)  # a template without an end of turn: else the model would never learn to stop
-            out += [(ids(header[len(before):]), 0), (said, 1), (ids(body[len(body) - tail:]), 0)]
+            out += [(ids(opened), 0), (said, 1), (ids(body[len(body) - tail:]), 0)]
         else:
-            out.append((ids(after[len(before):]), 0))
+            out.append((ids(body), 0))
         before = after
-    return out + [(ids(render(chat, header=True).removeprefix(before)), 0)] * generation
+    return out + ([(ids(rest(render(chat, header=True), before)), 0)] if generation else [])
 
 
 def encode(conversation, tokenizer, style="signature", generation=False):
@@ -1691,28 +1695,28 @@ def conversations(config, split, tokenizer, line=check_conversation, offered=())
     `line` reads what a line of a JSONL file holds; `offered`: the tools of a line that names none.
     """
     path, count = (config.path, config.examples) if split == "train" else (config.eval_path, config.eval_examples)
-    made = []
+    made, extra = [], [tool_from_schema(t) for t in config.tools]
     if split == "dev" and not count:
         return made
     if config.source == "jsonl" and path:
-        made = read_jsonl(path, lambda item: line(with_tools(item, config, offered)))
+        made = read_jsonl(path, lambda item: line(with_tools(item, extra, offered)))
     elif config.source == "teacher":
-        made = read_teacher(path or config.path, split, count, config.seed, config.tools)
+        made = read_teacher(path or config.path, split, count, config.seed, extra)
     elif config.source == "toolbench" and path:
         try:
-            made = read_toolbench(path, lambda c: len(encode(with_tools(c, config), tokenizer, config.tool_style)[0]) <= config.max_tokens, questions=False)
+            made = read_toolbench(path, lambda c: len(encode(with_tools(c, extra), tokenizer, config.tool_style)[0]) <= config.max_tokens, questions=False)
         except UserError as error:
             if not config.fallback:
                 raise
             made = generate(split, count, config.seed, stand_in(config, error, split))
     elif config.source in ("manual", "synthetic"):
         made = generate(split, count, config.seed, mix_of(config))
-    return [with_tools(item, config) for item in (made if split == "train" else made[:count])]
+    return [with_tools(item, extra) for item in (made if split == "train" else made[:count])]
 
 
-def with_tools(item, config, offered=()):
-    """A line or a conversation, with the config's own tools beside its tools, or beside those `offered` where it names none."""
-    extra, own = [tool_from_schema(t) for t in config.tools], item.get("tools") if isinstance(item, dict) else ()
+def with_tools(item, extra, offered=()):
+    """A line or a conversation, with the `extra` tools (a config's own) beside its tools, or beside those `offered` where it names none."""
+    own = item.get("tools") if isinstance(item, dict) else ()
     own = list(offered) if own is None else own
     with contextlib.suppress(ValueError):  # what is no JSON is said where it is read
         own = json.loads(own) or [] if isinstance(own, str) else own

@@ -322,7 +322,7 @@ def corrupted_pairs(conversations, tokenizer, seed=0, style="signature", faults=
     pairs = []
     for n, conversation in enumerate(conversations):
         roles = [m["role"] for m in conversation["messages"]]
-        if "user" not in roles or "assistant" not in roles[roles.index("user"):] or roles.index("assistant") < roles.index("user"):
+        if "user" not in roles[:roles.index("assistant") if "assistant" in roles else 0]:
             continue  # nothing to spoil: no answer to a request
         rng, names = random.Random(f"{seed} pair {n}"), list(faults or CORRUPTIONS)
         for name in rng.sample(names, len(names)):
@@ -571,7 +571,7 @@ def prompts_of(config, split, tokenizer):
 
     def usable(line):  # here, where a bad line still has its number
         case = as_case(line)
-        return data.check_conversation({**line, "messages": line.get("messages") or case.conversation["messages"], "tools": case.conversation["tools"]})
+        return data.check_conversation({**line, "messages": data.messages_of(line), "tools": case.conversation["tools"]})
     return data.conversations(config, split, tokenizer, usable, BUILTIN)
 
 

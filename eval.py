@@ -55,7 +55,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from tools import BUILTIN, STOP_WORDS, Call, Tool, UserError, _cities, _city_file, _normal, _terms, execute, load_tools, parse_calls
+from tools import BUILTIN, STOP_WORDS, Call, Tool, UserError, _cities, _city_file, _normal, _terms, execute, load_tools, parse_calls, tool_from_schema
 
 METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "execution", "response_quality", "response_f1", "overall")
 FORGED = re.compile(r"</?tool_response|<\|\w+\|>")
@@ -272,7 +272,7 @@ def response(case, episode, gold_results):
     known, like = set(numbers(" ".join(texts))), lambda text: f1(final, text) >= 0.5
 
     def fact(result):
-        value, builtin = result.value, result.ok and result.name in BUILTIN and shape_of(result)
+        value, builtin = result.value, shape_of(result)
         if not result.ok and result.error_type != "not_executable":
             return declines(final, reference, known)
         if builtin == "weather":
@@ -681,7 +681,8 @@ def command(args):
         text, report, records = bfcl(model, tokenizer, suite, config.tool_style)
         print(f"## {args.run or args.model}{stands_in}\n\n{text}")
         return keep("bfcl.json", {"data": args.suite, "trained_on": trained_on, "report": report, "records": records})
-    cases = data.read_jsonl(args.data, lambda item: as_case(data.with_tools(item, config, BUILTIN)))[:args.n] if args.data else data.generate(args.split, args.n or 200, args.seed, data.mix_of(config))
+    extra = [tool_from_schema(t) for t in config.tools]
+    cases = data.read_jsonl(args.data, lambda item: as_case(data.with_tools(item, extra, BUILTIN)))[:args.n] if args.data else data.generate(args.split, args.n or 200, args.seed, data.mix_of(config))
     report, records = evaluate(model, tokenizer, cases, style=config.tool_style)
     print(format_report(report, f"{args.run or args.model}{stands_in} on {args.data or args.split}", records, args.failures))
     if not args.data:

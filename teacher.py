@@ -435,8 +435,8 @@ def train(run):
     model, tokenizer = toolplay.prepare_model(config, run.device)
     tools = {**data.BUILTIN, **load_tools(config.tools)}
     texts = read_texts(config.text, config.texts) if config.text else prose("train", config.texts, config.seed)
-    texts = [item for item in texts if len(ids_of(tokenizer, item["text"])) > 1]  # a token alone has no loss
-    texts = data.fitting(texts, [len(ids_of(tokenizer, item["text"])) for item in texts], config.max_tokens, "texts")
+    sized = [(item, n) for item in texts if (n := len(ids_of(tokenizer, item["text"]))) > 1]  # a token alone has no loss
+    texts = data.fitting([item for item, _ in sized], [n for _, n in sized], config.max_tokens, "texts")
     if not texts:
         raise UserError(f"no text fits max_tokens = {config.max_tokens}; raise it, or write shorter texts, one a line")
     held_out = read_texts(config.eval_path, config.eval_examples) if config.eval_path else prose("test", config.eval_examples, config.seed) if config.eval_examples else []

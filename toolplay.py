@@ -442,29 +442,33 @@ def takes_trie(model):
     import transformers
     transformers.AttentionInterface.register("sdpa", planned_attention)
     config = model.config.get_text_config()
-    kind = getattr(config, "_attn_implementation", None)
-    if getattr(model, "_takes_trie_as", ()) != (kind,):
-        model._takes_trie_as = (kind,)
+    kind, found = getattr(config, "_attn_implementation", None), model.__dict__.setdefault("_takes_trie", {})  # kind of attention -> whether
+    if kind not in found:
         types = getattr(config, "layer_types", None) or ["full_attention"]
         window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         softcap = getattr(config, "attn_logit_softcapping", None)
         by_length = re.search(r"'(rope_)?type': '(dynamic|longrope)'", str([getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]))  # angles depend on the longest position
-        model._takes_trie = set(types) == {"full_attention"} and not softcap and not by_length and not (window and not getattr(config, "layer_types", None))
-        if model._takes_trie:
-            rows = [([1, 2, 3, 4], [0, 1, 1, 1]), ([1, 2, 5, 6], [0, 0, 1, 1]), ([2, 3], [0, 1])]
-            training = model.training
-            model.eval()
-            try:
-                with torch.no_grad(), torch.autocast(model.device.type, enabled=False):  # half precision is too coarse for this test
-                    joint, alone = _logprobs(model, rows), torch.cat([F.pad(_logprobs(model, [r]), (0, 4 - len(r[0]))) for r in rows])
-                model._takes_trie = bool((joint - alone).abs().max() < 1e-3)
-            except Exception:  # whatever a model raises that is built otherwise
-                model._takes_trie = False
-            model.train(training)
-        if not model._takes_trie:
+        rows = [([1, 2, 3, 4], [0, 1, 1, 1]), ([1, 2, 5, 6], [0, 0, 1, 1]), ([2, 3], [0, 1])]
+        found[kind] = set(types) == {"full_attention"} and not softcap and not by_length and not (window and not getattr(config, "layer_types", None)) and agree(
+            model, 1e-3, lambda: _logprobs(model, rows), lambda: torch.cat([F.pad(_logprobs(model, [r]), (0, 4 - len(r[0]))) for r in rows]))
+        if not found[kind]:
             print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend on a row's length, a special kernel); "
                   "falling back to one sequence per forward: exact, but slower", file=sys.stderr)
-    return model._takes_trie
+    return found[kind]
+
+
+@torch.no_grad()
+def agree(model, most, one, other):
+    """Whether two ways to compute the same differ by less than `most` on a model, in eval mode and full precision (half is too coarse to tell)."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            return bool((one() - other()).abs().max() < most)
+    except Exception:  # whatever a model raises that is built otherwise
+        return False
+    finally:
+        model.train(training)
 
 
 def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=()):
@@ -690,22 +694,14 @@ def prompt_cache(model, prompts):
     return EqualRows(SharedPrefixCache if shares_prefix(model) else RowCaches, model, prompts)
 
 
-@torch.no_grad()
 def shares_prefix(model):
     """Whether a model that takes the trie takes our cache too (not where it keeps something else than keys and values). Tried once."""
     if not takes_trie(model):
         return False
     if getattr(model, "_shares_prefix", None) is None:
-        device, training = model.get_input_embeddings().weight.device, model.training
-        model.eval()
-        try:
-            with torch.autocast(model.device.type, enabled=False):
-                joint = SharedPrefixCache(model, [[1, 2, 3], [1, 2]]).step([[4], [5]])
-                alone = torch.cat([model(input_ids=torch.tensor([ids], device=device)).logits[:, -1] for ids in ([1, 2, 3, 4], [1, 2, 5])])
-            model._shares_prefix = bool((joint - alone).abs().max() < 1e-2)
-        except Exception:  # whatever a model raises that is built otherwise
-            model._shares_prefix = False
-        model.train(training)
+        device = model.get_input_embeddings().weight.device
+        model._shares_prefix = agree(model, 1e-2, lambda: SharedPrefixCache(model, [[1, 2, 3], [1, 2]]).step([[4], [5]]),
+                                     lambda: torch.cat([model(input_ids=torch.tensor([ids], device=device)).logits[:, -1] for ids in ([1, 2, 3, 4], [1, 2, 5])]))
         if not model._shares_prefix:
             print(f"{type(model).__name__}: it keeps something else than keys and values; sampling row by row: exact, but slower", file=sys.stderr)
     return model._shares_prefix
@@ -985,14 +981,13 @@ def write_atomic(path, write):
         shutil.rmtree(aside)
     try:
         write(aside)
+        if path.exists() and path.is_dir() != aside.is_dir():
+            raise UserError(f"{path}: there is a {'folder' if path.is_dir() else 'file'} of that name already; choose another one")
     except BaseException as error:  # nothing half-written stays
         (shutil.rmtree if aside.is_dir() else os.remove)(aside) if aside.exists() else None
         if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":  # what torch and safetensors raise for a full disk
             raise OSError(f"{path}: cannot be written ({first_line(error)})") from None
         raise
-    if path.exists() and path.is_dir() != aside.is_dir():
-        (shutil.rmtree if aside.is_dir() else os.remove)(aside)
-        raise UserError(f"{path}: there is a {'folder' if path.is_dir() else 'file'} of that name already; choose another one")
     for part in [*aside.rglob("*"), aside] if aside.is_dir() else [aside]:
         handle = os.open(part, os.O_RDONLY)
         os.fsync(handle)
