@@ -79,9 +79,13 @@ def turns(conversation, style="signature"):
 
 
 def is_chatml(tokenizer):
-    """Whether a tokenizer has ChatML's tokens, and its own template, if it has one, lays out turns with them as `pieces` does."""
+    """Whether a tokenizer has ChatML's tokens, and its own template, if it has one, lays out turns with them as `pieces` does. (Phi-4
+    and InternLM have these tokens, and another layout.) What a template says to the system may differ."""
     ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])  # get_vocab() would build a dict of the whole vocabulary
-    return not {None, tokenizer.unk_token_id} & set(ids) and (not tokenizer.chat_template or writes_chatml(tokenizer, str(tokenizer.chat_template)))
+    if {None, tokenizer.unk_token_id} & set(ids):
+        return False
+    text = example_of(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else None
+    return text is None or text.startswith("<|im_start|>") and text.endswith("<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n")
 
 
 @functools.lru_cache(16)
@@ -97,12 +101,6 @@ def example_of(tokenizer, template):
 def plain_tags(tokenizer, template):
     """Tags of a template that may be plain text to the tokenizer: [INST], Zephyr's <|user|>."""
     return set(re.findall(r"<{1,2}/?\|?\w+\|?>{1,2}|\[/?[A-Z_]{2,}\]", template + example_of(tokenizer, template))) - set(GRAMMAR)
-
-
-def writes_chatml(tokenizer, template):
-    """(Phi-4 and InternLM have these tokens, and another layout.) What a template says to the system may differ."""
-    text = example_of(tokenizer, template)
-    return text.startswith("<|im_start|>") and text.endswith("<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n")
 
 
 def end_of_turn(tokenizer):
@@ -152,20 +150,16 @@ def _template_pieces(messages, tokenizer, generation):
     chat = [safe({"role": "user" if role == "tool" else role, "content": text}) for role, text in messages]
 
     def render(upto, header=False):
-        if not upto:
-            return ""
         try:
             return tokenizer.apply_chat_template(upto, tokenize=False, add_generation_prompt=header)
         except Exception as error:  # templates raise what they like
             raise UserError(f"the tokenizer's chat template refuses the turns {', '.join(m['role'] for m in upto)} ({str(error)[:80]})") from None
-    try:
-        lost = chat[0]["role"] == "system" and chat[0]["content"].strip() not in render(chat[:2])
-    except UserError:
-        if len(chat) == 1:
-            raise
-        lost = True
-    if lost and len(chat) > 1:  # many know no system role, and refuse it (Gemma's) or leave it out: it joins the first user turn
-        chat = [{"role": "user", "content": chat[0]["content"] + "\n\n" + chat[1]["content"]}] + chat[2:]
+    pair = 1 + any(m["role"] == "user" for m in chat[1:2])  # the system text and, if the user begins, the first turn
+    lost = len(chat) > 1
+    with contextlib.suppress(UserError):
+        lost = lost and chat[0]["content"].strip() not in render(chat[:2])
+    if lost:  # many know no system role, and refuse it (Gemma's) or leave it out: it joins the first user turn
+        chat = [{"role": "user", "content": "\n\n".join(m["content"] for m in chat[:pair])}, *chat[pair:]]
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
 
     def rest(text, before):
@@ -185,7 +179,7 @@ def _template_pieces(messages, tokenizer, generation):
         same = os.path.commonprefix([text, after])
         return same if same == text else same[:same.rfind("\n") + 1]
     # Some templates refuse a lone system message, or fold it into the first user turn: then these two are one piece.
-    first = 2 if chat[0]["role"] == "system" and len(chat) > 1 else 1
+    first = 1 if lost else pair
     before = settled(chat[:first])
     out = [(ids(before), 0)]
     for i in range(first, len(chat)):
@@ -246,7 +240,7 @@ def check_conversation(conversation):
             tools = json.loads(tools) or []
         except ValueError:
             raise UserError('"tools" must be a list, or its JSON text') from None
-    tools = load_tools([without_function(t) for t in tools] if isinstance(tools, list) else tools)
+    tools = load_tools([without_function(t) for t in tools] if isinstance(tools, (list, tuple)) else tools)
     checked = {**conversation, "messages": _in_call_order(messages), "tools": list(tools.values())}
     try:
         "".join(text for _, text in turns(checked)).encode()
@@ -276,18 +270,12 @@ def _check_message(message, n):
 
 def _in_call_order(messages):
     """Tool results that name their calls, in the order of these; the ids go."""
-    out, ids, results = [], [], []
-    for message in messages:
-        if message["role"] != "tool":
-            ids, results = message.pop("ids", []), []
-        else:
-            results.append(message.pop("id"))
-            out.append(message)
-            if len(results) == len(set(map(str, ids))) == len(ids) and None not in ids and sorted(map(str, results)) == sorted(map(str, ids)):
-                out[-len(ids):] = [out[len(out) - len(ids) + list(map(str, results)).index(str(i))] for i in ids]
-            continue
-        out.append(message)
-    return out
+    for n, message in enumerate(messages):
+        ids = message.pop("ids", [])
+        order, results = list(map(str, ids)), messages[n + 1:n + 1 + len(ids)]
+        if None not in ids and len(set(order)) == len(order) and sorted(str(m["id"]) for m in results if m["role"] == "tool") == sorted(order):
+            messages[n + 1:n + 1 + len(ids)] = sorted(results, key=lambda m: order.index(str(m["id"])))
+    return [{key: value for key, value in m.items() if key != "id"} for m in messages]
 
 
 def without_function(schema):
@@ -567,15 +555,12 @@ class Writer:
         """What begins with a slot begins with a capital half of the time."""
         return text[0].upper() + text[1:] if template[0] == "{" and not lower and self.rng.random() < 0.5 else text
 
-    def story_words(self, family, lower=False):
+    def story_words(self, family, lower):
         stories = corpus("stories_add.json")
-        people = self.rng.sample(stories["names"], 3)
-        things = stories["things"].get(family.get("things"), stories["things"]["toys"])
-        thing, thing2 = self.rng.sample(things, 2)
-        first = people[0]
-        words = {"name": first["name"], "name2": people[1]["name"], "name3": people[2]["name"], "he": first["he"], "his": first["his"],
-                 "him": first["him"], "He": first["he"].capitalize(), "His": first["his"].capitalize(), "thing": thing, "thing2": thing2,
-                 "Thing": thing.capitalize(), "city": self.pick("cities.json", "cities")["name"]}
+        first, second, third = self.rng.sample(stories["names"], 3)
+        thing, thing2 = self.rng.sample(stories["things"].get(family.get("things"), stories["things"]["toys"]), 2)
+        words = {**first, "name2": second["name"], "name3": third["name"], "thing": thing, "thing2": thing2, "city": self.pick("cities.json", "cities")["name"]}
+        words |= {key.capitalize(): words[key].capitalize() for key in ("he", "his", "thing")}
         return {k: v.lower() if lower else v for k, v in words.items()}
 
     def calculation(self, name, wanted=lambda family: True, spoken=0):
@@ -690,13 +675,9 @@ class Writer:
         if self.split == "train" and steps != 1 and self.rng.random() < 0.15:
             problem = self.rng.choice(corpus("gsm8k_short.jsonl")[1:])
             return problem["question"], [Call("calculator", {"expression": problem["expression"]})], "gsm8k", {}
-        return self.calculation(self.rng.choice(["stories_add.json", "stories_mul.json"]), lambda family: steps in (None, family.get("steps", operations(family["expression"]))))
+        return self.calculation(self.rng.choice(["stories_add.json", "stories_mul.json"]), lambda family: steps in (None, family["steps"]))
 
-    def one_step(self):
-        return self.word_problem(1)
-
-    def two_steps(self):
-        return self.word_problem(2)
+    one_step, two_steps = functools.partialmethod(word_problem, 1), functools.partialmethod(word_problem, 2)
 
     def city(self, towns=TOWNS):
         """A city: of those that people ask for, or in training any town of the world."""
@@ -729,17 +710,13 @@ class Writer:
         arguments = {"city": city, **({"unit": family["unit"]} if family.get("unit") else {})}
         return fill(template, {"city": city}), [Call("weather", arguments)], family["id"], {"city": city}
 
-    def question(self):
-        """A self-contained search question -> (text, entity or None, family)."""
-        questions = corpus("search_questions.json")
-        if self.rng.random() < 0.4:
-            return self.pick("search_questions.json", "plain")["text"], None, "plain"
-        family = self.pick("search_questions.json", "families")
-        entity = self.rng.choice(of_split(questions["entities"][family["entity"]], self.split))["name"]
-        return fill(self.rng.choice(family["texts"]), {"e": entity}), entity, family["id"]
-
     def search(self):
-        query, entity, family = self.question()
+        if self.rng.random() < 0.4:
+            query, entity, family = self.pick("search_questions.json", "plain")["text"], None, "plain"
+        else:
+            made = self.pick("search_questions.json", "families")
+            entity, family = self.rng.choice(of_split(corpus("search_questions.json")["entities"][made["entity"]], self.split))["name"], made["id"]
+            query = fill(self.rng.choice(made["texts"]), {"e": entity})
         query = query.rstrip("?. ")
         wrapper = "{q}" if self.rng.random() < 0.6 else self.pick("search_questions.json", "wrappers")["text"]
         if not re.match(r"(who|whose|what|when|where|which|how|why)\b", query) and not re.search(r"(:|search for|look up|find|search on) \{q\}", wrapper):
@@ -762,7 +739,7 @@ class Writer:
             change = str.lower if lower else str
             return fill(template, {"q": change(text)}), [Call("search", {"query": change(item["query"])})], family["id"], {}
         if family["tool"] == "none":
-            return self.no_tool(f'trap_{family["id"]}')
+            return self.no_tool(lambda t: t["kind"] == f'trap_{family["id"]}')
         values = draw_values(family.get("slots", {}), self.split, self.rng)
         if values is None:
             return None
@@ -771,20 +748,16 @@ class Writer:
         written = {k: write_value(v, family["slots"][k].split()[0], self.rng) for k, v in values.items()}
         return fill(template, {"city": city, **written}), [Call("weather", {"city": city})], family["id"], {"city": city}
 
-    def no_tool(self, kind=None):
+    def no_tool(self, wanted=lambda talk: True):
         """Talk with the base model's own reply; its words stay as they were when the reply was sampled."""
-        return self.talk(lambda t: kind in (None, t["kind"]))
-
-    def small_talk(self):
-        """Talk without what one could as well look up (advice, meanings of words), chat that mentions numbers or weather, and traps."""
-        return self.talk(lambda t: t["easy"])
-
-    def talk(self, wanted):
-        found = [t for t in talks(self.split) if wanted(t)]
-        if not found:
+        if not (found := [t for t in talks(self.split) if wanted(t)]):
             return None
         talk = self.rng.choice(found)
         return talk["prompt"], [], talk["kind"], {"reply": talk["reply"]}
+
+    def small_talk(self):
+        """Talk without what one could as well look up (advice, meanings of words), chat that mentions numbers or weather, and traps."""
+        return self.no_tool(lambda t: t["easy"])
 
     def two_calls(self):
         if self.rng.random() < 0.4:
@@ -799,7 +772,7 @@ class Writer:
         one, two = first(), second()
         if not one or not two:
             return None
-        prompt = fill(self.pick("extra.json", "joiners")["text"], {"x": end_sentence(one[0]), "y": decapitalise(two[0])})
+        prompt = fill(self.pick("extra.json", "joiners")["text"], {"x": end_sentence(one[0]), "y": decapitalise(two[0], two[1])})
         return prompt, one[1] + two[1], "joined", {}
 
     def several_cities(self):
@@ -858,9 +831,11 @@ def fill(template, words):
     return re.sub(r"\{(\w+)\}", lambda m: words[m.group(1)] if m.group(1) in words else m.group(), template)
 
 
-def decapitalise(text):
+def decapitalise(text, calls=()):
+    """A small letter, for what goes on in the middle of a sentence, unless it begins with a value of the calls (or is "I" or a name that shows)."""
     first = text.split(" ", 1)[0]
-    return text if first in ("I", "I'm", "I've", "I'd", "I'll") or first[1:] != first[1:].lower() or not first.isalpha() else text[0].lower() + text[1:]
+    values = [v for c in calls for value in c.arguments.values() for v in (value if isinstance(value, list) else [value])]
+    return text if text.startswith(tuple(v for v in values if isinstance(v, str) and v)) or first in ("I", "I'm", "I've", "I'd", "I'll") or first[1:] != first[1:].lower() or not first.isalpha() else text[0].lower() + text[1:]
 
 
 def end_sentence(text):
@@ -1021,41 +996,38 @@ class ApiWriter:
 
     def tool(self, domain, function):
         """-> the schema of a function's variant."""
-        properties = {self.key(p): self.field(p) for p in function["parameters"]}
+        fields = self.fields(function["parameters"])  # drawn before the description
         return {"name": STYLES["snake" if self.masked else self.style](domain["name"], function["shown"]), "description": self.rng.choice(function["descriptions"]),
-                "parameters": {"type": "object", "properties": properties, "required": [self.key(p) for p in function["parameters"] if p["required"]]}}
+                "parameters": {"type": "object", **fields}}
+
+    def fields(self, parameters):
+        return {"properties": {self.key(p): self.field(p) for p in parameters}, "required": [self.key(p) for p in parameters if p["required"]]}
 
     def field(self, parameter):
         field = {"type": parameter["type"]}
         if self.described or self.masked:
             field["description"] = self.rng.choice(parameter["description"])
-        for key in ("enum", "default"):
-            if key in parameter:
-                field[key] = parameter[key]
+        field |= {key: parameter[key] for key in ("enum", "default") if key in parameter}
         if parameter["type"] == "array":
             field["items"] = {"type": parameter["items"]}
-        if parameter["type"] == "object":
-            field["properties"] = {self.key(p): self.field(p) for p in parameter["properties"]}
-            field["required"] = [self.key(p) for p in parameter["properties"] if p["required"]]
-        return field
+        return field | self.fields(parameter["properties"]) if parameter["type"] == "object" else field
 
     def value(self, kind):
         """-> (the value in an argument, how a person may write it)."""
         rng = self.rng
         if isinstance(kind, list):
-            if self.split == "train" and isinstance(kind[0], str) and rng.random() < 0.1:  # a name from anywhere: values are copied, not known by heart
-                value = any_name(rng)
-            else:
-                value = rng.choice(kind)
+            foreign = self.split == "train" and isinstance(kind[0], str) and rng.random() < 0.1  # a name from anywhere: values are copied, not known by heart
+            value = any_name(rng) if foreign else rng.choice(kind)
             return value, str(value)
         name, *limits = kind.split()
-        if name == "city":
-            city = rng.choice(pool("cities.json", "cities", self.split))["name"]
-            return city, city
-        if name == "person":
-            people = corpus("stories_add.json")["names"]
-            person = f"{rng.choice(people)['name']} {rng.choice(corpus('extra.json')['surnames'])}"
-            return person, person
+        people, surnames = corpus("stories_add.json")["names"], corpus("extra.json")["surnames"]
+        written = {"city": lambda: rng.choice(pool("cities.json", "cities", self.split))["name"],
+                   "person": lambda: f"{rng.choice(people)['name']} {rng.choice(surnames)}",
+                   "email": lambda: f"{rng.choice(people)['name'].lower()}.{rng.choice(surnames).lower()}@{rng.choice(['mail', 'post', 'inbox'])}.example",
+                   "code": lambda: "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=2)) + f"-{rng.randint(1000, 9999)}"}
+        if name in written:  # as they are
+            value = written[name]()
+            return value, value
         if name == "date":
             year, month, day = rng.choice([2026, 2026, 2027]), rng.randint(1, 12), rng.randint(1, 28)
             end = "th" if day in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
@@ -1068,12 +1040,6 @@ class ApiWriter:
             if words := {0: "{} o'clock", 15: "quarter past {}", 30: "half past {}"}.get(minute):
                 said.append(f"{words.format(number_words(twelve))} {part}")
             return said[0], rng.choice(said)
-        if name == "email":
-            address = f"{rng.choice(corpus('stories_add.json')['names'])['name'].lower()}.{rng.choice(corpus('extra.json')['surnames']).lower()}@{rng.choice(['mail', 'post', 'inbox'])}.example"
-            return address, address
-        if name == "code":
-            code = "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=2)) + f"-{rng.randint(1000, 9999)}"
-            return code, code
         low, high = float(limits[0]), float(limits[1])
         if name == "int":
             value = rng.randint(int(low), int(high))
@@ -1175,9 +1141,6 @@ class ApiWriter:
                 out.append(other)
         return out
 
-    def result(self, function):
-        return {key: self.value(kind)[0] for key, kind in function["result"].items()}
-
 
 def canonical(parameter):
     """A parameter's name in the corpus, whatever its variant is called."""
@@ -1232,10 +1195,10 @@ def api_conversation(kind, split, rng):
             text, several = writer.request(function, spread=spread, template=rng.choice(answers["api"]["again"]) if again else None)
             prompts.append(text)
             calls += [Call(tool["name"], arguments) for arguments in several]
-            results += [writer.result(function) for _ in several]
+            results += [{key: writer.value(form)[0] for key, form in function["result"].items()} for _ in several]
         if kind == "api_parallel" and len({json.dumps([c.name, c.arguments], sort_keys=True) for c in calls}) < max(len(calls), 2):
             return None
-    prompt = prompts[0] if len(prompts) == 1 else fill(rng.choice(answers["api"]["joined"]), {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": decapitalise(prompts[-1])})
+    prompt = prompts[0] if len(prompts) == 1 else fill(rng.choice(answers["api"]["joined"]), {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": decapitalise(prompts[-1], calls)})
     if rng.random() < 0.25:
         stated = json.dumps([list(c.arguments.values()) for c in calls], ensure_ascii=False)
         if stated == stated.lower():
@@ -1274,7 +1237,7 @@ def talk_prompts():
     return prompts
 
 
-def sample_replies(path=CORPORA / "talk_replies.jsonl", limit=24):
+def sample_replies():
     """Let the untrained model answer every no-tool message in its own words, once; keep the answers that end.
 
     Messages that have a reply in the file keep it. An echo of the message is no reply: a model that learns to copy
@@ -1284,24 +1247,23 @@ def sample_replies(path=CORPORA / "talk_replies.jsonl", limit=24):
     import toolplay  # only here: data.py stands below toolplay.py and eval.py
     from eval import converses
     model, tokenizer = toolplay.load_model()
-    prompts = talk_prompts()
+    prompts, path = talk_prompts(), CORPORA / "talk_replies.jsonl"
     brief = "You are a helpful assistant. Answer in one short sentence."
-    before = {talk["prompt"]: talk["reply"] for talk in (corpus(Path(path).name)[1:] if Path(path).exists() else [])}
+    before = {talk["prompt"]: talk["reply"] for talk in (corpus(path.name)[1:] if path.exists() else [])}
     done = {i: before[talk["prompt"]] for i, talk in enumerate(prompts) if converses(before.get(talk["prompt"], ""), talk["prompt"])}
-    left = [i for i in range(len(prompts)) if i not in done]
     for attempt, temperature in enumerate((0.0, 0.7, 0.7, 0.7, 0.7, 0.7)):
+        left = [i for i in range(len(prompts)) if i not in done]
         chats = [{"messages": [{"role": "system", "content": brief}, {"role": "user", "content": prompts[i]["prompt"]}]} for i in left]
-        episodes = toolplay.rollout(model, tokenizer, chats, {}, temperature=temperature, max_new_tokens=limit, seed=attempt)
+        episodes = toolplay.rollout(model, tokenizer, chats, {}, temperature=temperature, max_new_tokens=24, seed=attempt)
         for i, episode in zip(left, episodes):
             text = episode.final.strip()
             if episode.stop == "end" and "<" not in text and converses(text, prompts[i]["prompt"]):
                 done[i] = text
-        left = [i for i in left if i not in done]
         print(f"round {attempt}: {len(done)} of {len(prompts)} messages have a reply", file=sys.stderr)
     comment = ("No-tool messages (talk_prompts.json, traps.json) and the replies of the untrained SmolLM2-135M-Instruct (Apache-2.0) itself, "
                "sampled once by: python data.py --sample-replies")
     lines = [{"comment": comment}] + [{**prompts[i], "reply": done[i]} for i in sorted(done)]
-    Path(path).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------- 7. ToolBench
@@ -1406,9 +1368,7 @@ def toolbench_steps(shape, item):
         functions, steps = answer["function"], [(m["role"], m.get("content") or "", (m["function_call"]["name"], m["function_call"].get("arguments") or "{}") if m.get("function_call") else None)
                                                 for m in answer["train_messages"][-1]]
     else:
-        functions = next((toolbench_functions(turn["value"]) for turn in item["conversations"] if turn["from"] == "system"), None)
-        if functions is None:
-            raise Unusable("its list of functions cannot be read")
+        functions = toolbench_functions(next((turn["value"] for turn in item["conversations"] if turn["from"] == "system"), ""))
         steps = [(turn["from"], *(toolbench_action(turn["value"]) if turn["from"] == "assistant" else (turn["value"], None))) for turn in item["conversations"]]
     return [toolbench_function(function) for function in functions if function["name"] != "Finish"], steps  # Finish is the answer, not a tool
 
@@ -1468,16 +1428,12 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
         names = {standard_name(name): name for name in reversed(tools)}
         messages, waiting, dropped, unended, clipped, finished, thoughts = [], 0, 0, 0, False, False, []
         for role, text, call in steps:
-            if finished:
-                break
             if role == "user":
                 messages.append({"role": "user", "content": text.strip().removesuffix("Begin!").strip()})
-            elif role in ("function", "tool"):
-                if waiting:
-                    content, cut = toolbench_observation(text, observation)
-                    messages.append({"role": "tool", "content": content})
-                    clipped = clipped or cut
-                waiting = 0
+            elif role in ("function", "tool") and waiting:
+                content, cut = toolbench_observation(text, observation)
+                messages.append({"role": "tool", "content": content})
+                clipped, waiting = clipped or cut, 0
             elif role == "assistant" and call is None:
                 thoughts.append(toolbench_text(text))
             elif role == "assistant":
@@ -1486,13 +1442,12 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                     given = arguments or {}
                     answer = given.get("final_answer") or ""
                     answer = toolbench_text(answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False))
-                    finished = given.get("return_type") == "give_answer" and bool(answer)
-                    if finished:
-                        messages.append({"role": "assistant", "content": answer})
-                    elif given.get("return_type") == "give_up_and_restart":
+                    if given.get("return_type") == "give_up_and_restart":
                         raise Unusable("it gives up, or its Finish is broken")
-                    else:  # ToolBench answers it with an error, and goes on
-                        unended, waiting, thoughts = unended + 1, 0, []
+                    if finished := given.get("return_type") == "give_answer" and bool(answer):
+                        messages.append({"role": "assistant", "content": answer})
+                        break
+                    unended, waiting, thoughts = unended + 1, 0, []  # ToolBench answers it with an error, and goes on
                     continue
                 name = name if name in tools else names.get(standard_name(str(name)))
                 arguments = toolbench_repaired(arguments, tools[name]) if name and arguments is not None else None
@@ -1501,7 +1456,7 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                 else:
                     messages.append({"role": "assistant", "content": "\n".join(filter(None, [*thoughts, toolbench_text(text)])), "tool_calls": [{"name": name, "arguments": arguments}]})
                 waiting, thoughts = int(arguments is not None), []
-            elif role != "system":
+            elif role not in ("system", "function", "tool"):
                 raise Unusable(f"a turn of an unknown role, {str(role)[:20]!r}")
         if not messages or messages[0]["role"] != "user" or not messages[0]["content"]:
             raise Unusable("nobody asks for anything")
@@ -1529,11 +1484,11 @@ def toolbench_observation(text, limit):
     except (ValueError, RecursionError):
         text = text.removesuffix("...")
         if cut := re.match(r'\{"error": ("(?:[^"\\]|\\.)*"), "response": "((?:[^"\\]|\\[^u]|\\u[0-9a-f]{4})*)', text):
-            error, text = json.loads(cut[1], strict=False), json.loads(f'"{cut[2]}"', strict=False)
+            with contextlib.suppress(ValueError):  # an escape that JSON does not know: the text stays as it is
+                error, text = json.loads(cut[1], strict=False), json.loads(f'"{cut[2]}"', strict=False)
     else:
         if isinstance(found, dict) and ("response" in found or set(found) == {"error"}):
-            error, text = (found.get(key) or "" for key in ("error", "response"))
-            text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+            error, text = (x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in (found.get("error") or "", found.get("response") or ""))
     said = f"{error} {text}".strip() if error else text
     return Result("", not error, said[:limit], message=said[:limit], max_chars=10 * limit).text(), len(said) > limit
 
@@ -1544,16 +1499,14 @@ def toolbench_files(path):
     given = set(map(str, waiting))
     while waiting:
         name = str(waiting.pop())
-        real = os.path.realpath(name)
-        if real in seen:
-            continue
-        seen.add(real)
-        try:
-            waiting += Path(name).iterdir() if os.path.isdir(name) else []
-        except OSError:
-            found.append(name)  # to be named
-        if not os.path.isdir(name) and (name in given or ".json" in os.path.basename(name).lower()):
-            found.append(name)
+        folder, real = os.path.isdir(name), os.path.realpath(name)
+        if real not in seen and (folder or name in given or ".json" in os.path.basename(name).lower()):
+            seen.add(real)
+            try:
+                waiting += Path(name).iterdir() if folder else []
+            except OSError:  # to be named
+                folder = False
+            found += [name] * (not folder)
     return sorted(found)
 
 
@@ -1632,14 +1585,11 @@ def read_teacher(path, split, n, seed=0, extra=()):
     are gone on with without a call. One text in ten belongs to `dev`, the others to `train`.
     """
     def check(line):
-        try:
+        with contextlib.suppress(TypeError, KeyError):
             text, kept = line["text"], [(c["offset"], Call(c["call"]["name"], c["call"]["arguments"])) for c in line["candidates"] if c["kept"]]
-            fits = isinstance(text, str) and all(type(offset) is int and isinstance(call.name, str) and isinstance(call.arguments, dict) for offset, call in kept)
-        except (TypeError, KeyError):
-            fits = False
-        if not fits:
-            raise UserError("it is no line of a teacher's augmented.jsonl")
-        return text, kept
+            if isinstance(text, str) and all(type(offset) is int and isinstance(call.name, str) and isinstance(call.arguments, dict) for offset, call in kept):
+                return text, kept
+        raise UserError("it is no line of a teacher's augmented.jsonl")
 
     def example(text, offset, call=None):
         before, rest = text[:offset].strip(), text[offset:].strip()
@@ -1746,12 +1696,9 @@ def stand_in(config, why, split="train"):
 
 
 def encode_all(conversations, tokenizer, config, what):
-    rows = []
-    for n, conversation in enumerate(conversations):
-        ids, mask = encode(conversation, tokenizer, config.tool_style)
-        if sum(mask) == 0:
-            raise UserError(f"{what} conversation {n + 1}: it has no assistant turn, so nothing in it is trained")
-        rows.append((ids, mask))
+    rows = [encode(conversation, tokenizer, config.tool_style) for conversation in conversations]
+    if silent := next((n for n, (_, mask) in enumerate(rows, 1) if not any(mask)), None):
+        raise UserError(f"{what} conversation {silent}: it has no assistant turn, so nothing in it is trained")
     rows = fitting(rows, [len(ids) for ids, _ in rows], config.max_tokens, f"{what} conversations")
     if not rows:
         raise UserError(f"no {what} conversation fits max_tokens = {config.max_tokens}; raise it")
@@ -1800,11 +1747,8 @@ def epoch_order(rows, seed, epoch, group):
 
 def coloured(conversation, tokenizer):
     """The conversation as the model sees it; trained tokens in green."""
-    out, (ids, mask) = [], encode(conversation, tokenizer)
-    for trained, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
-        text = tokenizer.decode([i for i, _ in run])
-        out.append(f"\033[32m{text}\033[0m" if trained else f"\033[2m{text}\033[0m")
-    return "".join(out)
+    runs = itertools.groupby(zip(*encode(conversation, tokenizer)), key=lambda pair: pair[1])
+    return "".join(f"\033[{32 if trained else 2}m{tokenizer.decode([i for i, _ in run])}\033[0m" for trained, run in runs)
 
 
 def write_jsonl(path, conversations):
@@ -1822,7 +1766,7 @@ def main(argv=None):
     parser.add_argument("--n", type=int, help="how many to export (default 1000; of ToolBench all)")
     parser.add_argument("--split", choices=["train", "dev", "test"], default="train")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=KINDS, help="only this kind")
+    parser.add_argument("--kind", choices=[*KINDS, "synthetic"], help="only this kind (synthetic: all of invented functions)")
     parser.add_argument("--toolbench", metavar="PATH", help="read ToolBench files (a file, folder or glob) instead; with --out: export them")
     parser.add_argument("--questions", action="store_true", help="of ToolBench: its instructions too, questions without an answer (for predict)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of ToolBench: clip or leave out what is longer, as training does")
@@ -1830,13 +1774,14 @@ def main(argv=None):
     parser.add_argument("--sample-replies", action="store_true", help="write the base model's own replies to the no-tool talk")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line
     args = parser.parse_args(argv)
-    if args.n is not None and args.n < 1:
-        parser.error(f"--n {args.n}: must be at least 1")
-    if args.max_tokens is not None and args.max_tokens < 1:
-        parser.error(f"--max-tokens {args.max_tokens}: must be at least 1")
+    for name in ("n", "show", "max_tokens"):
+        if (given := getattr(args, name)) is not None and given < 1:
+            parser.error(f"--{name.replace('_', '-')} {given}: must be at least 1")
+    if args.toolbench and args.kind:
+        parser.error("--kind is of the templates, not of --toolbench")
     if not args.toolbench and (args.report or args.max_tokens or args.questions):
         parser.error("--report, --max-tokens and --questions go with --toolbench")
-    mix = {args.kind: 1} if args.kind else None
+    mix = SYNTHETIC if args.kind == "synthetic" else {args.kind: 1} if args.kind else None
     with one_line_errors():
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)

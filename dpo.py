@@ -73,54 +73,38 @@ class Config:
 
 # --------------------------------------------------------------------------- 1. the losses
 
-VARIANTS = {}             # name -> function(chosen, rejected, beta, label_smoothing) -> loss of each pair [B]
-MEAN = set()              # those whose log-probs are means over the trained tokens, not sums
-FREE = set()              # those that need no reference
+# Each is a function of (chosen, rejected, beta, label_smoothing): log-ratios to the reference, [B] (without one: the log-probs) -> loss of each pair [B].
 
-
-def variant(function=None, mean=False, free=False):
-    """Register a loss of (chosen, rejected, beta, label_smoothing): log-ratios to the reference, [B] (without one: the log-probs).
-
-    That is all a new variant needs; its name can then be set in a config.
-    """
-    if function is None:
-        return lambda function: variant(function, mean, free)
-    VARIANTS[function.__name__] = function
-    MEAN.update({function.__name__} if mean else ())
-    FREE.update({function.__name__} if free else ())
-    return function
-
-
-@variant
 def sigmoid(chosen, rejected, beta, label_smoothing):
     """DPO, eq. 7; with label smoothing the conservative one (Mitchell 2023, ericmitchell.ai/cdpo.pdf, eq. 3)."""
     h = chosen - rejected                                                                      # [B]
     return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
-@variant
 def robust(chosen, rejected, beta, label_smoothing):
     """rDPO, unbiased when a share of the judgements is flipped (Chowdhury et al. 2024, arXiv:2403.00409, the loss "rDPO")."""
     h = chosen - rejected
     return (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (1 - 2 * label_smoothing)
 
 
-@variant(mean=True)
 def ipo(chosen, rejected, beta, label_smoothing):
     """IPO: regress the difference on 1 / (2 beta), which is finite (Azar et al. 2023, arXiv:2310.12036, eq. 17)."""
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
-@variant
 def hinge(chosen, rejected, beta, label_smoothing):
     """SLiC's loss on DPO's reward (Zhao et al. 2023, arXiv:2305.10425, eq. 1; Liu et al. 2024, arXiv:2309.06657, "hinge-norm")."""
     return torch.relu(1 - beta * (chosen - rejected))
 
 
-@variant(mean=True, free=True)
 def simpo(chosen, rejected, beta, label_smoothing, margin):
     """SimPO: no reference, mean log-probs, a target margin (Meng et al. 2024, arXiv:2405.14734, eq. 6)."""
     return -F.logsigmoid(beta * (chosen - rejected) - margin)
+
+
+VARIANTS = {f.__name__: f for f in (sigmoid, robust, ipo, hinge, simpo)}  # a new one is one function more; its name can then be set in a config
+MEAN, FREE = {"ipo", "simpo"}, {"simpo"}  # log-probs are means over the trained tokens, not sums; no reference is needed
+SMOOTHED = {"sigmoid", "robust"}          # label_smoothing has an effect
 
 
 def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp, beta=0.1, variant="sigmoid", label_smoothing=0.0, simpo_margin=0.5):
@@ -263,7 +247,7 @@ def ignores_result(conversation, rng):
     at, text = final_answer(conversation)
     if at is None:
         return None
-    other = re.sub(r"\d+", lambda m: str(int(m.group()) + rng.randint(1, 30)), text)
+    other = re.sub(r"\d{1,4000}", lambda m: str(int(m.group()) + rng.randint(1, 30)), text)
     if other == text or '"error"' in conversation["messages"][at - 1]["content"]:  # nothing found, or an error: made up instead
         other = rng.choice([f"It is {rng.randint(2, 400)}.", f"It's {rng.randint(-5, 35)}°C there and sunny.", f"That was in {rng.randint(1500, 2020)}."])
     return until(conversation, at, content=other)
@@ -409,7 +393,7 @@ def check_settings(config):
         raise UserError(f"lora_dropout = {config.lora_dropout}: must be 0 for dpo, whose reference is the same model")
     if config.label_smoothing >= 0.5:
         raise UserError(f"label_smoothing = {config.label_smoothing}: must be below 0.5; from there on the judgements say nothing, or the reverse")
-    if config.label_smoothing and config.variant in ("ipo", "hinge", "simpo"):
+    if config.label_smoothing and config.variant not in SMOOTHED:
         print(f"label_smoothing = {config.label_smoothing} changes nothing: {config.variant} has none (sigmoid and robust do)", file=sys.stderr)
     if unknown := [fault for fault in config.faults if fault not in list(CORRUPTIONS)]:
         raise UserError(f"faults: {unknown[0]!r} is none of {', '.join(CORRUPTIONS)}")
@@ -529,7 +513,7 @@ def sampled_pairs(model, tokenizer, conversations, config):
         if config.chosen == "gold":
             turn = len(case.conversation["messages"]) + 1
             chosen, earned, rival = data.encode({**conversation, "messages": conversation["messages"][:turn]}, tokenizer, config.tool_style), config.min_best, "the example's"
-        if earned >= config.min_best and earned - scores[worst] >= config.min_gap and any(chosen[1]):
+        if earned >= config.min_best and earned - scores[worst] >= config.min_gap and any(chosen[1][tries[worst].prompt:]):  # a line with "expected" has no gold turn
             pairs.append(Pair(tuple(chosen), (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against {rival}"))
             if config.twins and config.chosen == "gold" and tries[worst].calls and (call := withheld(conversation)):
                 pairs.append(twin(conversation, call, tokenizer, config.tool_style, random.Random(f"{config.seed} twin {n}")))
@@ -540,9 +524,11 @@ def sampled_pairs(model, tokenizer, conversations, config):
 
 def withheld(conversation):
     """The call that would be right if its tool were offered ("facts" of a conversation of the templates), or None."""
+    from tools import BUILTIN
     facts = conversation.get("facts")
     call = facts.get("withheld") if isinstance(facts, dict) else None
-    return call if isinstance(call, dict) and set(call) == {"name", "arguments"} and isinstance(call["name"], str) else None
+    fits = isinstance(call, dict) and set(call) == {"name", "arguments"} and isinstance(call["arguments"], dict) and call["name"] in list(BUILTIN)
+    return call if fits and call["name"] not in names_of(conversation) else None
 
 
 def twin(conversation, call, tokenizer, style, rng):

@@ -252,7 +252,8 @@ def judge(case, episode):
 def shape_of(result):
     """"weather" or "search", if a result is what the built-in tool of that name gives: a tool of one's own may have its name."""
     value = result.value
-    if result.name == "weather" and isinstance(value, dict) and {"temperature", "unit", "city"} <= set(value) and is_number(value["temperature"]):
+    if (result.name == "weather" and isinstance(value, dict) and is_number(value.get("temperature")) and value.get("unit") in ("celsius", "fahrenheit")
+            and isinstance(value.get("city"), str)):
         return "weather"
     return "search" if result.name == "search" and isinstance(value, list) and all(isinstance(hit, dict) and isinstance(hit.get("text"), str) for hit in value) else ""
 
@@ -369,10 +370,7 @@ def format_report(report, title, records=None, show_failures=10):
 
 def columns_of(records):
     """Records -> {metric: one number per case, nan where it does not apply} and which cases have a call due."""
-    def number(verdict):
-        verdict = float(np.mean(verdict)) if isinstance(verdict, list) and verdict else verdict
-        return np.nan if verdict is None or verdict == [] else float(verdict)
-    columns = {name: np.array([number(r["verdicts"][name]) for r in records]) for name in METRICS}
+    columns = {name: np.array([np.nan if r["verdicts"][name] in (None, []) else float(np.mean(r["verdicts"][name])) for r in records]) for name in METRICS}
     columns["calls"] = np.array([float(len(r["verdicts"]["execution"] or [])) for r in records])  # the weights of execution, which is a share of all calls
     return columns, np.array([bool(r["due"]) for r in records])
 
@@ -444,7 +442,7 @@ def compare_command(args):
     labelled = {}
     for by_seed in groups.values():
         members = list(by_seed.values())
-        label = re.sub(r"[-_.]?(s|seed)?[-_]?\d*$", "", members[0][0].name) if len(members) > 1 else members[0][0].name
+        label = re.sub(r"([-_.](s|seed)[-_]?|[-_.])?\d+$", "", members[0][0].name) if len(members) > 1 else members[0][0].name
         label = label if label and label not in labelled else str(members[0][0])
         labelled[label] = [records for _, records in members]
     result = compare(labelled)
@@ -469,13 +467,10 @@ def evaluate(model, tokenizer, cases, batch_size=128, max_new_tokens=256, style=
 
     import toolplay
     cases = [case if isinstance(case, Case) else as_case(case) for case in cases]
-    # Neighbours with the same system prompt share it in the rollout's cache.
-    order = sorted(range(len(cases)), key=lambda n: data.turns(cases[n].conversation, style))
     with tqdm(total=len(cases), desc="eval", unit="case", disable=not progress, dynamic_ncols=True) as bar:
-        episodes = dict(zip(order, toolplay.rollout(
-            model, tokenizer, [cases[n].conversation for n in order], temperature=0.0, max_new_tokens=max_new_tokens,
-            batch_size=batch_size, style=style, progress=bar.update)))
-    records = [judge(case._replace(id=n if case.id is None else case.id), episodes[n]) for n, case in enumerate(cases)]
+        episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in cases], temperature=0.0, max_new_tokens=max_new_tokens,
+                                    batch_size=batch_size, style=style, progress=bar.update)
+    records = [judge(case._replace(id=n if case.id is None else case.id), episode) for n, (case, episode) in enumerate(zip(cases, episodes))]
     return summarise(records), records
 
 
@@ -574,11 +569,8 @@ def bfcl_dict_valid(value, accepted):
 def bfcl_schema(schema):
     """BFCL's parameter description as a JSON schema."""
     types = {"dict": "object", "float": "number", "tuple": "array"}
-    made = {k: v for k, v in schema.items() if k in ("description", "enum", "default", "required", "type") and v is not None}
-    if made.get("type") == "any":
-        del made["type"]
-    elif "type" in made:
-        made["type"] = types.get(made["type"], made["type"])
+    made = {k: types.get(v, v) if k == "type" else v for k, v in schema.items()
+            if k in ("description", "enum", "default", "required", "type") and v is not None and (k, v) != ("type", "any")}
     if "properties" in schema:
         made["properties"] = {name: bfcl_schema(field) for name, field in schema["properties"].items()}
     return made | ({"items": bfcl_schema(schema["items"])} if schema.get("items") else {})
@@ -631,14 +623,13 @@ def bfcl(model, tokenizer, cases, style="signature", batch_size=128, max_new_tok
     from tqdm import tqdm
 
     import toolplay
-    order = sorted(range(len(cases)), key=lambda n: len(data.turns(cases[n]["conversation"], style)[0][1]))
     with tqdm(total=len(cases), desc="bfcl", unit="case", dynamic_ncols=True) as bar:
-        episodes = dict(zip(order, toolplay.rollout(model, tokenizer, [cases[n]["conversation"] for n in order], temperature=0.0, max_turns=1,
-                                                    max_new_tokens=max_new_tokens, batch_size=batch_size, style=style, progress=bar.update)))
+        episodes = toolplay.rollout(model, tokenizer, [case["conversation"] for case in cases], temperature=0.0, max_turns=1,
+                                    max_new_tokens=max_new_tokens, batch_size=batch_size, style=style, progress=bar.update)
     records, report = [], {}
-    for n, case in enumerate(cases):
-        calls, too_long = [(c.name, c.arguments) for c in episodes[n].calls], episodes[n].stop == "length" and not sum(episodes[n].mask)
-        records.append({"id": case["id"], "category": case["category"], "output": episodes[n].turns[0], "calls": calls, "too_long": too_long,
+    for case, episode in zip(cases, episodes):
+        calls, too_long = [(c.name, c.arguments) for c in episode.calls], episode.stop == "length" and not sum(episode.mask)
+        records.append({"id": case["id"], "category": case["category"], "output": episode.turns[0], "calls": calls, "too_long": too_long,
                         "valid": not too_long and bfcl_valid(case["category"], case["functions"], calls, case["answers"])})
     for category in dict.fromkeys(r["category"] for r in records):
         own = [r for r in records if r["category"] == category]
@@ -685,6 +676,8 @@ def command(args):
     cases = data.read_jsonl(args.data, lambda item: as_case(data.with_tools(item, extra, BUILTIN)))[:args.n] if args.data else data.generate(args.split, args.n or 200, args.seed, data.mix_of(config))
     report, records = evaluate(model, tokenizer, cases, style=config.tool_style)
     print(format_report(report, f"{args.run or args.model}{stands_in} on {args.data or args.split}", records, args.failures))
+    result = {"data": args.data or args.split, "trained_on": trained_on, "seed": args.seed, "report": report, "records": records}
+    keep("eval.json", result)  # before more can go wrong
     if not args.data:
         report["talk_loss"] = talk_loss(model, tokenizer, args.split)
         if args.run:
@@ -692,7 +685,7 @@ def command(args):
             report["talk_loss_before"] = talk_loss(*toolplay.load_model(config.model, toolplay.pick_device("auto")), args.split)
         before = f", {report['talk_loss_before']:.3f} before training" if args.run else ""
         print(f"\nLoss of the base model's own small talk: {report['talk_loss']:.3f}{before}")
-    keep("eval.json", {"data": args.data or args.split, "trained_on": trained_on, "seed": args.seed, "report": report, "records": records})
+        keep("eval.json", result)
 
 
 def main(argv=None):

@@ -219,16 +219,11 @@ def merge(model):
 @contextlib.contextmanager
 def merged(model):
     """Within the block the adapters are merged, if they can be: the same function up to rounding, without their extra products. Afterwards, bit-exactly not."""
-    done = True
-    try:
-        merge(model)
-    except SharedWeight:
-        done = False
-    try:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(SharedWeight):
+            merge(model)
+            stack.callback(unmerge, model)
         yield
-    finally:
-        if done:
-            unmerge(model)
 
 
 @torch.no_grad()

@@ -246,7 +246,7 @@ def calculates(case, episode, verdicts):
     """A number is asked for, and every calculator call works with the prompt's numbers, or earlier results; see `is_calculation`."""
     expressions = [call.arguments.get("expression") for call in episode.calls if call.name == "calculator"]
     prompt, results = " ".join(message["content"] for message in case.conversation["messages"]), calculated(episode)
-    return float(counts(case) and bool(expressions) and all(is_calculation(expression, prompt, results[:n]) for n, expression in enumerate(expressions)))
+    return float(counts(case) and bool(expressions) and all(is_calculation(expression, prompt, [x for m, x in results.items() if m < n]) for n, expression in enumerate(expressions)))
 
 
 def right_arguments(case, episode, verdicts):
@@ -254,19 +254,15 @@ def right_arguments(case, episode, verdicts):
     return float(bool(verdicts["argument_accuracy"]) and (not counts(case) or calculates(case, episode, verdicts)))
 
 
-def is_sum(result):
-    """Whether a result is a number of the calculator (a tool of one's own may have its name)."""
-    return result.ok and result.name == "calculator" and isinstance(result.value, (int, float))
-
-
 def calculated(episode):
-    """The results of the calculator, in order."""
-    return [r.value for r in episode.results if is_sum(r)]
+    """{number of the call: its result} of the calculator's calls that gave a number (a tool of one's own may have its name)."""
+    from eval import is_number
+    return {n: r.value for n, r in enumerate(r for r in episode.results if r.name == "calculator") if is_number(r.value)}
 
 
 def worked_out(case, episode, verdicts):
     """Whether the calculator's last result is the number that is asked for, by calculations with the prompt's numbers."""
-    results, places = calculated(episode), len(f"{case.answer:.9f}".rstrip("0").partition(".")[2])  # 20 / 3 is 6.67, where that is the answer
+    results, places = [*calculated(episode).values()], len(f"{case.answer:.9f}".rstrip("0").partition(".")[2])  # 20 / 3 is 6.67, where that is the answer
     right = bool(results) and any(math.isclose(x, case.answer, rel_tol=1e-6) for x in (results[-1], *[round(results[-1], places)] * bool(places)))
     return right and bool(calculates(case, episode, verdicts))
 
@@ -288,7 +284,7 @@ def right_answer(case, episode, verdicts):
         return 0.0
     if not counts(case):
         return float(verdicts["argument_accuracy"] is not False)
-    others = [x for x in calculated(episode)[:-1] if not math.isclose(x, case.answer)]
+    others = [x for x in [*calculated(episode).values()][:-1] if not math.isclose(x, case.answer)]
     stated = any(math.isclose(x, y) for x in others for y in numbers(episode.final))
     return float(worked_out(case, episode, verdicts) and not stated)
 
@@ -301,9 +297,8 @@ def like_reference(case, episode, verdicts):
 def needless_call(case, episode, verdicts):
     """A call where none is due, more calls that gave a result than are due, the same call again, a calculation that nothing uses but
     to list its result, or a call of another tool where a number is to be worked out."""
-    results = [(r.value, n) for n, r in enumerate(r for r in episode.results if r.name == "calculator") if is_sum(r)]
     expressions = [str(call.arguments.get("expression")) for call in episode.calls if call.name == "calculator"]
-    unused = [value for value, n in results[:-1] if not any(math.isclose(abs(value), x) for later in expressions[n + 1:] for x in numbers_in(later))]
+    unused = [value for n, value in [*calculated(episode).items()][:-1] if not any(math.isclose(abs(value), x) for later in expressions[n + 1:] for x in numbers_in(later))]
     calls = ["".join(f"{call.name} {json.dumps(call.arguments, sort_keys=True)}".split()) for call in episode.calls]
     too_many = case.calls is not None and not counts(case) and sum(r.ok for r in episode.results) > len(case.calls)
     others = {call.name for call in episode.calls} - ({call.name for call in case.calls or []} or {"calculator"})
@@ -344,16 +339,20 @@ def is_calculation(expression, prompt, results=()):
     calculations; one, if nothing is added to it or the prompt has no more. Others are such as everybody knows (four legs, twelve months):
     they multiply or divide, and are no more than the prompt's own (15 * 2.8, 36 * 7 / 6 and 36 + 6 are guesses).
     """
-    from tools import BUILTIN, Call, execute
+    from tools import BUILTIN, SPELLING, Call, execute
 
     def value(text):
         result = execute(Call("calculator", {"expression": text}), BUILTIN)
         return result.value if result.ok else None
     result = value(expression)
-    if result is None or not re.search(r"\d[)%\s]*[-+*/%x×÷^][-+*/(\s$×÷^]*[\d.a-z]|sqrt|abs|round|min|max|%", expression):
+    if result is None:
         return False
-    places = list(re.finditer(NUMBER if re.search("m(ax|in)|round", expression) else WITH_COMMAS, expression))  # max(9,420) holds two numbers
-    if re.search("round", expression) and not re.search("m(ax|in)", expression):  # its second number only says to how many digits
+    expression = expression.translate(SPELLING).lower()  # as the calculator reads it
+    if not re.search(r"\d[)%\s]*[-+*/%x][-+*/(\s]*[\d.a-z]|sqrt|abs|round|min|max|%", expression):
+        return False
+    several = re.search("m(ax|in)", expression)
+    places = list(re.finditer(NUMBER if several else WITH_COMMAS, expression))  # max(9,420) holds two numbers
+    if "round" in expression and not several:  # its second number only says to how many digits
         places = [place for place in places if not re.search(r",\s*$", expression[:place.start()])]
     used, given = [float(place[0].replace(",", "")) for place in places], [*numbers_in(prompt), *map(abs, results)]
     same = functools.partial(math.isclose, rel_tol=1e-9)
@@ -362,7 +361,6 @@ def is_calculation(expression, prompt, results=()):
         """A number that is used more often than the prompt has it counts as one: 20 does not matter in 10 * 20 / 20."""
         equal = [m for m, x in enumerate(used) if x == used[n]]
         changed = [n] if len(equal) <= sum(same(used[n], x) for x in given) else equal
-
         return any(other(changed, change) not in (None, result) for change in (lambda x: 1000 * x + 7, lambda x: x / 1000))
 
     def other(changed, change):
@@ -372,7 +370,7 @@ def is_calculation(expression, prompt, results=()):
         return value("".join(part + number for part, number in zip(parts, [*numbers, ""])))
 
     def multiplies(n):
-        return re.search(r"[*/x×÷^%]\s*$", expression[:places[n].start()]) or re.match(r"\s*[*/x×÷^%]", expression[places[n].end():])
+        return re.search(r"[*/x%]\s*$", expression[:places[n].start()]) or re.match(r"\s*[*/x%]", expression[places[n].end():])
     own = [any(same(x, y) for g in given for y in (g, g / 100, 1 + g / 100, 1 - g / 100)) for x in used]
     percent = [n for n, x in enumerate(used) if x == 100 and not re.search(r"%\s*$|m(ax|in)", expression[:places[n].start()])]  # not in 10 % 100, min(10, 100)
     strange = [n for n, x in enumerate(used) if not own[n] and x not in (0, 1) and n not in percent]
@@ -380,7 +378,7 @@ def is_calculation(expression, prompt, results=()):
         return False
     if not any(x > 1 for x in given):  # all is everybody's knowledge
         return True
-    bases = [n for n, mine in enumerate(own) if mine and not re.search(r"(\*\*|\^)\s*$", expression[:places[n].start()])]  # not the exponents
+    bases = [n for n, mine in enumerate(own) if mine and not re.search(r"\*\*\s*$", expression[:places[n].start()])]  # not the exponents
     if other(bases, lambda x: 0) not in (None, 0, 1, 100):  # without the prompt's numbers nothing is left: not so in 36 + 9 - 3 * 1
         return False
     enough = sum(own) >= min(2, len(used), len({x for x in given if x > 1})) or sum(own) == 1 and not re.search("[-+]", expression)
@@ -616,12 +614,6 @@ def pick(state, n, config):
     return again, [shuffled(n, config.seed, "prompts", at // n)[at % n] for at in range(start, state["new"])]
 
 
-def teaches(config, samples):
-    """Whether a prompt's samples earned so different rewards that it is learned from."""
-    scores = [unit["score"] for unit in samples]
-    return max(scores) - min(scores) >= config.min_spread
-
-
 def judge_round(config, units, kl_coef, device):
     """Write advantages, returns and token rewards into the units that are learned from -> log."""
     width = max(len(unit["mask"]) for unit in units)
@@ -676,7 +668,7 @@ def minibatches(config, prompts):
 def learn(trainer, groups, loss, imitated, position, config):
     """Epochs over the episodes of a round's prompts -> means of the minibatches' logs, over their tokens.
 
-    `imitated`: number of a minibatch's tokens -> units that are learned beside it. `position`: the trainer's step, before the round.
+    `imitated`: see `imitation`. `position`: the trainer's step, before the round.
     """
     import toolplay
     sums, count, terms, stopped, whole = {}, 0, 0, False, minibatches(config, len(groups))
@@ -684,7 +676,7 @@ def learn(trainer, groups, loss, imitated, position, config):
         order = [unit for p in shuffled(len(groups), config.seed, position, epoch) for unit in groups[p]]
         for at in range(0, 0 if stopped else len(order), config.batch_size):
             batch = order[at:at + config.batch_size]
-            batch += imitated(sum(sum(unit["mask"]) for unit in batch))
+            batch += imitated(trainer.step, sum(sum(unit["mask"]) for unit in batch))
             info = toolplay.train_step(trainer, batch, loss, size=lambda unit: sum(unit["mask"]),
                                        rows=lambda unit: [unit["row"]], veto=lambda means: means["ratio"] > config.ratio_guard)
             for name, value in info.items():
@@ -695,6 +687,23 @@ def learn(trainer, groups, loss, imitated, position, config):
     left = minibatches(config, config.prompts) - count  # what is not learned from counts in the schedule
     trainer.step, trainer.updates = trainer.step + left, trainer.updates + left
     return {**{name: value / terms for name, value in sums.items() if name not in ("tokens", "terms", "skipped")}, "stopped": int(stopped)}
+
+
+def imitation(config, tokenizer):
+    """A function of (the trainer's step, the tokens of a minibatch) -> the conversations that are imitated beside it: units whose tokens
+    are no actions (mask 0), but have such weights that their mean loss counts `ptx_coef`."""
+    import data
+    if not config.ptx:
+        return lambda step, tokens: []
+    old = dataclasses.replace(config, source="manual", path="", mix=config.ptx_mix, batch_size=config.ptx)
+    rows = data.encode_all(data.conversations(old, "train", tokenizer), tokenizer, config, "imitation")
+    batches = data.Batches(rows, old)
+
+    def units(step, tokens):
+        chosen = [rows[i] for i in batches(step)]
+        weight = config.ptx_coef * tokens / max(1, sum(sum(mask) for _, mask in chosen))
+        return [{"row": row, "mask": [], "weight": [weight * m for m in row[1]]} for row in chosen]
+    return units
 
 
 def train(run):
@@ -710,10 +719,8 @@ def train(run):
 
     # 1. data: prompts with what is known of their answers
     model, tokenizer = toolplay.prepare_model(config, run.device)
-    cases, held_out = prompts_of(config, tokenizer, getattr(model.config, "max_position_embeddings", math.inf))
-    imitate = dataclasses.replace(config, source="manual", path="", mix=config.ptx_mix)
-    shown = data.encode_all(data.conversations(imitate, "train", tokenizer), tokenizer, config, "imitation") if config.ptx else []
-    shown_batches = data.Batches(shown, dataclasses.replace(config, batch_size=max(config.ptx, 1)))
+    cases, held_out = prompts_of(config, tokenizer, toolplay.context_of(model))
+    imitated = imitation(config, tokenizer)
 
     # 2. model: policy, reference, critic
     actor = ActorCritic(model, config, run.device)
@@ -736,19 +743,6 @@ def train(run):
                  for case, e in zip(chosen, episodes)]
         return [units[n:n + config.samples] for n in range(0, len(units), config.samples)]
 
-    def fixed(units):
-        """A rank's share of what stays as it is while a round is learned from."""
-        model.eval()
-        with trainer.autocast():
-            return actor.fixed(units)
-
-    def imitated(tokens):
-        """The next conversations to imitate beside a minibatch of that many tokens: units whose tokens are no actions (mask 0), but have
-        such weights that their mean loss counts `ptx_coef`."""
-        chosen = [shown[i] for i in shown_batches(trainer.step)] if shown else []
-        weight = config.ptx_coef * tokens / max(1, sum(sum(mask) for _, mask in chosen))
-        return [{"row": row, "mask": [], "weight": [weight * m for m in row[1]]} for row in chosen]
-
     # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
     for position in run.steps(trainer, trainer.total):
         round_ = position // per_round
@@ -756,7 +750,8 @@ def train(run):
         picked = again + new
         played = toolplay.shared_out([cases[i] for i in picked], lambda own: play(own) if own else [])
         played = [[{"case": cases[i], **unit} for unit in group] for i, group in zip(picked, played)]
-        taught = [teaches(config, group) for group in played]
+        scores = [[unit["score"] for unit in group] for group in played]
+        taught = [max(s) - min(s) >= config.min_spread for s in scores]
         trainer.extra["taught"] = list(dict.fromkeys([*trainer.extra["taught"], *(i for i, yes in zip(picked, taught) if yes)]))
         groups = [group for group, yes in zip(played, taught) if yes]
         everything, units = ([unit for group in some for unit in group] for some in (played, groups))
@@ -764,7 +759,9 @@ def train(run):
         if new:  # what is played again was chosen for its results: only on new prompts does progress show
             log["reward_new"] = summary(everything[len(again) * config.samples:])["reward"]
         if units:
-            for unit, numbers in zip(units, toolplay.shared_out(units, lambda own: fixed(own) if own else [])):
+            with trainer.autocast():
+                fixed = toolplay.shared_out(units, lambda own: actor.fixed(own) if own else [])
+            for unit, numbers in zip(units, fixed):
                 unit.update(numbers)
             log.update(judge_round(config, units, beta.value, run.device))
             trainer.extra["kl_coef"] = beta.update(log["kl"], len(everything))

@@ -34,7 +34,7 @@ import random
 import re
 import sys
 import zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -181,19 +181,17 @@ def sample_calls(model, tokenizer, prompts, config, seed):
     import toolplay
     streams = [random.Random(f"{seed} {n}") for n in range(len(prompts))]
     cache = toolplay.prompt_cache(model, [p[:-1] for p in prompts])
-    said, alive, last = [[] for _ in prompts], list(range(len(prompts))), [[p[-1]] for p in prompts]
+    said, alive = [[] for _ in prompts], list(range(len(prompts)))
     for _ in range(config.call_tokens):
-        logits = cache.step([last[r] for r in alive]).float()
+        logits = cache.step([said[r][-1:] or prompts[r][-1:] for r in alive]).float()
         tokens, _ = toolplay.sample(logits, [streams[r].random() for r in alive], 1.0, 1.0)
         for token, r in zip(tokens, alive):
             said[r].append(token)
-            last[r] = [token]
         going = [n for n, r in enumerate(alive) if not re.search(r"[\]\n]|->", tokenizer.decode(said[r][-3:]))]
-        if len(going) < len(alive):
-            alive = [alive[n] for n in going]
-            if not alive:
-                break
-            cache.keep(going)
+        alive = [alive[n] for n in going]
+        cache.keep(going)
+        if not alive:
+            break
     return [tokenizer.decode(ids) for ids in said]
 
 
@@ -245,10 +243,9 @@ def annotate(model, tokenizer, rows, tools, config, seed):
     scored = losses(model, tokenizer, [(rows[n], c) for n, c in units], config.micro_tokens * 4)
     out = [[] for _ in rows]
     for (n, c), (nothing, bare, full) in zip(units, scored):
-        g = gain(full, nothing, bare)
         offset = len(tokenizer.decode(rows[n][:c.position]))  # in the text, for data.read_teacher
-        out[n].append({"position": c.position, "offset": offset, "call": {"name": c.call.name, "arguments": c.call.arguments}, "result": c.result, "plus": full, "minus": min(nothing, bare),
-                       "gain": g})
+        out[n].append({"position": c.position, "offset": offset, "call": dict(vars(c.call)), "result": c.result, "plus": full, "minus": min(nothing, bare),
+                       "gain": gain(full, nothing, bare)})
     for candidates in out:
         for c in candidates:
             best = c is max((d for d in candidates if d["position"] == c["position"]), key=lambda d: d["gain"])
@@ -378,10 +375,8 @@ def complete(model, tokenizer, rows, tools, most=16, call_tokens=24, call_top=1)
                         calling[r] = None
             if len(said[r]) < most and not (said[r] and said[r][-1] in end):
                 going.append(n)
-        if len(going) < len(alive):
-            alive = [alive[n] for n in going]
-            if alive:
-                cache.keep(going)
+        alive = [alive[n] for n in going]
+        cache.keep(going)
     return [(tokenizer.decode([t for t in ids if t not in end]), found) for ids, found in zip(said, calls)]
 
 
@@ -392,16 +387,16 @@ def right_number(text, answer):
 
 
 @torch.no_grad()
-def text_loss(model, tokenizer, rows, tools, budget):
+def text_loss(model, tokenizer, rows, tools, config):
     """Mean loss of the texts' own tokens; with tools, the model's best call (p(open) > 0.05) is executed and inserted first."""
     import toolplay
-    open_id, = ids_of(tokenizer, opening(tokenizer))
+    budget, (open_id,) = config.micro_tokens * 4, ids_of(tokenizer, opening(tokenizer))
     pairs = [(ids, [1] * len(ids)) for ids in rows]
     if tools:
         scored = toolplay.token_logprobs(model, pairs, budget=budget, also=(open_id,))["also"]
         places = [best_positions(scored[n, :len(ids), 0], 0.05, 1) for n, ids in enumerate(rows)]
         asked = [n for n, place in enumerate(places) if place]
-        written = complete(model, tokenizer, [rows[n][:places[n][0]] + [open_id] for n in asked], {}, most=24) if asked else []
+        written = complete(model, tokenizer, [rows[n][:places[n][0]] + [open_id] for n in asked], {}, most=config.call_tokens) if asked else []
         for n, (text, _) in zip(asked, written):
             call, result = asked_tool(text, tools)
             if result is not None:
@@ -411,12 +406,12 @@ def text_loss(model, tokenizer, rows, tools, budget):
     return -float(logp.sum()) / sum(sum(mask[1:]) for _, mask in pairs)
 
 
-def measure(model, tokenizer, held_out, tools, budget, call_top=10):
+def measure(model, tokenizer, held_out, tools, config):
     """Held-out texts -> {"loss", "loss_with_tools", "right", "right_with_tools", "n", "calls"}."""
     rows, asked = [ids_of(tokenizer, item["text"]) for item in held_out], [item for item in held_out if "answer" in item]
-    out = {"loss": text_loss(model, tokenizer, rows, {}, budget), "loss_with_tools": text_loss(model, tokenizer, rows, tools, budget)}
+    out = {"loss": text_loss(model, tokenizer, rows, {}, config), "loss_with_tools": text_loss(model, tokenizer, rows, tools, config)}
     for key, allowed in (("right", {}), ("right_with_tools", tools)):
-        said = complete(model, tokenizer, [ids_of(tokenizer, item["prompt"]) for item in asked], allowed, call_top=call_top) if asked else []
+        said = complete(model, tokenizer, [ids_of(tokenizer, item["prompt"]) for item in asked], allowed, call_tokens=config.call_tokens, call_top=config.call_top) if asked else []
         out[key] = sum(right_number(text, item["answer"]) for (text, _), item in zip(said, asked)) / max(len(asked), 1)
     return {**out, "n": len(asked), "calls": sum(len(calls) for _, calls in said)}
 
@@ -450,7 +445,7 @@ def train(run):
     batches = data.Batches(rows, config)
     trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, batches.total)
     if held_out and not (run.resume and toolplay.newest_checkpoint(run.folder)):
-        trainer.extra["before"] = json.dumps(measure(model.eval(), tokenizer, held_out, tools, config.micro_tokens * 4, config.call_top))
+        trainer.extra["before"] = json.dumps(measure(model.eval(), tokenizer, held_out, tools, config))
     run.start(trainer)
 
     def loss(batch):
@@ -463,7 +458,7 @@ def train(run):
         info = toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1][1:]))  # nothing predicts the first token
         info.pop("tokens", None)
         if held_out and trainer.step >= batches.total:
-            after = measure(model.eval(), tokenizer, held_out, tools, config.micro_tokens * 4, config.call_top)
+            after = measure(model.eval(), tokenizer, held_out, tools, config)
             info.update({f"eval_{k}": v for k, v in after.items()})
             if run.rank == 0:
                 before = json.loads(trainer.extra["before"]) if "before" in trainer.extra else None
@@ -508,10 +503,9 @@ def annotated_texts(run, model, tokenizer, texts, tools):
 
 def funnel_text(lines, n=10):
     """The funnel, and the n best and worst calls."""
-    total = {}
+    total = Counter()
     for line in lines:
-        for key, value in line.get("funnel", {}).items():
-            total[key] = total.get(key, 0) + value
+        total.update(line.get("funnel", {}))
     out = [f"{len(lines)} texts: " + " -> ".join(f"{value} {key}" for key, value in total.items()) + f"; {sum(any(c['kept'] for c in x['candidates']) for x in lines)} texts have a call now"]
     every = sorted(((c["gain"], line, c) for line in lines for c in line["candidates"]), key=lambda x: -x[0])
     for title, some in ((f"best {n}", every[:n]), (f"worst {n}", every[n:][-n:])):

@@ -16,6 +16,7 @@ Five ideas carry it (each method file states only its own loss):
 """
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -26,6 +27,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -37,10 +39,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 try:
@@ -191,7 +195,7 @@ def load_config(source, overrides=()):
         raise UserError(f'{name}: source = "jsonl" (or "toolbench", "teacher") needs "path", where the conversations are, and "path" needs such a source')
     if config.eval_path and not reads and not config.fallback and method != "teacher":
         raise UserError(f'{name}: "eval_path" needs source = "jsonl", "toolbench" or "teacher"; with "{config.source}" the dev split is evaluated')
-    for key in ("path", "eval_path", "start_from", "model", "run_dir"):
+    for key in {"path", "eval_path", "start_from", "model", "run_dir", "text"} & set(vars(config)):
         setattr(config, key, os.path.expanduser(getattr(config, key)))
     if not config.run_dir:
         config.run_dir = f"runs/{Path(name).stem if not isinstance(source, dict) else method}"
@@ -360,10 +364,9 @@ class Trie:
                 if shared < len(line):  # the old branch leaves here: what hangs below it is a segment of its own
                     starts.add(line[shared])
             line = line[:shared] + list(range(len(self.ids), len(self.ids) + len(row) - shared))
-            for t in range(shared, len(row)):
-                self.ids.append(row[t])
-                self.depth.append(t)
-                parent.append(line[t - 1] if t else -1)
+            self.ids += row[shared:]
+            self.depth += range(shared, len(row))
+            parent += ([-1] + line)[shared:len(row)]
             self.path[b], before = line, row
         n = len(self.ids)
         self.end = list(range(1, n + 1))
@@ -371,15 +374,10 @@ class Trie:
             if parent[i] >= 0:
                 self.end[parent[i]] = max(self.end[parent[i]], self.end[i])
         self.starts = sorted(starts)
-        segment = {i: s for s, i in enumerate(self.starts)}
         self.ancestors = []  # for each segment: the segments above it, root first
         for i in self.starts:
-            above, node = [], parent[i]
-            if node >= 0:
-                while node not in segment:
-                    node -= 1  # inside a segment the parent of i is i - 1
-                above = self.ancestors[segment[node]] + [segment[node]]
-            self.ancestors.append(above)
+            above = bisect.bisect_right(self.starts, parent[i]) - 1  # the segment that holds the parent; -1 at a root
+            self.ancestors.append(self.ancestors[above] + [above] if above >= 0 else [])
 
     def __len__(self):
         return len(self.ids)
@@ -428,7 +426,7 @@ def common_prefix(a, b):
     return low
 
 
-def planned_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def planned_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """transformers' attention, unless the mask carries a plan of its own (the trie's, or the rollout's)."""
     plan = getattr(attention_mask, "plan", None)
     if plan is None:
@@ -444,13 +442,13 @@ def takes_trie(model):
     config = model.config.get_text_config()
     kind, found = getattr(config, "_attn_implementation", None), model.__dict__.setdefault("_takes_trie", {})  # kind of attention -> whether
     if kind not in found:
-        types = getattr(config, "layer_types", None) or ["full_attention"]
-        window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        types = getattr(config, "layer_types", None)
+        window = not types and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         softcap = getattr(config, "attn_logit_softcapping", None)
         by_length = re.search(r"'(rope_)?type': '(dynamic|longrope)'", str([getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]))  # angles depend on the longest position
         rows = [([1, 2, 3, 4], [0, 1, 1, 1]), ([1, 2, 5, 6], [0, 0, 1, 1]), ([2, 3], [0, 1])]
-        found[kind] = set(types) == {"full_attention"} and not softcap and not by_length and not (window and not getattr(config, "layer_types", None)) and agree(
-            model, 1e-3, lambda: _logprobs(model, rows), lambda: torch.cat([F.pad(_logprobs(model, [r]), (0, 4 - len(r[0]))) for r in rows]))
+        found[kind] = set(types or ["full_attention"]) == {"full_attention"} and not (window or softcap or by_length) and agree(
+            model, 1e-3, lambda: _logprobs(model, rows)["logp"], lambda: torch.cat([F.pad(_logprobs(model, [r])["logp"], (0, 4 - len(r[0]))) for r in rows]))
         if not found[kind]:
             print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend on a row's length, a special kernel); "
                   "falling back to one sequence per forward: exact, but slower", file=sys.stderr)
@@ -486,44 +484,33 @@ def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=())
     if learned and (longest := max(len(ids) for ids, _ in batch)) > context_of(model):
         raise UserError(f"a row has {longest} tokens, the model knows {context_of(model)} positions: lower max_tokens")
     groups = micro_batches([[row] for row in batch], budget) if takes_trie(model) else [[b] for b in range(len(batch))]
-    if len(groups) == 1 and groups[0] == list(range(len(batch))):
-        return _logprobs(model, batch, temperature, want, also)
-    named = want or also
-    width, parts = max(len(ids) for ids, _ in batch), []
-    for group in groups:
-        part = _logprobs(model, [batch[b] for b in group], temperature, want, also)
-        pad = lambda x: F.pad(x, (0, 0) * (x.dim() - 2) + (0, width - x.shape[1]))  # noqa: E731
-        parts.append({k: pad(v) for k, v in part.items()} if named else pad(part))
-    back = torch.tensor([b for group in groups for b in group]).argsort()
-    return {k: torch.cat([p[k] for p in parts])[back] for k in parts[0]} if named else torch.cat(parts)[back]
+    parts = [_logprobs(model, [batch[b] for b in group], temperature, want, also) for group in groups]
+    out = parts[0]
+    if groups != [list(range(len(batch)))]:
+        width, back = max(len(ids) for ids, _ in batch), torch.tensor([b for group in groups for b in group]).argsort()
+        out = {k: torch.cat([F.pad(p[k], (0, 0) * (p[k].dim() - 2) + (0, width - p[k].shape[1])) for p in parts])[back] for k in out}
+    return out if want or also else out["logp"]
 
 
 def _logprobs(model, batch, temperature=1.0, want=(), also=()):
     device = model.get_input_embeddings().weight.device
     trie = Trie([list(ids) for ids, _ in batch])
-    inputs = trie.inputs(device)
-    if len(batch) == 1:
-        inputs = dict(input_ids=inputs["input_ids"], use_cache=False)  # a lone row is plain causal attention
+    inputs = trie.inputs(device) if len(batch) > 1 else dict(input_ids=torch.tensor([trie.ids], device=device), use_cache=False)  # a lone row is plain causal attention
     where = [(b, t) for b, (ids, mask) in enumerate(batch) for t in range(1, len(ids)) if mask[t]]
     shape = (len(batch), max(len(ids) for ids, _ in batch))
     predicts = [trie.path[b][t - 1] for b, t in where]            # the node that predicts row b's token t
-    nodes = sorted(set(predicts))
-    index = {node: n for n, node in enumerate(nodes)}
+    nodes, row = torch.tensor(predicts, dtype=torch.long, device=device).unique(return_inverse=True)
     seen = []
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0])) if "hidden" in want else contextlib.nullcontext()
     with hook:  # the head runs only on the nodes that predict a trained token
-        logits = model(**inputs, logits_to_keep=torch.tensor(nodes or [0], device=device)).logits[0]                       # [n, V]
+        logits = model(**inputs, logits_to_keep=nodes if predicts else nodes.new_zeros(1)).logits[0]                       # [n, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is too coarse for a softmax
     log_p = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
-    row = torch.tensor([index[node] for node in predicts], dtype=torch.long, device=device)
     target = torch.tensor([batch[b][0][t] for b, t in where], dtype=torch.long, device=device)
     b, t = torch.tensor(where, dtype=torch.long, device=device).reshape(-1, 2).T
-    logp = log_p[row, target]                                    # [number of masked tokens]
     spread = lambda x: torch.zeros(shape + x.shape[1:], dtype=x.dtype, device=device).index_put((b, t), x)  # noqa: E731
-    if not want and not also:
-        return spread(logp)
-    out = {"logp": spread(logp)}
+    out = {"logp": spread(log_p[row, target])}
     if also:
         out["also"] = spread(log_p[:, list(also)][row])
     if "entropy" in want:
@@ -583,18 +570,11 @@ class SharedPrefixCache:
         self.model, self.device = model, model.get_input_embeddings().weight.device
         trie = Trie(prompts)
         nodes = {}  # layer -> (k, v), each [1, heads, N, d]
-
-        class Collect:
-            def update(self, k, v, layer, *_):
-                nodes[layer] = (k, v)
-                return k, v
-        if len(trie):
-            inputs = trie.inputs(self.device)
-            inputs["use_cache"] = True
-            model.base_model(past_key_values=Collect(), **inputs)  # the transformer without its head
-        self.shared = min((common_prefix(prompts[0], p) for p in prompts), default=0)
+        reader = SimpleNamespace(update=lambda k, v, layer, *_: nodes.setdefault(layer, (k, v)))
+        model.base_model(past_key_values=reader, **{**trie.inputs(self.device), "use_cache": True})  # the transformer without its head
+        self.shared = min(common_prefix(prompts[0], p) for p in prompts)
         own = [trie.path[b][self.shared:] for b in range(len(prompts))]
-        width = max(map(len, own), default=0)
+        width = max(map(len, own))
         index = torch.tensor([[0] * (width - len(o)) + o for o in own], dtype=torch.long, device=self.device)
         self.valid = torch.tensor([[False] * (width - len(o)) + [True] * len(o) for o in own], dtype=torch.bool, device=self.device).reshape(len(prompts), width)
         head = trie.path[0][:self.shared]
@@ -604,7 +584,7 @@ class SharedPrefixCache:
         self.lengths = torch.tensor([len(p) for p in prompts], device=self.device)
 
     def update(self, k, v, layer, *_):
-        store = self.own.setdefault(layer, [k[:, :, :0], v[:, :, :0]])
+        store = self.own[layer]
         for n, new in enumerate((k, v)):
             if store[n].shape[2] < self.used + new.shape[2]:
                 store[n] = torch.cat([store[n][:, :, :self.used], new.new_empty(*new.shape[:2], 64 + new.shape[2], new.shape[3])], 2)
@@ -619,7 +599,7 @@ class SharedPrefixCache:
         q = (q * (scaling or d ** -0.5)).reshape(B, heads, H // heads * m, d)
         own = q @ k.transpose(2, 3)                                                        # [B, heads, g*m, C]
         own = own.masked_fill(~self.mask.repeat(1, H // heads, 1)[:, None], float("-inf"))
-        pk, pv = self.prefix.get(module.layer_idx, (k[:1, :, :0], v[:1, :, :0]))
+        pk, pv = self.prefix[module.layer_idx]
         flat = q.transpose(0, 1).reshape(heads, -1, d)
         shared = (flat @ pk[0].transpose(1, 2)).reshape(heads, B, H // heads * m, pk.shape[2]).transpose(0, 1)
         p = torch.softmax(torch.cat([shared, own], -1), -1)
@@ -1001,11 +981,11 @@ def write_atomic(path, write):
 
 
 def write_json(path, value):
-    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8"))
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8", errors="backslashreplace"))  # half a character becomes JSON's own escape
 
 
 def write_lines(path, values):
-    write_atomic(path, lambda p: p.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in values), encoding="utf-8"))
+    write_atomic(path, lambda p: p.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in values), encoding="utf-8", errors="backslashreplace"))
 
 
 # What the progress bar shows of a step's metrics.
@@ -1027,7 +1007,7 @@ class Run:
     def __init__(self, config, resume=False):
         start_distributed(config.device)
         self.config, self.rank = config, world_rank()[0]
-        self.folder, self.resume, self.wandb, self.bar = Path(config.run_dir), resume, None, None
+        self.folder, self.resume, self.wandb = Path(config.run_dir), resume, None
         self.device = pick_device(config.device)
         flat = dataclasses.asdict(config)
         old = self.folder / "config.json"
@@ -1053,31 +1033,34 @@ class Run:
             if not old.exists():
                 self.write_config()
 
-    def forget(self):
-        """Remove the folder of a run that did not get as far as to do anything: the next try must not stumble over it."""
-        if self.rank == 0 and not self.resume and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb"}:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, where):
+        """The folder of a run that did not get as far as to do anything goes: the next try must not stumble over it. After Ctrl-C
+        it is said how to go on, where there is something to go on from."""
+        if error and self.rank == 0 and not self.resume and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb"}:
             if self.made:
                 shutil.rmtree(self.folder)
             else:  # a link, a mounted volume, a folder with an older run's wandb/
                 (self.folder / "config.json").unlink(missing_ok=True)
+        if isinstance(error, KeyboardInterrupt) and self.folder.exists():
+            raise Interrupted(str(self.folder)) from None
 
     def write_config(self):
         write_json(self.folder / "config.json", {**dataclasses.asdict(self.config), "provenance": provenance(self.config.seed)})
 
     def start(self, trainer):
         """Pick up the newest checkpoint if there is one, cut the log back to it, open Weights & Biases."""
-        found = newest_checkpoint(self.folder) if self.resume else None
-        if found:
+        if self.resume and (found := newest_checkpoint(self.folder)):
             load_checkpoint(found, trainer)
             print(f"resuming {self.folder} after step {trainer.step}", file=sys.stderr)
         if self.rank == 0:
             if self.config.source != self.source:
                 self.write_config()  # what stood in for unusable data is known now
-            for name in ("metrics.jsonl", "timing.jsonl", "samples.jsonl"):
-                if not (self.folder / name).exists():
-                    continue
-                lines = [x for x in read_lines(self.folder / name, ["step"]) if x["step"] <= trainer.step]
-                write_lines(self.folder / name, lines)
+            for path in (self.folder / f"{name}.jsonl" for name in ("metrics", "timing", "samples")):
+                if path.exists():
+                    write_lines(path, [x for x in read_lines(path, ["step"]) if x["step"] <= trainer.step])
             if self.config.wandb:
                 self.wandb = open_wandb(self.config, self.folder)
 
@@ -1085,7 +1068,7 @@ class Run:
         """Yield once per step, with progress bar, checkpoints, and a clean stop on Ctrl-C; `trainer.step` is the position."""
         from tqdm import tqdm
         stop, loud = [], self.rank == 0
-        handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)} if in_main_thread() else {}
+        handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)} if threading.current_thread() is threading.main_thread() else {}
         self.bar = tqdm(total=total, initial=trainer.step, desc=self.config.method, unit="step", disable=not loud, dynamic_ncols=True)
         self.clock = time.time()
         try:
@@ -1120,17 +1103,15 @@ class Run:
     def log(self, step, metrics, tokens=0):
         """Append one line to metrics.jsonl (and the wall clock to timing.jsonl), show it on the bar, tell W&B."""
         now = time.time()
-        speed, self.clock = tokens / max(now - getattr(self, "clock", now), 1e-9), now
+        speed, self.clock = tokens / max(now - self.clock, 1e-9), now
         if self.rank:
             return
         metrics = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}  # JSON knows no NaN
-        timing = {"step": step, "tokens_per_s": round(speed, 1), "seconds": round(now, 2)}
-        for name, line in (("metrics.jsonl", {"step": step, **metrics}), ("timing.jsonl", timing)):
+        for name, line in (("metrics.jsonl", metrics), ("timing.jsonl", {"tokens_per_s": round(speed, 1), "seconds": round(now, 2)})):
             with open(self.folder / name, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        if self.bar is not None:
-            shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in SHOWN and v is not None}
-            self.bar.set_postfix({**shown, **({"tok/s": f"{speed:.0f}"} if tokens else {})})
+                file.write(json.dumps({"step": step, **line}) + "\n")
+        shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in SHOWN and v is not None}
+        self.bar.set_postfix({**shown, **({"tok/s": f"{speed:.0f}"} if tokens else {})})
         if self.wandb:
             try:
                 self.wandb.log({**metrics, **({"tokens_per_s": speed} if tokens else {})}, step=step)
@@ -1141,7 +1122,7 @@ class Run:
     def samples(self, step, lines):
         """Append what the model said to samples.jsonl."""
         if self.rank == 0:
-            with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            with open(self.folder / "samples.jsonl", "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(json.dumps({"step": step, **line}, ensure_ascii=False) + "\n" for line in lines)
 
     def checkpoint(self, trainer):
@@ -1162,10 +1143,7 @@ class Run:
         if self.config.lora_r:
             lora.save_adapter(model, self.folder / "adapter", self.config.model)
         else:
-            def write(path):
-                model.save_pretrained(path)
-                tokenizer.save_pretrained(path)
-            write_atomic(self.folder / "model", write)
+            write_atomic(self.folder / "model", lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
 
     def finish(self):
         if self.wandb:
@@ -1175,11 +1153,6 @@ class Run:
 
 def first_line(error, limit=120):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
-
-
-def in_main_thread():
-    import threading
-    return threading.current_thread() is threading.main_thread()
 
 
 def start_distributed(device="auto"):
@@ -1354,14 +1327,8 @@ def train(args):
         config.run_dir = str(source)  # wherever it was moved to
     if args.resume and not (Path(config.run_dir) / "config.json").exists():  # killed before it could write a thing
         print(f"{config.run_dir}: nothing to resume there; starting from the beginning", file=sys.stderr)
-    run = Run(config, resume=args.resume)
-    try:
+    with Run(config, resume=args.resume) as run:
         importlib.import_module(config.method).train(run)
-    except BaseException as error:  # whatever it was
-        run.forget()
-        if isinstance(error, KeyboardInterrupt) and run.folder.exists():  # before the first step, but with something to go on from
-            raise Interrupted(str(run.folder)) from None
-        raise
     if run.rank == 0:
         print(f"done: {run.folder}\n  score it:     python toolplay.py eval --run {run.folder}\n  talk to it:   python toolplay.py chat --run {run.folder}")
 
@@ -1401,17 +1368,6 @@ def read_tools(path, more=()):
         raise UserError(f"{path}: {error}") from None
 
 
-def request(item, tools):
-    """A line of predict's input -> (id, conversation); UserError says what is wrong with it."""
-    if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item or isinstance(item["id"], float) and not math.isfinite(item["id"]):
-        raise UserError('a line is an object with "id" and "prompt" (or "messages")')
-    messages, own = data.messages_of(item), item.get("tools")
-    conversation = data.check_conversation({"messages": messages, "tools": list(tools.values()) if own is None else own})
-    if conversation["messages"][-1]["role"] not in ("user", "tool"):
-        raise UserError("the last message must be the user's (or a tool result)")
-    return item["id"], conversation
-
-
 def predict(args):
     """Answer the prompts of a JSONL file. Streams; started again, it goes on where it stopped."""
     from tqdm import tqdm
@@ -1427,7 +1383,12 @@ def predict(args):
     tools = read_tools(args.tools, config.tools)
 
     def check(item):
-        key, conversation = request(item, tools)
+        if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item or isinstance(item["id"], float) and not math.isfinite(item["id"]):
+            raise UserError('a line is an object with "id" and "prompt" (or "messages")')
+        key, messages, own = item["id"], data.messages_of(item), item.get("tools")
+        conversation = data.check_conversation({"messages": messages, "tools": list(tools.values()) if own is None else own})
+        if conversation["messages"][-1]["role"] not in ("user", "tool"):
+            raise UserError("the last message must be the user's (or a tool result)")
         size = len(data.encode(conversation, tokenizer, config.tool_style, generation=True)[0])  # a chat template may refuse it
         if size >= context_of(model):
             raise UserError(f"the prompt has {size} tokens, the model knows {context_of(model)}: no room for an answer")
@@ -1443,7 +1404,7 @@ def predict(args):
     output.parent.mkdir(parents=True, exist_ok=True)
     if not stream:
         write_lines(output, finished)
-    with open(output, "a", encoding="utf-8") as file, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True) as bar:
+    with open(output, "a", encoding="utf-8", errors="backslashreplace") as file, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True) as bar:
         for start in range(0, len(todo), args.batch_size):
             batch = todo[start:start + args.batch_size]
             episodes = rollout(model, tokenizer, [c for _, c in batch], temperature=args.temperature, max_new_tokens=args.max_new_tokens,
@@ -1566,24 +1527,16 @@ def validate(args):
         raise SystemExit(2)
 
 
-DEMO_PROMPTS = 6
-
 
 def demo(args):
     """Ten minutes on a laptop: score the untrained model, teach it three tools, score it again."""
     config = load_config(ROOT / "configs" / "sft_demo.json", args.overrides)
     if not args.resume and not any(o.startswith("--run_dir") for o in args.overrides):  # a second demo gets its own folder
-        folders = (f"{config.run_dir}{tail}" for tail in ("", *(f"-{n}" for n in range(2, 10 ** 6))))
+        folders = (config.run_dir + f"-{n}" * (n > 1) for n in itertools.count(1))
         config.run_dir = next(folder for folder in folders if not Path(folder).exists())
     print(f"Toolplay demo: {config.model} learns three tools ({', '.join(BUILTIN)}). Everything lands in {config.run_dir}.\n")
-    run = Run(config, resume=args.resume)
-    try:
+    with Run(config, resume=args.resume) as run:
         demo_steps(run, args.n)
-    except UserError:
-        run.forget()
-        raise
-    except KeyboardInterrupt:  # outside of training, which stops by itself
-        raise Interrupted(config.run_dir) from None
 
 
 def demo_steps(run, n):
@@ -1597,8 +1550,7 @@ def demo_steps(run, n):
     print("1. The untrained model on prompts of the test split (no phrasing, city or number pair of it is in the training data)")
     model, tokenizer = load_model(config.model, run.device)
     if not before:
-        report, records = evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64, style=config.tool_style)
-        before = {"report": report, "records": records}
+        before = dict(zip(("report", "records"), evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64, style=config.tool_style)))
         write_json(before_file, before)
     talk_before = evaluation.talk_loss(model, tokenizer, n=40)
     del model
@@ -1609,12 +1561,10 @@ def demo_steps(run, n):
     report, records = evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64, style=config.tool_style)
     talk_after = evaluation.talk_loss(model, tokenizer, n=40)
     write_json(run.folder / "eval.json", {"report": report, "records": records})
-    shown, kinds = [], set()
-    for a, b in zip(before["records"], records):
-        if b["kind"] not in kinds and len(shown) < DEMO_PROMPTS:
-            kinds.add(b["kind"])
-            shown.append((a, b))
-    for a, b in shown:
+    shown = {}
+    for pair in zip(before["records"], records):
+        shown.setdefault(pair[1]["kind"], pair)
+    for a, b in list(shown.values())[:6]:  # the first of each kind
         print(f"\n--- {b['kind']}\n  question  {b['prompt']}")
         for label, record in (("before", a), ("after", b)):
             print(f"  {label}\n{transcript([Call(**call) for call in record['calls']], record['results'], record['final'], indent='    ')}")

@@ -110,35 +110,38 @@ def stage(name, minutes):
 
 
 def table():
-    """Every method that has been scored, seeds together: means with 95 % intervals, and paired differences to the start."""
+    """Every method that has been scored, seeds together: means with 95 % intervals, and paired differences to the start; what is right, and what is wrong."""
     import eval as evaluation
     methods = ("start", "base", "sft", "rft", "dpo", "gae", "rloo", "grpo")
     scored = {m: sorted([*RUNS.glob(f"{m}/eval.json"), *RUNS.glob(f"{m}-[0-9]/eval.json")]) for m in methods}
     records = {m: [json.loads(path.read_text(encoding="utf-8"))["records"] for path in paths] for m, paths in scored.items() if paths}
-    head, rows = ["run", "seeds"], [[m, len(seeds)] for m, seeds in records.items()]
 
-    def column(title, metric, which, fault=False):
-        """A metric over the cases that `which` picks; `fault`: one minus it."""
+    def new():
+        return ["run", "seeds"], [[m, len(seeds)] for m, seeds in records.items()]
+
+    def column(to, title, metric, which, fault=False):
+        """A metric over the cases that `which` picks, and its difference to the start; `fault`: one minus it."""
         result = evaluation.compare({m: [[r for r in seed if which(r)] for seed in seeds] for m, seeds in records.items()})
-        head.append(f"{title} (n = {result['start'][metric]['n']})")
-        for row, of in zip(rows, result.values()):
+        to[0].extend([f"{title} (n = {result['start'][metric]['n']})", "to the start"])
+        for row, of in zip(to[1], result.values()):
             x = {key: fault - value if fault and key in ("value", "low", "high") else -value if fault else value for key, value in of[metric].items()}
             low, high, d_low, d_high = *sorted((x["low"], x["high"])), *sorted((x["d_low"], x["d_high"]))
-            row.append(f"{x['value']:.3f} [{low:.2f}, {high:.2f}]" + f" ({x['difference']:+.3f} [{d_low:+.3f}, {d_high:+.3f}])" * (row[0] != "start"))
+            row.extend([f"{x['value']:.3f} [{low:.2f}, {high:.2f}]", f"{x['difference'] + 0:+.3f} [{d_low:+.2f}, {d_high:+.2f}]" if row[0] != "start" else ""])
 
     def other(r):
         return r["kind"] != "two_steps"
-    column("problems right", "response_quality", lambda r: not other(r))
-    column("other kinds: answers right", "response_quality", other)
-    column("tool accuracy", "tool_accuracy", other)
-    column("format", "format", other)
-    column("needless calls", "tool_accuracy", lambda r: other(r) and not r["due"], fault=True)
+    right, form, wrong = new(), new(), new()
+    column(right, "problems right", "response_quality", lambda r: not other(r))
+    column(right, "other kinds: answers right", "response_quality", other)
+    column(form, "tool accuracy", "tool_accuracy", other)
+    column(form, "format", "format", other)
+    column(wrong, "needless calls", "tool_accuracy", lambda r: other(r) and not r["due"], fault=True)
     for seed in sum(records.values(), []):
         for r in seed:  # a due call is in order if it is well-formed and of the right tool
             r["verdicts"]["format"] = r["verdicts"]["tool_accuracy"] and (r["verdicts"]["format"] or not r["due"])
-    column("wrong or malformed calls", "format", lambda r: other(r) and r["due"], fault=True)
-    column("either", "format", other, fault=True)
-    print(evaluation.table(head, rows))
+    column(wrong, "wrong or malformed", "format", lambda r: other(r) and r["due"], fault=True)
+    column(wrong, "either", "format", other, fault=True)
+    print(*(evaluation.table(*t) for t in (right, form, wrong)), sep="\n\n")
 
 
 def plot():
@@ -162,7 +165,7 @@ def plot():
                 for folder in sorted(RUNS.glob(f"{method}-[0-9]")):
                     if (folder / "metrics.jsonl").exists():
                         curve(axis, folder, key, None if method in axis.get_legend_handles_labels()[1] else method, colours[method])
-            axis.set(title=f"{key}, mean of five", xlabel=unit)
+            axis.set(title=f"{key}, moving mean of 5 {unit}s", xlabel=unit)
             axis.spines[["top", "right"]].set_visible(False)
         if not axes[0].lines:
             pyplot.close(figure)

@@ -91,10 +91,10 @@ def test_what_makes_no_loss_is_refused(more, words):
 
 
 def test_a_new_variant_is_one_function():
+    def squared(chosen, rejected, beta, label_smoothing):
+        return (beta * (chosen - rejected)) ** 2
     try:
-        @dpo.variant
-        def squared(chosen, rejected, beta, label_smoothing):
-            return (beta * (chosen - rejected)) ** 2
+        dpo.VARIANTS["squared"] = squared
         assert dpo.dpo_loss(PC, PR, RC, RR, 2.0, "squared")[0].item() == pytest.approx(sum(4 * h * h for h in H))
     finally:
         del dpo.VARIANTS["squared"]
