@@ -94,6 +94,31 @@ def test_any_chat_template(template, first, end):
     assert ids[:len(prompt)] == prompt
 
 
+@pytest.mark.parametrize("template", [Template.LLAMA2, Template.GEMMA, "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"])
+def test_an_assistant_may_begin(template):
+    """Its words are trained as its own, not read as the user's."""
+    said = [{"role": "assistant", "content": "Hi, I am Bo."}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    tokenizer = plain_tokenizer(template)
+    ids, mask = data.encode({"messages": said}, tokenizer)
+    trained = tokenizer.decode([i for i, m in zip(ids, mask) if m])
+    assert "Hi, I am Bo." in trained and trained.count("y") == 1 and "x" not in trained
+
+
+def test_data_that_python_makes_import_no_code_either():
+    chat = data.check_conversation({"messages": [{"role": "user", "content": "x"}], "tools": ({"name": "x", "description": "", "parameters": {"type": "object", "properties": {}}, "function": "os:getcwd"},)})
+    assert chat["tools"][0].function is None
+
+
+def test_a_value_keeps_its_capital_behind_another_request():
+    """ "..., and Oslo weather": the call says Oslo."""
+    assert data.decapitalise("Oslo weather", [data.Call("weather", {"city": "Oslo"})]) == "Oslo weather" == data.decapitalise("Oslo weather", [data.Call("x", {"cities": ["Oslo"]})])
+    assert data.decapitalise("Please add it", [data.Call("weather", {"city": "Oslo"})]) == "please add it"
+    for c in data.generate("train", 60, 1, {"two_calls": 1}) + data.generate("train", 60, 1, {"api_parallel": 1}):
+        prompt = c["messages"][0]["content"]
+        for call in c["messages"][1].get("tool_calls", []):
+            assert call["name"] != "weather" or call["arguments"]["city"] in prompt, prompt
+
+
 def test_a_template_may_refuse_and_added_words_are_words():
     tokenizer = plain_tokenizer(Template.GEMMA.replace("{% for m in messages %}", "{% for m in messages %}{% if loop.index0 and m['role'] == messages[loop.index0 - 1]['role'] %}"
                                                        "{{ raise_exception('roles must alternate') }}{% endif %}", 1))

@@ -18,6 +18,7 @@ import data
 import dpo
 import eval as evaluation
 import lora
+import ppo
 import toolplay
 from tools import BUILTIN, Call, UserError, parse_calls
 
@@ -372,7 +373,6 @@ def test_tiny_config_and_show(capsys):
 
 def test_pairs_from_the_policys_own_samples(tmp_path, monkeypatch, capsys):
     """Best against worst by the reward, ids as sampled; a resumed run reads them and samples nothing."""
-    import ppo
     tok = tokenizer()
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (model("llama"), tok))
     monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (weights["length"] * sum(episode.ids[episode.prompt:]) / 1000, {}))
@@ -390,7 +390,6 @@ def test_pairs_from_the_policys_own_samples(tmp_path, monkeypatch, capsys):
 
 def test_twins_differ_in_the_offered_tools_alone(monkeypatch):
     """twins: a call to a tool that is not offered is a fault; the same request with the tool makes a second pair, the other way round."""
-    import ppo
     tok = tokenizer()
     chats = data.generate("train", 12, 0, {"missing_tool": 1}) + data.generate("train", 3, 0, {"no_tool": 1})
     calls = [c["facts"]["withheld"] for c in chats[:12]]
@@ -415,15 +414,37 @@ def test_twins_differ_in_the_offered_tools_alone(monkeypatch):
         assert all(f"{data.tool_name(tool)}(" in text(chosen, 0) for tool in [*chat["tools"], call["name"]])
 
 
-@pytest.mark.parametrize("facts", [None, "x", {}, {"withheld": 3}, {"withheld": {"name": "weather"}}, {"withheld": {"name": 3, "arguments": {}}}])
+@pytest.mark.parametrize("facts", [None, "x", {}, {"withheld": 3}, {"withheld": {"name": "weather"}}, {"withheld": {"name": 3, "arguments": {}}},
+                                   {"withheld": {"name": "foo", "arguments": {}}}, {"withheld": {"name": "search", "arguments": {}}}, {"withheld": {"name": "weather", "arguments": 3}}])
 def test_facts_that_are_not_ours_make_no_twin(facts):
-    assert dpo.withheld({"facts": facts}) is None
+    assert dpo.withheld({"facts": facts, "tools": ["search"]}) is None
     assert dpo.withheld({"facts": {"withheld": {"name": "weather", "arguments": {}}}}) and dpo.withheld({}) is None
+
+
+def test_a_turn_of_the_prompt_is_no_gold_answer(monkeypatch):
+    """chosen: gold, and a line whose expected answer is not in its messages: the turn that is there was said before."""
+    tok = tokenizer()
+    line = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "2 + 2?"}], "tools": [],
+            "expected": {"calls": [], "answer": 4}}
+
+    def rollout(model, tokenizer, conversations, **more):
+        ids = data.encode(conversations[0], tok, generation=True)[0]
+        return [toolplay.Episode(ids + [65], [0] * len(ids) + [1], [0.0] * (len(ids) + 1), len(ids))]
+    monkeypatch.setattr(toolplay, "rollout", rollout)
+    monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (0.0, {}))
+    settings = {"method": "dpo", "pairs": "sampled", "chosen": "gold", "samples": 1, "min_best": 1.0, "max_tokens": 9000}
+    assert dpo.sampled_pairs(None, tok, [line], toolplay.load_config(settings)) == []
+
+
+def test_digits_without_end_make_a_pair_too():
+    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2 + 2"}}]},
+                {"role": "tool", "content": '{"result": 4}'}, {"role": "assistant", "content": "9" * 5000}]
+    made = dpo.ignores_result({"messages": messages, "tools": ["calculator"]}, random.Random(0))
+    assert made and made[-1]["content"] != "9" * 5000
 
 
 def test_what_makes_no_pair_is_corrupted(monkeypatch):
     """pairs: both. The policy's own faults, and one of the named faults where it makes none."""
-    import ppo
     tok = tokenizer()
     chats = data.generate("train", 30, 0, {"no_tool": 1, "weather": 1, "two_calls": 1})
     monkeypatch.setattr(toolplay, "rollout", lambda model, tok, chats, **more: [toolplay.Episode(ids + [65], [0] * len(ids) + [1], [0.0] * (len(ids) + 1), len(ids))
@@ -450,7 +471,6 @@ def test_a_pair_cut_where_it_parts():
 
 def test_faults_of_the_policy_against_the_examples_own_turn(tmp_path, monkeypatch):
     """chosen: gold. Only where a sample is at fault; both answers to the same prompt ids, the chosen one ends behind its first turn."""
-    import ppo
     tok = tokenizer()
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (model("llama"), tok))
     seen = []

@@ -63,6 +63,13 @@ SUM = case("what is 17 * 23?", [calc("17 * 23")], 391, "That makes 391.")
 TALK = case("tell me a joke about cats", [], final="Why did the cat sit down? It was tired.")
 
 
+def test_a_weather_tool_of_one_s_own_has_results_of_its_own():
+    """They are judged as those of any tool: by the numbers and texts in them."""
+    for more in ({"unit": None}, {"unit": ""}, {"unit": "C"}, {"unit": "celsius", "city": {"name": "Oslo"}}):
+        assert evaluation.shape_of(Result("weather", True, {"temperature": 12, "city": "Oslo", **more})) == ""
+    assert evaluation.shape_of(execute(Call("weather", {"city": "Paris"}), load_tools(["weather"]))) == "weather"
+
+
 # one metric after the other
 
 def test_a_right_episode_is_right_everywhere():

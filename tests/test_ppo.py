@@ -271,6 +271,14 @@ def test_what_is_due_is_known_although_a_number_is():
     assert earned(asked, format_call(Call("weather", {"city": "Oslo"})), f"It is {oslo}.") > 1.2
 
 
+def test_an_own_calculator_gives_what_it_likes():
+    """Numbers beyond a float, truths: none of them ends a run."""
+    for value in (10 ** 400, True, None, "42", [42]):
+        episode = play(BLIND, calc("36 - 9 + 15"), "She has 42.")
+        episode.results = [Result("calculator", True, value)]
+        assert ppo.score(BLIND, episode)[0] < 1
+
+
 def test_a_broken_call_in_a_later_turn_is_no_right_format():
     right = earned(BLIND, calc("36 - 9 + 15"), "She has 42.")
     for turn in ("<tool_call>{", format_call(Call("calculator", {"sum": "1"}))):
@@ -289,6 +297,10 @@ def test_a_number_of_the_prompt_may_be_the_result():
     assert not any(ppo.is_calculation(x, "20 birds, 10 fly away") for x in ("10 * 1", "10 + 0", "10 * 20 / 20", "20 / 20 * 10", "10 % 100", "min(10, 100)"))
     assert ppo.is_calculation("49 / 7", "How many weeks are 49 days?") and not ppo.is_calculation("7 * 1", "How many weeks are 49 days?")
     assert ppo.is_calculation("64 - 6 + 6", "64 balls, 6 get lost, 6 are found") and not ppo.is_calculation("64 - 6 + 6", "64 balls, 6 get lost")
+    for spelled in ("36 − 9", "36 – 9"):
+        assert ppo.is_calculation(spelled, "36 stickers, 9 away")
+    assert all(ppo.is_calculation(x, "6 boxes of 7") for x in ("6·7", "6 X 7", "6 × 7")) and ppo.is_calculation("ROUND(20 / 3, 2)", "20 by 3")
+    assert ppo.is_calculation("round(1,234 / 5)", "Split 1,234 among 5.") and not ppo.is_calculation("round(42, 1)", "36, 9 and 15")
     assert not ppo.is_calculation("1 / 0", "") and not ppo.is_calculation(None, "") and ppo.is_calculation("(3 + 4) * 2", "")
 
 

@@ -195,7 +195,9 @@ def test_a_list_of_functions_behind_brackets_is_found(tmp_path):
 @pytest.mark.parametrize("said, content", [
     ('{"error": "", "response": "[{\\"id\\": 7, \\"a\\u00e9...', '{"result": "[{\\"id\\": 7, \\"aé"}'), ('{"error": "busy", "response": "abc...', '{"error": "busy abc"}'),
     ('{"error": "", "response": "cut in \\u00...', '{"result": "cut in "}'), ('{"error": "API not working"}', '{"error": "API not working"}'),
-    ('{"error": "", "response": {"a": [1, null]}}', '{"result": "{\\"a\\": [1, null]}"}'), ("plain", '{"result": "plain"}'), ('{"error": "gone"', '{"result": "{\\"error\\": \\"gone\\""}')])
+    ('{"error": "", "response": {"a": [1, null]}}', '{"result": "{\\"a\\": [1, null]}"}'), ("plain", '{"result": "plain"}'), ('{"error": "gone"', '{"result": "{\\"error\\": \\"gone\\""}'),
+    ('{"error": "", "response": "it\\\'s cut...', '{"result": "{\\"error\\": \\"\\", \\"response\\": \\"it\\\\\'s cut"}'),
+    ('{"error": {"code": 429}, "response": ""}', '{"error": "{\\"code\\": 429}"}')])
 def test_results_are_unwrapped_also_where_toolbench_cut_them(tmp_path, said, content):
     c, _ = one(tmp_path, tree(GOOD[0], {"role": "function", "name": "x", "content": said}))
     assert c["messages"][2]["content"] == content
@@ -303,6 +305,18 @@ def test_halves_of_surrogates_and_names_that_are_no_text(tmp_path, capsys):
     assert len(data.read_jsonl(tmp_path / "out.jsonl")) == 1 and json.loads((tmp_path / "report.txt").read_text())["conversations"] == 1
 
 
+def test_names_of_another_kind_lead_to_files_too(tmp_path):
+    """As the hub's cache has them: blobs without a name, and links with one."""
+    for blobs in ("a_blobs", "z_blobs"):  # walked before the links, or after them
+        folder = tmp_path / blobs
+        (folder / "m").mkdir(parents=True)
+        (folder / blobs).mkdir()
+        write(folder / blobs, "3fa9", tree(*GOOD))
+        for link in "ab":
+            (folder / "m" / f"{link}.json").symlink_to(folder / blobs / "3fa9")
+        assert len(data.read_toolbench(folder)) == 1
+
+
 @pytest.mark.parametrize("text", [" " * 200_000 + "b", "a" + "\n" * 200_000 + "b", "Action: " * 100_000, "Action: a Action Input " * 50_000, "Thought: " * 100_000, "[" * 200_000])
 def test_long_texts_are_read_in_linear_time(tmp_path, text):
     """Quadratic in the length these would take minutes."""
@@ -310,7 +324,8 @@ def test_long_texts_are_read_in_linear_time(tmp_path, text):
                                                    {"conversations": [{"from": "system", "value": text}]}]))
 
 
-@pytest.mark.parametrize("arguments", [["--report", "x"], ["--max-tokens", "5", "--show", "1"], ["--toolbench", "x", "--max-tokens", "0"]])
+@pytest.mark.parametrize("arguments", [["--report", "x"], ["--max-tokens", "5", "--show", "1"], ["--toolbench", "x", "--max-tokens", "0"], ["--show", "-1"],
+                                       ["--toolbench", "x", "--kind", "weather"]])
 def test_options_that_go_nowhere_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         data.main(arguments)

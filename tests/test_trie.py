@@ -229,6 +229,17 @@ def test_trial_leaves_the_mode_alone():
         assert net.training is training and net.model.layers[0].training is training
 
 
+def test_dropout_of_attention_does_not_depend_on_the_micro_batch():
+    """GPT-2's is 0.1 in training: none, whether a row is alone or not."""
+    net = model("gpt2").train()
+    net.transformer.drop.p = 0.0
+    for block in net.transformer.h:
+        block.mlp.dropout.p = block.attn.resid_dropout.p = 0.0
+    row = ([1, 2, 3, 4], [0, 1, 1, 1])
+    with torch.no_grad():
+        assert (token_logprobs(net, [row]) - token_logprobs(net, [row, ([1, 2, 5], [0, 1, 1])])[:1]).abs().max() < 1e-5
+
+
 # ---------------------------------------------------------------- budgets
 
 @pytest.mark.parametrize("seed", range(12))
