@@ -343,7 +343,8 @@ def number_words(n):
 # Every unordered pair of numbers belongs to one split: two colours to train, one and the same colour to dev or test. A number that
 # is drawn alone (and meets constants only) belongs to dev or test by its own colour. Two or more for dev or test hold no larger constant.
 COLOURS, ALONE = {"dev": range(4), "test": range(4, 9)}, {"dev": [0], "test": [4]}
-CONSTANTS = {24, 52, 60, 365, 501, 1000}  # of the train split's expressions; the small ones are too common to go without
+CONSTANTS = {1, 24, 52, 60, 100, 365, 501, 1000}  # of the train split's expressions; the small ones are too common to go without
+ROUND = (5, 8, 10, 12, 15, 18, 20, 25, 30, 40, 50, 75)  # percents that people use most
 
 
 def colour(value):
@@ -392,6 +393,10 @@ def draw_values(slots, split, rng, expression=""):
         for _ in range(60):
             value = rng.randint(int(float(low) * 10 ** places), int(float(high) * 10 ** places))
             value = round(value / 10 ** places, places) if places else value
+            if kind == "dec" and value.is_integer():
+                value = int(value)  # nobody types 27.0
+            if kind == "pct" and split == "train" and rng.random() < 0.4 and (common := [x for x in ROUND if float(low) <= x <= float(high)]):
+                value = rng.choice(common)
             if kind == "million":
                 value = round(round(rng.uniform(float(low), float(high)), rng.choice([0, 1, 1, 2])) * 10 ** 6)
             if kind in ("num", "int", "word", "dollars") and value > 99 and rng.random() < 0.2:  # people like round numbers: 1200; or 3047, as said
@@ -405,8 +410,8 @@ def draw_values(slots, split, rng, expression=""):
     return values
 
 
-def write_value(value, kind, rng):
-    """A number as a person might type it."""
+def write_value(value, kind, rng, style=None):
+    """A number as a person might type it. `style`: which of the ways to write money, from 0 to 1: the amounts of a request have one."""
     digits = f"{value:.2f}" if kind == "money" else str(value)
     comma = digits if kind == "year" else f"{value:,}" if kind != "money" else f"{value:,.2f}"
     if kind == "pct":
@@ -417,8 +422,9 @@ def write_value(value, kind, rng):
     if kind in ("num", "int", "dollars") and value >= 2000 and value % 100 == 0 and rng.random() < 0.2:
         return "$" * (kind == "dollars") + f"{value / 1000:g}" + ("k" if kind == "dollars" else rng.choice(["k", "k", " thousand"]))
     if kind in ("money", "dollars"):
-        return rng.choice([f"${comma}"] * 4 + [f"${digits}", f"{digits} dollars", f"{digits} bucks" if kind == "dollars" else f"{digits} USD"]
-                          + [comma, digits, digits, f"{rng.choice('£€')}{comma}", f"{digits} {rng.choice(['euros', 'pounds', 'eur'])}"])
+        ways = [f"${comma}"] * 8 + [f"${digits}"] * 2 + [f"{digits} dollars"] * 2 + [f"{digits} bucks" if kind == "dollars" else f"{digits} USD"] * 2 + [comma] * 2 + [digits] * 4
+        ways += [f"£{comma}", f"€{comma}", f"{digits} {rng.choice(['euros', 'euros', 'eur'])}", f"{digits} pounds"]
+        return ways[int((rng.random() if style is None else style) * len(ways))]
     if kind == "word" or kind == "int" and rng.random() < 0.2 and value < 10000:
         words = number_words(value)
         if value % 100 == 0 and value % 1000 and value < 10000 and rng.random() < 0.7:
@@ -456,7 +462,13 @@ def pool(name, key, split):
 def talks(split):
     """The no-tool messages of a split with their replies; "easy": nothing one could as well look up, no mention of what tools are for, no trap."""
     easy = {k["kind"] for k in corpus("talk_prompts.json")["kinds"] if not (k.get("lookup") or k.get("mentions"))}
-    return [{**t, "easy": t["kind"] in easy} for t in of_split(corpus("talk_replies.jsonl")[1:], split)]
+    return [{**t, "easy": t["kind"] in easy} for t in of_split(corpus("talk_replies.jsonl")[1:], split) if not hollow(t["prompt"], t["reply"])]
+
+
+def hollow(prompt, reply):
+    """Whether a reply is one of those that the model has for everything: they would teach it to console who got the job."""
+    mourning = re.search(r"\b(died|death|passed away|funeral|grie|(lost|miss) (my|the|our) (gran\w*|mum|mom|dad|dog|cat|budgie))\b", prompt, re.IGNORECASE)
+    return bool(re.search(r"classic (example|scene|case)", reply, re.IGNORECASE) or not mourning and re.search(r"sorry (for|about) your loss", reply, re.IGNORECASE))
 
 
 def any_name(rng):
@@ -467,11 +479,11 @@ def any_name(rng):
 
 SEVERAL = 0.64  # share of requests for a calculation that have more than one operation
 SPOKEN = 0.08  # share of requests for a calculation that are written as one says them, "twelve hundred minus eighty-two"
-SAID = 0.4  # share of those for one operation that begin with a number in words, "seventeen times twelve": a first word has other tokens
+SAID = 0.2  # share of those for one operation that begin with a number in words, "seventeen times twelve": a first word has other tokens
 SYMBOLS = re.compile(r"\} ?[-−+*/x×÷^²%=)]|[(√] ?\{")  # next to a number's slot: such a sum is written, not said
-TOWNS = 0.4  # share of names of places, in training, that few have heard of
-FORMULAS, CHAINS = 0.2, 0.1  # shares of these, in training, that are a random formula, or steps in words: hands list dozens of shapes, there are thousands
-RATES, PRICES = 0.05, 0.05  # shares of everyday sums, in training, that are put together: "30 a month, over two years?"; "12 eggs cost 3.60, one?"
+TOWNS = 0.2  # share of names of places, in training, that few have heard of
+FORMULAS, CHAINS = 0.2, 0.05  # shares of these, in training, that are a random formula, or steps in words: hands list dozens of shapes, there are thousands
+RATES, PRICES = 0.03, 0.03  # shares of everyday sums, in training, that are put together: "30 a month, over two years?"; "12 eggs cost 3.60, one?"
 
 
 class Writer:
@@ -494,11 +506,11 @@ class Writer:
         if where < 0.12:
             opener = self.pick("register.json", "openers")["text"]
             text = f"{opener} {text if opener[-1] in '.!?:' else decapitalise(text)}"
-        elif where < 0.27 and rambling:
+        elif where < 0.2 and rambling:
             text = f'{self.pick("register.json", "rambles")["text"]} {text}'
-        elif where < 0.33 and rambling:
+        elif where < 0.24 and rambling:
             text = f'{end_sentence(text)} {self.pick("register.json", "rambles_after")["text"]}'
-        elif where < 0.43:
+        elif where < 0.34:
             closer = self.pick("register.json", "closers")["text"]
             text = f"{text}, {decapitalise(closer)}" if text[-1] not in ".!?=" and rng.random() < 0.5 else f"{text} {closer}"
         for table, share, rate in ((style["typos"], 0.08, 0.3), (style["texting"], 0.04, 0.9)):
@@ -508,7 +520,7 @@ class Writer:
             text = re.sub(r"(\{\w+\})|([^{}]+)", lambda m: m.group(1) or m.group(2).lower(), text)
         if rng.random() < 0.3:
             text = text.rstrip(".?! ")
-        if rng.random() < 0.06:
+        if lower and rng.random() < 0.2:
             text = re.sub(r"[,.?!;](?=\s|$)", "", text)
         return text, lower
 
@@ -533,7 +545,8 @@ class Writer:
             values = draw_values(slots, self.split, self.rng, family["expression"])
             if values is None or not all(holds(test, values) for test in family.get("where", [])):
                 continue
-            expression = fill(family["expression"], {k: f"{v:.2f}" if slots[k].startswith("money") else str(v) for k, v in values.items()})
+            numbers = {k: f"{v:.2f}" if slots[k].startswith("money") else str(v) for k, v in values.items()}
+            expression = fill(family["expression"], numbers)
             try:
                 result = calculate(expression)
             except Exception as error:
@@ -547,7 +560,9 @@ class Writer:
         kinds = {k: slots[k].split()[0] for k in values}
         if spoken and not SYMBOLS.search(template):  # a whole request as one says it
             kinds.update({k: "word" for k, v in values.items() if kinds[k] in ("num", "int") and v < 10000})
-        written = {k: write_value(v, kinds[k], self.rng) for k, v in values.items()}
+        style = self.rng.random()
+        written = {k: write_value(v, kinds[k], self.rng, style) for k, v in values.items()}
+        expression = fill(in_order(family["expression"], template, slots), numbers)
         prompt = fill(template, {**written, **self.story_words(family, lower)})
         return self.capital(prompt, template, lower) if family.get("said") else prompt, expression, values
 
@@ -564,7 +579,8 @@ class Writer:
         return {k: v.lower() if lower else v for k, v in words.items()}
 
     def calculation(self, name, wanted=lambda family: True, spoken=0):
-        family = self.rng.choice([f for f in pool(name, "families", self.split) if wanted(f)])
+        found = [f for f in pool(name, "families", self.split) if wanted(f)]
+        family, = self.rng.choices(found, [f.get("weight", 1) for f in found])  # a weight: what people ask for often, or hardly ever
         return self.calculator_call(family, spoken=self.rng.random() < spoken)
 
     def calculator_call(self, family, spoken=False):
@@ -699,11 +715,11 @@ class Writer:
             closers = [c["text"] for c in pool("register.json", "closers", self.split) if re.fullmatch(r"[a-z']+( [a-z]+)?", c["text"])]
             template = template.rstrip("?.") + " " + self.rng.choice(closers)
         city = self.place(lower, towns)
-        if self.split == "train" and self.rng.random() < (0.25 if towns else 0.2):  # no city: to copy what stands there, not what is known
+        if self.split == "train" and self.rng.random() < 0.2:  # no city: to copy what stands there, not what is known
             one, two = (self.city(towns)["name"] for _ in range(2))
-            if towns and self.rng.random() < 0.4:  # a word that is one token behind a blank is several behind a quotation mark: how is it spelled?
-                one = any_name(self.rng)
-                city = one if one[0].isupper() else one.capitalize()
+            if towns and self.rng.random() < 0.3:  # a word that is one token behind a blank is several behind a quotation mark: how is it spelled?
+                one = re.sub("^(the|an?) ", "", any_name(self.rng))
+                city = one[0].upper() + one[1:]
             else:  # half of one name, half of another
                 city = f"{one.split()[0]} {two.split()[-1]}" if " " in one and " " in two else one[:len(one) // 2 + 1] + two[len(two) // 2:].lower()
             city = city.lower() if lower else city
@@ -811,6 +827,17 @@ def operations(expression):
 def made_family(name, expression, text, slots):
     """A family that was put together: one text, which begins with a capital, and of `slots` those that the expression has."""
     return {"id": name, "expression": expression, "slots": {k: v for k, v in slots.items() if f"{{{k}}}" in expression}, "texts": [text[0].upper() + text[1:]]}
+
+
+def in_order(expression, text, slots):
+    """An expression whose factors, and terms of a sum, stand as the text has them: "4 screws for each of 18" is 4 * 18. (Not percents,
+    which stand behind their amount in all families, nor what is divided.)"""
+    def ordered(chain):
+        names = re.findall(r"\w+", chain[0])
+        known = all(f"{{{name}}}" in text and not slots[name].startswith("pct") for name in names)
+        return f" {chain[1]} ".join(f"{{{name}}}" for name in (sorted(names, key=lambda name: text.find(f"{{{name}}}")) if known else names))
+    expression = re.sub(r"(?<![*/%] )\{\w+\}(?: (\*) \{\w+\})+(?! [*/%])", ordered, expression)
+    return re.sub(r"(?<![-*/%] )(?<!-)\{\w+\}(?: (\+) \{\w+\})+(?! [*/%])", ordered, expression)
 
 
 def binding(expression):
@@ -1257,7 +1284,7 @@ def sample_replies():
         episodes = toolplay.rollout(model, tokenizer, chats, {}, temperature=temperature, max_new_tokens=24, seed=attempt)
         for i, episode in zip(left, episodes):
             text = episode.final.strip()
-            if episode.stop == "end" and "<" not in text and converses(text, prompts[i]["prompt"]):
+            if episode.stop == "end" and "<" not in text and converses(text, prompts[i]["prompt"]) and not hollow(prompts[i]["prompt"], text):
                 done[i] = text
         print(f"round {attempt}: {len(done)} of {len(prompts)} messages have a reply", file=sys.stderr)
     comment = ("No-tool messages (talk_prompts.json, traps.json) and the replies of the untrained SmolLM2-135M-Instruct (Apache-2.0) itself, "

@@ -379,7 +379,7 @@ def is_calculation(expression, prompt, results=()):
     if not any(x > 1 for x in given):  # all is everybody's knowledge
         return True
     bases = [n for n, mine in enumerate(own) if mine and not re.search(r"\*\*\s*$", expression[:places[n].start()])]  # not the exponents
-    if other(bases, lambda x: 0) not in (None, 0, 1, 100):  # without the prompt's numbers nothing is left: not so in 36 + 9 - 3 * 1
+    if bases and other(bases, lambda x: 0) not in (None, 0, 1, 100):  # without the prompt's numbers nothing is left: not so in 36 + 9 - 3 * 1
         return False
     enough = sum(own) >= min(2, len(used), len({x for x in given if x > 1})) or sum(own) == 1 and not re.search("[-+]", expression)
     return enough and len(strange) <= sum(own) and all(used[n] in EVERYDAY and multiplies(n) for n in strange)

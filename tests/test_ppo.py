@@ -297,6 +297,7 @@ def test_a_number_of_the_prompt_may_be_the_result():
     assert not any(ppo.is_calculation(x, "20 birds, 10 fly away") for x in ("10 * 1", "10 + 0", "10 * 20 / 20", "20 / 20 * 10", "10 % 100", "min(10, 100)"))
     assert ppo.is_calculation("49 / 7", "How many weeks are 49 days?") and not ppo.is_calculation("7 * 1", "How many weeks are 49 days?")
     assert ppo.is_calculation("64 - 6 + 6", "64 balls, 6 get lost, 6 are found") and not ppo.is_calculation("64 - 6 + 6", "64 balls, 6 get lost")
+    assert ppo.is_calculation("2 ** 11", "How many values fit in 11 bits?")
     for spelled in ("36 − 9", "36 – 9"):
         assert ppo.is_calculation(spelled, "36 stickers, 9 away")
     assert all(ppo.is_calculation(x, "6 boxes of 7") for x in ("6·7", "6 X 7", "6 × 7")) and ppo.is_calculation("ROUND(20 / 3, 2)", "20 by 3")
