@@ -972,6 +972,7 @@ STYLES = {"snake": lambda domain, words: "_".join(words), "camel": lambda domain
           "dotted": lambda domain, words: f"{domain}.{'_'.join(words)}"}
 NAMED = ["{n} {v}", "with {n} {v}", "with a {n} of {v}", "{n}: {v}", "{n} = {v}"]
 WHOLE = 0.5  # share of requests that are sentences written as a whole, where a function has some; the others are put together from phrases
+TEXTS = {"message", "description", "review", "body", "text", "comment", "reason", "why", "instructions", "phrase", "find", "replacement"}  # parameters that take sentences
 SAID_TOO = {"train": 0.4, "dev": 0.25, "test": 0.25}  # how often a phrase states an optional value; what is left out most, is practised most
 OFFERS = {"train": 900}  # different offers of either kind, one function and several; on the other splits every conversation has its own
 MONTHS = "January February March April May June July August September October November December".split()
@@ -1011,10 +1012,10 @@ class ApiWriter:
             rng.shuffle(shown)
         parameters = []
         for n, p in enumerate(shown):
-            words = [f"arg{n + 1}"] if self.masked else telling_words(rng.choice(p["description"])) if rng.random() < 0.25 else p["name"]
+            words = [f"arg{n + 1}"] if self.masked else self.described and rng.random() < 0.4 and telling_words(rng.choice(p["description"])) or p["name"]
             taken = [q["name"] for q in shown + parameters]
-            parameters.append({**p, "name": words if words and words not in taken else p["name"], "called": p["name"]})
-        words = rng.random() < 0.25 and telling_words(rng.choice(function["descriptions"])) or function["words"]
+            parameters.append({**p, "name": words if words not in taken else p["name"], "called": p["name"]})
+        words = rng.random() < 0.4 and telling_words(rng.choice(function["descriptions"])) or function["words"]
         return {**function, "parameters": parameters, "shown": ["func", str(number + 1)] if self.masked else words}
 
     def key(self, parameter):
@@ -1032,7 +1033,7 @@ class ApiWriter:
 
     def field(self, parameter):
         field = {"type": parameter["type"]}
-        if self.described or self.masked:
+        if self.described or self.masked or parameter.get("values") in ("date", "time"):  # how these are written has to be said
             field["description"] = self.rng.choice(parameter["description"])
         field |= {key: parameter[key] for key in ("enum", "default") if key in parameter}
         if parameter["type"] == "array":
@@ -1043,7 +1044,7 @@ class ApiWriter:
         """-> (the value in an argument, how a person may write it)."""
         rng = self.rng
         if isinstance(kind, list):
-            foreign = self.split == "train" and isinstance(kind[0], str) and rng.random() < 0.1  # a name from anywhere: values are copied, not known by heart
+            foreign = self.split == "train" and isinstance(kind[0], str) and rng.random() < 0.05  # a name from anywhere: values are copied, not known by heart
             value = any_name(rng) if foreign else rng.choice(kind)
             return value, str(value)
         name, *limits = kind.split()
@@ -1073,8 +1074,8 @@ class ApiWriter:
             said = ([number_words(value)] if 0 <= value < 100 else []) + ["a dozen"] * (value == 12) + [f"{value:,}"] * (value > 2100)  # nobody writes the year 1,998
             return value, rng.choice(said) if said and rng.random() < 0.3 else str(value)
         value = round(rng.uniform(low, high), 2 if name == "money" or high <= 2 else 1)
-        if self.split == "train" and name == "dec" and high > 5 and value >= 1 and rng.random() < 0.4:  # people like whole numbers
-            value = int(value)
+        if name != "money" and (value.is_integer() or self.split == "train" and name == "dec" and high > 5 and value >= 1 and rng.random() < 0.4):
+            value = int(value)  # people like whole numbers, and nobody says 110.0
         return value, f"${value:.2f}" if name == "money" and rng.random() < 0.7 else str(value)
 
     def argument(self, parameter):
@@ -1107,7 +1108,9 @@ class ApiWriter:
         """-> (up to n different values of a parameter, how they are written)."""
         items = []
         for _ in range(n):
-            item = self.value(parameter["values"])
+            value, said = self.value(parameter["values"])
+            bare = isinstance(value, str) and parameter["name"][-1] not in TEXTS
+            item = re.sub("^(the|an?) ", "", value) if bare else value, said  # asked for "the lathe", a function gets the lathe's name
             items += [item] if item[0] not in [value for value, _ in items] else []
         words = [said for _, said in items]
         return [value for value, _ in items], words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
@@ -1135,7 +1138,8 @@ class ApiWriter:
         whole = self.sentence(function) if not without and not template else None
         chosen = [p for p in function["parameters"] if (canonical(p) in whole[1] or canonical(p) in whole[2] if whole else p is not without and (p["required"] or self.rng.random() < SAID_TOO[self.split]))]
         told = whole[2] if whole else {}
-        simple = [p for p in chosen if canonical(p) not in told and p["type"] in ("string", "integer", "number") and "enum" not in p]
+        lists = whole and any(p["type"] == "array" for p in chosen)  # which of its values belong to which call, nobody could tell
+        simple = [p for p in chosen if not lists and p["required"] and canonical(p) not in told and p["type"] in ("string", "integer", "number") and "enum" not in p]
         varied = self.rng.sample(simple, min(len(simple), 2 if not whole and self.rng.random() < 0.35 else 1)) if spread > 1 else []
         made = []  # (parameter, its value or, where it varies, values, how they are said)
         for p in chosen:
@@ -1175,9 +1179,13 @@ def canonical(parameter):
 
 
 def telling_words(text):
-    """The first words of a description that tell something: "day of travel, YYYY-MM-DD" -> ["day", "travel"]."""
-    words = re.findall(r"[a-z]+", re.split(r"[,.;:(]| and | or ", text.lower())[0])
-    return [w for w in words if w not in ("a", "an", "the", "of", "to", "in", "on", "for", "at", "is", "are", "be", "it", "its", "one", "that", "which", "what", "where", "with")][:3]
+    """The words of a short description, as a name: "day of travel, YYYY-MM-DD" -> ["day", "travel"]; None where they do not make one ("party
+    that sued", "lock or unlock", "night's plan")."""
+    head = re.split(r"[,.;:(]", text.lower())[0]
+    if not head.isascii() or re.search(r"'|\b(and|or|that|which|what|where|who|whom|whose|one|is|are|was|be|to|it|its|with|how|when|from|so|by)\b", head):
+        return None
+    words = [w for w in re.findall("[a-z]+", head) if w not in ("a", "an", "the", "of", "in", "on", "for", "at")]
+    return words if 2 <= len(words) <= 4 else None
 
 
 def api_conversation(kind, split, rng):
@@ -1226,6 +1234,7 @@ def api_conversation(kind, split, rng):
         if kind == "api_parallel" and len({json.dumps([c.name, c.arguments], sort_keys=True) for c in calls}) < max(len(calls), 2):
             return None
     prompt = prompts[0] if len(prompts) == 1 else fill(rng.choice(answers["api"]["joined"]), {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": decapitalise(prompts[-1], calls)})
+    prompt = re.sub(r"\b(the|an?|my) (the|an?) ", r"\1 ", prompt)
     if rng.random() < 0.25:
         stated = json.dumps([list(c.arguments.values()) for c in calls], ensure_ascii=False)
         if stated == stated.lower():
