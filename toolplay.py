@@ -1527,7 +1527,6 @@ def validate(args):
         raise SystemExit(2)
 
 
-
 def demo(args):
     """Ten minutes on a laptop: score the untrained model, teach it three tools, score it again."""
     config = load_config(ROOT / "configs" / "sft_demo.json", args.overrides)
