@@ -862,7 +862,7 @@ def decapitalise(text, calls=()):
     """A small letter, for what goes on in the middle of a sentence, unless it begins with a value of the calls (or is "I" or a name that shows)."""
     first = text.split(" ", 1)[0]
     values = [v for c in calls for value in c.arguments.values() for v in (value if isinstance(value, list) else [value])]
-    return text if text.startswith(tuple(v for v in values if isinstance(v, str) and v)) or first in ("I", "I'm", "I've", "I'd", "I'll") or first[1:] != first[1:].lower() or not first.isalpha() else text[0].lower() + text[1:]
+    return text if text.startswith(tuple(v for v in values if isinstance(v, str) and v)) or first in ("I", "I'm", "I've", "I'd", "I'll") or first[1:] != first[1:].lower() or not first.replace("'", "").isalpha() else text[0].lower() + text[1:]
 
 
 def end_sentence(text):
@@ -973,6 +973,7 @@ STYLES = {"snake": lambda domain, words: "_".join(words), "camel": lambda domain
 NAMED = ["{n} {v}", "with {n} {v}", "with a {n} of {v}", "{n}: {v}", "{n} = {v}"]
 WHOLE = 0.5  # share of requests that are sentences written as a whole, where a function has some; the others are put together from phrases
 TEXTS = {"message", "description", "review", "body", "text", "comment", "reason", "why", "instructions", "phrase", "find", "replacement"}  # parameters that take sentences
+SINGLE = {"zones", "item_numbers", "eyepieces"}  # lists of numbers that may well hold one
 SAID_TOO = {"train": 0.4, "dev": 0.25, "test": 0.25}  # how often a phrase states an optional value; what is left out most, is practised most
 OFFERS = {"train": 900}  # different offers of either kind, one function and several; on the other splits every conversation has its own
 MONTHS = "January February March April May June July August September October November December".split()
@@ -995,7 +996,7 @@ class ApiWriter:
         self.rng.shuffle(chosen)
         self.originals = [f for _, f in chosen]
         self.offered = [(d, shown, self.tool(d, shown)) for n, (d, f) in enumerate(chosen) for shown in [self.variant(f, n)]]
-        self.rng = rng
+        self.rng, self.joined, self.way, self.length = rng, False, NAMED[0], 2
         self.named = not self.masked and rng.random() < 0.35  # values are said with their parameters' names: "with party size 4"
 
     def function(self):
@@ -1044,9 +1045,10 @@ class ApiWriter:
         """-> (the value in an argument, how a person may write it)."""
         rng = self.rng
         if isinstance(kind, list):
-            foreign = self.split == "train" and isinstance(kind[0], str) and rng.random() < 0.05  # a name from anywhere: values are copied, not known by heart
-            value = any_name(rng) if foreign else rng.choice(kind)
-            return value, str(value)
+            foreign = self.split == "train" and isinstance(kind[0], str) and kind[0][0].isupper() and not {"French", "Spanish", "Norway"} & set(kind)
+            name = any_name(rng) if foreign and rng.random() < 0.08 else ""  # a name from anywhere: values are copied, not known by heart
+            value = name if name[:1].isupper() else rng.choice(kind)
+            return value, str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
         name, *limits = kind.split()
         people, surnames = corpus("stories_add.json")["names"], corpus("extra.json")["surnames"]
         written = {"city": lambda: rng.choice(pool("cities.json", "cities", self.split))["name"],
@@ -1083,7 +1085,7 @@ class ApiWriter:
         rng = self.rng
         if parameter["type"] == "object":
             made = {self.key(p): self.argument(p) for p in parameter["properties"] if p["required"] or rng.random() < 0.5}
-            return {k: v for k, (v, _) in made.items()}, " ".join(text for _, text in made.values())
+            return {k: v for k, (v, _) in made.items()}, self.together([text for _, text in made.values()])
         if "enum" in parameter or parameter["type"] == "boolean":
             value = rng.choice(parameter.get("enum") or [True, False])
             if "enum" in parameter and self.named:
@@ -1101,15 +1103,20 @@ class ApiWriter:
         if "enum" in parameter:
             value = self.rng.choice(parameter["enum"])
             return value, str(value).replace("_", " ")
-        values, said = self.listed(parameter, self.rng.choice([1, 2, 2, 3]) if parameter["type"] == "array" else 1)
+        n = 1
+        if parameter["type"] == "array":  # numbers: as many in every list of a request, for the two ends of a line have as many coordinates
+            n = self.length if parameter["items"] != "string" and canonical(parameter) not in SINGLE else self.rng.choice([1, 2, 2, 3])
+        values, said = self.listed(parameter, n)
         return values if parameter["type"] == "array" else values[0], said
 
     def listed(self, parameter, n):
         """-> (up to n different values of a parameter, how they are written)."""
         items = []
-        for _ in range(n):
+        for _ in range(9 * n):
+            if len(items) == n:
+                break
             value, said = self.value(parameter["values"])
-            bare = isinstance(value, str) and parameter["name"][-1] not in TEXTS
+            bare = isinstance(value, str) and parameter.get("called", parameter["name"])[-1] not in TEXTS
             item = re.sub("^(the|an?) ", "", value) if bare else value, said  # asked for "the lathe", a function gets the lathe's name
             items += [item] if item[0] not in [value for value, _ in items] else []
         words = [said for _, said in items]
@@ -1117,8 +1124,15 @@ class ApiWriter:
 
     def state(self, parameter, said):
         """A phrase that states a parameter's value, in words of its own or with the parameter's name."""
-        phrase = self.rng.choice(NAMED if self.named else parameter["phrases"])
-        return phrase.replace("{n}", canonical(parameter).replace("_", " ")).replace("{v}", said)
+        name = canonical(parameter).replace("_", " ")
+        phrase = self.way if self.named else self.rng.choice(parameter["phrases"])
+        if self.named and "a {n}" in phrase:
+            phrase = "with {n} {v}" if re.search("[^s]s$", name) else phrase.replace("a {n}", "an {n}") if name[0] in "aeio" else phrase
+        return phrase.replace("{n}", name).replace("{v}", said)
+
+    def together(self, phrases):
+        """Phrases one after the other; a person who writes names and values puts commas between them."""
+        return (", " if self.named and not self.way.startswith("with") else " ").join(phrases)
 
     def sentence(self, function):
         """A whole sentence that was written for the function, with a slot for each value -> (it, the names of its slots, {name: value}
@@ -1127,20 +1141,31 @@ class ApiWriter:
         shown, found = {canonical(p) for p in function["parameters"]}, []
         for item in corpus("api_sentences.json")["sentences"].get("_".join(function["words"]), []):
             text, told = (item, {}) if isinstance(item, str) else item
+            if told and self.joined and re.search("[.!?] ", text):
+                continue  # whose request such a sentence belongs to, nobody could tell
             slots = set(re.findall(r"{(\w+)}", text))
             found += [(text, slots, told)] if slots | set(told) <= shown else []
         return self.rng.choice(found) if found and self.rng.random() < WHOLE else None
 
-    def request(self, function, without=None, spread=1, template=None):
+    def request(self, function, without=None, spread=1, template=None, like=()):
         """-> (text, list of arguments): of one call, or of up to `spread` calls that differ in one
         parameter ("in Oslo and Rome") or in two ("for Ann and Bo, with 3 and 5 guests, respectively"). `without`: a parameter
-        that is left unsaid; `template`: words around the values, in place of the function's own."""
+        that is left unsaid; `template`: words around the values, in place of the function's own; `like`: the arguments of a call before,
+        which are all said anew."""
+        self.way, self.length = self.rng.choice(NAMED), self.rng.choice([2, 2, 3, 4])
         whole = self.sentence(function) if not without and not template else None
-        chosen = [p for p in function["parameters"] if (canonical(p) in whole[1] or canonical(p) in whole[2] if whole else p is not without and (p["required"] or self.rng.random() < SAID_TOO[self.split]))]
+        chosen = [p for p in function["parameters"] if (canonical(p) in whole[1] or canonical(p) in whole[2] if whole else p is not without and (p["required"] or self.key(p) in like or self.rng.random() < SAID_TOO[self.split]))]
+        spare = [p for p in function["parameters"] if not p["required"]]
+        if not whole and function["words"][0] in ("modify", "update", "change") and spare and all(p["required"] for p in chosen):
+            chosen.append(self.rng.choice(spare))  # a change that changes nothing is none
         told = whole[2] if whole else {}
         lists = whole and any(p["type"] == "array" for p in chosen)  # which of its values belong to which call, nobody could tell
-        simple = [p for p in chosen if not lists and p["required"] and canonical(p) not in told and p["type"] in ("string", "integer", "number") and "enum" not in p]
-        varied = self.rng.sample(simple, min(len(simple), 2 if not whole and self.rng.random() < 0.35 else 1)) if spread > 1 else []
+        simple = [p for p in chosen if not lists and p["required"] and canonical(p) not in told and canonical(p).split("_")[-1] not in TEXTS and p["type"] in ("string", "integer", "number") and "enum" not in p]
+        varied = []
+        if spread > 1 and simple:  # by their names first: "for Ann and Bo", not "2.5 and 1.6 stars"
+            varied = [self.rng.choice([p for p in simple if p["type"] == "string"] or simple)]
+            rest = [p for p in simple if p is not varied[0]]
+            varied += [self.rng.choice(rest)] if rest and not whole and self.rng.random() < 0.35 else []
         made = []  # (parameter, its value or, where it varies, values, how they are said)
         for p in chosen:
             if p in varied:
@@ -1148,10 +1173,10 @@ class ApiWriter:
                 made.append((p, values, said if whole else self.state(p, said)))
             else:
                 made.append((p, self.styled(p, told[canonical(p)]), "") if canonical(p) in told else (p, *(self.plain(p) if whole else self.argument(p))))
-        words = [value for _, value, _ in made if isinstance(value, str)]
+        words = [word for _, value, _ in made for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
         counts = {len(values) for p, values, _ in made if p in varied}
         if len(set(words)) < len(words) or len(counts) > 1:  # from euros to euros; two people and three tables
-            return self.request(function, without, spread, template)
+            return self.request(function, without, spread, template, like)
         arguments = [{self.key(p): value[n] if p in varied else value for p, value, _ in made} for n in range(max(counts, default=1))]
         if whole:
             return fill(whole[0], {canonical(p): said for p, _, said in made}), arguments
@@ -1160,7 +1185,7 @@ class ApiWriter:
         if self.rng.random() < 0.2:  # people begin with what matters most, but not always
             self.rng.shuffle(phrases)
         phrases += [text for p, _, text in made if p in joint] + ["respectively"] * bool(joint)
-        text = " ".join((template or self.rng.choice(function["requests"])).replace("{..}", " ".join(phrases)).split())
+        text = " ".join((template or self.rng.choice(function["requests"])).replace("{..}", self.together(phrases)).split())
         return re.sub(r" ([?.,!])", r"\1", text), arguments
 
     def others(self, n):
@@ -1181,8 +1206,8 @@ def canonical(parameter):
 def telling_words(text):
     """The words of a short description, as a name: "day of travel, YYYY-MM-DD" -> ["day", "travel"]; None where they do not make one ("party
     that sued", "lock or unlock", "night's plan")."""
-    head = re.split(r"[,.;:(]", text.lower())[0]
-    if not head.isascii() or re.search(r"'|\b(and|or|that|which|what|where|who|whom|whose|one|is|are|was|be|to|it|its|with|how|when|from|so|by)\b", head):
+    head = re.split(r", (?=yyyy|hh:mm)|[.;:(]", text.lower())[0]
+    if not head.isascii() or re.search(r"[',]|\b(order|looked|and|or|that|which|what|where|who|whom|whose|one|is|are|was|be|to|it|its|with|how|when|from|so|by)\b", head):
         return None
     words = [w for w in re.findall("[a-z]+", head) if w not in ("a", "an", "the", "of", "in", "on", "for", "at")]
     return words if 2 <= len(words) <= 4 else None
@@ -1223,17 +1248,22 @@ def api_conversation(kind, split, rng):
         reply = fill(rng.choice(answers["api"]["ask"]), {"what": " ".join(missing["called"])})
     else:
         spread = rng.choice([2, 2, 3]) if kind == "api_parallel" and rng.random() < 0.4 else 1
+        writer.joined = kind == "api_parallel"
         for n in range(rng.choice([2, 2, 3]) if kind == "api_parallel" and spread == 1 else 1):
             again = n > 0 and rng.random() < 0.3  # the same once more, with other values: only these are said
             if n and not again and rng.random() < 0.8:
                 _, function, tool = rng.choice([o for o in writer.offered if o[1] is not function] or writer.offered)
-            text, several = writer.request(function, spread=spread, template=rng.choice(answers["api"]["again"]) if again else None)
+            text, several = writer.request(function, spread=spread, template=rng.choice(answers["api"]["again"]) if again else None, like=tuple(calls[-1].arguments) if again else ())
             prompts.append(text)
             calls += [Call(tool["name"], arguments) for arguments in several]
             results += [{key: writer.value(form)[0] for key, form in function["result"].items()} for _ in several]
         if kind == "api_parallel" and len({json.dumps([c.name, c.arguments], sort_keys=True) for c in calls}) < max(len(calls), 2):
             return None
-    prompt = prompts[0] if len(prompts) == 1 else fill(rng.choice(answers["api"]["joined"]), {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": decapitalise(prompts[-1], calls)})
+    prompt = prompts[0]
+    if len(prompts) > 1:
+        joiner = rng.choice(answers["api"]["joined"])
+        last = prompts[-1] if joiner.endswith("} {y}") else decapitalise(prompts[-1], calls)
+        prompt = fill(joiner, {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": last})
     prompt = re.sub(r"\b(the|an?|my) (the|an?) ", r"\1 ", prompt)
     if rng.random() < 0.25:
         stated = json.dumps([list(c.arguments.values()) for c in calls], ensure_ascii=False)
