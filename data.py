@@ -218,8 +218,8 @@ def continuation(results, tokenizer):
 
 def messages_of(item):
     """The messages of a line that holds "messages", or a "prompt": a text, or (as in TRL) messages."""
-    if "messages" in item:
-        return item["messages"]
+    if item.get("messages") is not None or "prompt" not in item:
+        return item.get("messages")
     return item["prompt"] if isinstance(item.get("prompt"), list) else [{"role": "user", "content": item.get("prompt")}]
 
 
@@ -1430,9 +1430,9 @@ def toolbench_steps(shape, item):
         answer = item["answer_generation"]
         if not answer.get("train_messages"):
             raise Unusable("no train_messages: the search found no answer")
-        # Cumulative: one list a step. The last one holds them all.
+        # Cumulative: one list a step. The longest one holds them all.
         functions, steps = answer["function"], [(m["role"], m.get("content") or "", (m["function_call"]["name"], m["function_call"].get("arguments") or "{}") if m.get("function_call") else None)
-                                                for m in answer["train_messages"][-1]]
+                                                for m in max(answer["train_messages"], key=len)]
     else:
         functions = toolbench_functions(next((turn["value"] for turn in item["conversations"] if turn["from"] == "system"), ""))
         steps = [(turn["from"], *(toolbench_action(turn["value"]) if turn["from"] == "assistant" else (turn["value"], None))) for turn in item["conversations"]]
@@ -1469,7 +1469,7 @@ def toolbench_repaired(arguments, tool):
             with contextlib.suppress(ValueError, RecursionError):
                 value = _loads(value.lower() if kind == "boolean" else value)
         return int(value) if kind == "integer" and isinstance(value, float) and value.is_integer() else value
-    made = {key: typed(value, fields[key].get("type")) for key, value in arguments.items() if key in fields and not (value is None and key not in required)}
+    made = {key: typed(value, fields[key].get("type")) for key, value in arguments.items() if key in fields and (key in required or value is not None and (value != "" or fields[key].get("type") == "string"))}
     for key in [key for key, value in made.items() if isinstance(value, float) and fields[key].get("type") == "integer"]:
         fields[key] = {**fields[key], "type": "number"}
     return None if arguments and not set(arguments) & set(fields) or any(_problems(made, tool["parameters"])) else made
@@ -1503,7 +1503,7 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
             elif role == "assistant" and call is None:
                 thoughts.append(toolbench_text(text))
             elif role == "assistant":
-                name, arguments = call[0], toolbench_arguments(call[1])
+                name, arguments = call[0], toolbench_arguments(call[1] or "{}")
                 if name == "Finish":
                     given = arguments or {}
                     answer = given.get("final_answer") or ""
@@ -1544,7 +1544,7 @@ def toolbench_observation(text, limit):
 
     ToolBench cuts the whole text at 1,024 characters and puts dots behind: what is left of it is unwrapped too.
     """
-    error = ""
+    text, error = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False), ""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

@@ -66,7 +66,7 @@ class Config:
     parting: Annotated[int, ">= 0"] = 0                          # train only this many tokens of either answer, from where the two part; 0: all
     variant: Literal[tuple(VARIANTS)] = "sigmoid"                # the loss
     beta: Annotated[float, "> 0"] = 0.1  # strength of the tie to the reference; 0.1 as in the paper
-    label_smoothing: Annotated[float, "0 to 1"] = 0.0            # share of judgements taken to be wrong, below 0.5 (sigmoid, robust)
+    label_smoothing: Annotated[float, "0 to 1"] = 0.0            # share of judgements taken to be wrong, below 0.5 (sigmoid, robust, simpo)
     simpo_margin: Annotated[float, ">= 0"] = 0.5                 # SimPO's gamma; its beta is 2 to 2.5 in the paper
     nll_coef: Annotated[float, ">= 0"] = 0.0                     # weight of the chosen answer's own loss, see nll_loss; 1 in the paper
 
@@ -99,12 +99,13 @@ def hinge(chosen, rejected, beta, label_smoothing):
 
 def simpo(chosen, rejected, beta, label_smoothing, margin):
     """SimPO: no reference, mean log-probs, a target margin (Meng et al. 2024, arXiv:2405.14734, eq. 6)."""
-    return -F.logsigmoid(beta * (chosen - rejected) - margin)
+    h = beta * (chosen - rejected) - margin
+    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
 
 
 VARIANTS = {f.__name__: f for f in (sigmoid, robust, ipo, hinge, simpo)}  # a new one is one function more; its name can then be set in a config
 MEAN, FREE = {"ipo", "simpo"}, {"simpo"}  # log-probs are means over the trained tokens, not sums; no reference is needed
-SMOOTHED = {"sigmoid", "robust"}          # label_smoothing has an effect
+SMOOTHED = {"sigmoid", "robust", "simpo"}          # label_smoothing has an effect
 
 
 def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp, beta=0.1, variant="sigmoid", label_smoothing=0.0, simpo_margin=0.5):
@@ -394,7 +395,7 @@ def check_settings(config):
     if config.label_smoothing >= 0.5:
         raise UserError(f"label_smoothing = {config.label_smoothing}: must be below 0.5; from there on the judgements say nothing, or the reverse")
     if config.label_smoothing and config.variant not in SMOOTHED:
-        print(f"label_smoothing = {config.label_smoothing} changes nothing: {config.variant} has none (sigmoid and robust do)", file=sys.stderr)
+        print(f"label_smoothing = {config.label_smoothing} changes nothing: {config.variant} has none (sigmoid, robust and simpo do)", file=sys.stderr)
     if unknown := [fault for fault in config.faults if fault not in list(CORRUPTIONS)]:
         raise UserError(f"faults: {unknown[0]!r} is none of {', '.join(CORRUPTIONS)}")
     if config.pairs != "corrupted":

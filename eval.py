@@ -82,6 +82,8 @@ def as_case(item):
     if unknown := set(expected or ()) - {"calls", "final", "answer"}:
         raise UserError(f'"expected" has an unknown key {min(unknown)!r}; it may hold "calls", "final" and "answer"')
     tools = {tool.name: tool for tool in conversation["tools"]}
+    if expected is not None and "answer" not in expected and item.get("answer") is not None:
+        expected = {**expected, "answer": item["answer"]}
     if expected is None:
         start = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
         messages, gold = messages[:start], list(itertools.takewhile(lambda m: m["role"] != "user", messages[start:]))
@@ -119,7 +121,8 @@ def same_expression(gold, got):
     """Equal value or the same error; and not just a literal where the gold computes something."""
     bare = [re.fullmatch(r"[-+]*[\d.,]+(e[-+]?\d+)?(%|percent)?", re.sub(r"[\s()$€£=?]", "", x), re.IGNORECASE) for x in (gold, got)]
     a, b = [execute(Call("calculator", {"expression": x}), BUILTIN) for x in (gold, got)]
-    if a.ok and any(near(n, abs(a.value), 1e-6) for n in {*map(abs, numbers(got))} - {*map(abs, numbers(gold))}):
+    given = [abs(x) * factor for x in numbers(gold) for factor in (1, 100)]  # 0.15 is 15 percent
+    if a.ok and any(near(abs(n), abs(a.value), 1e-6) and not any(near(abs(n), g, 1e-9) for g in given) for n in numbers(got)):
         return False  # "391 * 1" for 17 * 23, or "0 - 3" for 5 - 8: the answer was guessed, not computed
     return (near(b.value, a.value, 1e-6) if a.ok and b.ok else a.message == b.message) and not (bare[1] and not bare[0])
 
@@ -176,16 +179,24 @@ def states(text, answer, known):
     """Whether the text states the answer: not as a denial, and without a list of guesses around it."""
     if re.search(r"\b(not|isn['’]t|never)\s+(\w+\s+)?[-−$€£]?\.?\d|\d\S*\s+(is|was|would be) (wrong|incorrect|not|false)\b", text, re.IGNORECASE):
         return False
+    text = re.sub(r"(?<![\w)] )\b(?:minus|negative) (?=[$€£]?\d)|(?<=\bis )(?:minus|negative) (?=\d)", "-", text, flags=re.IGNORECASE)  # not "10 minus 3"
     shown, exact = numbers(text), answer == round(answer) and abs(answer) < 1e15
     right = {value for value, places in shown.items() if value == answer or not exact and (
         near(value, answer, 0.005) or near(value, answer, 0.05) and near(value, round(answer, places), 1e-9))}
+    if not right and exact and 0 <= answer < 10 ** 9:  # "eight legs"
+        plain = lambda words: " ".join(re.sub(r"[-,]|\band\b", " ", words.lower()).split())  # noqa: E731
+        word = "(?:" + "|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"]) + ")"
+        right = {answer} if plain(data.number_words(int(answer))) in re.findall(rf"\b{word}(?: {word})*\b", plain(text)) else right
     return bool(right) and len(set(shown) - right - known) <= 2
+
+
+ORDINARY = {"Nice", "Sandy", "Bath", "Reading", "Split", "Mobile", "Cork", "Tours"}  # cities whose names begin sentences
 
 
 def describes(text, weather, known):
     """Whether a text about the weather keeps to the unit and the city; it need not repeat them."""
     units = {unit.lower() for unit in re.findall(r"\d\s*(?:°|degrees)?\s*(C|F|celsius|fahrenheit)\b", text, re.IGNORECASE)}
-    others = [city for city in _cities(_city_file())[0].values() if city in text and city not in known and re.search(rf"\b{re.escape(city)}\b", text)]
+    others = [city for city in _cities(_city_file())[0].values() if city in text and city not in known and city not in ORDINARY and re.search(rf"\b{re.escape(city)}\b", text)]
     return (not units or any(unit[0] == weather["unit"][0] for unit in units)) and (weather["city"] in text or not others)
 
 
@@ -284,7 +295,7 @@ def response(case, episode, gold_results):
             return states(final, value, known)
         said = [str(x) for x in leaves(value)]  # of a tool of one's own
         return bool(reference and like(reference)) or any(re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said) or (None if not said and not reference else False)
-    if (case.calls or case.answer is not None) and final.lstrip()[:1] in ("{", "["):
+    if (case.calls or case.answer is not None) and (final.lstrip()[:1] in ("{", "[") or re.search(r'\{\s*"(result|error)"\s*:', final)):
         return False  # a tool's result as it came
     if case.answer is not None:
         return states(final, case.answer, known)
@@ -400,8 +411,7 @@ def compare(groups, draws=2000):
     for name in METRICS:
         at = {label: np.array([value([seeds[s] for s in choice], name, pick) for choice, pick in zip(chosen[label], picks)]) for label, seeds in tables.items()}
         for label, values in at.items():
-            low, high, d_low, d_high = [np.nan] * 4 if np.isnan(values).all() else (*np.nanpercentile(values[1:], [2.5, 97.5]),
-                                                                                   *np.nanpercentile((values - at[first])[1:], [2.5, 97.5]))
+            low, high, d_low, d_high = (end for x in (values, values - at[first]) for end in ([np.nan] * 2 if np.isnan(x[1:]).all() else np.nanpercentile(x[1:], [2.5, 97.5])))
             out[label][name] = {"value": values[0], "low": low, "high": high, "difference": values[0] - at[first][0], "d_low": d_low, "d_high": d_high,
                                 "n": int((~np.isnan(tables[label][0][0][name])).sum()), "seeds": len(tables[label])}
     return out
@@ -425,7 +435,7 @@ def compare_command(args):
     for folder in map(Path, args.runs):
         remedy = f"make one: python eval.py --run {folder}"
         try:
-            result = toolplay.read_json(folder / "eval.json", lambda d: [(r["id"], r["prompt"], r["kind"] + "", [r["verdicts"][m] for m in METRICS]) for r in d["records"]], remedy)
+            result = toolplay.read_json(folder / "eval.json", lambda d: [(r["id"], r["prompt"], r["kind"] + "", r["due"], [r["verdicts"][m] for m in METRICS]) for r in d["records"]], remedy)
             config = toolplay.read_json(folder / "config.json", dict.items, remedy) if (folder / "config.json").exists() else {"run": str(folder)}  # of eval --model --out
         except OSError as error:
             raise UserError(f"{folder}: no result to compare ({type(error).__name__}); {remedy}") from None
@@ -448,7 +458,7 @@ def compare_command(args):
     result = compare(labelled)
     first = next(iter(result))
     shown = lambda m, difference: "-" if m["value"] != m["value"] else f'{m["value"]:.3f} [{m["low"]:.2f}, {m["high"]:.2f}]' + (  # noqa: E731
-        f' ({m["difference"]:+.3f} [{m["d_low"]:+.2f}, {m["d_high"]:+.2f}])' if difference else "")
+        f' ({m["difference"]:+.3f} [{m["d_low"]:+.2f}, {m["d_high"]:+.2f}])' if difference and m["difference"] == m["difference"] else "")
     print(table(["metric", *(f"{label} ({len(labelled[label])} seed{'s' * (len(labelled[label]) > 1)})" for label in result)],
                 [[name, *(shown(of[name], label != first) for label, of in result.items())] for name in METRICS]))
     print(f"\n{len(same)} cases; value [95 % interval] (paired difference to {first} [95 % interval])")
@@ -656,6 +666,8 @@ def command(args):
     import toolplay
     if args.n is not None and args.n < 1:
         raise UserError("--n must be at least 1")
+    if args.failures < 0:
+        raise UserError("--failures must be at least 0")
     if args.out and (not Path(args.out).parent.is_dir() or Path(args.out).is_dir()):
         raise UserError(f"--out {args.out}: there is a folder of that name" if Path(args.out).is_dir() else f"--out {args.out}: there is no folder {Path(args.out).parent}")
 

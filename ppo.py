@@ -53,6 +53,7 @@ import math
 import random
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -157,7 +158,7 @@ def grpo_advantages(scores, eps=1e-4, least=0.02):
 def policy_loss(logp, old_logp, advantages, mask, clip_range=0.2, dual_clip=0.0):
     """Equation (2) as a sum over the model's tokens. All [B, T] -> (loss, {"tokens", "ratio", "clip_fraction", "approx_kl"}: sums)."""
     logp, old_logp, advantages = (model_tokens(x, mask) for x in (logp, old_logp, advantages))    # [n]
-    ratio = torch.exp(logp - old_logp)
+    ratio = torch.exp((logp - old_logp).clamp(-20, 20))                                           # finite, whatever became of it
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = torch.minimum(ratio * advantages, clipped * advantages)                                # (2)
     if dual_clip:
@@ -181,6 +182,8 @@ def kl_penalty(logp, ref_logp, estimator="k1"):
 
     k1 = log pi - log ref is unbiased; k3 = ref/pi - 1 - log ref/pi is unbiased, never negative, and varies less.
     """
+    if estimator not in ("k1", "k3"):
+        raise ValueError(f"estimator {estimator!r}: must be k1 or k3")
     difference = ref_logp - logp
     return -difference if estimator == "k1" else torch.exp(difference) - 1 - difference
 
@@ -206,7 +209,7 @@ class AdaptiveKL:
 
     def update(self, kl, episodes):
         if self.target and math.isfinite(kl):
-            self.value *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * min(episodes / self.horizon, 1)
+            self.value *= max(1 + min(max(kl / self.target - 1, -0.2), 0.2) * episodes / self.horizon, 0.0)
         return self.value
 
 
@@ -249,9 +252,18 @@ def calculates(case, episode, verdicts):
     return float(counts(case) and bool(expressions) and all(is_calculation(expression, prompt, [x for m, x in results.items() if m < n]) for n, expression in enumerate(expressions)))
 
 
+def works_out(case, episode):
+    """Where a calculator's call is due, each is a calculation, or has the gold one's numbers."""
+    gold = [sorted(numbers_in(call.arguments.get("expression"))) for call in case.calls or [] if call.name == "calculator"]
+    prompt, results = " ".join(message["content"] for message in case.conversation["messages"]), calculated(episode)
+    said = [call.arguments.get("expression") for call in episode.calls if call.name == "calculator"]
+    return not gold or all(not isinstance(x, str) or sorted(numbers_in(x)) in gold or is_calculation(x, prompt, [v for m, v in results.items() if m < n])
+                           for n, x in enumerate(said))
+
+
 def right_arguments(case, episode, verdicts):
     """All arguments are the gold ones, where these are known: an expression of the same value that works it out."""
-    return float(bool(verdicts["argument_accuracy"]) and (not counts(case) or calculates(case, episode, verdicts)))
+    return float(bool(verdicts["argument_accuracy"]) and works_out(case, episode) and (not counts(case) or calculates(case, episode, verdicts)))
 
 
 def calculated(episode):
@@ -271,7 +283,7 @@ def right_result(case, episode, verdicts):
     """What right_answer asks of a whole conversation, asked of its calls alone, for episodes of one turn: the number is the
     last result of the calculator, worked out there; other calls are the gold ones, and where none is due, none is made."""
     if not counts(case):
-        return float(bool(verdicts["call_accuracy"]) and (bool(case.calls) or bool(verdicts["response_quality"])))
+        return float(bool(verdicts["call_accuracy"]) and works_out(case, episode) and (bool(case.calls) or bool(verdicts["response_quality"])))
     faults = needless_call(case, episode, verdicts) or no_end(case, episode, verdicts)
     return float(worked_out(case, episode, verdicts) and not faults)
 
@@ -280,11 +292,17 @@ def right_answer(case, episode, verdicts):
     """The final text is right, tidy, and ends. A number must be the last result of the calculator, worked out there, and the
     only result that is stated; what was searched must have been searched for."""
     from eval import numbers
+    words = episode.final.split()
+    if max(Counter(zip(words, words[1:], words[2:], words[3:])).values(), default=0) >= 4:  # it goes round in circles
+        return 0.0
     if not verdicts["response_quality"] or not right_format(case, episode, verdicts) or episode.stop != "end":
         return 0.0
     if not counts(case):
-        return float(verdicts["argument_accuracy"] is not False)
-    others = [x for x in [*calculated(episode).values()][:-1] if not math.isclose(x, case.answer)]
+        guesses = case.answer is not None and re.search(r"\d\S*\s+(or|to|and maybe)\s+(\w+\s+)?\S?\d|\bbetween\s+\S*\d", episode.final)
+        return float(verdicts["argument_accuracy"] is not False and works_out(case, episode) and not guesses)
+    said = [str(call.arguments.get("expression")) for call in episode.calls if call.name == "calculator"]
+    used = lambda n, x: not re.search(r"\bor\b", episode.final) and any(math.isclose(abs(x), y) for later in said[n + 1:] for y in numbers_in(later))  # noqa: E731
+    others = [x for n, x in [*calculated(episode).items()][:-1] if not math.isclose(x, case.answer) and not used(n, x)]  # a step that leads on may be told
     stated = any(math.isclose(x, y) for x in others for y in numbers(episode.final))
     return float(worked_out(case, episode, verdicts) and not stated)
 
@@ -328,7 +346,7 @@ def counts(case):
 
 NUMBER = r"\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+"
 WITH_COMMAS = r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|" + NUMBER
-EVERYDAY = {*range(2, 11), 12, 16, 24, 25, 30, 31, 36, 50, 52, 60, 360, 365, 366, 1000, 1000000}  # legs, days, ounces, coins, hours, weeks, minutes, degrees, metres
+EVERYDAY = {*range(2, 11), 12, 16, 24, 25, 30, 31, 36, 50, 52, 60, 360, 365, 366, 1000, 1000000, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.5, 2.54, 3.14}  # legs, days, ounces, coins, hours, weeks, minutes, degrees, metres
 
 
 def is_calculation(expression, prompt, results=()):
@@ -376,8 +394,10 @@ def is_calculation(expression, prompt, results=()):
     strange = [n for n, x in enumerate(used) if not own[n] and x not in (0, 1) and n not in percent]
     if sum(x not in (0, 1) for x in used) < 2 and any(same(x, abs(result)) for x in used) or not all(map(matters, range(len(used)))):
         return False
+    if any(x not in (0, 1) and not own[n] and same(x, abs(result)) and not re.search(r"/\s*$", expression[:places[n].start()]) for n, x in enumerate(used)):  # 24 * 3 / 3
+        return False
     if not any(x > 1 for x in given):  # all is everybody's knowledge
-        return True
+        return all(x in EVERYDAY or x in (0, 1, 100) for x in used)
     bases = [n for n, mine in enumerate(own) if mine and not re.search(r"\*\*\s*$", expression[:places[n].start()])]  # not the exponents
     if bases and other(bases, lambda x: 0) not in (None, 0, 1, 100):  # without the prompt's numbers nothing is left: not so in 36 + 9 - 3 * 1
         return False
@@ -388,7 +408,7 @@ def is_calculation(expression, prompt, results=()):
 def numbers_in(text):
     """The numbers of a text, in digits or in words ("one thousand and seven", 57k), as often as they stand there -> list."""
     from data import ONES, TENS
-    alone = {"half": (2, 0.5), "third": (3,), "quarter": (4, 0.25), "twice": (2,), "double": (2,), "triple": (3,), "dozen": (12,)}
+    alone = {"half": (2, 0.5), "third": (3,), "quarter": (4, 0.25), "quarters": (4, 0.25, 0.75), "thirds": (3,), "twice": (2,), "double": (2,), "triple": (3,), "dozen": (12,)}
     small = {**{word: n for n, word in enumerate(ONES)}, **{word: 10 * n for n, word in enumerate(TENS)}}
     scales = {"hundred": 100, "thousand": 1000, "million": 1000000}
     found, total, current, before = [], 0, None, ""  # of the words of one number: its finished thousands, and what follows them

@@ -123,8 +123,10 @@ def read_call(text, tools):
             return json.loads(text.lower())
         except ValueError:
             return text  # execute says what is wrong with it
-    values = map(str.strip, found[2].split(",", len(names) - 1))
-    return Call(found[1], {name: typed(name, value) for name, value in zip(names, values)}) if names else None
+    def bare(name, text):
+        text = re.sub(rf"^{re.escape(name)}\s*=\s*", "", text.strip())  # a tool without examples is called as in Python
+        return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+    return Call(found[1], {name: typed(name, bare(name, text)) for name, text in zip(names, found[2].split(",", len(names) - 1))}) if names else None
 
 
 def result_text(result, most=80):
@@ -135,7 +137,7 @@ def result_text(result, most=80):
     if isinstance(value, list):
         value = value[0]
     if isinstance(value, dict):
-        value = value["text"] if "text" in value else ", ".join(str(v) for k, v in value.items() if k not in ("city", "unit"))
+        value = value["text"] if "text" in value else ", ".join(str(v) for k, v in value.items() if result.name != "weather" or k not in ("city", "unit"))
     return re.sub(r"[\[\]\n]+|->", " ", str(value))[:most].strip() or None
 
 
@@ -249,7 +251,7 @@ def annotate(model, tokenizer, rows, tools, config, seed):
     for candidates in out:
         for c in candidates:
             best = c is max((d for d in candidates if d["position"] == c["position"]), key=lambda d: d["gain"])
-            c["why"] = "its gain is below tau_f" if c["gain"] < config.tau_f else "another one at this position gains more" if not best else ""
+            c["why"] = "its gain is below tau_f" if not c["gain"] >= config.tau_f else "another one at this position gains more" if not best else ""
             c["kept"] = not c["why"]
         funnel["kept"] += sum(c["kept"] for c in candidates)
     return out, left_out, funnel

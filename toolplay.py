@@ -155,8 +155,11 @@ def load_config(source, overrides=()):
         if "source" in given:
             raise UserError(f'{name}: "data" is another name for "source"; give one of them')
         given["source"] = given.pop("data")
-    origin, typed = dict.fromkeys(given, name), {}
-    for item in overrides:
+    origin, typed, items = dict.fromkeys(given, name), {}, []
+    for item in overrides:  # "--key value" as well
+        apart = items and "=" not in items[-1] and not item.startswith("--")
+        items[-1:] = [f"{items[-1]}={item}"] if apart else [*items[-1:], item]
+    for item in items:
         key, sign, text = item.removeprefix("--").partition("=")
         key = "source" if key == "data" else key
         if not item.startswith("--") or not sign:
@@ -164,9 +167,15 @@ def load_config(source, overrides=()):
         try:
             given[key] = json.loads(text)
         except (ValueError, RecursionError):
-            given[key] = text
+            given[key] = float(text) if re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?", text, re.IGNORECASE) else text  # .001 is no JSON
         origin[key], typed[key] = "command line", text
     method = given.get("method", "sft")
+    for short, key in (("k", "positions"), ("m", "samples")) if method == "teacher" else ():  # the paper's names
+        if short in given:
+            if key in given:
+                raise UserError(f'{origin[short]}: "{short}" is another name for "{key}"; give one of them')
+            given[key], origin[key] = given.pop(short), origin.pop(short)
+            typed.update({key: typed.pop(short)} if short in typed else {})
     if method not in METHODS:
         raise UserError(f'{origin["method"]}: method = {method!r}: must be one of {", ".join(METHODS)}')
     cls = config_class(method)
@@ -1039,7 +1048,8 @@ class Run:
     def __exit__(self, kind, error, where):
         """The folder of a run that did not get as far as to do anything goes: the next try must not stumble over it. After Ctrl-C
         it is said how to go on, where there is something to go on from."""
-        if error and self.rank == 0 and not self.resume and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb"}:
+        begun = isinstance(error, KeyboardInterrupt)  # config.json is enough to go on from
+        if error and not begun and self.rank == 0 and not self.resume and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb"}:
             if self.made:
                 shutil.rmtree(self.folder)
             else:  # a link, a mounted volume, a folder with an older run's wandb/
@@ -1711,9 +1721,11 @@ def main(argv=None):
         if not argv:
             return tour()
         parser = build_parser()
-        args, rest = parser.parse_known_args(argv)
+        spaced = [x for x in argv[1:] if argv[0] in ("train", "demo", "trie") and re.match(r"--\w+=.*\s", x, re.DOTALL)]  # argparse takes them for a config
+        args, rest = parser.parse_known_args([x for x in argv if x not in spaced])
+        rest += spaced
         if not getattr(args, "command", None):
-            return parser.print_help()
+            return parser.error(f"unknown argument {rest[0]}") if rest else parser.print_help()
         args.overrides = [x for x in rest if args.verb in ("train", "demo", "trie")]
         if rest and not args.overrides:
             parser.error(f"unknown argument {rest[0]}")

@@ -44,6 +44,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import typing
 import unicodedata
 from collections import Counter
@@ -78,7 +79,7 @@ def _nearest(name, names):
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool], "array": [list], "object": [dict],
          "null": [type(None)], "dict": [dict], "float": [int, float], "tuple": [list]}
 HINTS = {str: {"type": "string"}, int: {"type": "integer"}, float: {"type": "number"}, bool: {"type": "boolean"},
-         list: {"type": "array"}, dict: {"type": "object"}, typing.Any: {}}
+         list: {"type": "array"}, dict: {"type": "object"}, type(None): {"type": "null"}, typing.Any: {}}
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,14 @@ def _problems(value, schema, where="", root=None, part=False):
         return
     # type(), not isinstance(): in Python True is an int, in JSON it is not.  An unknown type name: anything goes.
     if (kinds and not any(type(value) in TYPES.get(kind, [type(value)]) for kind in kinds)
-            or "enum" in schema and _dumps(value) not in map(_dumps, schema["enum"])
-            or "const" in schema and _dumps(value) != _dumps(schema["const"])
+            or "enum" in schema and not any(_same(value, x) for x in schema["enum"])
+            or "const" in schema and not _same(value, schema["const"])
             or any(schema.get(word) and all(map(check, schema[word])) for word in ("anyOf", "oneOf"))):
-        yield "wrong_type", f"{label} must be {_type(schema, False, root)}, not {_dumps(value)[:60]}"
+        yield "wrong_type", f"{label} must be {_type(schema, False, root)}, not {_shown(value)}"
         return
+    for word, (kinds, fits) in BOUNDS.items():
+        if type(schema.get(word)) in (int, float) and type(value) in kinds and not fits(value, schema[word]):
+            yield "wrong_type", f"{label}: {word} is {schema[word]}, not {_shown(value)}"
     for inner in schema.get("allOf", []):
         yield from check(inner)
     if isinstance(value, list) and isinstance(schema.get("items"), dict):
@@ -196,7 +200,7 @@ def _problems(value, schema, where="", root=None, part=False):
             yield from _problems(item, schema["items"], f"{where}[{index}]", root)
     elif isinstance(value, dict):
         known, elsewhere = schema.get("properties", {}), {key for inner in _parts(schema, root)[1:] for key in inner.get("properties", {})}
-        others = schema.get("additionalProperties", part or not known and not elsewhere and "properties" not in schema)
+        others = schema.get("additionalProperties", "patternProperties" in schema or part or not known and not elsewhere and "properties" not in schema)
         for key, item in value.items():
             inner = known.get(key, key in elsewhere or others)
             if inner is False:
@@ -205,6 +209,23 @@ def _problems(value, schema, where="", root=None, part=False):
                 yield from _problems(item, {} if inner is True else inner, prefix + key, root)
         for key in (key for key in schema.get("required", []) if key not in value):
             yield "missing_argument", f"missing argument {prefix + key!r}"
+
+
+BOUNDS = {"minimum": ((int, float), lambda v, b: v >= b), "maximum": ((int, float), lambda v, b: v <= b),
+          "exclusiveMinimum": ((int, float), lambda v, b: v > b), "exclusiveMaximum": ((int, float), lambda v, b: v < b),
+          "minLength": ((str,), lambda v, b: len(v) >= b), "maxLength": ((str,), lambda v, b: len(v) <= b),
+          "minItems": ((list,), lambda v, b: len(v) >= b), "maxItems": ((list,), lambda v, b: len(v) <= b)}
+
+
+def _same(a, b):
+    return a == b and isinstance(a, bool) == isinstance(b, bool)  # in Python True == 1
+
+
+def _shown(value):
+    try:
+        return _dumps(value)[:60]
+    except (TypeError, ValueError, RecursionError):  # bytes, a set, NaN
+        return f"{value!r:.60}"
 
 
 def tool(function=None, *, isolated=True, name=None):
@@ -221,6 +242,8 @@ def tool(function=None, *, isolated=True, name=None):
     description, notes = _docstring(function)
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise UserError(f"tool {name}: it is async; wrap it in a plain function that calls asyncio.run")
+    if inspect.isgeneratorfunction(function):
+        raise UserError(f"tool {name}: it is a generator; return a list instead")
     try:
         hints, parameters = typing.get_type_hints(function), inspect.signature(function).parameters
     except (NameError, SyntaxError, AttributeError, TypeError, ValueError) as error:
@@ -231,7 +254,7 @@ def tool(function=None, *, isolated=True, name=None):
             raise UserError(f"tool {name}: parameter {key}: arguments come by name; * and / have no JSON form")
         properties[key] = {**_hint_schema(hints.get(key, typing.Any), f"tool {name}: parameter {key}"), **notes.get(key, {})}
         if parameter.default is not parameter.empty:
-            properties[key].update({} if parameter.default is None else {"default": parameter.default})
+            properties[key].update({} if parameter.default is None else {"default": parameter.default, **({"nullable": True} if type(None) in typing.get_args(hints.get(key)) else {})})
         elif type(None) in typing.get_args(hints.get(key)):
             function = functools.partial(function, **{key: None})  # Optional without a default
         else:
@@ -244,6 +267,8 @@ def _hint_schema(hint, where):
     inner = [part for part in typing.get_args(hint) if part is not type(None)]
     if type(None) in typing.get_args(hint) and len(inner) == 1:  # Optional[X]
         return _hint_schema(inner[0], where)
+    if kind in (typing.Union, types.UnionType):
+        return {"anyOf": [_hint_schema(part, where) for part in typing.get_args(hint)]}
     if kind is typing.Literal:
         return {**(HINTS.get(type(inner[0]), {}) if len(set(map(type, inner))) == 1 else {}), "enum": inner}
     if kind not in HINTS:
@@ -254,7 +279,8 @@ def _hint_schema(hint, where):
 def _docstring(function):
     """Google style -> (description, {parameter: {"description": text}})."""
     description, *sections = re.split(r"\n(\w+):[ ]*\n", "\n" + (inspect.getdoc(function) or ""))
-    lines = dict(zip(sections[::2], sections[1::2])).get("Args", "")
+    sections = dict(zip(sections[::2], sections[1::2]))
+    lines = next((sections[name] for name in ("Args", "Arguments", "Parameters") if name in sections), "")
     lines = lines if lines[:1].isspace() else textwrap.indent(lines, "    ")  # nothing before "Args:": getdoc takes their indent away
     # What is indented further than a name goes on with its text.
     notes = re.findall(r"^ {1,4}(\w+)(?: *\([^)]*\))?: *(.*(?:\n {5,}.*)*)", lines, re.MULTILINE)
@@ -418,10 +444,10 @@ class Result:
         """
         key, value = ("result", self.value) if self.ok else ("error", self.message)
         try:
-            value = _clean(json.loads(json.dumps(value, ensure_ascii=False)), 1)
+            value = _clean(json.loads(json.dumps(value, ensure_ascii=False, default=str)), 1)
         except (TypeError, ValueError, RecursionError):
             value = str(value)
-        text, room = _dumps({key: value}), self.max_chars
+        text, room = _dumps({key: value}), max(self.max_chars, 1)
         value = value if isinstance(value, str) else _dumps(value)
         while len(text) > self.max_chars and room > 0:
             text = _dumps({key: value[:room] + CUT})
@@ -466,6 +492,7 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
         return failed("unknown_tool", f"unknown tool {name[:100]!r}{_nearest(name, tools)}")
     tool = tools[name]
     try:
+        timeout = min(5.0 if timeout is None else timeout, 1e6)
         if tool.function is None:
             return failed("not_executable", f"{name} can be shown but not run: it has no function")
         whole = {"type": "object"} if {"$ref", *COMBINED} & set(tool.parameters) else {"type": "object", "properties": {}}
@@ -491,7 +518,9 @@ def _run(tool, arguments, failed, timeout=None):
         result = replace(failed(), ok=True, value=tool.function(**arguments))
     except ToolError as error:
         result = failed("tool_error", str(error))
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever else a tool may raise, SystemExit or an exception group of its own
         result = failed("crashed", f"{type(error).__name__}: {error}")
     try:
         shown = json.loads(result.text())
@@ -509,6 +538,7 @@ def _run_in_child(tool, arguments, failed, timeout):
         reader, writer = socket.socketpair()
         pid = os.fork()
         if pid == 0:
+            FORKING.release()  # the child's own copy of it: a tool may run tools
             _child(tool, arguments, failed, timeout, writer)
         writer.close()
     try:
@@ -561,9 +591,9 @@ def _run_in_thread(tool, arguments, failed, timeout):
 
 MAX_EXPRESSION = 1000  # characters
 MAX_BITS = 3000  # of an exact number
-SPELLING = {**str.maketrans("×·⋅∙•÷−–—", "*****/---", "$€£¥"), ord("^"): "**", ord("²"): "**2", ord("³"): "**3", ord("√"): " sqrt ",
-            **dict.fromkeys(map(ord, "\xa0\u2009\u202f"), " ")}
-TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d|,\d)(?:\.\d*)?|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|\.percent|[a-z]+|\*\*|//|\S", re.ASCII)
+SPELLING = {**str.maketrans("×·⋅∙•÷−–—", "*****/---"), ord("^"): "**", ord("²"): "**2", ord("³"): "**3", ord("√"): " sqrt ",
+            **dict.fromkeys(map(ord, "$€£¥\xa0\u2009\u202f"), " ")}
+TOKEN = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?:\.\d*)?|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|\.percent|[a-z]+|\*\*|//|\S", re.ASCII)
 
 
 def calculate(expression: str) -> int | float:
@@ -616,7 +646,7 @@ def _value(node):
     match node:
         case ast.Constant():
             value = node.value if node.value == math.inf else Fraction(str(node.value))
-        case ast.Attribute():  # .percent
+        case ast.Attribute(attr="percent"):
             value = _value(node.value) / 100
         case ast.UnaryOp():
             value = OPERATORS[type(node.op)](_value(node.operand))

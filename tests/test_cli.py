@@ -305,3 +305,13 @@ def test_compare_refuses_damaged_results(run, tmp_path, text, capsys):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "eval.json").write_text(text)
     assert "eval.json" in cli("compare", tmp_path / "run", code=2, capsys=capsys).err
+
+
+def test_mixed_columns_and_flags_without_a_verb(run, tmp_path, capsys):
+    """What tables write where a line has no messages; an unknown flag is one line, wherever it stands."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"id": 1, "prompt": "hi", "messages": null, "tools": null}\n')
+    cli("predict", "--run", run, "--input", source, "--output", target, "--max-new-tokens", 2, capsys=capsys)
+    assert len(target.read_text().splitlines()) == 1
+    assert "unknown argument --version" in cli("--version", code=2, capsys=capsys).err
+    assert "at least 0" in cli("eval", "--run", run, "--data", source, "--failures", "-1", code=2, capsys=capsys).err

@@ -164,3 +164,12 @@ def test_more_than_the_model_has_is_one_line():
 def test_a_home_folder_is_found(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert toolplay.load_config({"run_dir": "~/x"}).run_dir == str(tmp_path / "x")
+
+
+def test_what_people_type_on_the_command_line(file):
+    assert load_config({}, ["--lr=.001"]).lr == 0.001 and load_config({}, ["--epochs=2."]).epochs == 2.0
+    assert load_config({}, ["--lr", "0.01", "--seed", "3"]).lr == 0.01
+    teacher = load_config({"method": "teacher", "k": 20}, ["--m=10", "--text", "corpus.txt"])
+    assert (teacher.positions, teacher.samples, teacher.text) == (20, 10, "corpus.txt")
+    assert "another name" in complaint({"method": "teacher", "k": 20, "positions": 5})
+    assert "unknown key" in complaint({"k": 20})

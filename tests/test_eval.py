@@ -70,6 +70,17 @@ def test_a_weather_tool_of_one_s_own_has_results_of_its_own():
     assert evaluation.shape_of(execute(Call("weather", {"city": "Paris"}), load_tools(["weather"]))) == "weather"
 
 
+def test_answers_as_people_write_them():
+    assert evaluation.states("It is minus 3 degrees in Oslo.", -3, set()) and not evaluation.states("It is minus 3 degrees in Oslo.", 3, set())
+    assert evaluation.states("A spider has eight legs.", 8, set()) and not evaluation.states("A spider has eighty legs.", 8, set())
+    assert evaluation.states("That's one thousand two hundred and five.", 1205, set())
+    assert evaluation.describes("Nice and sunny, 17 degrees!", {"city": "Paris", "unit": "celsius"}, "") is True
+    assert evaluation.same_expression("0.15 * 100", "15 / 100 * 100") and not evaluation.same_expression("17 * 23", "391 * 1")
+    given = evaluation.as_case({"prompt": "17 * 23?", "answer": 391, "expected": {"calls": [{"name": "calculator", "arguments": {"expression": "17 * 23"}}]}})
+    assert given.answer == 391
+    assert not verdicts(SUM, format_call(calc("17*23")), 'The answer is {"result": 391}')["response_quality"]
+
+
 # one metric after the other
 
 def test_a_right_episode_is_right_everywhere():

@@ -271,6 +271,27 @@ def test_what_is_due_is_known_although_a_number_is():
     assert earned(asked, format_call(Call("weather", {"city": "Oslo"})), f"It is {oslo}.") > 1.2
 
 
+@pytest.mark.parametrize("answer", [None, 42])
+def test_a_dressed_up_guess_earns_no_more_where_the_gold_call_is_known(answer):
+    gold = {"calls": [{"name": "calculator", "arguments": {"expression": "36 - 9 + 15"}}]}
+    case = evaluation.as_case({"prompt": PROMPT, "expected": gold, **({"answer": answer} if answer else {})})
+    honest, wrong = earned(case, calc("36 - 9 + 15"), "She has 42."), earned(case, calc("36 + 9 + 15"), "She has 60.")
+    assert all(earned(case, calc(x), "She has 42.") < honest - 0.9 for x in ("41 + 1", "84 - 42", "21 * 2")) and honest > wrong + 0.9
+
+
+def test_more_guesses_and_more_honesty():
+    assert not ppo.is_calculation("167 + 1", "How many hours are in a week?") and ppo.is_calculation("24 * 7", "How many hours are in a week?")
+    assert not ppo.is_calculation("24 * 3 / 3", "3 boxes of 3 pens and 15 more") and ppo.is_calculation("80 * 0.75", "three quarters of 80")
+    step = earned(BLIND, calc("36 - 9"), calc("27 + 15"), "After giving 9 away she had 27, so now she has 42.")
+    assert step > earned(BLIND, calc("36 - 9"), calc("27 + 15"), "She has 27 or 42.") + 0.9
+    assert earned(BLIND, calc("36 - 9 + 15"), "42. " * 60) < 1 < earned(BLIND, calc("36 - 9 + 15"), "She has 42.")
+    legs = evaluation.as_case({"prompt": "How many legs has a spider?", "expected": {"calls": [], "answer": 8}})
+    assert earned(legs, "A spider has eight legs.") > earned(legs, "6, 7 or 8.") + 0.9
+    with pytest.raises(ValueError, match="k1 or k3"):
+        ppo.kl_penalty(T([0.0]), T([0.0]), "k2")
+    assert ppo.policy_loss(T([[100.0]]), T([[0.0]]), T([[0.0]]), T([[1]]))[0] == 0  # not inf * 0
+
+
 def test_an_own_calculator_gives_what_it_likes():
     """Numbers beyond a float, truths: none of them ends a run."""
     for value in (10 ** 400, True, None, "42", [42]):

@@ -333,3 +333,12 @@ def test_they_are_data_for_every_method(tmp_path, method):
                                    "device": "cpu", "run_dir": str(tmp_path / "run"), **more})
     __import__(method).train(toolplay.Run(config))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["source"] == "teacher" and (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_calls_and_results_of_a_tool_of_ones_own():
+    """Without examples a model calls as in Python; results keep all that they hold."""
+    from tools import Result, Tool
+    tools = {"capital": Tool("capital", "", {"type": "object", "properties": {"country": {"type": "string"}}, "required": ["country"]}, lambda country: "Paris")}
+    for written in ('capital("France")]', "capital(country=France)]", "capital(country='France')]", "capital(France) ->"):
+        assert teacher.read_call(written, tools) == Call("capital", {"country": "France"})
+    assert teacher.result_text(Result("where", True, {"city": "Paris"})) == "Paris" and teacher.result_text(Result("weigh", True, {"value": 3, "unit": "kg"})) == "3, kg"

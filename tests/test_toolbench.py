@@ -203,6 +203,19 @@ def test_results_are_unwrapped_also_where_toolbench_cut_them(tmp_path, said, con
     assert c["messages"][2]["content"] == content
 
 
+def test_objects_empty_arguments_and_a_damaged_last_step(tmp_path):
+    c, _ = one(tmp_path, tree(GOOD[0], {"role": "function", "name": "x", "content": {"error": "", "response": {"a": 1}}}))
+    assert c["messages"][2]["content"] == '{"result": "{\\"a\\": 1}"}'
+    c, _ = one(tmp_path, tree(call("find_book_for_library", '{"title": "Emma", "is_id": ""}'), GOOD[1]))
+    assert c["messages"][1]["tool_calls"][0]["arguments"] == {"title": "Emma"}
+    free = [{**FUNCTIONS[0], "parameters": {"type": "object", "properties": {}, "required": [], "optional": []}}, FUNCTIONS[1]]
+    c, _ = one(tmp_path, dialogue(("assistant", "Thought: t\nAction: find_book_for_library\nAction Input:"), ("function", "{}"), LLAMA_END, functions=free))
+    assert c["messages"][1]["tool_calls"][0]["arguments"] == {}
+    item = tree(*GOOD)
+    item["answer_generation"]["train_messages"].append([])
+    assert len(one(tmp_path, item)[0]["messages"]) == 4
+
+
 def test_toolbench_s_own_cut_is_not_ours(tmp_path):
     assert one(tmp_path, tree(GOOD[0], {"role": "function", "content": "a" * 1024 + "..."}))[1]["items"] == {"used": 1}
     assert one(tmp_path, tree(GOOD[0], {"role": "function", "content": "a" * 1025}))[1]["items"] == {"used, its results clipped": 1}

@@ -825,3 +825,74 @@ def test_references_are_followed_to_their_end():
     for ref in ("#/$defs/nothing", "#/$defs/A"):
         with pytest.raises(UserError, match="not a JSON schema that can be used"):
             Tool("t", "", {"type": "object", "properties": {"x": {"$ref": ref}}, "$defs": {"A": {"$ref": "#/$defs/A"}}})
+
+
+# ---------------------------------------------------------------- what a further reader found
+
+def test_a_tool_may_run_tools():
+    @tool
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    @tool
+    def agent(q: str) -> int:
+        return execute(Call("add", {"a": 1, "b": 2}), [add]).value
+    assert execute(Call("agent", {"q": "x"}), [agent]).value == 3
+
+
+@pytest.mark.parametrize("expression, value", [("max($1,200,$900)", 1200), ("$12.50 + €3", 15.5), ("1,000 + 007", 1007), ("$1,234", 1234)])
+def test_currency_signs_separate(expression, value):
+    assert calculate(expression) == value
+
+
+@pytest.mark.parametrize("expression", ["0,125 * 8", "0,500 + 1", "3€50", "(16).sqrt", "(4).abs"])
+def test_what_is_no_arithmetic_is_not_guessed(expression):
+    with pytest.raises(ToolError):
+        calculate(expression)
+
+
+def test_hints_of_several_types_and_sections_of_other_names():
+    @tool
+    def pick(x: int | str, y: Optional[int] = 5) -> str:
+        """Pick.
+
+        Arguments:
+            x: which one
+        """
+        return f"{x} {y}"
+    assert pick.parameters["properties"]["x"] == {"anyOf": [{"type": "integer"}, {"type": "string"}], "description": "which one"}
+    assert execute(Call("pick", {"x": "a", "y": None}), [pick]).value == "a None" and execute(Call("pick", {"x": 1}), [pick]).value == "1 5"
+    assert execute(Call("pick", {"x": [1]}), [pick]).error_type == "wrong_type"
+    with pytest.raises(UserError, match="generator"):
+        @tool
+        def primes(n: int):
+            yield n
+
+
+@pytest.mark.parametrize("field, good, bad", [
+    ({"type": "integer", "minimum": 1}, 1, 0), ({"type": "number", "exclusiveMaximum": 2}, 1.9, 2), ({"type": "string", "maxLength": 2}, "ab", "abc"),
+    ({"type": "array", "minItems": 1}, [1], []), ({"type": "number", "enum": [0.5, 1]}, 1.0, 2), ({"const": {"a": 1, "b": 2}}, {"b": 2, "a": 1}, {"a": 1})])
+def test_bounds_of_a_schema(field, good, bad):
+    t = Tool("t", "", {"type": "object", "properties": {"x": field}, "required": ["x"]}, lambda x: "ran", isolated=False)
+    assert execute(Call("t", {"x": good}), [t]).value == "ran" and execute(Call("t", {"x": bad}), [t]).error_type == "wrong_type"
+
+
+@pytest.mark.parametrize("value", [float("nan"), b"1", {1, 2}, object()])
+def test_what_json_cannot_hold_is_a_wrong_type(value):
+    assert execute(Call("calculator", {"expression": value}), BUILTIN).error_type == "wrong_type"
+
+
+def test_odd_values_odd_exceptions_and_odd_limits():
+    import datetime
+
+    class Stop(BaseException):
+        pass
+
+    def raises():
+        raise Stop("so")
+    free = lambda function: Tool("t", "", {"type": "object", "properties": {}}, function, isolated=False)  # noqa: E731
+    assert json.loads(execute(Call("t", {}), [free(lambda: {"when": datetime.date(2026, 1, 2), "n": 3})]).text()) == {"result": {"when": "2026-01-02", "n": 3}}
+    assert execute(Call("t", {}), [free(raises)]).error_type == "crashed"
+    for limit in (None, float("inf")):
+        assert execute(Call("calculator", {"expression": "1 + 1"}), BUILTIN, timeout=limit).value == 2
+    assert len(execute(Call("t", {}), [free(lambda: "long " * 9)], max_chars=0).text()) < 40
