@@ -861,8 +861,9 @@ def fill(template, words):
 def decapitalise(text, calls=()):
     """A small letter, for what goes on in the middle of a sentence, unless it begins with a value of the calls (or is "I" or a name that shows)."""
     first = text.split(" ", 1)[0]
-    values = [v for c in calls for value in c.arguments.values() for v in (value if isinstance(value, list) else [value])]
-    return text if text.startswith(tuple(v for v in values if isinstance(v, str) and v)) or first in ("I", "I'm", "I've", "I'd", "I'll") or first[1:] != first[1:].lower() or not first.replace("'", "").isalpha() else text[0].lower() + text[1:]
+    values = tuple(v for c in calls for value in c.arguments.values() for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v)
+    name = first in ("I", "I'm", "I've", "I'd", "I'll") or first[1:] != first[1:].lower() or not first.replace("'", "").isalpha()
+    return text if name or text.startswith(values) else text[0].lower() + text[1:]
 
 
 def end_sentence(text):
@@ -984,7 +985,7 @@ class ApiWriter:
     training several conversations share one, so that one set of tools is asked for different things (and is computed once by
     the trie). All other choices come from `rng`."""
 
-    def __init__(self, split, rng, several):
+    def __init__(self, split, rng, several, joined=False):
         self.split, self.rng = split, random.Random(f"{split} offer {rng.randrange(OFFERS.get(split, 10 ** 9))} {several}")
         self.style = self.rng.choice(list(STYLES))
         self.described, self.masked = self.rng.random() < 0.8, self.rng.random() < 0.1
@@ -996,7 +997,7 @@ class ApiWriter:
         self.rng.shuffle(chosen)
         self.originals = [f for _, f in chosen]
         self.offered = [(d, shown, self.tool(d, shown)) for n, (d, f) in enumerate(chosen) for shown in [self.variant(f, n)]]
-        self.rng, self.joined, self.way, self.length = rng, False, NAMED[0], 2
+        self.rng, self.joined, self.way, self.length = rng, joined, NAMED[0], 2  # joined: several requests make one prompt
         self.named = not self.masked and rng.random() < 0.35  # values are said with their parameters' names: "with party size 4"
 
     def function(self):
@@ -1116,7 +1117,7 @@ class ApiWriter:
             if len(items) == n:
                 break
             value, said = self.value(parameter["values"])
-            bare = isinstance(value, str) and parameter.get("called", parameter["name"])[-1] not in TEXTS
+            bare = isinstance(value, str) and not takes_text(parameter)
             item = re.sub("^(the|an?) ", "", value) if bare else value, said  # asked for "the lathe", a function gets the lathe's name
             items += [item] if item[0] not in [value for value, _ in items] else []
         words = [said for _, said in items]
@@ -1160,7 +1161,8 @@ class ApiWriter:
             chosen.append(self.rng.choice(spare))  # a change that changes nothing is none
         told = whole[2] if whole else {}
         lists = whole and any(p["type"] == "array" for p in chosen)  # which of its values belong to which call, nobody could tell
-        simple = [p for p in chosen if not lists and p["required"] and canonical(p) not in told and canonical(p).split("_")[-1] not in TEXTS and p["type"] in ("string", "integer", "number") and "enum" not in p]
+        simple = [p for p in chosen if not lists and p["required"] and canonical(p) not in told and not takes_text(p)
+                  and p["type"] in ("string", "integer", "number") and "enum" not in p]
         varied = []
         if spread > 1 and simple:  # by their names first: "for Ann and Bo", not "2.5 and 1.6 stars"
             varied = [self.rng.choice([p for p in simple if p["type"] == "string"] or simple)]
@@ -1198,6 +1200,11 @@ class ApiWriter:
         return out
 
 
+def takes_text(parameter):
+    """Whether a parameter takes whole sentences, whatever its variant is called."""
+    return parameter.get("called", parameter["name"])[-1] in TEXTS
+
+
 def canonical(parameter):
     """A parameter's name in the corpus, whatever its variant is called."""
     return "_".join(parameter.get("called", parameter["name"]))
@@ -1213,9 +1220,26 @@ def telling_words(text):
     return words if 2 <= len(words) <= 4 else None
 
 
+def api_calls(writer, function, tool):
+    """Requests to the functions of an offer, the first to `function` -> (texts, calls, mock results). Several calls, where the writer's
+    requests are joined, are asked for one by one, or in one text that differs in a value."""
+    rng, prompts, calls, results = writer.rng, [], [], []
+    spread = rng.choice([2, 2, 3]) if writer.joined and rng.random() < 0.4 else 1
+    for n in range(rng.choice([2, 2, 3]) if writer.joined and spread == 1 else 1):
+        again = n > 0 and rng.random() < 0.3  # the same once more, with other values: only these are said
+        if n and not again and rng.random() < 0.8:
+            _, function, tool = rng.choice([o for o in writer.offered if o[1] is not function] or writer.offered)
+        template, like = (rng.choice(corpus("answers.json")["api"]["again"]), tuple(calls[-1].arguments)) if again else (None, ())
+        text, several = writer.request(function, spread=spread, template=template, like=like)
+        prompts.append(text)
+        calls += [Call(tool["name"], arguments) for arguments in several]
+        results += [{key: writer.value(form)[0] for key, form in function["result"].items()} for _ in several]
+    return prompts, calls, results
+
+
 def api_conversation(kind, split, rng):
     """One conversation with invented functions: request, calls, mock results, answer; or a question back, or a refusal."""
-    writer, answers = ApiWriter(split, rng, {"api_one": False, "api_choice": True}.get(kind, rng.random() < 0.6)), corpus("answers.json")
+    writer, answers = ApiWriter(split, rng, {"api_one": False, "api_choice": True}.get(kind, rng.random() < 0.6), kind == "api_parallel"), corpus("answers.json")
     if len({tool["name"] for _, _, tool in writer.offered}) < len(writer.offered):
         return None
     domain, function, tool = rng.choice(writer.offered)
@@ -1247,16 +1271,7 @@ def api_conversation(kind, split, rng):
         prompts = [writer.request(function, missing)[0]]
         reply = fill(rng.choice(answers["api"]["ask"]), {"what": " ".join(missing["called"])})
     else:
-        spread = rng.choice([2, 2, 3]) if kind == "api_parallel" and rng.random() < 0.4 else 1
-        writer.joined = kind == "api_parallel"
-        for n in range(rng.choice([2, 2, 3]) if kind == "api_parallel" and spread == 1 else 1):
-            again = n > 0 and rng.random() < 0.3  # the same once more, with other values: only these are said
-            if n and not again and rng.random() < 0.8:
-                _, function, tool = rng.choice([o for o in writer.offered if o[1] is not function] or writer.offered)
-            text, several = writer.request(function, spread=spread, template=rng.choice(answers["api"]["again"]) if again else None, like=tuple(calls[-1].arguments) if again else ())
-            prompts.append(text)
-            calls += [Call(tool["name"], arguments) for arguments in several]
-            results += [{key: writer.value(form)[0] for key, form in function["result"].items()} for _ in several]
+        prompts, calls, results = api_calls(writer, function, tool)
         if kind == "api_parallel" and len({json.dumps([c.name, c.arguments], sort_keys=True) for c in calls}) < max(len(calls), 2):
             return None
     prompt = prompts[0]
@@ -1316,14 +1331,17 @@ def sample_replies():
     prompts, path = talk_prompts(), CORPORA / "talk_replies.jsonl"
     brief = "You are a helpful assistant. Answer in one short sentence."
     before = {talk["prompt"]: talk["reply"] for talk in (corpus(path.name)[1:] if path.exists() else [])}
-    done = {i: before[talk["prompt"]] for i, talk in enumerate(prompts) if converses(before.get(talk["prompt"], ""), talk["prompt"])}
+
+    def fits(i, text):
+        return converses(text, prompts[i]["prompt"]) and not hollow(prompts[i]["prompt"], text)
+    done = {i: before[talk["prompt"]] for i, talk in enumerate(prompts) if fits(i, before.get(talk["prompt"], ""))}
     for attempt, temperature in enumerate((0.0, 0.7, 0.7, 0.7, 0.7, 0.7)):
         left = [i for i in range(len(prompts)) if i not in done]
         chats = [{"messages": [{"role": "system", "content": brief}, {"role": "user", "content": prompts[i]["prompt"]}]} for i in left]
         episodes = toolplay.rollout(model, tokenizer, chats, {}, temperature=temperature, max_new_tokens=24, seed=attempt)
         for i, episode in zip(left, episodes):
             text = episode.final.strip()
-            if episode.stop == "end" and "<" not in text and converses(text, prompts[i]["prompt"]) and not hollow(prompts[i]["prompt"], text):
+            if episode.stop == "end" and "<" not in text and fits(i, text):
                 done[i] = text
         print(f"round {attempt}: {len(done)} of {len(prompts)} messages have a reply", file=sys.stderr)
     comment = ("No-tool messages (talk_prompts.json, traps.json) and the replies of the untrained SmolLM2-135M-Instruct (Apache-2.0) itself, "

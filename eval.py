@@ -175,6 +175,9 @@ def numbers(text):
             for sign, digits, power in NUMBER.findall(text)}
 
 
+IN_WORDS = re.compile(r"\b(?:{0})(?: (?:{0}))*\b".format("|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"])))
+
+
 def states(text, answer, known):
     """Whether the text states the answer: not as a denial, and without a list of guesses around it."""
     if re.search(r"\b(not|isn['’]t|never)\s+(\w+\s+)?[-−$€£]?\.?\d|\d\S*\s+(is|was|would be) (wrong|incorrect|not|false)\b", text, re.IGNORECASE):
@@ -185,8 +188,7 @@ def states(text, answer, known):
         near(value, answer, 0.005) or near(value, answer, 0.05) and near(value, round(answer, places), 1e-9))}
     if not right and exact and 0 <= answer < 10 ** 9:  # "eight legs"
         plain = lambda words: " ".join(re.sub(r"[-,]|\band\b", " ", words.lower()).split())  # noqa: E731
-        word = "(?:" + "|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"]) + ")"
-        right = {answer} if plain(data.number_words(int(answer))) in re.findall(rf"\b{word}(?: {word})*\b", plain(text)) else right
+        right = {answer} if plain(data.number_words(int(answer))) in IN_WORDS.findall(plain(text)) else right
     return bool(right) and len(set(shown) - right - known) <= 2
 
 

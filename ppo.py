@@ -247,23 +247,36 @@ def executed(case, episode, verdicts):
 
 def calculates(case, episode, verdicts):
     """A number is asked for, and every calculator call works with the prompt's numbers, or earlier results; see `is_calculation`."""
-    expressions = [call.arguments.get("expression") for call in episode.calls if call.name == "calculator"]
+    made = worked(case, episode)
+    return float(counts(case) and bool(made) and all(is_calculation(*one) for one in made))
+
+
+def expressions(episode):
+    """What the calculator was asked, call by call."""
+    return [call.arguments.get("expression") for call in episode.calls if call.name == "calculator"]
+
+
+def worked(case, episode):
+    """What `is_calculation` has to know of each of the calculator's calls -> [(expression, prompt, results before it)]."""
     prompt, results = " ".join(message["content"] for message in case.conversation["messages"]), calculated(episode)
-    return float(counts(case) and bool(expressions) and all(is_calculation(expression, prompt, [x for m, x in results.items() if m < n]) for n, expression in enumerate(expressions)))
+    return [(x, prompt, [value for m, value in results.items() if m < n]) for n, x in enumerate(expressions(episode))]
+
+
+def unused(episode):
+    """Results of the calculator, but for the last, that no later expression uses."""
+    said, results = list(map(str, expressions(episode))), [*calculated(episode).items()]
+    return [value for n, value in results[:-1] if not any(math.isclose(abs(value), x) for later in said[n + 1:] for x in numbers_in(later))]
 
 
 def works_out(case, episode):
     """Where a calculator's call is due, each is a calculation, or has the gold one's numbers."""
     gold = [sorted(numbers_in(call.arguments.get("expression"))) for call in case.calls or [] if call.name == "calculator"]
-    prompt, results = " ".join(message["content"] for message in case.conversation["messages"]), calculated(episode)
-    said = [call.arguments.get("expression") for call in episode.calls if call.name == "calculator"]
-    return not gold or all(not isinstance(x, str) or sorted(numbers_in(x)) in gold or is_calculation(x, prompt, [v for m, v in results.items() if m < n])
-                           for n, x in enumerate(said))
+    return not gold or all(not isinstance(one[0], str) or sorted(numbers_in(one[0])) in gold or is_calculation(*one) for one in worked(case, episode))
 
 
 def right_arguments(case, episode, verdicts):
     """All arguments are the gold ones, where these are known: an expression of the same value that works it out."""
-    return float(bool(verdicts["argument_accuracy"]) and works_out(case, episode) and (not counts(case) or calculates(case, episode, verdicts)))
+    return float(bool(verdicts["argument_accuracy"]) and bool(calculates(case, episode, verdicts) if counts(case) else works_out(case, episode)))
 
 
 def calculated(episode):
@@ -300,9 +313,8 @@ def right_answer(case, episode, verdicts):
     if not counts(case):
         guesses = case.answer is not None and re.search(r"\d\S*\s+(or|to|and maybe)\s+(\w+\s+)?\S?\d|\bbetween\s+\S*\d", episode.final)
         return float(verdicts["argument_accuracy"] is not False and works_out(case, episode) and not guesses)
-    said = [str(call.arguments.get("expression")) for call in episode.calls if call.name == "calculator"]
-    used = lambda n, x: not re.search(r"\bor\b", episode.final) and any(math.isclose(abs(x), y) for later in said[n + 1:] for y in numbers_in(later))  # noqa: E731
-    others = [x for n, x in [*calculated(episode).items()][:-1] if not math.isclose(x, case.answer) and not used(n, x)]  # a step that leads on may be told
+    earlier = [*calculated(episode).values()][:-1] if re.search(r"\bor\b", episode.final) else unused(episode)  # a step that leads on may be told
+    others = [x for x in earlier if not math.isclose(x, case.answer)]
     stated = any(math.isclose(x, y) for x in others for y in numbers(episode.final))
     return float(worked_out(case, episode, verdicts) and not stated)
 
@@ -315,12 +327,10 @@ def like_reference(case, episode, verdicts):
 def needless_call(case, episode, verdicts):
     """A call where none is due, more calls that gave a result than are due, the same call again, a calculation that nothing uses but
     to list its result, or a call of another tool where a number is to be worked out."""
-    expressions = [str(call.arguments.get("expression")) for call in episode.calls if call.name == "calculator"]
-    unused = [value for n, value in [*calculated(episode).items()][:-1] if not any(math.isclose(abs(value), x) for later in expressions[n + 1:] for x in numbers_in(later))]
     calls = ["".join(f"{call.name} {json.dumps(call.arguments, sort_keys=True)}".split()) for call in episode.calls]
     too_many = case.calls is not None and not counts(case) and sum(r.ok for r in episode.results) > len(case.calls)
     others = {call.name for call in episode.calls} - ({call.name for call in case.calls or []} or {"calculator"})
-    return float(case.calls == [] and bool(calls) or too_many or len(set(calls)) < len(calls) or counts(case) and bool(unused or others))
+    return float(case.calls == [] and bool(calls) or too_many or len(set(calls)) < len(calls) or counts(case) and bool(unused(episode) or others))
 
 
 def length(case, episode, verdicts):

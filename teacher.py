@@ -123,6 +123,7 @@ def read_call(text, tools):
             return json.loads(text.lower())
         except ValueError:
             return text  # execute says what is wrong with it
+
     def bare(name, text):
         text = re.sub(rf"^{re.escape(name)}\s*=\s*", "", text.strip())  # a tool without examples is called as in Python
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text

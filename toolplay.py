@@ -139,43 +139,18 @@ def load_config(source, overrides=()):
 
     Raises UserError with one line that names the file, the key, what was given and what is allowed.
     """
-    name, given = "config", source
-    if not isinstance(source, dict):
-        name = str(source)
-        try:
-            given = json.loads(Path(source).read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates)
-        except OSError as error:
-            raise UserError(f"{name}: cannot read it ({error.strerror}); configs are in {ROOT / 'configs'}") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}: not valid JSON ({error})") from None
-        if not isinstance(given, dict):
-            raise UserError(f"{name}: a config is a JSON object of keys and values")
+    name, given = ("config", source) if isinstance(source, dict) else (str(source), _read_config(source))
     given = {key: value for key, value in given.items() if key not in ("comment", "provenance")}  # notes, not settings
-    if "data" in given:  # another name for it
-        if "source" in given:
-            raise UserError(f'{name}: "data" is another name for "source"; give one of them')
-        given["source"] = given.pop("data")
-    origin, typed, items = dict.fromkeys(given, name), {}, []
-    for item in overrides:  # "--key value" as well
-        apart = items and "=" not in items[-1] and not item.startswith("--")
-        items[-1:] = [f"{items[-1]}={item}"] if apart else [*items[-1:], item]
-    for item in items:
-        key, sign, text = item.removeprefix("--").partition("=")
-        key = "source" if key == "data" else key
-        if not item.startswith("--") or not sign:
-            raise UserError(f"{item!r}: overrides are written --key=value")
-        try:
-            given[key] = json.loads(text)
-        except (ValueError, RecursionError):
-            given[key] = float(text) if re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?", text, re.IGNORECASE) else text  # .001 is no JSON
-        origin[key], typed[key] = "command line", text
-    method = given.get("method", "sft")
-    for short, key in (("k", "positions"), ("m", "samples")) if method == "teacher" else ():  # the paper's names
-        if short in given:
-            if key in given:
-                raise UserError(f'{origin[short]}: "{short}" is another name for "{key}"; give one of them')
-            given[key], origin[key] = given.pop(short), origin.pop(short)
-            typed.update({key: typed.pop(short)} if short in typed else {})
+    typed = _overrides(overrides)
+    method = _parsed(typed["method"]) if "method" in typed else given.get("method", "sft")
+    aliases = {"data": "source", **({"k": "positions", "m": "samples"} if method == "teacher" else {})}  # other names; k and m are the paper's
+    for short in aliases.keys() & given.keys():
+        if aliases[short] in given:
+            raise UserError(f'{name}: "{short}" is another name for "{aliases[short]}"; give one of them')
+        given[aliases[short]] = given.pop(short)
+    typed = {aliases.get(key, key): text for key, text in typed.items()}
+    given |= {key: _parsed(text) for key, text in typed.items()}
+    origin = {key: "command line" if key in typed else name for key in given}
     if method not in METHODS:
         raise UserError(f'{origin["method"]}: method = {method!r}: must be one of {", ".join(METHODS)}')
     cls = config_class(method)
@@ -209,6 +184,40 @@ def load_config(source, overrides=()):
     if not config.run_dir:
         config.run_dir = f"runs/{Path(name).stem if not isinstance(source, dict) else method}"
     return config
+
+
+def _read_config(path):
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror}); configs are in {ROOT / 'configs'}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: a config is a JSON object of keys and values")
+    return given
+
+
+def _overrides(items):
+    """["--key=value", or "--key", "value", ...] -> {key: text}."""
+    whole, typed = [], {}
+    for item in items:
+        apart = whole and "=" not in whole[-1] and not item.startswith("--")
+        whole[-1:] = [f"{whole[-1]}={item}"] if apart else [*whole[-1:], item]
+    for item in whole:
+        key, sign, text = item.removeprefix("--").partition("=")
+        if not item.startswith("--") or not sign:
+            raise UserError(f"{item!r}: overrides are written --key=value")
+        typed[key] = text
+    return typed
+
+
+def _parsed(text):
+    """What was typed for a value: JSON, a number as people write it (.001), or the text itself."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return float(text) if re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?", text, re.IGNORECASE) else text
 
 
 def _no_duplicates(pairs):
@@ -1048,14 +1057,14 @@ class Run:
     def __exit__(self, kind, error, where):
         """The folder of a run that did not get as far as to do anything goes: the next try must not stumble over it. After Ctrl-C
         it is said how to go on, where there is something to go on from."""
-        begun = isinstance(error, KeyboardInterrupt)  # config.json is enough to go on from
-        if error and not begun and self.rank == 0 and not self.resume and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb"}:
+        if isinstance(error, KeyboardInterrupt):
+            if self.folder.exists():  # config.json is enough to go on from
+                raise Interrupted(str(self.folder)) from None
+        elif error and self.rank == 0 and not self.resume and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb"}:
             if self.made:
                 shutil.rmtree(self.folder)
             else:  # a link, a mounted volume, a folder with an older run's wandb/
                 (self.folder / "config.json").unlink(missing_ok=True)
-        if isinstance(error, KeyboardInterrupt) and self.folder.exists():
-            raise Interrupted(str(self.folder)) from None
 
     def write_config(self):
         write_json(self.folder / "config.json", {**dataclasses.asdict(self.config), "provenance": provenance(self.config.seed)})

@@ -190,8 +190,8 @@ def _problems(value, schema, where="", root=None, part=False):
             or any(schema.get(word) and all(map(check, schema[word])) for word in ("anyOf", "oneOf"))):
         yield "wrong_type", f"{label} must be {_type(schema, False, root)}, not {_shown(value)}"
         return
-    for word, (kinds, fits) in BOUNDS.items():
-        if type(schema.get(word)) in (int, float) and type(value) in kinds and not fits(value, schema[word]):
+    for word, (bounded, fits) in BOUNDS.items():
+        if type(schema.get(word)) in (int, float) and type(value) in bounded and not fits(value, schema[word]):
             yield "wrong_type", f"{label}: {word} is {schema[word]}, not {_shown(value)}"
     for inner in schema.get("allOf", []):
         yield from check(inner)

@@ -173,3 +173,5 @@ def test_what_people_type_on_the_command_line(file):
     assert (teacher.positions, teacher.samples, teacher.text) == (20, 10, "corpus.txt")
     assert "another name" in complaint({"method": "teacher", "k": 20, "positions": 5})
     assert "unknown key" in complaint({"k": 20})
+    assert load_config(toolplay.ROOT / "configs" / "teacher.json", ["--k=20"]).positions == 20  # the file names positions
+    assert load_config({"method": "teacher", "k": 20}, ["--positions=5"]).positions == 5
