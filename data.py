@@ -173,9 +173,18 @@ def _template_pieces(messages, tokenizer, generation):
         text, end = render(upto), tokenizer.eos_token
         return text.removesuffix(end) if end and text.endswith(end) and not render(upto, header=True).startswith(text) else text
 
+    def asked(upto):
+        """The turns and the assistant's header. A template that ignores add_generation_prompt has it all the same: what any answer begins with."""
+        text = render(upto, header=True)
+        if text == render(upto):
+            answered = os.path.commonprefix([render([*upto, {"role": "assistant", "content": x}]) for x in "ab"])
+            if answered.startswith(text) and answered[len(text):].strip():
+                return answered
+        return text
+
     def opening(upto, after):
         """The turns, and the header of the assistant's next, as far as `after` has it (a thinking model's template opens a thought)."""
-        text = render(upto, header=True)
+        text = asked(upto)
         same = os.path.commonprefix([text, after])
         return same if same == text else same[:same.rfind("\n") + 1]
     # Some templates refuse a lone system message, or fold it into the first user turn: then these two are one piece.
@@ -195,7 +204,7 @@ def _template_pieces(messages, tokenizer, generation):
         else:
             out.append((ids(body), 0))
         before = after
-    return out + ([(ids(rest(render(chat, header=True), before)), 0)] if generation else [])
+    return out + ([(ids(rest(asked(chat), before)), 0)] if generation else [])
 
 
 def encode(conversation, tokenizer, style="signature", generation=False):
@@ -338,6 +347,39 @@ def number_words(n):
     for size, name in ((10 ** 6, "million"), (1000, "thousand"), (100, "hundred")):
         if n >= size:
             return f"{number_words(n // size)} {name}" + (f"{' and ' if n % size < 100 else ' '}{number_words(n % size)}" if n % size else "")
+
+
+NUMBER = r"\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+"
+WITH_COMMAS = r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|" + NUMBER
+
+
+def numbers_in(text):
+    """The numbers of a text, in digits or in words ("one thousand and seven", 57k), as often as they stand there -> list."""
+    alone = {"half": (2, 0.5), "third": (3,), "quarter": (4, 0.25), "quarters": (4, 0.25, 0.75), "thirds": (3,), "twice": (2,), "double": (2,), "triple": (3,), "dozen": (12,)}
+    small = {**{word: n for n, word in enumerate(ONES)}, **{word: 10 * n for n, word in enumerate(TENS)}}
+    scales = {"hundred": 100, "thousand": 1000, "million": 1000000}
+    found, total, current, before = [], 0, None, ""  # of the words of one number: its finished thousands, and what follows them
+    text = re.sub(r"(?<=\d)(k|m)\b", lambda m: {"k": " thousand", "m": " million"}[m[1]], str(text).lower())  # 57k
+    for word in [*re.findall(WITH_COMMAS + r"|[a-z]+|(?<!thousand),", text, re.ASCII), ""]:
+        if word in scales and before[:1].isdigit():
+            found.append(found[-1] * scales[word])
+        elif word == "hundred" and current and current > 100:  # "three hundred and one hundred" are two
+            found.append(float(total + current - current % 100))
+            total, current = 0, 100 * (current % 100)
+        elif word in scales and (current or before == "a"):
+            current = (current or 1) * scales[word]
+            if word != "hundred":
+                total, current = total + current, None
+        elif word in small and (not current or current % 100 == 0 or small[word] < 10 and current % 10 == 0 and current % 100 > 10):
+            current = (current or 0) + small[word]
+        elif word != "and" or before not in scales:  # the number ends here, and the next may begin
+            found += [float(x) for x in [(current or 0) + total] if x]
+            total, current = 0, small.get(word)
+            found += map(float, [word.replace(",", "")] if word[:1] in tuple("0123456789.") else alone.get(word, ()))
+            if word == "dozen" and len(found) > 1 or word == "half" and before == "a" and len(found) > 2:  # two dozen, two and a half
+                found.append(12 * found[-2] if word == "dozen" else found[-3] + 0.5)
+        before = word
+    return found + [int(a) / int(b) for a, b in re.findall(r"(?<![\d./])(\d{1,2})/(\d{1,2})(?![\d./])", text, re.ASCII) if 0 < int(a) < int(b)]  # 3/4 of them
 
 
 # Every unordered pair of numbers belongs to one split: two colours to train, one and the same colour to dev or test. A number that
@@ -926,6 +968,8 @@ def converse(kind, split, rng):
         results = [execute(call, tools) for call in calls]
         if broken := [r.message for r in results if r.error_type == "crashed"]:  # a corpus of one's own that cannot be read
             raise UserError(broken[0].removeprefix("UserError: "))
+        if kind != "tool_error" and os.environ.get("TOOLPLAY_CITIES") and (unknown := [r.message for r in results if r.message.startswith("unknown city")]):
+            raise UserError(f"TOOLPLAY_CITIES = {os.environ['TOOLPLAY_CITIES']}: {unknown[0]}, but the templates ask for it; unset it while data are generated")
         finals = [final_answer(c, r, rng, story=kind in ("word_problem", "one_step", "two_steps")) for c, r in zip(calls, results)]
         reply = finals[0] if len(finals) == 1 else fill(rng.choice(corpus("answers.json")["two"]), {"first": finals[0], "second": finals[1]})
         if len(finals) > 2:
@@ -947,6 +991,8 @@ def generate(split, n, seed=0, mix=None):
     mix = {k: v for k, v in (mix or MIX).items() if k != "canonical" or split == "train"}
     if not mix:
         raise UserError(f"the {split} split has no canonical examples: they are all in train; add another kind to the mix")
+    if split not in ("train", "dev", "test") or not any(mix.values()):
+        raise UserError(f"split {split!r}: it must be train, dev or test, and one kind of the mix must weigh more than 0")
     if unknown := set(mix) - set(KINDS):
         raise UserError(f"unknown kind {sorted(unknown)[0]!r} in the mix; kinds are {', '.join(KINDS)}")
     rng = random.Random(f"{split} {seed}")
@@ -1387,17 +1433,19 @@ def toolbench_api(api):
 
 def toolbench_function(function):
     """A function of an answer -> tool schema, its description without the wrapping. Names that are none, and types, become standard ones."""
-    text = re.sub(r'^.*The description of this function is: "?|"$', "", function.get("description") or "", flags=re.DOTALL).strip()
+    wrapped = re.match(r'.*The description of this function is: "?(.*?)"?$', text := function.get("description") or "", re.DOTALL)
+    text = (wrapped[1] if wrapped else text).strip()
     known, parameters = ("type", "description", "enum", "items", "default"), function.get("parameters") or {}
 
     def field(given):
-        kept = {key: given[key] for key in known if key in given}
+        kept = {key: given[key] for key in known if given.get(key) is not None and given[key] != []}
         if "type" in kept and not isinstance(kept["type"], list) and kept["type"] not in TYPES:
             kept["type"] = API_TYPES.get(str(kept["type"]).upper(), "string")
         return kept
-    properties = {name: field(given) for name, given in (parameters.get("properties") or {}).items()}
+    known_as = {name: name if re.fullmatch(r"\w+", name) else standard_name(name) for name in parameters.get("properties") or {}}
+    properties = {known_as[name]: field(given) for name, given in (parameters.get("properties") or {}).items()}
     name = function["name"] if re.fullmatch(r"\w{1,64}", function["name"]) else standard_name(function["name"])[-64:]
-    return {"name": name, "description": text, "parameters": {"type": "object", "properties": properties, "required": [name for name in parameters.get("required") or [] if name in properties]}}
+    return {"name": name, "description": text, "parameters": {"type": "object", "properties": properties, "required": [known_as[name] for name in parameters.get("required") or [] if name in known_as]}}
 
 
 def toolbench_items(text, name):
@@ -1411,10 +1459,10 @@ def toolbench_items(text, name):
             try:
                 content += [json.loads(line)] if line.strip() else []
             except (ValueError, RecursionError):
-                if not content and ".jsonl" not in name.lower():
-                    raise  # not lines, but one text that is damaged
                 bad[number] = "it is no JSON"
         content = [item for line in content for item in (line if isinstance(line, list) else [line])]
+        if ".jsonl" not in name.lower() and not any(isinstance(item, dict) and key in item for item in content for key in shapes.values()):
+            raise  # not lines, but one text that is damaged
     items = content if isinstance(content, list) else [content]
     return [(next((shape for shape, key in shapes.items() if isinstance(item, dict) and key in item), None), item) for item in items], bad
 
@@ -1426,14 +1474,17 @@ def toolbench_functions(text):
     for start, end, read in itertools.product(starts[:20], ends[:-6:-1], (ast.literal_eval, json.loads)):  # literals only: nothing is executed
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             functions = read(text[start:end + 1])
-            if isinstance(functions, list) and all(isinstance(f, dict) for f in functions):
+            if isinstance(functions, list) and functions and all(isinstance(f, dict) and "name" in f for f in functions):  # not the [] in one of them
                 return functions
-    raise Unusable("its list of functions cannot be read")
+    raise Damaged("its list of functions cannot be read")
 
 
 def toolbench_action(text):
     """What an assistant says in a dialogue -> (its thought, (function name, argument text or None) or None): "Thought: ... Action: ... Action Input: ..."."""
-    before, _, arguments = text.partition("Action Input:")
+    lines = re.match(r"(.*?)(?:^|\n)[ \t]*Action[ \t]*[:：][ \t]*([^\n]*\S)\s*?\n[ \t]*Action Input[ \t]*[:：](.*)$", text, re.DOTALL | re.IGNORECASE)
+    if lines:
+        return lines[1], (lines[2].strip(), lines[3] or None)
+    before, _, arguments = text.partition("Action Input:")  # all in one line
     thought, action, name = before.rpartition("Action:")
     if not action or not arguments and thought.rpartition("\n")[2].strip():
         return text, None  # it talks about an action
@@ -1487,6 +1538,8 @@ def toolbench_repaired(arguments, tool):
             with contextlib.suppress(ValueError, RecursionError):
                 value = _loads(value.lower() if kind == "boolean" else value)
         return int(value) if kind == "integer" and isinstance(value, float) and value.is_integer() else value
+    names = {standard_name(name): name for name in reversed(fields)}
+    arguments = {key if key in fields else names.get(standard_name(key), key): value for key, value in arguments.items()}
     made = {key: typed(value, fields[key].get("type")) for key, value in arguments.items() if key in fields and (key in required or value is not None and (value != "" or fields[key].get("type") == "string"))}
     for key in [key for key, value in made.items() if isinstance(value, float) and fields[key].get("type") == "integer"]:
         fields[key] = {**fields[key], "type": "number"}
@@ -1510,28 +1563,35 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
         for tool in found:
             tools.setdefault(tool["name"], tool)  # of two of a name ToolBench runs the first
         names = {standard_name(name): name for name in reversed(tools)}
-        messages, waiting, dropped, unended, clipped, finished, thoughts = [], 0, 0, 0, False, False, []
+        messages, dropped, unended, clipped, finished, thoughts = [], 0, 0, False, False, []
+        waiting = skipped = False  # the call before: waits for its result, or was left out with it
         for role, text, call in steps:
+            if waiting and (role == "user" or call):  # a call without a result: no turn can follow it
+                messages.pop()
+                dropped, waiting = dropped + 1, False
             if role == "user":
                 messages.append({"role": "user", "content": text.strip().removesuffix("Begin!").strip()})
-            elif role in ("function", "tool") and waiting:
-                content, cut = toolbench_observation(text, observation)
-                messages.append({"role": "tool", "content": content})
-                clipped, waiting = clipped or cut, 0
+            elif role in ("function", "tool"):
+                if waiting:
+                    content, cut = toolbench_observation(text, observation)
+                    messages.append({"role": "tool", "content": content})
+                    clipped = clipped or cut
+                dropped += not (waiting or skipped)  # of a call that cannot be read
+                waiting, skipped = False, False
             elif role == "assistant" and call is None:
                 thoughts.append(toolbench_text(text))
             elif role == "assistant":
                 name, arguments = call[0], toolbench_arguments(call[1] or "{}")
                 if name == "Finish":
                     given = arguments or {}
-                    answer = given.get("final_answer") or ""
+                    answer, ends = "" if given.get("final_answer") is None else given["final_answer"], str(given.get("return_type")).strip()
                     answer = toolbench_text(answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False))
-                    if given.get("return_type") == "give_up_and_restart":
+                    if ends == "give_up_and_restart":
                         raise Unusable("it gives up, or its Finish is broken")
-                    if finished := given.get("return_type") == "give_answer" and bool(answer):
+                    if finished := ends == "give_answer" and bool(answer):
                         messages.append({"role": "assistant", "content": answer})
                         break
-                    unended, waiting, thoughts = unended + 1, 0, []  # ToolBench answers it with an error, and goes on
+                    unended, skipped, thoughts = unended + 1, True, []  # ToolBench answers it with an error, and goes on
                     continue
                 name = name if name in tools else names.get(standard_name(str(name)))
                 arguments = toolbench_repaired(arguments, tools[name]) if name and arguments is not None else None
@@ -1539,8 +1599,8 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                     dropped += 1  # a name that is not offered, no JSON, not what the function takes: never to be learned
                 else:
                     messages.append({"role": "assistant", "content": "\n".join(filter(None, [*thoughts, toolbench_text(text)])), "tool_calls": [{"name": name, "arguments": arguments}]})
-                waiting, thoughts = int(arguments is not None), []
-            elif role not in ("system", "function", "tool"):
+                waiting, skipped, thoughts = arguments is not None, arguments is None, []
+            elif role != "system":
                 raise Unusable(f"a turn of an unknown role, {str(role)[:20]!r}")
         if not messages or messages[0]["role"] != "user" or not messages[0]["content"]:
             raise Unusable("nobody asks for anything")
@@ -1572,7 +1632,7 @@ def toolbench_observation(text, limit):
                 error, text = json.loads(cut[1], strict=False), json.loads(f'"{cut[2]}"', strict=False)
     else:
         if isinstance(found, dict) and ("response" in found or set(found) == {"error"}):
-            error, text = (x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in (found.get("error") or "", found.get("response") or ""))
+            error, text = (x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in (found.get("error") or "", "" if found.get("response") is None else found["response"]))
     said = f"{error} {text}".strip() if error else text
     return Result("", not error, said[:limit], message=said[:limit], max_chars=10 * limit).text(), len(said) > limit
 
@@ -1603,6 +1663,8 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
     """
     if not (names := toolbench_files(path)):
         raise UserError(f"{path}: no such file or folder, or no *.json in it")
+    if report and not Path(report).absolute().parent.is_dir():
+        raise UserError(f"--report {report}: there is no such folder")
     kept, counts, damaged, noted, seen, calls_dropped = [], Counter(), {}, {}, set(), 0
     for name in names:
         try:

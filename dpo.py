@@ -365,6 +365,8 @@ def read_pair(line, tokenizer, style="signature"):
 
     def holds_prompt(part):
         whole = isinstance(part[0], dict) and part[0].get("role") in ("system", "user")
+        if isinstance(line.get("prompt"), str) and whole and not any(isinstance(m, dict) and str(m.get("content")).strip() == line["prompt"].strip() for m in part):
+            raise UserError('"prompt" is another text than the conversation in "chosen" and "rejected" begins with')
         return part[:len(prompt)] == prompt or isinstance(line.get("prompt"), str) and whole
 
     def in_one_spelling(part):  # or the same would differ
@@ -374,6 +376,8 @@ def read_pair(line, tokenizer, style="signature"):
     chosen, rejected = in_one_spelling(chosen), in_one_spelling(rejected)
     if chosen == rejected:
         raise UserError("chosen and rejected are the same")
+    if prompt and not holds_prompt(line["chosen"]) and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
+        raise UserError('"prompt" ends with an assistant message; end it with the user\'s, and let chosen and rejected hold all of the answer')
     shared = next((n for n, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1])) if a != b), min(len(chosen), len(rejected)) - 1)
     if not shared:
         raise UserError('the pair has no "prompt", and chosen and rejected have no messages in common that could be it')
@@ -381,6 +385,8 @@ def read_pair(line, tokenizer, style="signature"):
     pair = pair_of({"messages": chosen[:shared], **prompt_tools}, chosen[shared:], rejected[shared:], tokenizer, style, "given")
     if not all(any(mask) for _, mask in pair[:2]):
         raise UserError("chosen and rejected must each hold an assistant message")
+    if len({tuple(i for i, m in zip(ids, mask) if m) for ids, mask in pair[:2]}) == 1:
+        raise UserError("chosen and rejected differ in what a user or a tool says alone: there is nothing of the model's to prefer")
     return pair
 
 
@@ -441,7 +447,7 @@ def train(run):
     # 3. optimizer
     batches = data.Batches([unit[0] for unit in units], config)
     total = trainer.total = batches.total
-    run.start(trainer)
+    run.start(trainer)  # reference_logp has looked whether the data are the same
 
     def loss(group):
         ref = torch.tensor([unit[2:] for unit in group], dtype=torch.float64, device=run.device)                    # [B, 2]
@@ -596,7 +602,7 @@ def reference_logp(run, pairs, answers, autocast):
 
     import toolplay
     from tools import UserError
-    key = hashlib.sha256(json.dumps([run.config.model, toolplay.start_hashes(run.config), run.config.precision, run.device.type, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([run.config.model, toolplay.start_hashes(run.config), run.config.precision, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
     path = run.folder / "reference.json"
     if path.exists():
         kept = toolplay.read_json(path, lambda kept: (kept["data_sha256"], [float(a) + float(b) for a, b in kept["logp"]]), "remove it: it is computed anew")
@@ -615,7 +621,7 @@ def show(n, config):
     import difflib
 
     import toolplay
-    from tools import UserError
+    from tools import UserError, printable
     check_settings(config)
     if config.pairs != "corrupted":
         model, tokenizer = toolplay.prepare_model(config, toolplay.pick_device(config.device))
@@ -628,20 +634,15 @@ def show(n, config):
     for pair in pairs[:n]:
         start = toolplay.common_prefix(*(list(ids) for ids, _ in pair[:2]))
         start = min([start, *(list(mask).index(1) for _, mask in pair[:2])])  # where they part, or an answer begins
-        texts = [plain(tokenizer.decode(ids[start:]).rstrip("\n")) for ids, _ in pair[:2]]
+        texts = [printable(tokenizer.decode(ids[start:]).rstrip("\n")) for ids, _ in pair[:2]]
         words = [re.findall(r"\w+|\s+|[^\w\s]", text) for text in texts]
         marked = ["", ""]
         for tag, a, b, c, d in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
             for side, (low, high) in enumerate(((a, b), (c, d))):
                 piece = "".join(words[side][low:high])
                 marked[side] += piece if tag == "equal" or not piece else f"\033[{(32, 31)[side]};1m{piece}\033[0m"
-        prompt = plain(tokenizer.decode(pair.chosen[0][:start]).split("<|im_start|>user\n")[-1].replace("<|im_end|>\n<|im_start|>assistant\n", "\n").rstrip("\n")).replace("\n", "\n            ")
+        prompt = printable(tokenizer.decode(pair.chosen[0][:start]).split("<|im_start|>user\n")[-1].replace("<|im_end|>\n<|im_start|>assistant\n", "\n").rstrip("\n")).replace("\n", "\n            ")
         print(f"--- {pair.why}\n  prompt    {prompt}\n  chosen    {marked[0]}\n  rejected  {marked[1]}")
-
-
-def plain(text):
-    """Text for a terminal: what a data file has of control characters is shown, not obeyed."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
 def main(argv=None):

@@ -178,18 +178,30 @@ def numbers(text):
 IN_WORDS = re.compile(r"\b(?:{0})(?: (?:{0}))*\b".format("|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"])))
 
 
-def states(text, answer, known):
-    """Whether the text states the answer: not as a denial, and without a list of guesses around it."""
-    if re.search(r"\b(not|isn['’]t|never)\s+(\w+\s+)?[-−$€£]?\.?\d|\d\S*\s+(is|was|would be) (wrong|incorrect|not|false)\b", text, re.IGNORECASE):
+def states(text, answer, known, guesses=2):
+    """Whether the text states the answer: not as a denial, and with at most so many guesses (numbers that are not `known`) around it."""
+    denied = re.findall(rf"\b(?:not|isn['’]t|never)\s+(?:\w+\s+)?({NUMBER.pattern})|({NUMBER.pattern})\S*\s+(?:is|was|would be) (?:wrong|incorrect|not|false)\b", text, re.IGNORECASE | re.ASCII)
+    if any(answer in numbers(found[0] or found[4]) for found in denied):
         return False
-    text = re.sub(r"(?<![\w)] )\b(?:minus|negative) (?=[$€£]?\d)|(?<=\bis )(?:minus|negative) (?=\d)", "-", text, flags=re.IGNORECASE)  # not "10 minus 3"
+    words = IN_WORDS.pattern
+    text = re.sub(rf"(?<![\d)%] )(?<![\d)%])\b(?:minus|negative) (?=[$€£]?\d)", "-", re.sub(rf"({words}) minus (?=[$€£]?\d)", r"\1 - ", text, flags=re.IGNORECASE), flags=re.IGNORECASE)  # not "10 minus 3"
     shown, exact = numbers(text), answer == round(answer) and abs(answer) < 1e15
     right = {value for value, places in shown.items() if value == answer or not exact and (
         near(value, answer, 0.005) or near(value, answer, 0.05) and near(value, round(answer, places), 1e-9))}
-    if not right and exact and 0 <= answer < 10 ** 9:  # "eight legs"
-        plain = lambda words: " ".join(re.sub(r"[-,]|\band\b", " ", words.lower()).split())  # noqa: E731
-        right = {answer} if plain(data.number_words(int(answer))) in IN_WORDS.findall(plain(text)) else right
-    return bool(right) and len(set(shown) - right - known) <= 2
+    spelled = in_words(text)
+    if not right and exact and answer in spelled:  # "eight legs"
+        right = {answer}
+    return bool(right) and len((set(shown) | spelled) - right - known - {1}) <= guesses
+
+
+def in_words(text):
+    """The whole numbers that a text spells out ("minus twelve") -> set."""
+    plain, found = " ".join(re.sub(r"[-,]|\band\b", " ", text.lower()).split()), set()
+    for phrase in IN_WORDS.finditer(plain):
+        below = re.search(rf"(?:^|(\S+) )(?:minus|negative) $", plain[:phrase.start()])
+        sign = -1 if below and not (below[1] and (below[1][-1] in "0123456789)%" or IN_WORDS.fullmatch(below[1]))) else 1
+        found |= {sign * x for x in data.numbers_in(phrase[0])}
+    return found
 
 
 ORDINARY = {"Nice", "Sandy", "Bath", "Reading", "Split", "Mobile", "Cork", "Tours"}  # cities whose names begin sentences
@@ -214,13 +226,13 @@ def converses(text, prompt):
     return bool(words) and not loop and 2 * sum(map(str.isalpha, solid)) >= len(solid) and (f1(text, prompt) < 0.8 or len(asked) < 4 and words != asked)
 
 
-POLITE = frozenset("hello hi hey bye goodbye thanks thank welcome sure yes no okay ok sorry great good nice happy not don but if you he she".split())
+POLITE = frozenset("hello hi hey bye goodbye thanks thank welcome sure yes no okay ok sorry great good nice happy not don but if you he she m s t re ll ve d fine wonderful amazing awesome perfect cool sweet cheers congratulations congrats enjoy maybe absolutely definitely".split())
 
 
 def worded(text, known):
     """Whether a text has a word that everybody uses, or one of the `known` texts ("asdf qwer" has none), and not only such as "the".
     Other scripts than the Latin are not judged."""
-    words = set(_normal(text).split())
+    words = set(_normal(re.sub("['’]", " ", text)).split())  # I'm
     if not re.search("[a-z]", _normal(text)):
         return bool(words)
     return bool(words - STOP_WORDS) and (bool(words & (STOP_WORDS | POLITE)) or f1(text, known) > 0)
@@ -422,7 +434,7 @@ def compare(groups, draws=2000):
 def settings_of(config):
     """What makes two runs seeds of one experiment: the config without its seed and what changes no result; for the run it started from, that run's."""
     kept = {k: v for k, v in config.items() if k not in ("seed", "run_dir", "comment", "provenance", "device", "save_every", "micro_tokens") and not k.startswith("wandb")}
-    with contextlib.suppress(OSError, ValueError):  # it may be gone
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):  # it may be gone, or damaged
         if kept.get("start_from"):
             kept["start_from"] = settings_of(json.loads((Path(kept["start_from"]) / "config.json").read_text(encoding="utf-8")))
     return kept
@@ -441,14 +453,16 @@ def compare_command(args):
             config = toolplay.read_json(folder / "config.json", dict.items, remedy) if (folder / "config.json").exists() else {"run": str(folder)}  # of eval --model --out
         except OSError as error:
             raise UserError(f"{folder}: no result to compare ({type(error).__name__}); {remedy}") from None
-        records = [r for r in result["records"] if not args.kind or r["kind"] in args.kind.split(",")]
+        kinds = {r["kind"] for r in result["records"]}
+        wanted = {kind.strip() for kind in args.kind.split(",")} if args.kind else kinds
+        if missing := sorted(wanted - kinds):
+            raise UserError(f"{folder}: its eval.json has no case of kind {missing[0]!r}; it has {', '.join(sorted(kinds))}")
+        records = [r for r in result["records"] if r["kind"] in wanted]
         cases = [(r["id"], r["prompt"]) for r in records]
-        if not cases and args.kind:
-            raise UserError(f"{folder}: its eval.json has no case of kind {args.kind!r}")
         if same is not None and cases != same or not cases:
             raise UserError(f"{folder}: its eval.json is of other cases than {args.runs[0]}'s; run eval on all with the same --data, --n and --seed")
         same = cases
-        key, seed = json.dumps(settings_of(config), sort_keys=True), config.get("seed")
+        key, seed = json.dumps(settings_of(config), sort_keys=True), str(config.get("seed"))
         version = next(n for n in itertools.count() if seed not in groups.get((key, n), {}))  # a seed that comes again: the code has changed
         groups.setdefault((key, version), {})[seed] = (folder, records)
     labelled = {}

@@ -31,8 +31,8 @@ order of our own:
            all weights; adapters take larger steps, and eps 1e-8 is the shared Trainer's
 Departures. The reference is where training starts (the SFT adapter kept aside, or the base model with adapters off): one
 model in memory. RLOO has clipped ratios of tokens and several epochs here, where the paper has plain REINFORCE of whole
-answers. GRPO takes beta KL out of the advantage instead of adding a KL loss, leaves prompts alone whose scores hardly
-differ, and averages over all tokens, not first over each episode's. With `value_lora` the critic is an adapter of its own on
+answers. GRPO takes beta KL out of the advantage instead of adding a KL loss, and averages over all tokens, not
+first over each episode's. With `value_lora` the critic is an adapter of its own on
 the same trunk: policy and value no longer pull at the same weights, for a second forward. `min_spread` leaves prompts out
 whose samples earned the same, for they cost most of a round and teach next to nothing (dynamic sampling, Yu et al. 2025,
 arXiv:2503.14476, eq. 11, but no other prompts are sampled in their place); with `replay`, prompts that taught come again, for as
@@ -46,6 +46,8 @@ Under torchrun the ranks share out the prompts of a round, and its learning.
 """
 from __future__ import annotations
 
+import ast
+import copy
 import dataclasses
 import functools
 import json
@@ -109,6 +111,11 @@ def only(x, mask):
     return torch.where(mask.bool(), x, 0)
 
 
+def floating(x):
+    """x, whole numbers and truths as fp32: scores of 0 and 1 have a mean between."""
+    return x if x.is_floating_point() else x.float()
+
+
 def masked_mean(x, mask):
     """Mean over the masked entries -> scalar; 0 if there are none."""
     return model_tokens(x, mask).sum() / mask.sum().clamp(min=1)
@@ -116,12 +123,14 @@ def masked_mean(x, mask):
 
 def masked_whiten(x, mask, shift_mean=True):
     """x [B, T] scaled to variance 1 (with Bessel's correction) over the masked entries; mean 0 too with `shift_mean`. 0 elsewhere."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # 1e-8 is 0 in fp16
     inside, mean = model_tokens(x, mask), masked_mean(x, mask)
     variance = ((inside - mean) ** 2).sum() / max(inside.numel() - 1, 1)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
     return only(white if shift_mean else white + mean, mask)
 
 
+@torch.no_grad()
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Equation (1). rewards, values, mask: [B, T] -> (advantages, returns) [B, T], 0 where the mask is 0.
 
@@ -135,24 +144,23 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         advantage = (delta + gamma * lam * advantage) * m[:, t]                 # (1); beyond the last token all is 0
         following = v[:, t] * m[:, t]
         columns.append(advantage)
-    packed = torch.stack(columns[::-1], 1)
+    packed = torch.stack(columns[::-1], 1) if columns else v                    # no token at all
     advantages = torch.zeros_like(packed).scatter(1, order, packed)
     return advantages, only(advantages + values, mask)
 
 
 def rloo_advantages(scores):
     """Equation (4). scores [prompts, samples] -> the same shape; one sample alone has no baseline, and advantage 0."""
-    k = scores.shape[1]
+    scores, k = floating(scores), scores.shape[1]
     return (scores - scores.mean(1, keepdim=True)) * (k / max(k - 1, 1))        # = score - mean of the others
 
 
-def grpo_advantages(scores, eps=1e-4, least=0.02):
-    """Equation (5). scores [prompts, samples] -> the same shape; 0 where the samples of a prompt differ by less than `least`.
-
-    Without that bound, two answers that differ by a few tokens of length would count as much as right and wrong.
-    """
-    spread = scores.std(1, keepdim=True) if scores.shape[1] > 1 else torch.zeros_like(scores[:, :1])
-    return torch.where(spread < least, 0.0, (scores - scores.mean(1, keepdim=True)) / (spread + eps))
+def grpo_advantages(scores, eps=1e-4):
+    """Equation (5). scores [prompts, samples] -> the same shape; one sample alone has advantage 0. Samples that differ by a few tokens
+    of length count as much as right and wrong: `min_spread` leaves such prompts out."""
+    scores = floating(scores)
+    spread = scores.std(1, keepdim=True) if scores.shape[1] > 1 else torch.zeros_like(scores)
+    return (scores - scores.mean(1, keepdim=True)) / (spread + eps)
 
 
 def policy_loss(logp, old_logp, advantages, mask, clip_range=0.2, dual_clip=0.0):
@@ -185,19 +193,19 @@ def kl_penalty(logp, ref_logp, estimator="k1"):
     if estimator not in ("k1", "k3"):
         raise ValueError(f"estimator {estimator!r}: must be k1 or k3")
     difference = ref_logp - logp
-    return -difference if estimator == "k1" else torch.exp(difference) - 1 - difference
+    return -difference if estimator == "k1" else torch.exp(difference.clamp(-20, 20)) - 1 - difference  # finite, as the ratio
 
 
 def token_rewards(scores, kl, mask, kl_coef):
     """r_t: - kl_coef * KL on the model's tokens, and the episode's score on its last one. scores [B], kl and mask [B, T]."""
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)                     # [B]
-    rewards = only(-kl_coef * kl, mask)
+    rewards = only(-kl_coef * floating(kl), mask)
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype) * mask.any(1, keepdim=True))
 
 
 def explained_variance(values, returns, mask):
     """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows nothing."""
-    values, returns = model_tokens(values, mask), model_tokens(returns, mask)
+    values, returns = (floating(model_tokens(x, mask)) for x in (values, returns))
     return float(1 - (returns - values).var() / returns.var()) if returns.numel() > 1 and returns.var() > 0 else 0.0
 
 
@@ -257,19 +265,21 @@ def expressions(episode):
 
 
 def worked(case, episode):
-    """What `is_calculation` has to know of each of the calculator's calls -> [(expression, prompt, results before it)]."""
-    prompt, results = " ".join(message["content"] for message in case.conversation["messages"]), calculated(episode)
-    return [(x, prompt, [value for m, value in results.items() if m < n]) for n, x in enumerate(expressions(episode))]
+    """What `is_calculation` has to know of each of the calculator's calls -> [(expression, prompt, [(earlier one, its result)])]."""
+    prompt, said = " ".join(message["content"] for message in case.conversation["messages"]), expressions(episode)
+    return [(x, prompt, [(said[m], value) for m, value in calculated(episode).items() if m < n]) for n, x in enumerate(said)]
 
 
 def unused(episode):
     """Results of the calculator, but for the last, that no later expression uses."""
+    from data import numbers_in
     said, results = list(map(str, expressions(episode))), [*calculated(episode).items()]
     return [value for n, value in results[:-1] if not any(math.isclose(abs(value), x) for later in said[n + 1:] for x in numbers_in(later))]
 
 
 def works_out(case, episode):
     """Where a calculator's call is due, each is a calculation, or has the gold one's numbers."""
+    from data import numbers_in
     gold = [sorted(numbers_in(call.arguments.get("expression"))) for call in case.calls or [] if call.name == "calculator"]
     return not gold or all(not isinstance(one[0], str) or sorted(numbers_in(one[0])) in gold or is_calculation(*one) for one in worked(case, episode))
 
@@ -303,20 +313,30 @@ def right_result(case, episode, verdicts):
 
 def right_answer(case, episode, verdicts):
     """The final text is right, tidy, and ends. A number must be the last result of the calculator, worked out there, and the
-    only result that is stated; what was searched must have been searched for."""
-    from eval import numbers
-    words = episode.final.split()
+    only result that is stated; what was searched must have been searched for; talk counts half, and the rest by its likeness to the reference."""
+    from eval import numbers, states
+    words = re.findall(r"\w+", episode.final.lower())
     if max(Counter(zip(words, words[1:], words[2:], words[3:])).values(), default=0) >= 4:  # it goes round in circles
         return 0.0
     if not verdicts["response_quality"] or not right_format(case, episode, verdicts) or episode.stop != "end":
         return 0.0
     if not counts(case):
-        guesses = case.answer is not None and re.search(r"\d\S*\s+(or|to|and maybe)\s+(\w+\s+)?\S?\d|\bbetween\s+\S*\d", episode.final)
-        return float(verdicts["argument_accuracy"] is not False and works_out(case, episode) and not guesses)
+        known = set(numbers(" ".join(m["content"] for m in case.conversation["messages"]))) | {r.value for r in episode.results if isinstance(r.value, (int, float))}
+        guesses = case.answer is not None and not case.calls and not states(episode.final, case.answer, known, guesses=0)
+        if verdicts["argument_accuracy"] is False or not works_out(case, episode) or guesses:
+            return 0.0
+        if case.calls == [] and case.answer is None and case.kind != "missing_tool":  # garbage is short, or says the same again
+            return tidy(words) * (0.5 + 0.5 * min(4 * like_reference(case, episode, verdicts), 1.0) if case.reference else 1.0)
+        return 1.0
     earlier = [*calculated(episode).values()][:-1] if re.search(r"\bor\b", episode.final) else unused(episode)  # a step that leads on may be told
     others = [x for x in earlier if not math.isclose(x, case.answer)]
     stated = any(math.isclose(x, y) for x in others for y in numbers(episode.final))
     return float(worked_out(case, episode, verdicts) and not stated)
+
+
+def tidy(words):
+    """Whether words are a sentence: three different ones at least, and as many different ones as repeated."""
+    return len(set(words)) >= 3 and 2 * len(set(words)) > min(len(words), 30)
 
 
 def like_reference(case, episode, verdicts):
@@ -354,95 +374,148 @@ def counts(case):
     return case.answer is not None and due and any(tool.name == "calculator" for tool in case.conversation["tools"])
 
 
-NUMBER = r"\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+"
-WITH_COMMAS = r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|" + NUMBER
-EVERYDAY = {*range(2, 11), 12, 16, 24, 25, 30, 31, 36, 50, 52, 60, 360, 365, 366, 1000, 1000000, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.5, 2.54, 3.14}  # legs, days, ounces, coins, hours, weeks, minutes, degrees, metres
+# What everybody knows: legs, days, ounces, coins, hours, weeks, minutes, degrees, metres; several of them together, such as the
+# minutes of a week, km/h, °F, a ball; and what is added beside such a factor: °F, the angles of a polygon.
+EVERYDAY = {*range(2, 11), 12, 16, 24, 25, 30, 31, 36, 50, 52, 60, 180, 360, 365, 366, 1000, 3600, 1000000,
+            0.01, 0.05, 0.1, 0.25, 0.45, 0.5, 0.75, 1.5, 1.6, 1.8, 2.2, 2.54, 3.14, 3.1416, 3.6}
+TOGETHER = [7 * 24, 7 * 24 * 60, 7 * 24 * 3600, 24 * 60, 24 * 3600, 365 * 24, 365 * 24 * 60, 3600, 3.6, 1.8, 4 / 3 * 3.14, 4 / 3 * 3.1416]
+BESIDE = {32: 1.8, -32: 1.8, -2: 180}
+SUM, PRODUCT = (ast.Add, ast.Sub), (ast.Mult, ast.Div)
 
 
-def is_calculation(expression, prompt, results=()):
+def is_calculation(expression, prompt, earlier=()):
     """Whether an expression works something out, and does not dress up a number that was guessed.
 
-    It has an operation, and not an empty one (10 * 1). Every number in it matters: with another in its place the result is
-    another (not so in 36 * 0 + 42, in 36 / 36 * 42). Two are the prompt's own, or p % of them, or `results` of earlier
-    calculations; one, if nothing is added to it or the prompt has no more. Others are such as everybody knows (four legs, twelve months):
-    they multiply or divide, and are no more than the prompt's own (15 * 2.8, 36 * 7 / 6 and 36 + 6 are guesses).
-    """
-    from tools import BUILTIN, SPELLING, Call, execute
+    `earlier`: [(expression, its result)] of the calculations before it. Where a result is used, it stands for its expression.
 
-    def value(text):
-        result = execute(Call("calculator", {"expression": text}), BUILTIN)
-        return result.value if result.ok else None
-    result = value(expression)
-    if result is None:
-        return False
-    expression = expression.translate(SPELLING).lower()  # as the calculator reads it
-    if not re.search(r"\d[)%\s]*[-+*/%x][-+*/(\s]*[\d.a-z]|sqrt|abs|round|min|max|%", expression):
-        return False
-    several = re.search("m(ax|in)", expression)
-    places = list(re.finditer(NUMBER if several else WITH_COMMAS, expression))  # max(9,420) holds two numbers
-    if "round" in expression and not several:  # its second number only says to how many digits
-        places = [place for place in places if not re.search(r",\s*$", expression[:place.start()])]
-    used, given = [float(place[0].replace(",", "")) for place in places], [*numbers_in(prompt), *map(abs, results)]
-    same = functools.partial(math.isclose, rel_tol=1e-9)
+    1. There is an operation, and not an empty one (10 * 1). 2. Every number matters: with another in its place the result is another
+    (not so in 36 / 36 * 42). 3. No number but the prompt's is the result itself (24 * 3 / 3). 4. Two numbers are the prompt's own, or
+    p % of them; one, if nothing is added to it or the prompt has no more. 5. Every part is built on such numbers; others only multiply
+    them, are no more than these, and such as everybody knows. So 36 + 6, 15 * 2.8, 36 * 7 / 6 and min(36 + 9, 6 * 7) are guesses.
+    """
+    from data import numbers_in
+    from tools import ToolError, evaluate, parse_expression
+    given, known = numbers_in(prompt), []
+
+    def own(x):
+        return any(same(x, y) for g in given for y in (g, g / 100, 1 + g / 100, 1 - g / 100))
+
+    class Expand(ast.NodeTransformer):
+        def visit_Constant(self, node):
+            made = [tree for result, tree in known if same(abs(result), node.value)]
+            return copy.deepcopy(made[-1]) if made and not own(node.value) else node
+
+    def value(changed=(), change=None):
+        """What the expression comes to, with other numbers in some places; None if to nothing."""
+        for n in changed:
+            places[n].value = change(used[n])
+        try:
+            return evaluate(tree)
+        except ToolError:
+            return None
+        finally:
+            for n in changed:
+                places[n].value = used[n]
 
     def matters(n):
         """A number that is used more often than the prompt has it counts as one: 20 does not matter in 10 * 20 / 20."""
         equal = [m for m, x in enumerate(used) if x == used[n]]
         changed = [n] if len(equal) <= sum(same(used[n], x) for x in given) else equal
-        return any(other(changed, change) not in (None, result) for change in (lambda x: 1000 * x + 7, lambda x: x / 1000))
-
-    def other(changed, change):
-        """The value of the expression with other numbers in some places."""
-        parts = [expression[a:b] for a, b in zip([0] + [p.end() for p in places], [p.start() for p in places] + [None])]
-        numbers = [f"({change(used[m]):.9f})" if m in changed else place[0] for m, place in enumerate(places)]
-        return value("".join(part + number for part, number in zip(parts, [*numbers, ""])))
-
-    def multiplies(n):
-        return re.search(r"[*/x%]\s*$", expression[:places[n].start()]) or re.match(r"\s*[*/x%]", expression[places[n].end():])
-    own = [any(same(x, y) for g in given for y in (g, g / 100, 1 + g / 100, 1 - g / 100)) for x in used]
-    percent = [n for n, x in enumerate(used) if x == 100 and not re.search(r"%\s*$|m(ax|in)", expression[:places[n].start()])]  # not in 10 % 100, min(10, 100)
-    strange = [n for n, x in enumerate(used) if not own[n] and x not in (0, 1) and n not in percent]
-    if sum(x not in (0, 1) for x in used) < 2 and any(same(x, abs(result)) for x in used) or not all(map(matters, range(len(used)))):
+        return any(value(changed, change) not in (None, result) for change in (lambda x: 1000 * x + 7, lambda x: x / 1000))
+    try:
+        for said, result in earlier:
+            known.append((result, Expand().visit(parse_expression(said))))
+        tree = Expand().visit(parse_expression(expression))
+    except (ToolError, RecursionError):
         return False
-    if any(x not in (0, 1) and not own[n] and same(x, abs(result)) and not re.search(r"/\s*$", expression[:places[n].start()]) for n, x in enumerate(used)):  # 24 * 3 / 3
+    places = numbers_of(tree)
+    used, result = [place.value for place in places], None
+    if len(used) > 50 or (result := value()) is None:
+        return False
+    operations = [type(getattr(node, "op", node)) for node in ast.walk(tree) if isinstance(node, (ast.BinOp, ast.Call, ast.Attribute))]
+    if not operations or sum(x not in (0, 1) for x in used) < 2 and abs(result) in used:                                # 1
+        return False
+    if not all(map(matters, range(len(used)))):                                                                          # 2
+        return False
+    divisors = [place for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) for place in numbers_of(node.right)]
+    if any(same(place.value, abs(result)) and place.value != 1 and not own(place.value) and place not in divisors for place in places):  # 3
         return False
     if not any(x > 1 for x in given):  # all is everybody's knowledge
         return all(x in EVERYDAY or x in (0, 1, 100) for x in used)
-    bases = [n for n, mine in enumerate(own) if mine and not re.search(r"\*\*\s*$", expression[:places[n].start()])]  # not the exponents
-    if bases and other(bases, lambda x: 0) not in (None, 0, 1, 100):  # without the prompt's numbers nothing is left: not so in 36 + 9 - 3 * 1
+    mine, ground = sum(map(own, used)), Ground(own)
+    enough = mine >= min(2, len(used), len({x for x in given if x > 1})) or mine == 1 and not {ast.Add, ast.Sub} & set(operations)  # 4
+    return enough and ground.holds(tree) and len(ground.strange) <= mine and all(any(same(BESIDE[x], y) for y in ground.ratios) for x in ground.beside)  # 5
+
+
+def same(x, y):
+    return math.isclose(x, y, rel_tol=1e-9)
+
+
+def whole(x):
+    """Whether x is as many hours, minutes or seconds as something has."""
+    return abs(x) >= 100 and abs(x) in TOGETHER
+
+
+def numbers_of(node):
+    """The numbers in an expression's tree; to how many digits something is rounded is none of them."""
+    inner = node.args[:1] if isinstance(node, ast.Call) and node.func.id == "round" else ast.iter_child_nodes(node)
+    return [node] if isinstance(node, ast.Constant) else [place for child in inner for place in numbers_of(child)]
+
+
+def chain(node, kinds, inverse=False):
+    """The terms of a sum, or the factors of a product -> [(node, whether it is taken away, or divides)]."""
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, kinds):
+        return [(node, inverse)]
+    return chain(node.left, kinds, inverse) + chain(node.right, kinds, inverse ^ (not isinstance(node.op, (ast.Add, ast.Mult))))
+
+
+class Ground:
+    """What an expression is built on: numbers that are its `own`, and others that multiply these (`strange`), or stand `beside`
+    what a product's others come to (its `ratios`): 32 in degrees."""
+
+    def __init__(self, own):
+        self.own, self.strange, self.ratios, self.beside = own, [], [], []
+
+    def holds(self, node):
+        """Whether every part of the expression has own numbers, or multiplies what has."""
+        match node:
+            case ast.Constant():
+                return self.own(node.value)
+            case ast.Attribute() | ast.UnaryOp():  # a percent sign, a minus
+                return self.holds(node.value if isinstance(node, ast.Attribute) else node.operand)
+            case ast.Call():
+                return all([self.holds(x) for x in (node.args if node.func.id in ("min", "max") else node.args[:1])])
+            case ast.BinOp(op=ast.Add() | ast.Sub()):
+                others = [-x if inverse else x for x, inverse in self.others(chain(node, SUM))]
+                self.beside += [x for x in others if x in BESIDE]
+                return not others or len(others) == 1 and (others[0] in (1, 100, *BESIDE) or whole(others[0]))  # 1 + 5%, 100 - 20
+            case ast.BinOp(op=ast.Mult() | ast.Div()):
+                factors = chain(node, PRODUCT)
+                others = self.others(factors)
+                numbers = [(x, inverse) for x, inverse in others if x not in (1, 100)]
+                if len(others) == len(factors) or any(x == 0 for x, _ in others):
+                    return False
+                ratio = math.prod(1 / x if inverse else x for x, inverse in numbers)
+                self.ratios.append(max(ratio, 1 / ratio))
+                if any(same(self.ratios[-1], x) for x in TOGETHER):
+                    return True
+                self.strange += [x for x, _ in numbers]
+                return len(numbers) <= len(factors) - len(others) and EVERYDAY.issuperset(self.strange)
+            case ast.BinOp(left=base, op=ast.Pow(), right=exponent):
+                if self.holds(base):
+                    return self.holds(exponent) or getattr(exponent, "value", None) in (2, 3, 4, 0.5)
+                self.strange += [x for x, _ in self.others([(base, False)])]
+                return self.holds(exponent) and EVERYDAY.issuperset(self.strange)
+            case ast.BinOp(left=left, op=ast.Mod() | ast.FloorDiv(), right=right):
+                self.strange += [x for x, _ in self.others([(right, False)])]
+                return self.holds(left) and EVERYDAY.issuperset(self.strange)
         return False
-    enough = sum(own) >= min(2, len(used), len({x for x in given if x > 1})) or sum(own) == 1 and not re.search("[-+]", expression)
-    return enough and len(strange) <= sum(own) and all(used[n] in EVERYDAY and multiplies(n) for n in strange)
 
-
-def numbers_in(text):
-    """The numbers of a text, in digits or in words ("one thousand and seven", 57k), as often as they stand there -> list."""
-    from data import ONES, TENS
-    alone = {"half": (2, 0.5), "third": (3,), "quarter": (4, 0.25), "quarters": (4, 0.25, 0.75), "thirds": (3,), "twice": (2,), "double": (2,), "triple": (3,), "dozen": (12,)}
-    small = {**{word: n for n, word in enumerate(ONES)}, **{word: 10 * n for n, word in enumerate(TENS)}}
-    scales = {"hundred": 100, "thousand": 1000, "million": 1000000}
-    found, total, current, before = [], 0, None, ""  # of the words of one number: its finished thousands, and what follows them
-    text = re.sub(r"(?<=\d)(k|m)\b", lambda m: {"k": " thousand", "m": " million"}[m[1]], str(text).lower())  # 57k
-    for word in [*re.findall(WITH_COMMAS + r"|[a-z]+|(?<!thousand),", text, re.ASCII), ""]:
-        if word in scales and before[:1].isdigit():
-            found.append(found[-1] * scales[word])
-        elif word == "hundred" and current and current > 100:  # "three hundred and one hundred" are two
-            found.append(float(total + current - current % 100))
-            total, current = 0, 100 * (current % 100)
-        elif word in scales and (current or before == "a"):
-            current = (current or 1) * scales[word]
-            if word != "hundred":
-                total, current = total + current, None
-        elif word in small and (not current or current % 100 == 0 or small[word] < 10 and current % 10 == 0 and current % 100 > 10):
-            current = (current or 0) + small[word]
-        elif word != "and" or before not in scales:  # the number ends here, and the next may begin
-            found += [float(x) for x in [(current or 0) + total] if x]
-            total, current = 0, small.get(word)
-            found += map(float, [word.replace(",", "")] if word[:1] in tuple("0123456789.") else alone.get(word, ()))
-            if word == "dozen" and len(found) > 1 or word == "half" and before == "a" and len(found) > 2:  # two dozen, two and a half
-                found.append(12 * found[-2] if word == "dozen" else found[-3] + 0.5)
-        before = word
-    return found + [int(a) / int(b) for a, b in re.findall(r"(?<![\d./])(\d{1,2})/(\d{1,2})(?![\d./])", text, re.ASCII) if 0 < int(a) < int(b)]  # 3/4 of them
+    def others(self, parts):
+        """The numbers among the parts [(node, inverse)] that are not built on own ones; nan for what is more than a number, or than 7 * 24."""
+        from tools import evaluate
+        found = [(evaluate(node), isinstance(node, (ast.Constant, ast.Attribute)), inverse) for node, inverse in parts if not self.holds(node)]
+        return [(x if number or whole(x) else math.nan, inverse) for x, number, inverse in found]
 
 
 def score(case, episode, weights=WEIGHTS):
@@ -455,13 +528,8 @@ def score(case, episode, weights=WEIGHTS):
 
 def custom_reward(path):
     """The function that "package.module:name" names: (case, episode) -> number."""
-    import pkgutil
-
-    from tools import UserError
-    try:
-        function = pkgutil.resolve_name(path)
-    except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
-        raise UserError(f'reward = {path!r}: cannot import it ({error}); write "package.module:function"') from None
+    from tools import UserError, import_by_name
+    function = import_by_name(path, "reward")
     if not callable(function):
         raise UserError(f"reward = {path!r}: it is not a function")
 
@@ -485,6 +553,9 @@ def reward_of(config):
             raise UserError(f"reward_weights: {name!r}: {weight!r:.40}: must be a number from -1e6 to 1e6 for one of {', '.join(COMPONENTS)}")
     if config.reward and config.reward_weights or not any(weights.values()):
         raise UserError("reward_weights: " + (f"they weigh toolplay's components, but reward = {config.reward!r} is used; give one of the two" if config.reward else "all are 0; nothing could be learned"))
+    if config.max_turns == 1 and not config.reward and weights["right_answer"] and not weights["right_result"]:
+        raise UserError("max_turns = 1: an episode ends behind its calls, where right_answer is never earned; "
+                        'set "reward_weights": {"right_result": 1.0, "right_answer": 0.0}, or max_turns to 2 or more')
     return custom_reward(config.reward) if config.reward else lambda case, episode: score(case, episode, weights)
 
 
@@ -493,7 +564,7 @@ def judgeable(cases, config):
     from tools import UserError
     if not config.reward and (unknown := [c for c in cases if c.calls is None and c.answer is None]):
         raise UserError(f"{len(unknown)} of {len(cases)} prompts say nothing of a right answer, as {unknown[0].conversation['messages'][-1]['content'][:60]!r}: "
-                        'give them "answer", "expected" or an assistant turn, or set "reward" to a function of your own')
+                        'give them "answer", "expected" with "calls" or "answer", or an assistant turn, or set "reward" to a function of your own')
     return cases
 
 
@@ -684,6 +755,8 @@ def require(config):
         raise UserError(f"min_spread = {config.min_spread} with samples = 1: one sample differs from no other, so nothing would be learned")
     if config.kl_target and not config.kl_coef:
         raise UserError(f"kl_target = {config.kl_target} with kl_coef = 0: the coefficient is steered by multiplying it; give one above 0")
+    if config.kl_target and config.kl_horizon <= 0.2 * config.prompts * config.samples:
+        raise UserError(f"kl_horizon = {config.kl_horizon}: one round could bring the coefficient to 0, where it stays; give more than {0.2 * config.prompts * config.samples:g} (a fifth of a round's episodes)")
     if bool(config.ptx) != bool(config.ptx_mix):
         raise UserError("ptx and ptx_mix go together: how many conversations each minibatch imitates, and of which kinds")
     if 0 < config.dual_clip <= 1:
@@ -758,7 +831,7 @@ def train(run):
     # 3. optimizer
     per_round = minibatches(config, config.prompts)
     trainer = toolplay.Trainer(config, actor.parameters, config.iterations * per_round)
-    run.start(trainer)
+    run.start(trainer, [(case.conversation["messages"], case.calls and [vars(call) for call in case.calls], case.answer) for case in cases])
     if trainer.extra.setdefault("reference", started := toolplay.start_hashes(config)) != started:
         raise UserError(f"{config.start_from}: its adapter is another one than when the run began, and was its reference; start a new run")
     beta = AdaptiveKL(trainer.extra.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
@@ -820,13 +893,13 @@ def inspect(folder="", n=4):
     from pathlib import Path
 
     import toolplay
-    from tools import UserError
+    from tools import UserError, printable
     path = Path(folder) / "samples.jsonl"
     lines = toolplay.read_lines(path, ["step", "score", "answer", "prompt", "tokens", "mask", "rewards", "advantages"])[-n:]
     try:
         for line in lines:
             idle = "" if any(line["advantages"]) or any(line["rewards"]) else ", not learned from"
-            print(f"--- step {line['step']}, score {line['score']:.3f}, answer {line['answer']}{idle}\n{line['prompt']}")
+            print(f"--- step {line['step']}, score {line['score']:.3f}, answer {line['answer']}{idle}\n{printable(line['prompt'])}")
             for token, mask, reward, advantage in zip(line["tokens"], line["mask"], line["rewards"], line["advantages"]):
                 print(f"  {token!r:24}" + (f"reward {reward:+.3f}  advantage {advantage:+.3f}" if mask else "(not the model's)"))
     except (TypeError, ValueError):
@@ -841,7 +914,9 @@ def main(argv=None):
     if argv[:1] != ["--inspect"]:
         return toolplay.main(["train", *argv])
     with toolplay.one_line_errors():
-        inspect(*argv[1:2])
+        if argv[2:]:
+            raise toolplay.UserError(f"{argv[2]}: --inspect takes one run folder and nothing else")
+        inspect(*argv[1:])
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def train(run):
 
     # 3. optimizer
     trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, total)
-    run.start(trainer)
+    run.start(trainer, train_rows)
 
     def loss(rows):
         return sft_loss(toolplay.token_logprobs(model, rows), pad_mask(rows, run.device))

@@ -18,7 +18,8 @@ in the middle of a sentence. Only five weights are above zero, so L_i needs the 
 writes, a call begins, once a text, where its token is among the k most probable ones (sec. 4.2): models rather go on than call.
 
 Departures. Inserted results are read, not learned: at inference the tool writes them, so they have mask 0, as everywhere
-in this project. Of several kept calls at one position the best stays. All candidates of some texts lie in one token trie:
+in this project. Of several kept calls at one position the best stays. No call stands before the first token, or inside a
+character; one that goes on "->" instead of ending is taken as if it had ended, for then a result is asked for. All candidates of some texts lie in one token trie:
 the examples P, the text, and the beginnings of calls are computed once.
 
 Before and after the fine-tuning (there is no `eval_every` here) the loss of held-out texts and the share of right sums is
@@ -29,6 +30,7 @@ measured, with tools and without, on `eval_path` or the built-in prose of the te
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -105,29 +107,41 @@ def call_text(call, result=None, start=OPEN):
 def read_call(text, tools):
     """"calculator(18 + 27)]..." -> Call, or None if it does not end, or names no tool.
 
-    What stands between the brackets is the first argument, or those that the tool requires, with commas between them.
+    What stands between the brackets are the required arguments, or the first, with commas between them; "name=value" as in Python
+    names any. Behind a number, which holds no comma, optional ones may follow.
     """
     from tools import Call  # here, so that this file alone gives the losses
     found = re.match(r"\s*([^\s<>\"(),\[\]]+)\(([^\[\]\n]*?)\)\s*(?:\]|->)", text)
     if not found or found[1] not in tools:
         return None
     required, fields = (tools[found[1]].parameters.get(key) or [] for key in ("required", "properties"))
-    names = required or list(fields)[:1]
     if not found[2].strip():
         return Call(found[1], {}) if not required else None
+    if not fields and not required:
+        return None
+    numeric = [name for name in fields if fields[name].get("type") in ("integer", "number", "boolean")]
+    anywhere = "|".join(map(re.escape, {**dict.fromkeys(required), **fields}))
+    parts = re.split(rf"(?:^|,)\s*({anywhere})\s*=(?!=)", found[2])  # before the first name, name, value, name, value, ...
+    named, first = dict(zip(parts[1::2], parts[2::2])), parts[0].rstrip(", ")
+    free = [name for name in [*required, *(name for name in fields if name not in required)] if name not in named]
+    wanted = [name for name in free if name in required] or free[:1]
+    if first.strip():
+        if wanted and wanted[-1] in numeric and first.count(",") >= len(wanted):
+            wanted = free
+        named |= zip(wanted, first.split(",", len(wanted) - 1)) if wanted else {}
 
     def typed(name, text):
-        if name not in fields or fields[name].get("type") not in ("integer", "number", "boolean"):
+        if name not in numeric:
             return text
         try:
             return json.loads(text.lower())
         except ValueError:
             return text  # execute says what is wrong with it
 
-    def bare(name, text):
-        text = re.sub(rf"^{re.escape(name)}\s*=\s*", "", text.strip())  # a tool without examples is called as in Python
+    def bare(text):
+        text = text.strip()
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
-    return Call(found[1], {name: typed(name, bare(name, text)) for name, text in zip(names, found[2].split(",", len(names) - 1))}) if names else None
+    return Call(found[1], {name: typed(name, bare(named[name])) for name in {**dict.fromkeys(required), **fields} if name in named}) if named else None
 
 
 def result_text(result, most=80):
@@ -198,6 +212,12 @@ def sample_calls(model, tokenizer, prompts, config, seed):
     return [tokenizer.decode(ids) for ids in said]
 
 
+def inside_characters(tokenizer, ids):
+    """The positions before which a character has begun and not ended: byte-level tokens may hold a part of one."""
+    text = tokenizer.decode(ids)
+    return [] if text.isascii() else [i for i in range(1, len(ids)) if not text.startswith(tokenizer.decode(ids[:i]))]
+
+
 @torch.no_grad()
 def annotate(model, tokenizer, rows, tools, config, seed):
     """Texts as id lists -> (candidates of each, left-out samples of each, counts of the funnel).
@@ -215,8 +235,10 @@ def annotate(model, tokenizer, rows, tools, config, seed):
         open_id, = ids_of(tokenizer, opening(tokenizer))
         heads = [before + ids + between for ids in rows]
         scored = toolplay.token_logprobs(model, [(head + ids, [0] * len(head) + [1] * len(ids)) for head, ids in zip(heads, rows)], budget=config.micro_tokens * 4, also=(open_id,))
-        places = [(n, i) for n, (head, ids) in enumerate(zip(heads, rows))
-                  for i in best_positions(scored["also"][n, len(head):len(head) + len(ids), 0], config.tau_s, config.positions)]
+        opens = [scored["also"][n, len(head):len(head) + len(ids), 0] for n, (head, ids) in enumerate(zip(heads, rows))]
+        for n, ids in enumerate(rows):
+            opens[n][inside_characters(tokenizer, ids)] = -torch.inf
+        places = [(n, i) for n in range(len(rows)) for i in best_positions(opens[n], config.tau_s, config.positions)]
         funnel["positions"] += len(places)
         if not places:
             continue
@@ -331,11 +353,14 @@ def read_texts(path, n):
             return {"text": text, "kind": "text"}
         return data.read_jsonl(path, check)[:n]
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]  # not splitlines: \f ends none
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read it as text ({error})") from None
     if not lines:
         raise UserError(f"{path}: the file is empty")
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(json.loads(lines[0]), dict):
+            raise UserError(f'{path}: its lines are JSON objects; to have the "text" of each read, let its name end in .jsonl')
     return [{"text": line, "kind": "text"} for line in lines[:n]]
 
 
@@ -410,12 +435,12 @@ def text_loss(model, tokenizer, rows, tools, config):
 
 
 def measure(model, tokenizer, held_out, tools, config):
-    """Held-out texts -> {"loss", "loss_with_tools", "right", "right_with_tools", "n", "calls"}."""
+    """Held-out texts -> {"loss", "loss_with_tools", "right", "right_with_tools" (None where no text asks for a number), "n", "calls"}."""
     rows, asked = [ids_of(tokenizer, item["text"]) for item in held_out], [item for item in held_out if "answer" in item]
     out = {"loss": text_loss(model, tokenizer, rows, {}, config), "loss_with_tools": text_loss(model, tokenizer, rows, tools, config)}
     for key, allowed in (("right", {}), ("right_with_tools", tools)):
         said = complete(model, tokenizer, [ids_of(tokenizer, item["prompt"]) for item in asked], allowed, call_tokens=config.call_tokens, call_top=config.call_top) if asked else []
-        out[key] = sum(right_number(text, item["answer"]) for (text, _), item in zip(said, asked)) / max(len(asked), 1)
+        out[key] = sum(right_number(text, item["answer"]) for (text, _), item in zip(said, asked)) / len(asked) if asked else None
     return {**out, "n": len(asked), "calls": sum(len(calls) for _, calls in said)}
 
 
@@ -438,7 +463,8 @@ def train(run):
     if not texts:
         raise UserError(f"no text fits max_tokens = {config.max_tokens}; raise it, or write shorter texts, one a line")
     held_out = read_texts(config.eval_path, config.eval_examples) if config.eval_path else prose("test", config.eval_examples, config.seed) if config.eval_examples else []
-    held_out = [item for item in held_out if len(ids_of(tokenizer, item["text"])) > 1]
+    sized = [(item, n) for item in held_out if (n := len(ids_of(tokenizer, item["text"]))) > 1]
+    held_out = data.fitting([item for item, _ in sized], [n for _, n in sized], config.max_tokens, "held-out texts")
     annotated = annotated_texts(run, model, tokenizer, texts, tools)
     rows = [insert(line["ids"], kept_calls(line["candidates"]), tokenizer) for line in annotated]
     if not any(0 in mask for _, mask in rows):
@@ -449,7 +475,7 @@ def train(run):
     trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, batches.total)
     if held_out and not (run.resume and toolplay.newest_checkpoint(run.folder)):
         trainer.extra["before"] = json.dumps(measure(model.eval(), tokenizer, held_out, tools, config))
-    run.start(trainer)
+    run.start(trainer, rows)
 
     def loss(batch):
         return sft.sft_loss(toolplay.token_logprobs(model, batch), sft.pad_mask(batch, run.device))
@@ -462,7 +488,7 @@ def train(run):
         info.pop("tokens", None)
         if held_out and trainer.step >= batches.total:
             after = measure(model.eval(), tokenizer, held_out, tools, config)
-            info.update({f"eval_{k}": v for k, v in after.items()})
+            info.update({f"eval_{k}": v for k, v in after.items() if v is not None})
             if run.rank == 0:
                 before = json.loads(trainer.extra["before"]) if "before" in trainer.extra else None
                 toolplay.write_json(run.folder / "teacher.json", {"before": before, "after": after})

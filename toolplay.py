@@ -55,7 +55,7 @@ try:
 
     import data
     import lora
-    from tools import BUILTIN, Call, Result, UserError, execute, format_result, load_tools, one_line_errors, parse_calls
+    from tools import BUILTIN, Call, Result, UserError, check_corpora, execute, format_result, load_tools, one_line_errors, parse_calls
 except (ModuleNotFoundError, SyntaxError) as error:
     if __name__ != "__main__":
         raise
@@ -498,6 +498,8 @@ def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=())
     """
     if not batch:
         raise UserError("token_logprobs: the batch is empty")
+    if any(not ids or len(ids) != len(mask) for ids, mask in batch):
+        raise UserError("token_logprobs: a row is (ids, mask), two lists of one length, at least 1")
     learned = not getattr(model.config.get_text_config(), "rope_parameters", None)  # GPT-2's positions end; rotary ones go on, though no row so long was learned
     if learned and (longest := max(len(ids) for ids, _ in batch)) > context_of(model):
         raise UserError(f"a row has {longest} tokens, the model knows {context_of(model)} positions: lower max_tokens")
@@ -1036,6 +1038,8 @@ class Run:
             for key in flat:
                 if key in ("source", "mix") and before["fallback"]:
                     setattr(config, key, before[key])  # what stood in when it began
+                elif key in ("lora_r", "lora_alpha", "lora_rslora") and config.start_from:
+                    setattr(config, key, before[key])  # the adapter's own
                 elif flat[key] != before[key] and key not in ("run_dir", "wandb", "device"):
                     raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(before[key])}, now {json.dumps(flat[key])}; "
                                     "resume with the same config, or start a new run with --run_dir=...")
@@ -1044,7 +1048,7 @@ class Run:
         random.seed(config.seed)
         np.random.seed(config.seed % 2 ** 32)
         torch.manual_seed(config.seed % 2 ** 63)
-        self.source = config.source  # as config.json has it
+        self.written = dataclasses.asdict(config)  # as config.json has it
         if self.rank == 0:
             self.made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -1069,14 +1073,19 @@ class Run:
     def write_config(self):
         write_json(self.folder / "config.json", {**dataclasses.asdict(self.config), "provenance": provenance(self.config.seed)})
 
-    def start(self, trainer):
-        """Pick up the newest checkpoint if there is one, cut the log back to it, open Weights & Biases."""
+    def start(self, trainer, learned_from=()):
+        """Pick up the newest checkpoint if there is one, cut the log back to it, open Weights & Biases. UserError if the data
+        (`learned_from`, anything with a repr) are others than the checkpoint's."""
+        data_sha256 = hashlib.sha256(repr(learned_from).encode(errors="backslashreplace")).hexdigest()
         if self.resume and (found := newest_checkpoint(self.folder)):
             load_checkpoint(found, trainer)
+            if trainer.extra.get("data_sha256", data_sha256) != data_sha256:
+                raise UserError(f"{self.folder}: its data are others than when it began (a file has changed, or Toolplay has); start a new run with --run_dir=...")
             print(f"resuming {self.folder} after step {trainer.step}", file=sys.stderr)
+        trainer.extra["data_sha256"] = data_sha256
         if self.rank == 0:
-            if self.config.source != self.source:
-                self.write_config()  # what stood in for unusable data is known now
+            if dataclasses.asdict(self.config) != self.written:
+                self.write_config()  # what stood in for unusable data, and an adapter's rank and scale, are known now
             for path in (self.folder / f"{name}.jsonl" for name in ("metrics", "timing", "samples")):
                 if path.exists():
                     write_lines(path, [x for x in read_lines(path, ["step"]) if x["step"] <= trainer.step])
@@ -1302,10 +1311,17 @@ def prepare_model(config, device):
             "training goes on in that run's adapter, so lora_r cannot be 0" if not config.lora_r else
             f'it trained every weight and has no adapter; use it as the base: --start_from= --model={start / "model"}' if (start / "model").is_dir()
             else "there is no finished run (no adapter/ in it)"))
+    with contextlib.suppress(OSError):  # a bare adapter's folder has no config
+        begun = read_json(start / "config.json", lambda x: x["model"], "name another run")["model"] if config.start_from else config.model
+        if os.path.realpath(begun) != os.path.realpath(config.model):  # names that are no paths stay what they are
+            raise UserError(f"start_from = {config.start_from}: its adapter was trained on model = {begun!r}, this run has {config.model!r}; set --model={begun}")
     model, tokenizer = load_model(config.model, device)
     try:
         if config.start_from:
             lora.load_adapter(model, start / "adapter")
+            for layer in lora.lora_layers(model).values():  # rank and scale are the adapter's
+                layer.dropout.p = config.lora_dropout
+                config.lora_r, config.lora_alpha, config.lora_rslora = layer.r, layer.alpha, layer.rslora
         elif config.lora_r:
             lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, dropout=config.lora_dropout, rslora=config.lora_rslora, seed=config.seed % 2 ** 63,
                           skip=config.lora_skip)
@@ -1405,6 +1421,8 @@ def predict(args):
         if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item or isinstance(item["id"], float) and not math.isfinite(item["id"]):
             raise UserError('a line is an object with "id" and "prompt" (or "messages")')
         key, messages, own = item["id"], data.messages_of(item), item.get("tools")
+        if isinstance(own, list):  # names, and schemas of the same form, mean the tools that are at hand
+            own = [tools[x] if isinstance(x, str) and x in tools else x for x in own]
         conversation = data.check_conversation({"messages": messages, "tools": list(tools.values()) if own is None else own})
         if conversation["messages"][-1]["role"] not in ("user", "tool"):
             raise UserError("the last message must be the user's (or a tool result)")
@@ -1738,6 +1756,7 @@ def main(argv=None):
         args.overrides = [x for x in rest if args.verb in ("train", "demo", "trie")]
         if rest and not args.overrides:
             parser.error(f"unknown argument {rest[0]}")
+        check_corpora()
         try:
             args.command(args)
         except Interrupted as error:

@@ -296,14 +296,40 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
     inner = schema["function"] if isinstance(schema, dict) and isinstance(schema.get("function"), dict) else schema
     if not isinstance(inner, dict) or "name" not in inner:
         raise UserError(f"tool schema {schema!r:.80}: must be an object with name, description and parameters")
-    function = inner.get("function") if function is None else function
-    if isinstance(function, str):
-        try:
-            function = pkgutil.resolve_name(function)
-        except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
-            raise UserError(f'tool {inner["name"]}: can not import {function!r} ({error}); write "package.module:name"') from error
+    path = inner.get("function") if function is None else function
+    function, parameters, description = path, inner.get("parameters"), inner.get("description") or ""
+    if isinstance(path, str):
+        if unknown := sorted(set(inner) - {"name", "description", "parameters", "function", "type", "strict"}):
+            raise UserError(f'tool {inner["name"]}: unknown key {unknown[0]!r}; it may have name, description, parameters and function')
+        function = import_by_name(path, f'tool {inner["name"]}')
+        if parameters is None:  # then the function says what they are
+            made = function if isinstance(function, Tool) else tool(function)
+            parameters, description = made.parameters, description or made.description
     function = getattr(function, "function", function)  # that of a Tool
-    return Tool(inner["name"], inner.get("description") or "", inner.get("parameters") or {"type": "object", "properties": {}}, function)
+    return Tool(inner["name"], description, without_nulls(parameters) or {"type": "object", "properties": {}}, function)
+
+
+def import_by_name(path, what):
+    """The object that "package.module:name" names; `what` asks for it."""
+    try:
+        return pkgutil.resolve_name(path)
+    except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
+        own = path.split(":")[0].split(".")[0]
+        hint = (f"{own} is a module of Toolplay's: give yours another name" if (Path(__file__).parent / f"{own}.py").exists() else 'write "package.module:name"')
+        raise UserError(f"{what}: cannot import {path!r} ({error}); {hint}") from error
+
+
+def without_nulls(schema):
+    """A JSON schema without keywords that are null, as dumps of typed objects have them; null may be a value, in default, const and enum."""
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: value for key, value in schema.items() if value is not None or key in ("default", "const")}
+    for key in ("properties", "$defs", "definitions"):
+        if isinstance(kept.get(key), dict):
+            kept[key] = {name: without_nulls(field) for name, field in kept[key].items() if field is not None}
+    for key in ("items", "additionalProperties"):
+        kept |= {key: without_nulls(kept[key])} if key in kept else {}
+    return kept | {key: [without_nulls(x) for x in kept[key]] for key in COMBINED if isinstance(kept.get(key), list)}
 
 
 def load_tools(items=None) -> dict:
@@ -455,6 +481,11 @@ class Result:
         return text
 
 
+def printable(text):
+    """Text for a terminal: what a data file has of control characters is shown, not obeyed."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """A user's mistake is one line and exit code 2; Ctrl-C is no traceback either."""
@@ -486,7 +517,10 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
     timeout, crashed, bad_result, or tool_error for a ToolError of the tool itself.
     """
     name = str(getattr(call, "name", ""))
-    tools = tools if isinstance(tools, dict) else {tool.name: tool for tool in tools}
+    try:
+        tools = tools if isinstance(tools, dict) else load_tools(list(tools or []))
+    except (UserError, TypeError) as error:
+        return Result(name, False, None, "unknown_tool", f"the tools cannot be used: {error}", max_chars)
     failed = functools.partial(Result, name, False, None, max_chars=max_chars)
     if name not in tools:
         return failed("unknown_tool", f"unknown tool {name[:100]!r}{_nearest(name, tools)}")
@@ -605,11 +639,27 @@ def calculate(expression: str) -> int | float:
     `%` before a number, a name or "(" is modulo, else percent: 17 % 5 is 2, 15% is 0.15.
     Percent is only a number: 200 + 10% is 200.1.
     """
+    return evaluate(parse_expression(expression))
+
+
+def parse_expression(expression):
+    """An expression -> its tree, as Python reads it; nothing of it is run. ToolError if it is none."""
     if not isinstance(expression, str) or len(expression) > MAX_EXPRESSION:
         raise ToolError(f"the expression must be a text of at most {MAX_EXPRESSION} characters")
+    with _arithmetic_errors():
+        return ast.parse(_respell(expression), mode="eval").body
+
+
+def evaluate(tree):
+    """The number that a tree of `parse_expression` comes to. ToolError if there is none."""
+    with _arithmetic_errors():
+        return _rounded(_value(tree))
+
+
+@contextlib.contextmanager
+def _arithmetic_errors():
     try:
-        # Python reads the expression; nothing of it is run.  We walk over its syntax tree.
-        return _rounded(_value(ast.parse(_respell(expression), mode="eval").body))
+        yield
     except ZeroDivisionError:
         raise ToolError("division by zero") from None
     except (OverflowError, RecursionError, MemoryError):
@@ -765,11 +815,21 @@ def _index(path):
     return pages, [set(_terms(page["title"])) for page in pages], counts, Counter(term for count in counts for term in count)
 
 
+def _search_file(path=None):
+    return str(path or os.environ.get("TOOLPLAY_SEARCH") or CORPORA / "search.jsonl")
+
+
+def check_corpora():
+    """UserError if what TOOLPLAY_CITIES or TOOLPLAY_SEARCH names cannot be used: else the model would hear of it, and not the user."""
+    _cities(_city_file())
+    _index(_search_file())
+
+
 def search(query: str, path=None) -> list:
     """At most two pages, best first, by BM25 (Robertson and Zaragoza 2009, k1 = 1.5, b = 0.75)."""
     if not query.strip():
         raise ToolError("the query is empty")
-    pages, titles, counts, holders = _index(str(path or os.environ.get("TOOLPLAY_SEARCH") or CORPORA / "search.jsonl"))
+    pages, titles, counts, holders = _index(_search_file(path))
     rarity = {term: math.log(1 + (len(pages) - holders[term] + 0.5) / (holders[term] + 0.5)) for term in _terms(query[:MAX_QUERY])}
     mean = max(1, sum(count.total() for count in counts) / max(1, len(pages)))
     # A page would only mislead if it holds less than 0.4 of the question's meaning (its terms, weighed by rarity), or

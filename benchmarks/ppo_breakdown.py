@@ -7,6 +7,7 @@ the matmul peak is that of the update alone; how FLOPs are counted: common.py.
     .venv/bin/python benchmarks/ppo_breakdown.py --config configs/ppo.json --start-from RUN
 """
 import statistics
+import sys
 import tempfile
 import time
 
@@ -18,6 +19,8 @@ def ours(folder, options):
     import toolplay
     overrides = [f"--iterations={options.rounds}", f"--run_dir={tempfile.mkdtemp(dir=folder)}/run", "--eval_examples=0", "--eval_every=0"]
     overrides += [f"--start_from={options.start_from}"] if options.start_from else []
+    if options.rounds < 2:
+        sys.exit("--rounds: the first is warm-up; give 2 or more")
     config = toolplay.load_config(options.config, overrides)
     spent, rounds, steps, models = {}, [], [], []
 
@@ -61,13 +64,13 @@ def ours(folder, options):
     ppo.train(toolplay.Run(config))
     peak = common.matmul_peak()
     shares = [common.step_flops(models[0], units, config.micro_tokens)["flops"] / seconds / peak for n, seconds, units in steps if n]
-    return {"rounds": rounds, "share_of_peak": statistics.median(shares), "matmul_peak_gflops": peak / 1e9, "provenance": toolplay.provenance(config.seed),
+    return {"rounds": rounds, "share_of_peak": statistics.median(shares or [0.0]), "matmul_peak_gflops": peak / 1e9, "provenance": toolplay.provenance(config.seed),
             "episodes": config.prompts * config.samples}
 
 
 def text(sides):
     us = sides["ours"]
-    mean = {key: statistics.mean(r[key] for r in us["rounds"][1:]) for key in ("rollout", "update", "whole", "tokens")}
+    mean = {key: statistics.mean(r.get(key, 0.0) for r in us["rounds"][1:]) for key in ("rollout", "update", "whole", "tokens")}
     mean["reference, old log-probs, reward"] = mean["whole"] - mean["rollout"] - mean["update"]
     parts = ("rollout", "reference, old log-probs, reward", "update", "whole")
     lines = [f"{part:<36}{mean[part]:>8.2f} s{mean[part] / mean['whole']:>7.0%}" for part in parts]

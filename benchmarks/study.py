@@ -44,7 +44,8 @@ def cases():
     path = RUNS / "test.jsonl"
     if not path.exists():
         made = data.generate("test", N, 0, {"two_steps": 1}) + data.generate("test", N, 0, OTHERS)
-        path.write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in made), encoding="utf-8")
+        import toolplay
+        toolplay.write_atomic(path, lambda p: p.write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in made), encoding="utf-8"))
     return path
 
 
@@ -114,6 +115,8 @@ def table():
     import eval as evaluation
     methods = ("start", "base", "sft", "rft", "dpo", "gae", "rloo", "grpo")
     scored = {m: sorted([*RUNS.glob(f"{m}/eval.json"), *RUNS.glob(f"{m}-[0-9]/eval.json")]) for m in methods}
+    if not scored["start"]:
+        sys.exit(f"{RUNS}/start has not been scored, and all are compared to it: python benchmarks/study.py start")
     records = {m: [json.loads(path.read_text(encoding="utf-8"))["records"] for path in paths] for m, paths in scored.items() if paths}
 
     def new():

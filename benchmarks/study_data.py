@@ -11,6 +11,7 @@ invented functions of domains that no run has seen; call accuracy: the first tur
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 
 from study import ROOT, toolplay
@@ -45,10 +46,17 @@ def score(folder, name, options):
     return out
 
 
+def same_settings(folder, settings):
+    """Stop if the folder holds runs of other settings: they would be taken for runs of these."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if path.exists() and (kept := json.loads(path.read_text())) != settings:
+        sys.exit(f"{folder} holds runs of {kept}, not of {settings}; give another --folder")
+    path.write_text(json.dumps(settings))
+
+
 def table(folder, options, seeds):
     """Markdown of mean and spread over the seeds, from the runs that are there; and the picture."""
-    import matplotlib
-    matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, len(CASES), figsize=(4.2 * len(CASES), 3.4), sharey=True)
     print(f"| data | examples | {' | '.join(CASES)} |\n| --- | ---: |{' ---: |' * len(CASES)}")
@@ -64,6 +72,8 @@ def table(folder, options, seeds):
                 points.setdefault((what, source), []).append((n, shares))
                 cells.append(f"{statistics.mean(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})")
             print(f"| {source} | {n} | {' | '.join(cells)} |")
+    if not points:
+        sys.exit(f"{folder}: no run there has been scored; run this without --table")
     for axis, what in zip(axes, CASES):
         for place, (source, colour) in enumerate(zip(SOURCES, ("#4477aa", "#cc3311", "#228833"))):
             found = points.get((what, source), [])
@@ -102,9 +112,18 @@ def main():
     parser.add_argument("--table", action="store_true", help="only the table and the picture")
     options = parser.parse_args()
     folder, options.teacher = Path(options.folder).resolve(), str(Path(options.teacher).resolve())  # the runs' own place is the repository
+    try:  # at once, not after two hours
+        import matplotlib
+    except ImportError:
+        sys.exit("the picture needs matplotlib: ./setup.sh --test")
+    matplotlib.use("Agg")
     if not options.table:
+        same_settings(folder, {"teacher": options.teacher, "steps": options.steps, "cases": options.cases})
         if not (Path(options.teacher) / "adapter").is_dir():
             toolplay("train", *(["--resume", options.teacher] if (Path(options.teacher) / "config.json").exists() else [ROOT / "configs" / "teacher.json", f"--run_dir={options.teacher}"]))
+        import data
+        if (found := len(data.read_teacher(options.teacher, "train", max(options.sizes)))) < max(options.sizes):
+            sys.exit(f"{options.teacher}: its calls make {found} conversations, and --sizes asks for {max(options.sizes)}: the sources would not be compared at equal numbers")
         for seed in range(options.seeds):
             for n in options.sizes:
                 for source in SOURCES:

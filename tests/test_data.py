@@ -280,13 +280,29 @@ def test_splits_share_no_city_entity_or_talk():
     for kind, entities in data.corpus("search_questions.json")["entities"].items():
         owner = {}
         for entity in entities:
-            assert owner.setdefault(fold(entity["name"]), entity["split"]) == entity["split"], (kind, entity)
+            assert owner.setdefault(fold(entity["name"]), entity["split"]) == entity["split"] == cities.get(fold(entity["name"]), entity["split"]), (kind, entity)
     talk = {}
     for line in data.corpus("talk_replies.jsonl")[1:]:
         assert talk.setdefault(fold(line["prompt"]), line["split"]) == line["split"], line
     kinds = {}
     for line in data.corpus("talk_replies.jsonl")[1:]:
         assert kinds.setdefault(line["kind"], line["split"]) == line["split"]
+
+
+def test_questions_of_one_split_ask_for_nothing_of_another():
+    """In lower case, too, as they are typed. Left out are words that are names elsewhere: "a go board", "I go"."""
+    questions = data.corpus("search_questions.json")
+    owners = {}
+    for item in [*data.corpus("cities.json")["cities"], *data.corpus("cities.json")["geonames"], *(e for kind in questions["entities"].values() for e in kind)]:
+        owners.setdefault(item["name"].casefold(), set()).add(item["split"])
+    by_first = {}
+    for name in owners.keys() - {"go", "darwin", "iron", "africa"}:
+        by_first.setdefault(re.findall(r"\w+", name)[0], []).append(name)
+    texts = [*questions["plain"], *({"text": text, "split": family["split"]} for family in questions["families"] for text in family["texts"])]
+    for item in texts:
+        text = item["text"].casefold()
+        named = [name for word in set(re.findall(r"\w+", text)) for name in by_first.get(word, []) if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+        assert all(item["split"] in owners[name] for name in named), (item, named)
 
 
 def test_no_name_of_one_split_stands_in_a_text_of_another():

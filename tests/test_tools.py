@@ -787,7 +787,7 @@ def test_a_docstring_may_begin_with_its_arguments():
 def test_a_module_that_exits_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="can not import"):
+    with pytest.raises(UserError, match="cannot import"):
         tool_from_schema({"name": "x", "function": "leaves:f"})
 
 
