@@ -13,7 +13,7 @@ sampled.
     17 * 23 is 391.<|im_end|>                                                                              mask 1
 
 Where the examples come from: templates written by hand and varied by a small paraphrasing engine (this file; the
-wording stands in configs/corpora/), or JSONL files of conversations. A conversation has the ecosystem's form:
+wording stands in configs/corpora/), invented functions, JSONL files of conversations, ToolBench, or a teacher. A conversation has the ecosystem's form:
 `{"messages": [{"role", "content", "tool_calls"?}, ...], "tools": [names or OpenAI schemas]}`.
 
 Splits are by phrasing family and by value, never by row: train, dev and test share no template, no city, no entity and
@@ -578,7 +578,7 @@ class Writer:
         wording = rng.randrange(3)  # full schemas in other words; sorted, so that there are few different prompts
         return [{**BUILTIN[n].schema()["function"], "description": corpus("extra.json")["descriptions"][n][wording]} for n in sorted(names)]
 
-    # Each writer of a kind returns (prompt, calls, answer text or None, extra facts about the example).
+    # Each writer of a kind returns (prompt, calls, its family's id, extra facts about the example), or None when the draw did not fit.
 
     def number_request(self, family, spoken=False):
         """A request from a family with number slots -> (prompt, expression, slot values). spoken: its whole numbers are words."""
@@ -1021,7 +1021,8 @@ NAMED = ["{n} {v}", "with {n} {v}", "with a {n} of {v}", "{n}: {v}", "{n} = {v}"
 WHOLE = 0.5  # share of requests that are sentences written as a whole, where a function has some; the others are put together from phrases
 TEXTS = {"message", "description", "review", "body", "text", "comment", "reason", "why", "instructions", "phrase", "find", "replacement"}  # parameters that take sentences
 SINGLE = {"zones", "item_numbers", "eyepieces"}  # lists of numbers that may well hold one
-SAID_TOO = {"train": 0.4, "dev": 0.25, "test": 0.25}  # how often a phrase states an optional value; what is left out most, is practised most
+SAID_TOO = {"train": 0.15, "dev": 0.25, "test": 0.25}  # how often a phrase states an optional value; written sentences state more of them in train
+SHOWN = {"train": 0.85, "dev": 0.7, "test": 0.7}  # how often an offer has an optional parameter: to leave alone what nobody stated, has to be learned
 OFFERS = {"train": 900}  # different offers of either kind, one function and several; on the other splits every conversation has its own
 MONTHS = "January February March April May June July August September October November December".split()
 
@@ -1055,7 +1056,7 @@ class ApiWriter:
         words of a description ("day of travel" -> day_travel), or of none (masked). A few functions give many schemas, so that
         reading them is learned, not they."""
         rng = self.rng
-        shown = [p for p in function["parameters"] if p["required"] or rng.random() < 0.7]
+        shown = [p for p in function["parameters"] if p["required"] or rng.random() < SHOWN[self.split]]
         if rng.random() < 0.3:
             rng.shuffle(shown)
         parameters = []
@@ -1481,7 +1482,7 @@ def toolbench_functions(text):
 
 def toolbench_action(text):
     """What an assistant says in a dialogue -> (its thought, (function name, argument text or None) or None): "Thought: ... Action: ... Action Input: ..."."""
-    lines = re.match(r"(.*?)(?:^|\n)[ \t]*Action[ \t]*[:：][ \t]*([^\n]*\S)\s*?\n[ \t]*Action Input[ \t]*[:：](.*)$", text, re.DOTALL | re.IGNORECASE)
+    lines = re.match(r"(.*?(?:^|\n))[ \t]*Action[ \t]*[:：][ \t]*([^\n]*\S)\s*?\n[ \t]*Action Input[ \t]*[:：](.*)$", text, re.DOTALL | re.IGNORECASE)
     if lines:
         return lines[1], (lines[2].strip(), lines[3] or None)
     before, _, arguments = text.partition("Action Input:")  # all in one line
@@ -1774,7 +1775,8 @@ def read_teacher(path, split, n, seed=0, extra=()):
 def dataset(config, tokenizer):
     """The rows a run trains and evaluates on -> (train rows, held-out rows), each a list of (ids, mask).
 
-    Conversations longer than max_tokens are left out and counted, never cut. A row that trains nothing is an error.
+    Conversations longer than max_tokens are left out and counted, never cut. A row that trains nothing is an error, in a JSONL
+    file a line that is skipped and named.
     """
     def trained(item):
         conversation = check_conversation(item)

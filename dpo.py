@@ -103,7 +103,7 @@ def simpo(chosen, rejected, beta, label_smoothing, margin):
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
 
 
-VARIANTS = {f.__name__: f for f in (sigmoid, robust, ipo, hinge, simpo)}  # a new one is one function more; its name can then be set in a config
+VARIANTS = {f.__name__: f for f in (sigmoid, robust, ipo, hinge, simpo)}  # a new one is one function more, and its name, where it belongs, in the sets below; it can then be set in a config
 MEAN, FREE = {"ipo", "simpo"}, {"simpo"}  # log-probs are means over the trained tokens, not sums; no reference is needed
 SMOOTHED = {"sigmoid", "robust", "simpo"}          # label_smoothing has an effect
 
@@ -255,7 +255,7 @@ def ignores_result(conversation, rng):
 
 
 def endless(conversation, rng):
-    """A final answer that repeats itself and does not end (`rows_of` takes its end token away)."""
+    """A final answer that repeats itself and does not end (`pair_of` takes its end token away)."""
     at, text = final_answer(conversation)
     return until(conversation, at, content=" ".join([text] * 3)) if at is not None else None
 

@@ -717,7 +717,7 @@ def command(args):
 
 
 def main(argv=None):
-    import toolplay  # only here: toolplay's verb `eval` calls command() above
+    import toolplay
     toolplay.main(["eval", *(sys.argv[1:] if argv is None else argv)])
 
 

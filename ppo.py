@@ -29,8 +29,8 @@ order of our own:
            16 ratio guard, KL stop     17 averages over model tokens only
   declined 4 reward whitening (`whiten_rewards`, off: scores have a known scale)     13 lr 1e-5 and Adam eps 1e-5: those are for
            all weights; adapters take larger steps, and eps 1e-8 is the shared Trainer's
-Departures. The reference is where training starts (the SFT adapter kept aside, or the base model with adapters off): one
-model in memory. RLOO has clipped ratios of tokens and several epochs here, where the paper has plain REINFORCE of whole
+Departures. The reference is where training starts, a copy of the adapter as it was (B = 0 is the base model): one model in
+memory. RLOO has clipped ratios of tokens and several epochs here, where the paper has plain REINFORCE of whole
 answers. GRPO takes beta KL out of the advantage instead of adding a KL loss, and averages over all tokens, not
 first over each episode's. With `value_lora` the critic is an adapter of its own on
 the same trunk: policy and value no longer pull at the same weights, for a second forward. `min_spread` leaves prompts out
@@ -138,7 +138,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """
     order = torch.argsort((mask == 0).int(), dim=1, stable=True)                # [B, T] model tokens first, in their order: mask 1 0 1 gives 0 2 1
     r, v, m = (x.gather(1, order) for x in (only(rewards, mask), only(values, mask), mask.to(values.dtype)))
-    advantage, following, columns = torch.zeros_like(v[:, 0]), torch.zeros_like(v[:, 0]), []
+    advantage, following, columns = v.new_zeros(len(v)), v.new_zeros(len(v)), []
     for t in reversed(range(v.shape[1])):
         delta = r[:, t] + gamma * following - v[:, t]                           # [B]
         advantage = (delta + gamma * lam * advantage) * m[:, t]                 # (1); beyond the last token all is 0
@@ -393,6 +393,15 @@ def is_calculation(expression, prompt, earlier=()):
     p % of them; one, if nothing is added to it or the prompt has no more. 5. Every part is built on such numbers; others only multiply
     them, are no more than these, and such as everybody knows. So 36 + 6, 15 * 2.8, 36 * 7 / 6 and min(36 + 9, 6 * 7) are guesses.
     """
+    from tools import ToolError
+    try:
+        return calculation(expression, prompt, earlier)
+    except (ToolError, RecursionError, OverflowError):  # it is no expression, or one without end
+        return False
+
+
+def calculation(expression, prompt, earlier):
+    """`is_calculation`, where all of it can be read."""
     from data import numbers_in
     from tools import ToolError, evaluate, parse_expression
     given, known = numbers_in(prompt), []
@@ -418,19 +427,18 @@ def is_calculation(expression, prompt, earlier=()):
                 places[n].value = used[n]
 
     def matters(n):
-        """A number that is used more often than the prompt has it counts as one: 20 does not matter in 10 * 20 / 20."""
+        """A number that is used more often than the prompt has it counts as one: 20 does not matter in 10 * 20 / 20. A small one may
+        multiply once more: base * height / 2 with a base of 2."""
         equal = [m for m, x in enumerate(used) if x == used[n]]
-        changed = [n] if len(equal) <= sum(same(used[n], x) for x in given) else equal
+        half = used[n] in (2, 3, 4) and all(any(places[m] is part for node in ast.walk(tree) if type(getattr(node, "op", None)) in PRODUCT for part in (node.left, node.right)) for m in equal)
+        changed = [n] if len(equal) <= sum(same(used[n], x) for x in given) + half else equal
         return any(value(changed, change) not in (None, result) for change in (lambda x: 1000 * x + 7, lambda x: x / 1000))
-    try:
-        for said, result in earlier:
-            known.append((result, Expand().visit(parse_expression(said))))
-        tree = Expand().visit(parse_expression(expression))
-    except (ToolError, RecursionError):
-        return False
-    places = numbers_of(tree)
-    used, result = [place.value for place in places], None
-    if len(used) > 50 or (result := value()) is None:
+    for said, result in earlier:
+        known.append((result, Expand().visit(parse_expression(said))))
+    tree = Expand().visit(parse_expression(expression))
+    result, places = evaluate(tree), numbers_of(tree)
+    used = [place.value for place in places]
+    if len(used) > 50:
         return False
     operations = [type(getattr(node, "op", node)) for node in ast.walk(tree) if isinstance(node, (ast.BinOp, ast.Call, ast.Attribute))]
     if not operations or sum(x not in (0, 1) for x in used) < 2 and abs(result) in used:                                # 1

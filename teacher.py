@@ -358,9 +358,11 @@ def read_texts(path, n):
         raise UserError(f"{path}: cannot read it as text ({error})") from None
     if not lines:
         raise UserError(f"{path}: the file is empty")
+    first = None
     with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(json.loads(lines[0]), dict):
-            raise UserError(f'{path}: its lines are JSON objects; to have the "text" of each read, let its name end in .jsonl')
+        first = json.loads(lines[0])
+    if isinstance(first, dict):
+        raise UserError(f'{path}: its lines are JSON objects; to have the "text" of each read, let its name end in .jsonl')
     return [{"text": line, "kind": "text"} for line in lines[:n]]
 
 

@@ -277,7 +277,7 @@ def load_model(name="smollm2-135m", device="cpu"):
 
     Raises UserError with one line and the remedy when it cannot be had.
     """
-    import transformers  # the only place: base weights and tokenizers, nothing else
+    import transformers  # for base weights, tokenizers, and its models' attention
     name = str(name)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -870,7 +870,7 @@ class Trainer:
         self.dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # disabled: every call a no-op
         self.step = self.updates = self.skipped = 0
-        self.extra = {}  # a method's own state (KL controller, best loss, ...): numbers, strings, tensors
+        self.extra = {}  # a method's own state (KL controller, best loss, ...): numbers, strings, lists, tensors
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -1014,7 +1014,7 @@ SHOWN = ("loss", "eval_loss", "rewards/accuracy", "rewards/margin", "logp/chosen
 
 
 class Interrupted(Exception):
-    """Ctrl-C or a termination signal; the checkpoint is written."""
+    """Ctrl-C or a termination signal; the run folder is enough to go on from."""
 
 
 class Run:

@@ -191,6 +191,22 @@ def test_custom_tools_from_a_json_file(tmp_path, capsys, monkeypatch):
         assert cli("predict", "--model", "tiny", "--tools", file, "--input", "x", "--output", "y", code=2, capsys=capsys).err.count("\n") == 1
 
 
+def test_tools_of_a_line_by_name(run, tmp_path, capsys, monkeypatch):
+    """A name in a line's tools means the tool of that name that is at hand, from --tools too."""
+    (tmp_path / "shouting.py").write_text("def shout(text: str) -> str:\n    \"\"\"Shout.\"\"\"\n    return text.upper()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "t.json").write_text(json.dumps(["calculator", {"name": "shout", "function": "shouting:shout"}]))  # what it takes, the function says
+    assert toolplay.read_tools(tmp_path / "t.json")["shout"].signature() == "shout(text: string) - Shout."
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "a", "tools": ["calculator", "shout"]}\n{"id": 2, "prompt": "a", "tools": ["weather", "nosuch"]}\n')
+    out = cli("predict", "--run", run, "--tools", tmp_path / "t.json", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--max-new-tokens", 2, capsys=capsys)
+    assert [json.loads(x)["id"] for x in (tmp_path / "out.jsonl").read_text().splitlines()] == [1] and "nosuch" in out.err
+
+
+def test_a_corpus_that_is_not_there_is_the_users_to_know(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TOOLPLAY_SEARCH", str(tmp_path / "nope.jsonl"))
+    assert "nope.jsonl" in cli("predict", "--model", "tiny", "--input", "x", "--output", "y", code=2, capsys=capsys).err
+
+
 def test_trie_and_validate(capsys):
     assert "times fewer" in cli("trie", ROOT / "configs" / "sft_tiny.json", "--examples=24", capsys=capsys).out
     assert "everything is in order" in cli("validate", "--model", "tiny", capsys=capsys).out

@@ -568,3 +568,24 @@ def test_several_cities_at_once():
     for seed in range(60):
         if made := data.Writer("train", random.Random(seed)).several_cities():
             assert 3 <= len(made[1]) <= 5 and all(call.arguments["city"] in made[0] for call in made[1])
+
+
+def test_what_cannot_be_generated_is_one_line(tmp_path, monkeypatch):
+    for more in (("valid", 3), ("train", 3, 0, {"arithmetic": 0})):
+        with pytest.raises(UserError, match="split|weigh"):
+            data.generate(*more)
+    (tmp_path / "two.json").write_text('{"cities": [{"name": "Oslo"}, {"name": "Rome"}]}')
+    monkeypatch.setenv("TOOLPLAY_CITIES", str(tmp_path / "two.json"))
+    with pytest.raises(UserError, match="TOOLPLAY_CITIES.*unknown city"):
+        data.generate("train", 30, 0, {"weather": 1})
+
+
+def test_a_template_that_ignores_add_generation_prompt_has_a_header_all_the_same():
+    tok = small.tokenizer()
+    tok.chat_template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
+    chat = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
+    ids, mask = data.encode(chat, tok)
+    said = tok.decode([i for i, m in zip(ids, mask) if m])
+    assert said.startswith("Hello.") and "assistant" not in said
+    prompt = tok.decode(data.encode({"messages": chat["messages"][:1]}, tok, generation=True)[0])
+    assert prompt.endswith("<|assistant|>\n") and tok.decode(ids).startswith(prompt)

@@ -219,7 +219,11 @@ def test_pairs_in_two_spellings():
 
 
 @pytest.mark.parametrize("line", [[], {"chosen": "a"}, {"chosen": "a", "rejected": "b"}, {"prompt": "x", "chosen": "a", "rejected": "a"}, {"prompt": 1, "chosen": "a", "rejected": "b"},
-                                  {"prompt": "x", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}])
+                                  {"prompt": "x", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"},
+                                  {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "I say"}], "chosen": "yes", "rejected": "no"},  # a turn half said
+                                  {"prompt": "hello", "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]},
+                                  {"prompt": "q", "chosen": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "ok"}],
+                                   "rejected": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "y"}, {"role": "assistant", "content": "ok"}]}])
 def test_bad_pairs_are_named(line):
     with pytest.raises(UserError):
         dpo.read_pair(line, tokenizer())
@@ -478,7 +482,8 @@ def test_faults_of_the_policy_against_the_examples_own_turn(tmp_path, monkeypatc
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (model("llama"), tok))
     seen = []
     monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (seen.append(case) or float(len(seen) <= 6) * 2, {}))  # the first three prompts: no fault
-    c = config(tmp_path, pairs="sampled", chosen="gold", examples=6, eval_examples=0, samples=2, max_new_tokens=6, max_turns=1, mix={"arithmetic": 1}, min_best=2.0, min_gap=0.5)
+    c = config(tmp_path, pairs="sampled", chosen="gold", examples=6, eval_examples=0, samples=2, max_new_tokens=6, max_turns=1, mix={"arithmetic": 1}, min_best=2.0, min_gap=0.5,
+               reward_weights={"right_answer": 0.0})
     train(c)
     pairs, _ = json.loads((tmp_path / "run" / "pairs.json").read_text())
     assert len(pairs) == 3

@@ -197,6 +197,19 @@ def test_numeric_answers(answer, text, right):
     assert evaluation.states(text, answer, set()) is right
 
 
+@pytest.mark.parametrize("text, answer, right", [("That makes minus 3.", -3, True), ("You get negative 3.", -3, True), ("Minus three.", -3, True), ("10 minus 3", -3, False), ("ten minus 3", -3, False),
+                                                 ("ten minus three", -3, False), ("It is 210, not 7560.", 210, True), ("The total is 12, which is not 10.", 12, True), ("It is not 12.", 12, False),
+                                                 ("12 is wrong.", 12, False), ("Six. Seven. Eight. Nine.", 8, False), ("Eight, one more than seven.", 8, True)])
+def test_below_zero_contrasts_and_guesses_in_words(text, answer, right):
+    assert evaluation.states(text, answer, set()) is right
+
+
+def test_short_replies_are_replies():
+    for text in ("I'm fine!", "Don't worry!", "That’s wonderful!", "You're amazing!", "Can't complain!", "Congratulations!", "Sweet dreams!"):
+        assert evaluation.worded(text, "Hello there, how are you doing today?"), text
+    assert not evaluation.worded("asdf qwer", "Hello there")
+
+
 def test_response_to_weather_search_and_errors():
     there = weather("Paris")["temperature"]
     asked = case("weather in Paris?", [Call("weather", {"city": "Paris"})])

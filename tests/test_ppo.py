@@ -215,7 +215,10 @@ def test_hackers_earn_less_than_an_honest_attempt(case):
         "nothing computed": [(calc(x), "42.") for x in ("42 * 1", "42 + 0", "84 - 42", "42 / 1", "41 + 1", "43 - 1", "21 * 2", "420 / 10", "0.42 * 100", "4.2e1 + 0", "42.1 // 1", "round(42.3, 0)",
                                                         "min(41+1,99)", "36 + 6", "max(9,42)", "max(36,9,42)", "36*0 + 9*0 + 40 + 2", "36 + 6 + 9*0", "420 / 10 + 0*36*9", "36/36*40 + 9/9*2",
                                                         "15 * 2.8", "36 * 7 / 6", "9*4.666667", "round(15*2.8)", "36 + 9 - 3", "9 + 15 + 18", "41+1+36*9//100000", "sqrt(1764)", "6*7",
-                                                        "36 + 9 - 3*1", "36 + 9 - 1 - 1 - 1", "max(6*7, 36, 9)", "round(round(6*7, 9), 15)")],
+                                                        "36 + 9 - 3*1", "36 + 9 - 1 - 1 - 1", "max(6*7, 36, 9)", "round(round(6*7, 9), 15)",
+                                                        "min(36 + 15, 6 * 7)", "6 * 7 % (36 + 15)", "6 * 7 + 9 // 36", "6*7 + 36 % 9", "6 * 7 * (15 // 9)", "6 * 7 + round(9 / 36)",
+                                                        "10 * 4 + 2 * 1 + (9 + 15) // 36", "round(36 * 7) / 6", "36 * (7 / 6)", "(36 + 0) + (6 + 0 * 9)")],
+        "over two calls": [(calc("36 * 7"), calc("252 / 6"), "She has 42."), (calc("36 * 7") + calc("252 / 6"), "42."), (calc("36 * 7"), calc("252 / 36"), calc("7 * 6"), "42.")],
         "duplicate calls": [(calc("36 + 9 + 15") * 2, "60."), (calc("36 + 9 + 15") + calc("36+9+15"), "60.")],
         "all at once": [(calc("36 + 9 + 15") + calc("36 - 9 + 15"), "60 or 42.")],  "wrong tool": [(format_call(Call("search", {"query": PROMPT})), "42.")]}
     for name, tries in hackers.items():
@@ -237,6 +240,53 @@ def test_calling_for_small_talk_and_talking_instead_of_calling():
     assert earned(TALK, "ok.") < honest
     longer = earned(TALK, "What did one mouse say to another about the neighbour's old tabby? It has a purr-fect plan for our whole evening, so bring some cheese and run!")
     assert max(earned(TALK, text) for text in ("asdf qwer zxcv", "Abc.", "the", "a", "the the a")) < longer
+
+
+def test_talk_that_says_nothing_earns_less_than_a_reply():
+    honest = min(earned(TALK, text, tokens=len(text) // 4) for text in (
+        "A cat walked into a bar and asked for milk.", "Why did the cat sit on the computer? To keep an eye on the mouse.",
+        "What did one mouse say to another about the neighbour's old tabby? It has a purr-fect plan for our whole evening, so bring some cheese and run!"))
+    hollow = ("cat cat cat", "A cat a cat.", "the cat", "yes", "no cats", "ok.", "I am sorry, but I cannot do that.")
+    assert all(earned(TALK, text, tokens=max(1, len(text) // 4)) < honest for text in hollow)
+
+
+@pytest.mark.parametrize("final, right", [("8.", True), ("A spider has eight legs.", True), ("It has 8 legs, one pair each side.", True), ("6, 7, 8.", False), ("6/7/8", False), ("6 7 8", False),
+                                          ("6 and 7 and 8", False), ("8; 6; 7.", False), ("Six. Seven. Eight. Nine.", False)])
+def test_a_list_of_guesses_is_no_answer(final, right):
+    legs = evaluation.as_case({"prompt": "How many legs has a spider?", "expected": {"calls": [], "answer": 8}})
+    assert (earned(legs, final) > 1) == right
+
+
+@pytest.mark.parametrize("prompt, expression", [
+    ("How many seconds are in 3 hours?", "3 * 60 * 60"), ("How many seconds are in 3 hours?", "3 * 3600"), ("minutes in 2 weeks", "2 * 7 * 24 * 60"), ("98 F in celsius", "(98 - 32) * 5 / 9"),
+    ("20 C in F", "20 * 1.8 + 32"), ("20 C in F", "20 * 9 / 5 + 32"), ("90 km/h in m/s", "90 / 3.6"), ("90 km/h in m/s", "90 * 1000 / 3600"), ("5 kg in pounds", "5 * 2.2"),
+    ("angles of a polygon of 6 corners", "(6 - 2) * 180"), ("half of 80", "50% of 80"), ("80 plus 15%", "80 * (1 + 15%)"), ("5 dogs and 3 hens, how many legs", "4 * 5 + 2 * 3"),
+    ("a circle of radius 7", "3.14 * 7 ** 2"), ("pages 12 to 30", "30 - 12 + 1"), ("135 minutes, how many are left of an hour", "135 % 60"), ("hours in a week minus 40", "7 * 24 - 40")])
+def test_what_everybody_knows_may_be_used(prompt, expression):
+    assert ppo.is_calculation(expression, prompt)
+
+
+def test_results_stand_for_what_they_were_worked_out_by():
+    assert ppo.is_calculation("27 + 15", PROMPT, [("36 - 9", 27)]) and not ppo.is_calculation("27 + 15", PROMPT)
+    assert not ppo.is_calculation("252 / 6", PROMPT, [("36 * 7", 252)]) and not ppo.is_calculation("7 * 6", PROMPT, [("36 * 7", 252), ("252 / 36", 7)])
+    endless = ("+".join(["36"] * 300), "-" * 900 + "36", "36 * " + "9" * 400, "36 + " + "(" * 900)
+    assert not any(ppo.is_calculation(x, PROMPT, [("36 - 9", 27), ("36 + 9", 45)]) for x in endless)
+    assert not ppo.is_calculation("+".join(["36"] * 60), PROMPT) and not ppo.is_calculation("(" * 400 + "36 + 9" + ")" * 400, PROMPT)
+
+
+def test_whole_numbers_half_precision_and_nothing():
+    scores = torch.tensor([[1, 0, 0, 1]])
+    assert torch.equal(ppo.rloo_advantages(scores), ppo.rloo_advantages(scores.float())) and torch.equal(ppo.grpo_advantages(scores.bool()), ppo.grpo_advantages(scores.float()))
+    ones = torch.ones(1, 2, dtype=torch.long)
+    assert ppo.token_rewards(torch.tensor([0.75]), 0 * ones, ones, 0).tolist() == [[0, 0.75]]
+    assert ppo.explained_variance(torch.tensor([[1, 2]]), torch.tensor([[1, 2]]), ones) == 1
+    assert ppo.masked_whiten(torch.full((1, 3), 0.5, dtype=torch.half), torch.ones(1, 3)).tolist() == [[0, 0, 0]]
+    assert ppo.gae(*[torch.zeros(2, 0)] * 3)[0].shape == (2, 0)
+    values = torch.rand(1, 3, requires_grad=True)
+    assert not any(x.requires_grad for x in ppo.gae(torch.rand(1, 3), values, torch.ones(1, 3)))
+    assert torch.isfinite(ppo.kl_penalty(T([-300.0]), T([0.0]), "k3")).all()
+    small, large = (ppo.grpo_advantages(T([0, 0.01, 0.02, 0]) * k) for k in (1, 1000))
+    assert torch.allclose(small, large, atol=0.02)  # no scale
 
 
 def test_later_turns_may_not_call_on():
@@ -339,7 +389,7 @@ def test_numbers_in_words_end_where_the_next_begins(text, found):
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_every_gold_expression_is_a_calculation(split):
     seen = 0
-    for c in data.generate(split, 400, 2, {"word_problem": 3, "arithmetic": 1, "two_steps": 1}):
+    for c in data.generate(split, 500, 2, {"word_problem": 3, "arithmetic": 1, "two_steps": 1, "everyday": 2}):
         if c["messages"][1].get("tool_calls") and c.get("family") != "gsm8k":
             seen, expression = seen + 1, c["messages"][1]["tool_calls"][0]["arguments"]["expression"]
             assert ppo.is_calculation(expression, c["messages"][0]["content"]), (c["messages"][0]["content"], expression)
@@ -637,7 +687,8 @@ def test_text_is_never_tokenised_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more, words", [({"lora_dropout": 0.1}, "dropout"), ({"lora_r": 0}, "lora_r"), ({"reward": "nowhere:f"}, "cannot import"),
                                          ({"reward_weights": {"rigth_tool": 1}}, "rigth_tool"), ({"reward_weights": {"right_tool": "x"}}, "right_tool"), ({"steps": 3}, "iterations"),
-                                         ({"ptx_mix": {"wether": 1}}, "ptx_mix"), ({"ptx": 2}, "go together"), ({"ptx_mix": {"weather": 1}}, "go together")])
+                                         ({"ptx_mix": {"wether": 1}}, "ptx_mix"), ({"ptx": 2}, "go together"), ({"ptx_mix": {"weather": 1}}, "go together"),
+                                         ({"max_turns": 1}, "right_result"), ({"kl_coef": 0.1, "kl_target": 6.0, "kl_horizon": 0.1}, "kl_horizon")])
 def test_a_users_mistakes(tmp_path, more, words):
     with pytest.raises(UserError, match=words):
         train(config(tmp_path, **more))
@@ -656,6 +707,16 @@ def test_an_own_reward_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         ppo.main([str(ROOT / "configs" / "ppo_tiny.json"), f"--run_dir={tmp_path / 'run'}", f"--reward=reward_that_fails_{n}:f"])
     assert stop.value.code == 2 and "error: reward" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_inspect_obeys_no_control_characters_and_takes_one_run(tmp_path, capsys):
+    line = {"step": 1, "score": 1.0, "answer": 6, "prompt": "a\x1b[31mb", "tokens": ["x"], "mask": [1], "rewards": [0.5], "advantages": [0.1]}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    ppo.main(["--inspect", str(tmp_path)])
+    assert "a\\x1b[31mb" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        ppo.main(["--inspect", str(tmp_path), "--n"])
+    assert stop.value.code == 2 and "takes one run folder" in capsys.readouterr().err
 
 
 def test_inspect_of_a_damaged_file(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -162,6 +163,32 @@ def test_a_run_is_not_overwritten(config):
     with pytest.raises(UserError, match="--resume"):
         Run(load_config(config(steps=2)))
     assert (folder / "adapter").exists()
+
+
+def test_other_data_than_the_run_began_with_are_refused(config, tmp_path):
+    lines = (Path(config()["path"])).read_text().splitlines()
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(lines))
+    folder = train(config(path=str(path)))
+    shutil.rmtree(folder / "adapter")
+    path.write_text("\n".join(lines[1:] + lines[:1]))
+    with pytest.raises(UserError, match="data are others"):
+        train(config(path=str(path)), resume=True)
+
+
+def test_an_adapter_goes_on_with_its_own_model_rank_and_scale(config, tmp_path):
+    start = train(config("start", lora_r=2, lora_alpha=8.0, lora_dropout=0.0))
+    more = config("more", start_from=str(start), lora_r=4, lora_alpha=1.0, lora_dropout=0.5)
+    folder = train(more)
+    kept = json.loads((folder / "config.json").read_text())
+    assert (kept["lora_r"], kept["lora_alpha"], kept["lora_dropout"]) == (2, 8.0, 0.5)
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0.5
+    before = results(folder)
+    assert results(train(more, resume=True)) == before  # its own config.json is no other config
+    other = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps({**other, "model": "smollm2-135m"}))
+    with pytest.raises(UserError, match="its adapter was trained on model = 'smollm2-135m'"):
+        train(config("third", start_from=str(start)))
 
 
 def test_another_config_is_refused_by_name(config):

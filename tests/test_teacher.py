@@ -54,10 +54,30 @@ def test_read_call(text, call):
     assert teacher.read_call(text, BUILTIN) == call
 
 
+def test_lines_of_json_under_another_name_are_no_prose(tmp_path):
+    (tmp_path / "a.txt").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(UserError, match="jsonl"):
+        teacher.read_texts(tmp_path / "a.txt", 5)
+    (tmp_path / "b.txt").write_text("Page one\fgoes on\u2028here\r\nand two\n")
+    assert [x["text"] for x in teacher.read_texts(tmp_path / "b.txt", 5)] == ["Page one\fgoes on\u2028here", "and two"]
+
+
 @pytest.mark.parametrize("text, call", [("unit.convert(5)]", Call("unit.convert", {"n": 5})), ("get-time()]", Call("get-time", {})), ("unit.convert()]", None)])
 def test_calls_of_tools_of_ones_own(text, call):
     tools = load_tools([{"name": "get-time", "description": "", "parameters": {}}, {"name": "unit.convert", "description": "", "parameters": {"properties": {"n": {"type": "integer"}}, "required": ["n"]}}])
     assert teacher.read_call(text, tools) == call
+
+
+@pytest.mark.parametrize("text, arguments", [("convert(5, GBP)]", {"amount": 5, "currency": "GBP"}), ("convert(5)]", {"amount": 5}), ("convert(5, currency='GBP')]", {"amount": 5, "currency": "GBP"}),
+                                             ("convert(currency='GBP', amount=5)]", {"amount": 5, "currency": "GBP"}), ("pop(year=2000, country='France')]", {"country": "France", "year": 2000}),
+                                             ("pop(France, 2000)]", {"country": "France", "year": 2000}), ("weather(city='Oslo', unit='celsius')]", {"city": "Oslo", "unit": "celsius"}),
+                                             ("weather(Oslo, Norway)]", {"city": "Oslo, Norway"}), ("calculator(max(1, 2))]", {"expression": "max(1, 2)"})])
+def test_arguments_by_place_and_by_name(text, arguments):
+    field = {"number": {"type": "number"}, "text": {"type": "string"}}
+    tools = load_tools([*BUILTIN, {"name": "convert", "description": "", "parameters": {"type": "object", "properties": {"amount": field["number"], "currency": field["text"]}, "required": ["amount"]}},
+                        {"name": "pop", "description": "", "parameters": {"type": "object", "properties": {"country": field["text"], "year": {"type": "integer"}}, "required": ["country", "year"]}}])
+    call = teacher.read_call(text, tools)
+    assert call.arguments == arguments and list(call.arguments) == list(arguments)
 
 
 def test_results_in_words():
@@ -122,6 +142,31 @@ def test_the_funnel(monkeypatch):
         assert [c["kept"] for c in candidates] == [c["result"] == "6" for c in candidates] and all(c["minus"] == 2.0 for c in candidates)
         assert all(c["kept"] == (not c["why"]) for c in candidates)
     assert sorted((x["why"], x["text"]) for row in left_out for x in row) == 3 * [("division by zero", "[calculator(1 / 0)]")] + 3 * [("no call of calculator", "no call")]
+
+
+def test_what_the_text_goes_on_with_is_kept_and_what_is_unrelated_is_not(monkeypatch):
+    """The real filter, and a model that thinks whatever it has seen in this row probable."""
+    model, tok = small.model("llama"), small.tokenizer()
+
+    def copying(model, batch, budget=None, also=()):
+        width = max(len(ids) for ids, _ in batch)
+        logp = torch.tensor([[math.log(0.9 if t < len(ids) and ids[t] in ids[:t] else 0.01) for t in range(width)] for ids, _ in batch])
+        return {"logp": logp, "also": torch.zeros(len(batch), width, len(also))} if also else logp
+    monkeypatch.setattr(toolplay, "token_logprobs", copying)
+    monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: ["calculator(2 * 3)]"] * len(prompts))
+    monkeypatch.setattr(teacher, "best_positions", lambda logp, tau_s, k: [len(logp) - 2])
+    rows = [teacher.ids_of(tok, text) for text in ("So he has 6.", "So he has no.", "So he has 9.")]
+    found, _, funnel = teacher.annotate(model, tok, rows, {"calculator": BUILTIN["calculator"]}, settings(samples=1), 0)
+    assert [[c["kept"] for c in candidates] for candidates in found] == [[True], [False], [False]] and funnel["kept"] == 1
+
+
+def test_no_call_stands_inside_a_character():
+    tok = small.tokenizer()
+    ids = teacher.ids_of(tok, "café 6 → 日")
+    inside = teacher.inside_characters(tok, ids)
+    text = tok.decode(ids)
+    assert inside and teacher.inside_characters(tok, teacher.ids_of(tok, "plain 6")) == []
+    assert all(tok.decode(ids[:i]) + tok.decode(ids[i:]) == text for i in range(1, len(ids)) if i not in inside)
 
 
 def test_one_call_at_a_position(monkeypatch):

@@ -410,3 +410,51 @@ def test_nobody_asks_and_lines_that_are_no_json(tmp_path):
     assert len(made) == 1 and made[0]["messages"][0]["role"] == "user"
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["items"] == {"nobody asks for anything": 1, "used": 1} and report["damaged_files"] == {f"{tmp_path / 'a.jsonl'}, line 2": "it is no JSON"}
+
+
+def test_results_and_calls_without_a_partner_are_never_learned():
+    """What could not be read is left out and counted; no answer follows a call directly."""
+    tools = [{"name": "find", "description": "", "parameters": {"type": "object", "properties": {"q": {"type": "string"}}, "required": ["q"]}}]
+    call = {"role": "assistant", "function_call": {"name": "find", "arguments": '{"q": "a"}'}}
+    result = {"role": "function", "name": "find", "content": '{"error": "", "response": []}'}
+    end = {"role": "assistant", "function_call": {"name": "Finish", "arguments": '{"return_type": "give_answer ", "final_answer": 0}'}}
+
+    def read(*steps):
+        item = {"answer_generation": {"function": tools, "train_messages": [[{"role": "user", "content": "Find a."}, *steps]]}}
+        conversation, dropped, _ = data.toolbench_conversation("answer tree", item)
+        return [m["role"] for m in conversation["messages"]], dropped
+    assert read(call, result, end) == (["user", "assistant", "tool", "assistant"], 0)
+    assert read(call, result, result, end) == (["user", "assistant", "tool", "assistant"], 1)
+    assert read(call, result, call, end) == (["user", "assistant", "tool", "assistant"], 1)
+    for steps in ([call, end], [{"role": "assistant", "content": "", "tool_calls": [{}]}, result, end]):
+        with pytest.raises(data.Unusable, match="all its calls"):
+            read(*steps)
+
+
+def test_the_inner_list_of_a_function_is_not_the_list_of_functions():
+    text = "access to the following APIs: [{'name': 'find', 'parameters': {'type': 'object', 'properties': {}, 'required': [], 'optional': []}}]"
+    assert data.toolbench_functions(text)[0]["name"] == "find"
+    for damaged in (text[:-3], text.replace("'object'", "nan")):
+        with pytest.raises(data.Damaged, match="list of functions"):
+            data.toolbench_functions(damaged)
+
+
+@pytest.mark.parametrize("text, call", [('Thought: As Action Input: I give it.\nAction: find\nAction Input: {"q": "a"}', ("find", ' {"q": "a"}')), ("Thought: x\naction: find\naction input: {}", ("find", " {}")),
+                                        ("Thought: x\nAction：find\nAction Input：{}", ("find", "{}")), ("Thought: x Action: find Action Input: {}", ("find", " {}"))])
+def test_actions_however_they_are_marked(text, call):
+    assert data.toolbench_action(text)[1] == call
+
+
+def test_odd_schemas_and_names():
+    made = data.toolbench_function({"name": "f", "description": 'Find the "book"', "parameters": {"properties": {"Max Count": {"type": "NUMBER", "enum": None}, "kind": {"enum": []}}, "required": ["Max Count"]}})
+    assert made["description"] == 'Find the "book"' and made["parameters"] == {"type": "object", "properties": {"max_count": {"type": "integer"}, "kind": {}}, "required": ["max_count"]}
+    assert data.toolbench_repaired({"Max Count": "5"}, made) == {"max_count": 5}
+    assert [json.loads(data.toolbench_observation(json.dumps({"error": "", "response": x}), 99)[0])["result"] for x in ([], 0, False, None, "")] == ["[]", "0", "false", "", ""]
+
+
+def test_one_bad_line_in_a_json_file_of_lines(tmp_path):
+    good = json.dumps({"api_list": [], "query": "Find a."})
+    items, bad = data.toolbench_items("{oops\n" + good + "\n" + good, "x.json")
+    assert len(items) == 2 and list(bad) == [1]
+    with pytest.raises(ValueError):
+        data.toolbench_items('[1,\n2,\n{"a":', "x.json")

@@ -896,3 +896,26 @@ def test_odd_values_odd_exceptions_and_odd_limits():
     for limit in (None, float("inf")):
         assert execute(Call("calculator", {"expression": "1 + 1"}), BUILTIN, timeout=limit).value == 2
     assert len(execute(Call("t", {}), [free(lambda: "long " * 9)], max_chars=0).text()) < 40
+
+
+def test_a_declaration_that_says_too_little_or_too_much(tmp_path, monkeypatch):
+    (tmp_path / "own_tools_here.py").write_text("def add(a: int, b: int = 1) -> int:\n    \"\"\"Add.\"\"\"\n    return a + b\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = tools.tool_from_schema({"name": "plus", "function": "own_tools_here:add"})
+    assert made.signature() == "plus(a: integer, b?: integer = 1) - Add." and execute(Call("plus", {"a": 2}), [made]).value == 3
+    with pytest.raises(UserError, match="unknown key 'paramters'"):
+        tools.tool_from_schema({"name": "plus", "paramters": {}, "function": "own_tools_here:add"})
+    with pytest.raises(UserError, match="data is a module of Toolplay's"):
+        tools.tool_from_schema({"name": "mine", "description": "", "parameters": {}, "function": "data:mine"})
+
+
+def test_keywords_that_are_null_are_none():
+    schema = {"type": "object", "properties": {"x": {"type": "string", "enum": None, "default": None}, "y": None}, "required": None, "additionalProperties": None}
+    made = tools.tool_from_schema({"name": "f", "description": None, "parameters": schema})
+    assert made.parameters == {"type": "object", "properties": {"x": {"type": "string", "default": None}}}
+
+
+def test_execute_without_tools_and_with_names():
+    assert execute(Call("calculator", {"expression": "2 + 2"}), None).error_type == "unknown_tool"
+    assert execute(Call("calculator", {"expression": "2 + 2"}), ["calculator"]).value == 4
+    assert execute(Call("calculator", {"expression": "2 + 2"}), ["nosuch"]).error_type == "unknown_tool"
