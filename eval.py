@@ -678,7 +678,7 @@ def add_arguments(parser):
 
 
 def command(args):
-    """The work of `eval`: load, evaluate, print, write."""
+    """Score a run or a model."""
     import toolplay
     if args.n is not None and args.n < 1:
         raise UserError("--n must be at least 1")

@@ -125,13 +125,7 @@ class Config:
 
 def config_class(method):
     """The method's own keys (its `Config` dataclass, declared over the shared one)."""
-    try:
-        own = importlib.import_module(method).Config
-    except ModuleNotFoundError as error:
-        if error.name != method:
-            raise
-        raise UserError(f'method "{method}" is not there yet (no {method}.py)') from None
-    return dataclass(type("Config", (own, Config), {"__annotations__": {}}))
+    return dataclass(type("Config", (importlib.import_module(method).Config, Config), {"__annotations__": {}}))
 
 
 def load_config(source, overrides=()):
@@ -253,7 +247,7 @@ def _wrong(value, hint):
 def config_reference():
     """The config keys as a Markdown table, from the dataclasses' own lines: name, type, default, meaning."""
     rows = []
-    for module in [sys.modules[__name__]] + [importlib.import_module(m) for m in METHODS if (ROOT / f"{m}.py").exists()]:
+    for module in [sys.modules[__name__]] + [importlib.import_module(m) for m in METHODS]:
         rows.append(f"\n**{Path(module.__file__).name}**\n\n| key | allowed | default | meaning |\n| --- | --- | --- | --- |")
         defaults, hints = module.Config(), get_type_hints(module.Config, include_extras=True)
         for line in inspect.getsource(module.Config).splitlines():
@@ -863,8 +857,7 @@ class Trainer:
     def __init__(self, config, parameters, total):
         self.parameters, self.total = dict(parameters), total
         self.device = next(iter(self.parameters.values())).device
-        self.lr, self.schedule, self.warmup, self.max_grad_norm = config.lr, config.schedule, config.warmup, config.max_grad_norm
-        self.micro_tokens = config.micro_tokens
+        self.config = config
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
         precision = config.precision if config.precision != "auto" else "fp16" if self.device.type == "cuda" else "fp32"
         self.dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
@@ -877,11 +870,11 @@ class Trainer:
 
     def learning_rate(self):
         """Step size of the next update: linear warm-up, then cosine or linear down to zero, or constant."""
-        warm = int(self.warmup * self.total)
+        lr, warm = self.config.lr, int(self.config.warmup * self.total)
         if self.updates < warm:
-            return self.lr * (self.updates + 1) / warm
+            return lr * (self.updates + 1) / warm
         done = min((self.updates - warm) / max(self.total - warm, 1), 1.0)
-        return self.lr * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.schedule]
+        return lr * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.config.schedule]
 
 
 def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [unit], veto=lambda means: False):
@@ -898,7 +891,7 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
     if terms == 0:
         raise UserError(f"step {trainer.step + 1}: no token of this batch is trained (every mask is 0); check the data")
     trainer.scaler.scale(torch.zeros((), device=trainer.device))  # a rank without a unit must know its scale too
-    for group in micro_batches([rows(u) for u in units], trainer.micro_tokens):
+    for group in micro_batches([rows(u) for u in units], trainer.config.micro_tokens):
         with trainer.autocast():
             total, info = loss([units[u] for u in group])
             mean = total / terms
@@ -913,7 +906,7 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
     if all(p.grad is None for p in parameters):
         raise UserError("no gradient reached any trained parameter: the Trainer must be given the model's own parameters, not copies")
     trainer.scaler.unscale_(trainer.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.config.max_grad_norm)
     means = {name: value / terms for name, value in sums.items()}
     finite, lr = bool(torch.isfinite(norm)) and not veto(means), trainer.learning_rate()
     for group in trainer.optimizer.param_groups:
@@ -1368,18 +1361,6 @@ def train(args):
         print(f"done: {run.folder}\n  score it:     python toolplay.py eval --run {run.folder}\n  talk to it:   python toolplay.py chat --run {run.folder}")
 
 
-def evaluate(args):
-    """Score a run or a model."""
-    import eval as evaluation
-    evaluation.command(args)
-
-
-def compare(args):
-    """Compare runs on the same cases: each metric with its interval, paired differences, seeds aggregated."""
-    import eval as evaluation
-    evaluation.compare_command(args)
-
-
 def model_of(args):
     """The model that --run or --model names -> (model, tokenizer, config)."""
     if args.run is not None:
@@ -1704,8 +1685,8 @@ def build_parser():
     parser = Parser(prog="toolplay.py", description="Train an open language model to call tools. Without a verb: the guided tour.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
-    def verb(function):
-        made = verbs.add_parser(function.__name__ if function is not evaluate else "eval", help=function.__doc__.splitlines()[0], description=function.__doc__)
+    def verb(function, name=None):
+        made = verbs.add_parser(name or function.__name__, help=function.__doc__.splitlines()[0], description=function.__doc__)
         made.set_defaults(command=function)
         return made
 
@@ -1720,8 +1701,8 @@ def build_parser():
     made = verb(train)
     made.add_argument("config", help="a JSON config, or a run folder")
     made.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
-    evaluation.add_arguments(verb(evaluate))
-    made = verb(compare)
+    evaluation.add_arguments(verb(evaluation.command, "eval"))
+    made = verb(evaluation.compare_command, "compare")
     made.add_argument("runs", nargs="+", metavar="RUN", help="run folders that `eval` has scored; the first is the one to compare with")
     made.add_argument("--kind", metavar="K[,K]", help="only the cases of these kinds")
     made.add_argument("--csv", metavar="FILE", help="write the table here as well")

@@ -540,7 +540,7 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
         schemas = [schema, own.parameters] if own and tool.function is own.function else [schema]  # a built-in in other words has its own needs
         for problem in itertools.chain.from_iterable(_problems(arguments, s) for s in schemas):
             return failed(*problem)
-        run = _run if not tool.isolated else _run_in_child if hasattr(os, "fork") else _run_in_thread
+        run = _run if not tool.isolated else _run_in_child
         return run(tool, arguments, failed, timeout)
     except Exception as error:  # a broken schema, no more processes, an exception that can not be printed
         return failed("crashed", f"{name} could not be run: {type(error).__name__}")
@@ -610,15 +610,6 @@ def _child(tool, arguments, failed, timeout, writer):
         writer.sendall(json.dumps([result.ok, result.value, result.error_type, result.message]).encode() + b"\n")
     finally:
         os._exit(1)  # not sys.exit: nothing of the parent's may be flushed or cleaned up twice
-
-
-def _run_in_thread(tool, arguments, failed, timeout):
-    """Where there is no fork (Windows).  A thread can not be killed: a hanging tool hangs on."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(_run(tool, arguments, failed)), daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return results[0] if results else failed("timeout", f"no answer within {timeout:g} seconds")
 
 
 # 4. calculator

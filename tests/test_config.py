@@ -133,11 +133,6 @@ def test_a_typo_of_our_models_does_not_ask_the_hub():
         toolplay.load_model("TINY")
 
 
-def test_a_method_that_is_not_there_says_so(monkeypatch):
-    monkeypatch.setattr(toolplay, "METHODS", ("sft", "telepathy"))
-    assert "telepathy" in complaint({"method": "telepathy"})
-
-
 def test_the_reference_names_every_key():
     text = toolplay.config_reference()
     for f in dataclasses.fields(load_config({})):

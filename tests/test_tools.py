@@ -607,18 +607,6 @@ def test_with_torch_threads():
     assert all(run(add, {"a": number}).value == number + 1 for number in range(5))
 
 
-def test_without_fork(monkeypatch):
-    monkeypatch.delattr(os, "fork")
-
-    def add(a: int):
-        return a + 1
-
-    def short():
-        time.sleep(1)
-    assert run(add, {"a": 1}).value == 2 and run(short, timeout=0.1).error_type == "timeout"
-    assert run(leaves).error_type == "crashed"
-
-
 # weather and search
 
 def test_weather():
