@@ -1294,8 +1294,9 @@ def api_conversation(kind, split, rng):
     if kind == "api_none":
         if near := rng.random() < 0.35:  # what a function of the same domain, not offered, would do
             function = rng.choice(domain["functions"])
-        else:
-            domain, function = writer.others(1)[0]
+        else:  # of some others, in training, the one whose request looks most as if an offered function could take it
+            shapes = Counter(p["type"] for f in writer.originals for p in f["parameters"])
+            domain, function = max(writer.others(4 if split == "train" else 1), key=lambda one: (shapes & Counter(p["type"] for p in one[1]["parameters"])).total() / len(one[1]["parameters"]))
         if any(f is function for f in writer.originals) or (not near and any(d is domain for d, _, _ in writer.offered)):
             return None
     family = f"{domain['name']}.{'_'.join(function['words'])}"
