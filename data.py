@@ -382,8 +382,9 @@ def numbers_in(text):
     return found + [int(a) / int(b) for a, b in re.findall(r"(?<![\d./])(\d{1,2})/(\d{1,2})(?![\d./])", text, re.ASCII) if 0 < int(a) < int(b)]  # 3/4 of them
 
 
-# Every unordered pair of numbers belongs to one split: two colours to train, one and the same colour to dev or test. A number that
-# is drawn alone (and meets constants only) belongs to dev or test by its own colour. Two or more for dev or test hold no larger constant.
+# Which split a pair of numbers belongs to, without a list of pairs: every number has one of nine colours, by a hash. A pair of two
+# colours is train's; a pair of one colour is dev's (colours 0 to 3) or test's (4 to 8). So 17 * 23 stands in one split only. A number
+# that is drawn alone goes by its own colour (ALONE). Two or more for dev or test hold no larger constant.
 COLOURS, ALONE = {"dev": range(4), "test": range(4, 9)}, {"dev": [0], "test": [4]}
 CONSTANTS = {1, 24, 52, 60, 100, 365, 501, 1000}  # of the train split's expressions; the small ones are too common to go without
 ROUND = (5, 8, 10, 12, 15, 18, 20, 25, 30, 40, 50, 75)  # percents that people use most

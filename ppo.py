@@ -106,7 +106,7 @@ def model_tokens(x, mask):
     return x[mask.bool()]
 
 
-def only(x, mask):
+def where_masked(x, mask):
     """x [B, T] where the mask is 1, 0 elsewhere, whatever stands there (nan too)."""
     return torch.where(mask.bool(), x, 0)
 
@@ -127,7 +127,7 @@ def masked_whiten(x, mask, shift_mean=True):
     inside, mean = model_tokens(x, mask), masked_mean(x, mask)
     variance = ((inside - mean) ** 2).sum() / max(inside.numel() - 1, 1)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return only(white if shift_mean else white + mean, mask)
+    return where_masked(white if shift_mean else white + mean, mask)
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     The model's tokens are moved together first and back afterwards, so that a tool result between two of them is nothing.
     """
     order = torch.argsort((mask == 0).int(), dim=1, stable=True)                # [B, T] model tokens first, in their order: mask 1 0 1 gives 0 2 1
-    r, v, m = (x.gather(1, order) for x in (only(rewards, mask), only(values, mask), mask.to(values.dtype)))
+    r, v, m = (x.gather(1, order) for x in (where_masked(rewards, mask), where_masked(values, mask), mask.to(values.dtype)))
     advantage, following, columns = v.new_zeros(len(v)), v.new_zeros(len(v)), []
     for t in reversed(range(v.shape[1])):
         delta = r[:, t] + gamma * following - v[:, t]                           # [B]
@@ -146,7 +146,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         columns.append(advantage)
     packed = torch.stack(columns[::-1], 1) if columns else v                    # no token at all
     advantages = torch.zeros_like(packed).scatter(1, order, packed)
-    return advantages, only(advantages + values, mask)
+    return advantages, where_masked(advantages + values, mask)
 
 
 def rloo_advantages(scores):
@@ -199,7 +199,7 @@ def kl_penalty(logp, ref_logp, estimator="k1"):
 def token_rewards(scores, kl, mask, kl_coef):
     """r_t: - kl_coef * KL on the model's tokens, and the episode's score on its last one. scores [B], kl and mask [B, T]."""
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)                     # [B]
-    rewards = only(-kl_coef * floating(kl), mask)
+    rewards = where_masked(-kl_coef * floating(kl), mask)
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype) * mask.any(1, keepdim=True))
 
 
@@ -224,7 +224,13 @@ class AdaptiveKL:
 # --------------------------------------------------------------------------- 2. the reward
 
 # Each component looks at one episode and says how far it has what the name says, 0 to 1. verdicts: eval.judge's.
-# WEIGHTS adds them up; negative weights are faults.
+# WEIGHTS adds them up; negative weights are faults. What they ask where a number is wanted, from the expression to the answer:
+#   is_calculation           does this expression work something out of the prompt's numbers?
+#   calculates               do all of the calculator's calls?
+#   gold_call_was_computed   do they, or hold the gold call's numbers, where that is known?
+#   answer_was_computed      is the last result the answer, by such calls?
+#   right_result             so it is, and there is no fault beside (for episodes of one turn)
+#   right_answer             the final text says so (for whole conversations)
 
 
 def first_turn_only(episode):
@@ -243,7 +249,7 @@ def right_format(case, episode, verdicts):
 def right_tool(case, episode, verdicts):
     """The tool that is due was called, or rightly none. Where only a number is known, the calculator is due."""
     if verdicts["tool_accuracy"] is None:
-        return float(counts(case) and {call.name for call in episode.calls} == {"calculator"})
+        return float(wants_number(case) and {call.name for call in episode.calls} == {"calculator"})
     return float(verdicts["tool_accuracy"])
 
 
@@ -255,8 +261,8 @@ def executed(case, episode, verdicts):
 
 def calculates(case, episode, verdicts):
     """A number is asked for, and every calculator call works with the prompt's numbers, or earlier results; see `is_calculation`."""
-    made = worked(case, episode)
-    return float(counts(case) and bool(made) and all(is_calculation(*one) for one in made))
+    made = calculations(case, episode)
+    return float(wants_number(case) and bool(made) and all(is_calculation(*one) for one in made))
 
 
 def expressions(episode):
@@ -264,7 +270,7 @@ def expressions(episode):
     return [call.arguments.get("expression") for call in episode.calls if call.name == "calculator"]
 
 
-def worked(case, episode):
+def calculations(case, episode):
     """What `is_calculation` has to know of each of the calculator's calls -> [(expression, prompt, [(earlier one, its result)])]."""
     prompt, said = " ".join(message["content"] for message in case.conversation["messages"]), expressions(episode)
     return [(x, prompt, [(said[m], value) for m, value in calculated(episode).items() if m < n]) for n, x in enumerate(said)]
@@ -277,16 +283,16 @@ def unused(episode):
     return [value for n, value in results[:-1] if not any(math.isclose(abs(value), x) for later in said[n + 1:] for x in numbers_in(later))]
 
 
-def works_out(case, episode):
+def gold_call_was_computed(case, episode):
     """Where a calculator's call is due, each is a calculation, or has the gold one's numbers."""
     from data import numbers_in
     gold = [sorted(numbers_in(call.arguments.get("expression"))) for call in case.calls or [] if call.name == "calculator"]
-    return not gold or all(not isinstance(one[0], str) or sorted(numbers_in(one[0])) in gold or is_calculation(*one) for one in worked(case, episode))
+    return not gold or all(not isinstance(one[0], str) or sorted(numbers_in(one[0])) in gold or is_calculation(*one) for one in calculations(case, episode))
 
 
 def right_arguments(case, episode, verdicts):
     """All arguments are the gold ones, where these are known: an expression of the same value that works it out."""
-    return float(bool(verdicts["argument_accuracy"]) and bool(calculates(case, episode, verdicts) if counts(case) else works_out(case, episode)))
+    return float(bool(verdicts["argument_accuracy"]) and bool(calculates(case, episode, verdicts) if wants_number(case) else gold_call_was_computed(case, episode)))
 
 
 def calculated(episode):
@@ -295,7 +301,7 @@ def calculated(episode):
     return {n: r.value for n, r in enumerate(r for r in episode.results if r.name == "calculator") if is_number(r.value)}
 
 
-def worked_out(case, episode, verdicts):
+def answer_was_computed(case, episode, verdicts):
     """Whether the calculator's last result is the number that is asked for, by calculations with the prompt's numbers."""
     results, places = [*calculated(episode).values()], len(f"{case.answer:.9f}".rstrip("0").partition(".")[2])  # 20 / 3 is 6.67, where that is the answer
     right = bool(results) and any(math.isclose(x, case.answer, rel_tol=1e-6) for x in (results[-1], *[round(results[-1], places)] * bool(places)))
@@ -305,10 +311,10 @@ def worked_out(case, episode, verdicts):
 def right_result(case, episode, verdicts):
     """What right_answer asks of a whole conversation, asked of its calls alone, for episodes of one turn: the number is the
     last result of the calculator, worked out there; other calls are the gold ones, and where none is due, none is made."""
-    if not counts(case):
-        return float(bool(verdicts["call_accuracy"]) and works_out(case, episode) and (bool(case.calls) or bool(verdicts["response_quality"])))
+    if not wants_number(case):
+        return float(bool(verdicts["call_accuracy"]) and gold_call_was_computed(case, episode) and (bool(case.calls) or bool(verdicts["response_quality"])))
     faults = needless_call(case, episode, verdicts) or no_end(case, episode, verdicts)
-    return float(worked_out(case, episode, verdicts) and not faults)
+    return float(answer_was_computed(case, episode, verdicts) and not faults)
 
 
 def right_answer(case, episode, verdicts):
@@ -320,10 +326,10 @@ def right_answer(case, episode, verdicts):
         return 0.0
     if not verdicts["response_quality"] or not right_format(case, episode, verdicts) or episode.stop != "end":
         return 0.0
-    if not counts(case):
+    if not wants_number(case):
         known = set(numbers(" ".join(m["content"] for m in case.conversation["messages"]))) | {r.value for r in episode.results if isinstance(r.value, (int, float))}
         guesses = case.answer is not None and not case.calls and not states(episode.final, case.answer, known, guesses=0)
-        if verdicts["argument_accuracy"] is False or not works_out(case, episode) or guesses:
+        if verdicts["argument_accuracy"] is False or not gold_call_was_computed(case, episode) or guesses:
             return 0.0
         if case.calls == [] and case.answer is None and case.kind != "missing_tool":  # garbage is short, or says the same again
             return tidy(words) * (0.5 + 0.5 * min(4 * like_reference(case, episode, verdicts), 1.0) if case.reference else 1.0)
@@ -331,7 +337,7 @@ def right_answer(case, episode, verdicts):
     earlier = [*calculated(episode).values()][:-1] if re.search(r"\bor\b", episode.final) else unused(episode)  # a step that leads on may be told
     others = [x for x in earlier if not math.isclose(x, case.answer)]
     stated = any(math.isclose(x, y) for x in others for y in numbers(episode.final))
-    return float(worked_out(case, episode, verdicts) and not stated)
+    return float(answer_was_computed(case, episode, verdicts) and not stated)
 
 
 def tidy(words):
@@ -348,9 +354,9 @@ def needless_call(case, episode, verdicts):
     """A call where none is due, more calls that gave a result than are due, the same call again, a calculation that nothing uses but
     to list its result, or a call of another tool where a number is to be worked out."""
     calls = ["".join(f"{call.name} {json.dumps(call.arguments, sort_keys=True)}".split()) for call in episode.calls]
-    too_many = case.calls is not None and not counts(case) and sum(r.ok for r in episode.results) > len(case.calls)
+    too_many = case.calls is not None and not wants_number(case) and sum(r.ok for r in episode.results) > len(case.calls)
     others = {call.name for call in episode.calls} - ({call.name for call in case.calls or []} or {"calculator"})
-    return float(case.calls == [] and bool(calls) or too_many or len(set(calls)) < len(calls) or counts(case) and bool(unused(episode) or others))
+    return float(case.calls == [] and bool(calls) or too_many or len(set(calls)) < len(calls) or wants_number(case) and bool(unused(episode) or others))
 
 
 def length(case, episode, verdicts):
@@ -368,7 +374,7 @@ WEIGHTS = {"right_format": 0.1, "right_tool": 0.1, "executed": 0.1, "calculates"
            "like_reference": 0.1, "needless_call": -0.3, "length": -0.05, "no_end": -0.3}
 
 
-def counts(case):
+def wants_number(case):
     """Whether the case asks for a number that the calculator is there for (where calls are known, one of them is its)."""
     due = case.calls is None or any(call.name == "calculator" for call in case.calls)
     return case.answer is not None and due and any(tool.name == "calculator" for tool in case.conversation["tools"])
@@ -589,7 +595,7 @@ def prompts_of(config, tokenizer, context=math.inf):
     cases, held_out = ([c if isinstance(c, Case) else as_case(c) for c in data.conversations(config, split, tokenizer, as_case, BUILTIN)] for split in ("train", "dev"))
     judgeable(cases, config)
     if config.answers_only:
-        cases = [case._replace(calls=None, reference=None) if counts(case) else case for case in cases]
+        cases = [case._replace(calls=None, reference=None) if wants_number(case) else case for case in cases]
     lengths = [len(data.encode(case.conversation, tokenizer, config.tool_style, generation=True)[0]) for case in cases]
     if not (cases := data.fitting(cases, lengths, min(config.max_tokens, context - 1), "prompts")):
         raise UserError(f"no prompt fits max_tokens = {config.max_tokens}; raise it")
@@ -658,7 +664,7 @@ class ActorCritic:
         return self.head(self.policy.switched(self.critic, rows, self.trunk)["hidden"] if self.critic else out["hidden"])
 
     @torch.no_grad()
-    def fixed(self, units):
+    def old_and_reference(self, units):
         """What stays as it is while episodes are learned from -> for each unit its log-probs under policy and reference, and values."""
         rows = [unit["row"] for unit in units]
         out, ref_logp = self.policy(rows, self.trunk), self.policy.switched(self.reference, rows)
@@ -715,7 +721,7 @@ def advantages_of(config, scores, kl, values, mask, kl_coef):
     return advantages.reshape(-1, 1) * mask, torch.zeros_like(rewards), rewards
 
 
-def pick(state, n, config):
+def choose_prompts(state, n, config):
     """Which of n cases a round plays -> (those that taught when last played, who waited longest first; new ones, in a fresh order each time through)."""
     waiting, start = state.get("taught", []), state.get("new", 0)
     again = waiting[:int(config.replay * config.prompts)]
@@ -723,7 +729,7 @@ def pick(state, n, config):
     return again, [shuffled(n, config.seed, "prompts", at // n)[at % n] for at in range(start, state["new"])]
 
 
-def judge_round(config, units, kl_coef, device):
+def compute_advantages(config, units, kl_coef, device):
     """Write advantages, returns and token rewards into the units that are learned from -> log."""
     width = max(len(unit["mask"]) for unit in units)
     mask, logp, ref_logp, values, sampled = (padded(x, width, device) for x in [
@@ -750,7 +756,7 @@ def summary(units):
 
 # --------------------------------------------------------------------------- 4. training
 
-def require(config):
+def check_settings(config):
     """UserError for settings that contradict each other, or teach nothing."""
     from tools import UserError
     if not config.lora_r or config.lora_dropout:
@@ -795,7 +801,8 @@ def learn(trainer, groups, loss, imitated, position, config):
             count, terms = count + 1, terms + info["terms"]
             if stopped := bool(config.kl_stop and count < whole and info["approx_kl"] > config.kl_stop):
                 break
-    left = minibatches(config, config.prompts) - count  # what is not learned from counts in the schedule
+    # A round may learn from fewer minibatches than planned; step and schedule go on as if it had not, so that they depend on the round alone.
+    left = minibatches(config, config.prompts) - count
     trainer.step, trainer.updates = trainer.step + left, trainer.updates + left
     return {**{name: value / terms for name, value in sums.items() if name not in ("tokens", "terms", "skipped")}, "stopped": int(stopped)}
 
@@ -825,7 +832,7 @@ def train(run):
     import toolplay
     from tools import UserError
     config = run.config
-    require(config)
+    check_settings(config)
     reward = reward_of(config)
 
     # 1. data: prompts with what is known of their answers
@@ -857,7 +864,7 @@ def train(run):
     # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
     for position in run.steps(trainer, trainer.total):
         round_ = position // per_round
-        again, new = pick(trainer.extra, len(cases), config)
+        again, new = choose_prompts(trainer.extra, len(cases), config)
         picked = again + new
         played = toolplay.shared_out([cases[i] for i in picked], lambda own: play(own) if own else [])
         played = [[{"case": cases[i], **unit} for unit in group] for i, group in zip(picked, played)]
@@ -871,10 +878,10 @@ def train(run):
             log["reward_new"] = summary(everything[len(again) * config.samples:])["reward"]
         if units:
             with trainer.autocast():
-                fixed = toolplay.shared_out(units, lambda own: actor.fixed(own) if own else [])
+                fixed = toolplay.shared_out(units, lambda own: actor.old_and_reference(own) if own else [])
             for unit, numbers in zip(units, fixed):
                 unit.update(numbers)
-            log.update(judge_round(config, units, beta.value, run.device))
+            log.update(compute_advantages(config, units, beta.value, run.device))
             trainer.extra["kl_coef"] = beta.update(log["kl"], len(everything))
         log.update(learn(trainer, groups, actor.loss, imitated, position, config), skipped=trainer.skipped)
         if held_out and (trainer.step >= trainer.total or config.eval_every and (round_ + 1) % config.eval_every == 0):

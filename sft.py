@@ -52,15 +52,17 @@ def train(run):
     config = run.config
 
     # 1. data: rows (ids, mask)
-    # 2. model: base weights frozen, adapters trained (or every weight, with lora_r = 0)
     model, tokenizer = toolplay.prepare_model(config, run.device)
     train_rows, held_out = data.dataset(config, tokenizer)
     train_rows = weigh(train_rows, config.decision_weight, tokenizer.encode('{"name": "', add_special_tokens=False))
     batches = data.Batches(train_rows, config)
     total = batches.total
 
+    # 2. model: base weights are frozen, adapters trained (or every weight, with lora_r = 0)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
     # 3. optimizer
-    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, total)
+    trainer = toolplay.Trainer(config, trained, total)
     run.start(trainer, train_rows)
 
     def loss(rows):

@@ -15,7 +15,7 @@ probable, by more than the bare call does. The text with the kept calls in it is
 
 z stands before the whole text, although the call will stand at i: a model that has not been tuned yet is upset by a call
 in the middle of a sentence. Only five weights are above zero, so L_i needs the text up to x_{i+4}. When the tuned model
-writes, a call begins, once a text, where its token is among the k most probable ones (sec. 4.2): models rather go on than call.
+writes, a call begins, once a text, where its token is among the `call_top` most probable ones (sec. 4.2): models rather go on than call.
 
 Departures. Inserted results are read, not learned: at inference the tool writes them, so they have mask 0, as everywhere
 in this project. Of several kept calls at one position the best stays. No call stands before the first token, or inside a
@@ -472,9 +472,12 @@ def train(run):
     if not any(0 in mask for _, mask in rows):
         raise UserError("no call helped: nothing to learn from; lower tau_f, or raise texts, positions or samples")
 
-    # 2. optimizer
+    # 2. model: what is trained is the adapter, as in sft.py
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    # 3. optimizer
     batches = data.Batches(rows, config)
-    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, batches.total)
+    trainer = toolplay.Trainer(config, trained, batches.total)
     if held_out and not (run.resume and toolplay.newest_checkpoint(run.folder)):
         trainer.extra["before"] = json.dumps(measure(model.eval(), tokenizer, held_out, tools, config))
     run.start(trainer, rows)
@@ -482,7 +485,7 @@ def train(run):
     def loss(batch):
         return sft.sft_loss(toolplay.token_logprobs(model, batch), sft.pad_mask(batch, run.device))
 
-    # 3. loop: the language-model loss of the texts with their calls
+    # 4. loop: the language-model loss of the texts with their calls
     for step in run.steps(trainer, batches.total):
         model.train()
         batch = [rows[i] for i in batches(step)]
@@ -496,7 +499,7 @@ def train(run):
                 toolplay.write_json(run.folder / "teacher.json", {"before": before, "after": after})
         run.log(trainer.step, info, tokens=sum(len(ids) for ids, _ in batch))
 
-    # 4. save
+    # 5. save
     run.save_model(model, tokenizer)
     run.finish()
 

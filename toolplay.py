@@ -399,7 +399,7 @@ class Trie:
         i, end = torch.arange(len(self), device=device), torch.tensor(self.end, device=device)
         mask = ((i[None, :] <= i[:, None]) & (i[:, None] < end[None, :]))[None, None]  # j <= i < end_j
         if torch.device(device).type == "cpu" or len(self) > 4096:  # a small trie on a GPU: one dense product beats many small launches
-            mask.plan = self.plan(device)
+            mask.attend = self.plan(device)  # transformers hands the mask to the attention function untouched: what hangs on it arrives there
         return dict(input_ids=torch.tensor([self.ids], device=device), attention_mask=mask,
                     position_ids=torch.tensor([self.depth], device=device), use_cache=False)
 
@@ -439,12 +439,12 @@ def common_prefix(a, b):
 
 
 def planned_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """transformers' attention, unless the mask carries a plan of its own (the trie's, or the rollout's)."""
-    plan = getattr(attention_mask, "plan", None)
-    if plan is None:
+    """transformers' attention, unless the mask carries one of its own (the trie's, or the rollout's)."""
+    attend = getattr(attention_mask, "attend", None)
+    if attend is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return plan(module, query, key, value, scaling).transpose(1, 2).contiguous(), None
+    return attend(module, query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 
 def takes_trie(model):
@@ -584,6 +584,7 @@ class SharedPrefixCache:
         self.model, self.device = model, model.get_input_embeddings().weight.device
         trie = Trie(prompts)
         nodes = {}  # layer -> (k, v), each [1, heads, N, d]
+        # A forward calls past_key_values.update(k, v, layer) once a layer; the reader only keeps what passes.
         reader = SimpleNamespace(update=lambda k, v, layer, *_: nodes.setdefault(layer, (k, v)))
         model.base_model(past_key_values=reader, **{**trie.inputs(self.device), "use_cache": True})  # the transformer without its head
         self.shared = min(common_prefix(prompts[0], p) for p in prompts)
@@ -598,6 +599,7 @@ class SharedPrefixCache:
         self.lengths = torch.tensor([len(p) for p in prompts], device=self.device)
 
     def update(self, k, v, layer, *_):
+        """What transformers calls in each layer: new keys and values [B, heads, m, d] -> all of the rows' own so far."""
         store = self.own[layer]
         for n, new in enumerate((k, v)):
             if store[n].shape[2] < self.used + new.shape[2]:
@@ -607,7 +609,7 @@ class SharedPrefixCache:
         return store[0][:, :, :stop], store[1][:, :, :stop]
 
     def attention(self, module, q, k, v, scaling):
-        """softmax over [shared prefix, own columns]; the prefix product is one matmul for all rows."""
+        """softmax over [shared prefix, own columns]; the prefix product is one matmul for all rows. g = H / heads query heads read one key head."""
         B, H, m, d = q.shape
         heads = k.shape[1]
         q = (q * (scaling or d ** -0.5)).reshape(B, heads, H // heads * m, d)
@@ -627,7 +629,7 @@ class SharedPrefixCache:
         causal = torch.ones(m, m, dtype=torch.bool, device=self.device).tril().expand(B, m, m)
         self.mask = torch.cat([self.valid[:, None].expand(B, m, self.used), causal], 2)
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        mask.plan = self.attention
+        mask.attend = self.attention
         positions = self.lengths[:, None] + torch.arange(m, device=self.device)
         logits = self.model(input_ids=torch.tensor(ids, device=self.device), attention_mask=mask, position_ids=positions,
                             past_key_values=self, use_cache=True, logits_to_keep=1).logits[:, -1]

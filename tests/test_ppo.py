@@ -315,7 +315,7 @@ def test_episodes_of_one_turn_are_scored_by_their_result():
 
 def test_what_is_due_is_known_although_a_number_is():
     legs = evaluation.as_case({"prompt": "How many legs has a spider?", "expected": {"calls": [], "answer": 8}})
-    assert not ppo.counts(legs) and earned(legs, "8.") > earned(legs, calc("4 * 2"), "8.") + 0.5
+    assert not ppo.wants_number(legs) and earned(legs, "8.") > earned(legs, calc("4 * 2"), "8.") + 0.5
     oslo = BUILTIN["weather"].function("Oslo")["temperature"]
     asked = evaluation.as_case({"prompt": "How warm is it in Oslo?", "expected": {"calls": [{"name": "weather", "arguments": {"city": "Oslo"}}], "answer": oslo}})
     assert earned(asked, format_call(Call("weather", {"city": "Oslo"})), f"It is {oslo}.") > 1.2

@@ -84,8 +84,8 @@ def test_the_plan_and_the_plain_mask_agree(full):
     """The segment-wise attention is the same as one attention under the N x N mask, and it is what is used."""
     trie, used = Trie([ids for ids, _ in random_rows(5)]), []
     inputs = trie.inputs("cpu")
-    plan = inputs["attention_mask"].plan
-    inputs["attention_mask"].plan = lambda *args: used.append(1) or plan(*args)
+    plan = inputs["attention_mask"].attend
+    inputs["attention_mask"].attend = lambda *args: used.append(1) or plan(*args)
     with torch.no_grad():
         planned = full(**inputs).logits
         assert len(used) == 2  # once a layer
