@@ -1542,7 +1542,7 @@ def toolbench_repaired(arguments, tool):
                 value = _loads(value.lower() if kind == "boolean" else value)
         return int(value) if kind == "integer" and isinstance(value, float) and value.is_integer() else value
     names = {standard_name(name): name for name in reversed(fields)}
-    arguments = {key if key in fields else names.get(standard_name(key), key): value for key, value in arguments.items()}
+    arguments = {**{names.get(standard_name(key), key): value for key, value in arguments.items() if key not in fields}, **{key: value for key, value in arguments.items() if key in fields}}
     made = {key: typed(value, fields[key].get("type")) for key, value in arguments.items() if key in fields and (key in required or value is not None and (value != "" or fields[key].get("type") == "string"))}
     for key in [key for key, value in made.items() if isinstance(value, float) and fields[key].get("type") == "integer"]:
         fields[key] = {**fields[key], "type": "number"}

@@ -365,19 +365,20 @@ def read_pair(line, tokenizer, style="signature"):
 
     def holds_prompt(part):
         whole = isinstance(part[0], dict) and part[0].get("role") in ("system", "user")
-        if isinstance(line.get("prompt"), str) and whole and not any(isinstance(m, dict) and str(m.get("content")).strip() == line["prompt"].strip() for m in part):
-            raise UserError('"prompt" is another text than the conversation in "chosen" and "rejected" begins with')
         return part[:len(prompt)] == prompt or isinstance(line.get("prompt"), str) and whole
 
     def in_one_spelling(part):  # or the same would differ
         messages = data.check_conversation({"messages": [*([] if holds_prompt(part) else prompt), *part], **prompt_tools})["messages"]
         return [{key: m[key] for key in ("role", "content", "tool_calls") if key in m} for m in messages]
     prompt_tools = {"tools": line.get("tools") or []}
+    half_said = prompt and all(not holds_prompt(part) and part[0].get("role") == "assistant" for part in (chosen, rejected) if isinstance(part[0], dict))
+    if half_said and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
+        raise UserError('"prompt" ends with an assistant message; end it with the user\'s, and let chosen and rejected hold all of the answer')
     chosen, rejected = in_one_spelling(chosen), in_one_spelling(rejected)
+    if isinstance(line.get("prompt"), str) and not all(any(m["content"].strip() == line["prompt"].strip() for m in part) for part in (chosen, rejected)):
+        raise UserError('"prompt" is another text than the conversation in "chosen" and "rejected" begins with')
     if chosen == rejected:
         raise UserError("chosen and rejected are the same")
-    if prompt and not holds_prompt(line["chosen"]) and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
-        raise UserError('"prompt" ends with an assistant message; end it with the user\'s, and let chosen and rejected hold all of the answer')
     shared = next((n for n, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1])) if a != b), min(len(chosen), len(rejected)) - 1)
     if not shared:
         raise UserError('the pair has no "prompt", and chosen and rejected have no messages in common that could be it')

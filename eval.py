@@ -178,29 +178,30 @@ def numbers(text):
 IN_WORDS = re.compile(r"\b(?:{0})(?: (?:{0}))*\b".format("|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"])))
 
 
+BELOW = r"(?:^|[.,:;!?(=]|\b(?:is|are|was|at|be|to|of|about|makes?|gives?|gets?|equals?|it's|that's))\s*(?:minus|negative) "  # no sign: "10 minus 3"
+
+
 def states(text, answer, known, guesses=2):
     """Whether the text states the answer: not as a denial, and with at most so many guesses (numbers that are not `known`) around it."""
-    denied = re.findall(rf"\b(?:not|isn['’]t|never)\s+(?:\w+\s+)?({NUMBER.pattern})|({NUMBER.pattern})\S*\s+(?:is|was|would be) (?:wrong|incorrect|not|false)\b", text, re.IGNORECASE | re.ASCII)
-    if any(answer in numbers(found[0] or found[4]) for found in denied):
-        return False
-    words = IN_WORDS.pattern
-    text = re.sub(rf"(?<![\d)%] )(?<![\d)%])\b(?:minus|negative) (?=[$€£]?\d)", "-", re.sub(rf"({words}) minus (?=[$€£]?\d)", r"\1 - ", text, flags=re.IGNORECASE), flags=re.IGNORECASE)  # not "10 minus 3"
-    shown, exact = numbers(text), answer == round(answer) and abs(answer) < 1e15
+    text = re.sub(rf"({BELOW})(?=[$€£]?\d)", lambda m: m[1].rstrip().rpartition(" ")[0] + " -", text.replace("’", "'"), flags=re.IGNORECASE)
+    shown, spelled, exact = numbers(text), in_words(text), answer == round(answer) and abs(answer) < 1e15
     right = {value for value, places in shown.items() if value == answer or not exact and (
         near(value, answer, 0.005) or near(value, answer, 0.05) and near(value, round(answer, places), 1e-9))}
-    spelled = in_words(text)
     if not right and exact and answer in spelled:  # "eight legs"
         right = {answer}
-    return bool(right) and len((set(shown) | spelled) - right - known - {1}) <= guesses
+    denied = re.findall(rf"\b(?:not|isn't|never)\s+(?:\w+\s+)?({NUMBER.pattern})|({NUMBER.pattern})\S*\s+(?:is|was|would be) (?:wrong|incorrect|not|false)\b", text, re.IGNORECASE | re.ASCII)
+    if any({answer, *right} & set(numbers(found[0] or found[4])) for found in denied):
+        return False
+    others = {x for x in (set(shown) | spelled) - right - {1} if not {x, -x} & known}
+    return bool(right) and len(others) <= guesses
 
 
 def in_words(text):
     """The whole numbers that a text spells out ("minus twelve") -> set."""
-    plain, found = " ".join(re.sub(r"[-,]|\band\b", " ", text.lower()).split()), set()
+    plain, found = " ".join(re.sub(r"-|\band\b", " ", text.lower()).split()), set()
     for phrase in IN_WORDS.finditer(plain):
-        below = re.search(rf"(?:^|(\S+) )(?:minus|negative) $", plain[:phrase.start()])
-        sign = -1 if below and not (below[1] and (below[1][-1] in "0123456789)%" or IN_WORDS.fullmatch(below[1]))) else 1
-        found |= {sign * x for x in data.numbers_in(phrase[0])}
+        sign = -1 if re.search(BELOW + "$", plain[max(phrase.start() - 30, 0):phrase.start()]) else 1
+        found |= {sign * x for x in data.numbers_in(phrase[0])} | ({0} if "zero" in phrase[0].split() else set())
     return found
 
 
@@ -226,7 +227,7 @@ def converses(text, prompt):
     return bool(words) and not loop and 2 * sum(map(str.isalpha, solid)) >= len(solid) and (f1(text, prompt) < 0.8 or len(asked) < 4 and words != asked)
 
 
-POLITE = frozenset("hello hi hey bye goodbye thanks thank welcome sure yes no okay ok sorry great good nice happy not don but if you he she m s t re ll ve d fine wonderful amazing awesome perfect cool sweet cheers congratulations congrats enjoy maybe absolutely definitely".split())
+POLITE = frozenset("hello hi hey bye goodbye thanks thank welcome sure yes no okay ok sorry great good nice happy not don but if you he she fine wonderful amazing awesome perfect cool sweet cheers congratulations congrats enjoy maybe absolutely definitely".split())
 
 
 def worded(text, known):
@@ -295,7 +296,7 @@ def response(case, episode, gold_results):
     messages, final, reference = case.conversation["messages"], episode.final, case.reference
     # Who repeats these makes nothing up; what the model wrote into its own calls is known only where nothing better is.
     texts = [m["content"] for m in messages] + [r.text() for r in (episode.results if case.calls is None else gold_results)] + [str(c.arguments) for c in case.calls or []]
-    known, like = set(numbers(" ".join(texts))), lambda text: f1(final, text) >= 0.5
+    known, like = set(numbers(" ".join(texts))) | in_words(" ".join(texts)), lambda text: f1(final, text) >= 0.5
 
     def fact(result):
         value, builtin = result.value, shape_of(result)

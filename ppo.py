@@ -320,19 +320,19 @@ def right_result(case, episode, verdicts):
 def right_answer(case, episode, verdicts):
     """The final text is right, tidy, and ends. A number must be the last result of the calculator, worked out there, and the
     only result that is stated; what was searched must have been searched for; talk counts half, and the rest by its likeness to the reference."""
-    from eval import numbers, states
+    from eval import in_words, numbers, states
     words = re.findall(r"\w+", episode.final.lower())
     if max(Counter(zip(words, words[1:], words[2:], words[3:])).values(), default=0) >= 4:  # it goes round in circles
         return 0.0
     if not verdicts["response_quality"] or not right_format(case, episode, verdicts) or episode.stop != "end":
         return 0.0
     if not wants_number(case):
-        known = set(numbers(" ".join(m["content"] for m in case.conversation["messages"]))) | {r.value for r in episode.results if isinstance(r.value, (int, float))}
-        guesses = case.answer is not None and not case.calls and not states(episode.final, case.answer, known, guesses=0)
+        told = " ".join(m["content"] for m in case.conversation["messages"]) + (episode.final if "=" in episode.final else "")  # shown work is no list of guesses
+        guesses = case.answer is not None and not case.calls and not episode.calls and not states(episode.final, case.answer, set(numbers(told)) | in_words(told), guesses=0)
         if verdicts["argument_accuracy"] is False or not gold_call_was_computed(case, episode) or guesses:
             return 0.0
         if case.calls == [] and case.answer is None and case.kind != "missing_tool":  # garbage is short, or says the same again
-            return tidy(words) * (0.5 + 0.5 * min(4 * like_reference(case, episode, verdicts), 1.0) if case.reference else 1.0)
+            return (tidy(episode.final) or like_reference(case, episode, verdicts) >= 0.8) * (0.5 + 0.5 * min(4 * like_reference(case, episode, verdicts), 1.0) if case.reference else 1.0)
         return 1.0
     earlier = [*calculated(episode).values()][:-1] if re.search(r"\bor\b", episode.final) else unused(episode)  # a step that leads on may be told
     others = [x for x in earlier if not math.isclose(x, case.answer)]
@@ -340,8 +340,10 @@ def right_answer(case, episode, verdicts):
     return float(answer_was_computed(case, episode, verdicts) and not stated)
 
 
-def tidy(words):
-    """Whether words are a sentence: three different ones at least, and as many different ones as repeated."""
+def tidy(text):
+    """Whether a text is a sentence: three different words at least, and more different ones than repeated. Of scripts without Latin letters
+    the characters count."""
+    words = re.findall(r"\w+" if re.search("[a-z]", text.lower()) else r"\w", text.lower())
     return len(set(words)) >= 3 and 2 * len(set(words)) > min(len(words), 30)
 
 
@@ -381,10 +383,11 @@ def wants_number(case):
 
 
 # What everybody knows: legs, days, ounces, coins, hours, weeks, minutes, degrees, metres; several of them together, such as the
-# minutes of a week, km/h, °F, a ball; and what is added beside such a factor: °F, the angles of a polygon.
+# minutes of a week, km/h, °F, a circle, a ball; and what is added beside such a factor: °F, the angles of a polygon.
 EVERYDAY = {*range(2, 11), 12, 16, 24, 25, 30, 31, 36, 50, 52, 60, 180, 360, 365, 366, 1000, 3600, 1000000,
-            0.01, 0.05, 0.1, 0.25, 0.45, 0.5, 0.75, 1.5, 1.6, 1.8, 2.2, 2.54, 3.14, 3.1416, 3.6}
-TOGETHER = [7 * 24, 7 * 24 * 60, 7 * 24 * 3600, 24 * 60, 24 * 3600, 365 * 24, 365 * 24 * 60, 3600, 3.6, 1.8, 4 / 3 * 3.14, 4 / 3 * 3.1416]
+            0.01, 0.05, 0.1, 0.25, 0.45, 0.5, 0.62, 0.75, 1.5, 1.6, 1.609, 1.61, 1.8, 2.2, 2.54, 3.14, 3.1416, 3.14159, 3.6}
+TOGETHER = [7 * 24, 7 * 24 * 60, 7 * 24 * 3600, 24 * 60, 24 * 3600, 365 * 24, 365 * 24 * 60, 3600, 3.6, 1.8,
+            2 * 3.14, 2 * 3.1416, 4 / 3 * 3.14, 4 / 3 * 3.1416]
 BESIDE = {32: 1.8, -32: 1.8, -2: 180}
 SUM, PRODUCT = (ast.Add, ast.Sub), (ast.Mult, ast.Div)
 
@@ -392,7 +395,8 @@ SUM, PRODUCT = (ast.Add, ast.Sub), (ast.Mult, ast.Div)
 def is_calculation(expression, prompt, earlier=()):
     """Whether an expression works something out, and does not dress up a number that was guessed.
 
-    `earlier`: [(expression, its result)] of the calculations before it. Where a result is used, it stands for its expression.
+    `earlier`: [(expression, its result)] of the calculations before it. Their results count as the prompt's own; but for 5, they stand
+    for their expressions.
 
     1. There is an operation, and not an empty one (10 * 1). 2. Every number matters: with another in its place the result is another
     (not so in 36 / 36 * 42). 3. No number but the prompt's is the result itself (24 * 3 / 3). 4. Two numbers are the prompt's own, or
@@ -402,7 +406,7 @@ def is_calculation(expression, prompt, earlier=()):
     from tools import ToolError
     try:
         return calculation(expression, prompt, earlier)
-    except (ToolError, RecursionError, OverflowError):  # it is no expression, or one without end
+    except (ToolError, RecursionError, ArithmeticError):  # it is no expression, or one without end
         return False
 
 
@@ -410,15 +414,16 @@ def calculation(expression, prompt, earlier):
     """`is_calculation`, where all of it can be read."""
     from data import numbers_in
     from tools import ToolError, evaluate, parse_expression
-    given, known = numbers_in(prompt), []
+    prompts, known = numbers_in(prompt), []
+    given = [*prompts, *(abs(result) for _, result in earlier)]
 
-    def own(x):
+    def own(x, given=given):
         return any(same(x, y) for g in given for y in (g, g / 100, 1 + g / 100, 1 - g / 100))
 
     class Expand(ast.NodeTransformer):
         def visit_Constant(self, node):
             made = [tree for result, tree in known if same(abs(result), node.value)]
-            return copy.deepcopy(made[-1]) if made and not own(node.value) else node
+            return copy.deepcopy(made[-1]) if made and not own(node.value, prompts) else node
 
     def value(changed=(), change=None):
         """What the expression comes to, with other numbers in some places; None if to nothing."""
@@ -433,15 +438,13 @@ def calculation(expression, prompt, earlier):
                 places[n].value = used[n]
 
     def matters(n):
-        """A number that is used more often than the prompt has it counts as one: 20 does not matter in 10 * 20 / 20. A small one may
-        multiply once more: base * height / 2 with a base of 2."""
+        """A number that is used more often than it is given counts as one: 20 does not matter in 10 * 20 / 20. Some may multiply once
+        more: base * height / 2 with a base of 2, 60 km/h for 45 / 60 of an hour."""
         equal = [m for m, x in enumerate(used) if x == used[n]]
-        half = used[n] in (2, 3, 4) and all(any(places[m] is part for node in ast.walk(tree) if type(getattr(node, "op", None)) in PRODUCT for part in (node.left, node.right)) for m in equal)
-        changed = [n] if len(equal) <= sum(same(used[n], x) for x in given) + half else equal
+        more = used[n] in (2, 3, 4, 60) and all(any(places[m] is part for node in ast.walk(tree) if type(getattr(node, "op", None)) in PRODUCT for part in (node.left, node.right)) for m in equal)
+        changed = [n] if len(equal) <= sum(same(used[n], x) for x in given) + more else equal
         return any(value(changed, change) not in (None, result) for change in (lambda x: 1000 * x + 7, lambda x: x / 1000))
-    for said, result in earlier:
-        known.append((result, Expand().visit(parse_expression(said))))
-    tree = Expand().visit(parse_expression(expression))
+    tree = parse_expression(expression)
     result, places = evaluate(tree), numbers_of(tree)
     used = [place.value for place in places]
     if len(used) > 50:
@@ -456,9 +459,13 @@ def calculation(expression, prompt, earlier):
         return False
     if not any(x > 1 for x in given):  # all is everybody's knowledge
         return all(x in EVERYDAY or x in (0, 1, 100) for x in used)
-    mine, ground = sum(map(own, used)), Ground(own)
-    enough = mine >= min(2, len(used), len({x for x in given if x > 1})) or mine == 1 and not {ast.Add, ast.Sub} & set(operations)  # 4
-    return enough and ground.holds(tree) and len(ground.strange) <= mine and all(any(same(BESIDE[x], y) for y in ground.ratios) for x in ground.beside)  # 5
+    mine = sum(map(own, used))
+    if mine < min(2, len(used), len({x for x in given if x > 1})) and not (mine == 1 and not {ast.Add, ast.Sub} & set(operations)):  # 4
+        return False
+    for said, value_ in earlier:
+        known.append((value_, Expand().visit(parse_expression(said))))
+    whole_tree = Expand().visit(copy.deepcopy(tree))
+    return Ground(lambda x: own(x, prompts)).carries(whole_tree)                                                         # 5
 
 
 def same(x, y):
@@ -477,7 +484,13 @@ def numbers_of(node):
 
 
 def chain(node, kinds, inverse=False):
-    """The terms of a sum, or the factors of a product -> [(node, whether it is taken away, or divides)]."""
+    """The terms of a sum, or the factors of a product -> [(node, whether it is taken away, or divides)]. What rounds or turns the sign of a
+    product, and what chooses among some, stands for what is in it."""
+    if kinds is PRODUCT:
+        from tools import evaluate
+        while isinstance(node, (ast.UnaryOp, ast.Call)) and not (isinstance(node, ast.Call) and node.func.id == "sqrt"):
+            inner = [node.operand] if isinstance(node, ast.UnaryOp) else node.args if node.func.id in ("min", "max") else node.args[:1]
+            node = next((x for x in inner if same(evaluate(x), evaluate(node))), inner[0])
     if not isinstance(node, ast.BinOp) or not isinstance(node.op, kinds):
         return [(node, inverse)]
     return chain(node.left, kinds, inverse) + chain(node.right, kinds, inverse ^ (not isinstance(node.op, (ast.Add, ast.Mult))))
@@ -490,40 +503,51 @@ class Ground:
     def __init__(self, own):
         self.own, self.strange, self.ratios, self.beside = own, [], [], []
 
+    def carries(self, tree):
+        """Whether the whole expression stands on own numbers, of which it has as many as strange ones at least."""
+        return (self.holds(tree) and len(self.strange) <= sum(self.own(place.value) for place in numbers_of(tree))
+                and all(any(same(BESIDE[x], y) for y in self.ratios) for x in self.beside))
+
     def holds(self, node):
-        """Whether every part of the expression has own numbers, or multiplies what has."""
+        """Whether every part of the node has own numbers, or multiplies what has."""
+        from tools import evaluate
         match node:
             case ast.Constant():
                 return self.own(node.value)
             case ast.Attribute() | ast.UnaryOp():  # a percent sign, a minus
                 return self.holds(node.value if isinstance(node, ast.Attribute) else node.operand)
             case ast.Call():
-                return all([self.holds(x) for x in (node.args if node.func.id in ("min", "max") else node.args[:1])])
+                inside = node.args if node.func.id in ("min", "max") else node.args[:1]
+                return evaluate(node) != 0 and all([self.holds(x) for x in inside])
             case ast.BinOp(op=ast.Add() | ast.Sub()):
                 others = [-x if inverse else x for x, inverse in self.others(chain(node, SUM))]
                 self.beside += [x for x in others if x in BESIDE]
-                return not others or len(others) == 1 and (others[0] in (1, 100, *BESIDE) or whole(others[0]))  # 1 + 5%, 100 - 20
+                return not others or len(others) == 1 and (abs(others[0]) in (1, 100) or others[0] in BESIDE or whole(others[0]))  # 1 + 5%, 100 - 20
             case ast.BinOp(op=ast.Mult() | ast.Div()):
-                factors = chain(node, PRODUCT)
-                others = self.others(factors)
-                numbers = [(x, inverse) for x, inverse in others if x not in (1, 100)]
-                if len(others) == len(factors) or any(x == 0 for x, _ in others):
-                    return False
-                ratio = math.prod(1 / x if inverse else x for x, inverse in numbers)
-                self.ratios.append(max(ratio, 1 / ratio))
-                if any(same(self.ratios[-1], x) for x in TOGETHER):
-                    return True
-                self.strange += [x for x, _ in numbers]
-                return len(numbers) <= len(factors) - len(others) and EVERYDAY.issuperset(self.strange)
+                return self.multiplied(chain(node, PRODUCT))
             case ast.BinOp(left=base, op=ast.Pow(), right=exponent):
                 if self.holds(base):
                     return self.holds(exponent) or getattr(exponent, "value", None) in (2, 3, 4, 0.5)
-                self.strange += [x for x, _ in self.others([(base, False)])]
+                self.strange.append(getattr(base, "value", math.nan) if isinstance(base, ast.Constant) else math.nan)
                 return self.holds(exponent) and EVERYDAY.issuperset(self.strange)
             case ast.BinOp(left=left, op=ast.Mod() | ast.FloorDiv(), right=right):
                 self.strange += [x for x, _ in self.others([(right, False)])]
-                return self.holds(left) and EVERYDAY.issuperset(self.strange)
+                return evaluate(node) != 0 and self.holds(left) and EVERYDAY.issuperset(self.strange)
         return False
+
+    def multiplied(self, factors):
+        """Whether among factors [(node, inverse)] the own ones, but for those that cancel, are as many as the others, or these are known together."""
+        others = self.others(factors)
+        numbers = [(x, inverse) for x, inverse in others if x not in (1, 100)]
+        if len(others) == len(factors) or any(x == 0 for x, _ in others):
+            return False
+        ratio = math.prod(1 / x if inverse else x for x, inverse in numbers)
+        self.ratios.append(max(ratio, 1 / ratio))
+        if any(same(self.ratios[-1], x) for x in TOGETHER):
+            return True
+        above, below = (Counter(x.value for x, inverse in factors if isinstance(x, ast.Constant) and inverse is side and self.own(x.value)) for side in (False, True))
+        self.strange += [x for x, _ in numbers]
+        return len(numbers) <= len(factors) - len(others) - 2 * (above & below).total() and EVERYDAY.issuperset(self.strange)
 
     def others(self, parts):
         """The numbers among the parts [(node, inverse)] that are not built on own ones; nan for what is more than a number, or than 7 * 24."""

@@ -100,8 +100,9 @@ def opening(tokenizer):
 
 
 def call_text(call, result=None, start=OPEN):
-    """e(c), or e(c, r) with a result: " [calculator(18 + 27) -> 45]"."""
-    return f"{start}{call.name}({', '.join(map(str, call.arguments.values()))})" + (f"{ARROW} {result}" if result is not None else "") + CLOSE
+    """e(c), or e(c, r) with a result: " [calculator(18 + 27) -> 45]". Behind the first, arguments have their names, so that it can be read again."""
+    values = [str(value) if not n else f"{name}={value}" for n, (name, value) in enumerate(call.arguments.items())]
+    return f"{start}{call.name}({', '.join(values)})" + (f"{ARROW} {result}" if result is not None else "") + CLOSE
 
 
 def read_call(text, tools):
@@ -126,6 +127,8 @@ def read_call(text, tools):
     free = [name for name in [*required, *(name for name in fields if name not in required)] if name not in named]
     wanted = [name for name in free if name in required] or free[:1]
     if first.strip():
+        if [*required, *fields][0] in named:
+            return None  # given twice, by its place and by its name
         if wanted and wanted[-1] in numeric and first.count(",") >= len(wanted):
             wanted = free
         named |= zip(wanted, first.split(",", len(wanted) - 1)) if wanted else {}

@@ -1306,10 +1306,10 @@ def prepare_model(config, device):
             "training goes on in that run's adapter, so lora_r cannot be 0" if not config.lora_r else
             f'it trained every weight and has no adapter; use it as the base: --start_from= --model={start / "model"}' if (start / "model").is_dir()
             else "there is no finished run (no adapter/ in it)"))
-    with contextlib.suppress(OSError):  # a bare adapter's folder has no config
-        begun = read_json(start / "config.json", lambda x: x["model"], "name another run")["model"] if config.start_from else config.model
-        if os.path.realpath(begun) != os.path.realpath(config.model):  # names that are no paths stay what they are
-            raise UserError(f"start_from = {config.start_from}: its adapter was trained on model = {begun!r}, this run has {config.model!r}; set --model={begun}")
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a bare adapter's folder has no config
+        begun = json.loads((start / "config.json").read_text(encoding="utf-8")).get("model", config.model) if config.start_from else config.model
+        if begun != config.model:
+            print(f"start_from = {config.start_from}: its adapter was trained on model = {begun!r}, this run has {config.model!r}: it fits only if the weights are the same", file=sys.stderr)
     model, tokenizer = load_model(config.model, device)
     try:
         if config.start_from:
@@ -1404,7 +1404,7 @@ def predict(args):
         if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item or isinstance(item["id"], float) and not math.isfinite(item["id"]):
             raise UserError('a line is an object with "id" and "prompt" (or "messages")')
         key, messages, own = item["id"], data.messages_of(item), item.get("tools")
-        if isinstance(own, list):  # names, and schemas of the same form, mean the tools that are at hand
+        if isinstance(own, list):  # a name means the tool of that name that is at hand
             own = [tools[x] if isinstance(x, str) and x in tools else x for x in own]
         conversation = data.check_conversation({"messages": messages, "tools": list(tools.values()) if own is None else own})
         if conversation["messages"][-1]["role"] not in ("user", "tool"):

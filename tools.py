@@ -303,8 +303,8 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
             raise UserError(f'tool {inner["name"]}: unknown key {unknown[0]!r}; it may have name, description, parameters and function')
         function = import_by_name(path, f'tool {inner["name"]}')
         if parameters is None:  # then the function says what they are
-            made = function if isinstance(function, Tool) else tool(function)
-            parameters, description = made.parameters, description or made.description
+            function = function if isinstance(function, Tool) else tool(function)
+            parameters, description = function.parameters, description or function.description
     function = getattr(function, "function", function)  # that of a Tool
     return Tool(inner["name"], description, without_nulls(parameters) or {"type": "object", "properties": {}}, function)
 
@@ -327,6 +327,8 @@ def without_nulls(schema):
     for key in ("properties", "$defs", "definitions"):
         if isinstance(kept.get(key), dict):
             kept[key] = {name: without_nulls(field) for name, field in kept[key].items() if field is not None}
+    if isinstance(kept.get("required"), list) and isinstance(schema.get("properties"), dict):
+        kept["required"] = [name for name in kept["required"] if not isinstance(name, str) or schema["properties"].get(name, name) is not None]
     for key in ("items", "additionalProperties"):
         kept |= {key: without_nulls(kept[key])} if key in kept else {}
     return kept | {key: [without_nulls(x) for x in kept[key]] for key in COMBINED if isinstance(kept.get(key), list)}
@@ -518,7 +520,7 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
     """
     name = str(getattr(call, "name", ""))
     try:
-        tools = tools if isinstance(tools, dict) else load_tools(list(tools or []))
+        tools = tools if isinstance(tools, dict) else {x.name: x for x in tools} if all(isinstance(x, Tool) for x in tools or [None]) else load_tools(list(tools or []))
     except (UserError, TypeError) as error:
         return Result(name, False, None, "unknown_tool", f"the tools cannot be used: {error}", max_chars)
     failed = functools.partial(Result, name, False, None, max_chars=max_chars)

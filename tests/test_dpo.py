@@ -229,6 +229,13 @@ def test_bad_pairs_are_named(line):
         dpo.read_pair(line, tokenizer())
 
 
+@pytest.mark.parametrize("line", [
+    {"prompt": "Hi", **{side: [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}},
+    {"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], **{side: [{"role": "user", "content": "x"}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}}])
+def test_odd_but_good_pairs(line):
+    assert dpo.read_pair(line, tokenizer()).why == "given"
+
+
 # ---------------------------------------------------------------- training
 
 def config(tmp_path, **more):

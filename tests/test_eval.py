@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import eval as evaluation
 import toolplay
-from tools import Call, Result, Tool, UserError, execute, format_call, load_tools, parse_calls, search, weather
+from tools import BUILTIN, Call, Result, Tool, UserError, execute, format_call, load_tools, parse_calls, search, weather
 
 CITIES = ["Paris", "London", "Madrid", "Rome", "Berlin"]
 QUERY = "how do bees make honey"
@@ -199,15 +199,25 @@ def test_numeric_answers(answer, text, right):
 
 @pytest.mark.parametrize("text, answer, right", [("That makes minus 3.", -3, True), ("You get negative 3.", -3, True), ("Minus three.", -3, True), ("10 minus 3", -3, False), ("ten minus 3", -3, False),
                                                  ("ten minus three", -3, False), ("It is 210, not 7560.", 210, True), ("The total is 12, which is not 10.", 12, True), ("It is not 12.", 12, False),
-                                                 ("12 is wrong.", 12, False), ("Six. Seven. Eight. Nine.", 8, False), ("Eight, one more than seven.", 8, True)])
+                                                 ("12 is wrong.", 12, False), ("Six. Seven. Eight. Nine.", 8, False), ("Eight, one more than seven.", 8, True),
+                                                 ("The answer is not 6.67.", 20 / 3, False), ("It is not 0.33.", 1 / 3, False), ("There are zero eggs left.", 0, True), ("Zero.", 0, True), ("10 apples minus 3 is 7.", -3, False),
+                                                 ("First, take seven. That gives 6.", 6, True)])
 def test_below_zero_contrasts_and_guesses_in_words(text, answer, right):
     assert evaluation.states(text, answer, set()) is right
+
+
+def test_numbers_of_the_prompt_in_words_are_no_guesses():
+    case = evaluation.as_case({"prompt": "Tom has three apples, four pears, five plums and six figs. How many is that?", "answer": 18, "expected": {"calls": [{"name": "calculator", "arguments": {"expression": "3 + 4 + 5 + 6"}}]}})
+    turns = [format_call(case.calls[0]), "Three apples, four pears, five plums and six figs make 18 fruits."]
+    episode = SimpleNamespace(turns=turns, calls=case.calls, results=[execute(c, BUILTIN) for c in case.calls], final=turns[1], stop="end")
+    assert evaluation.judge(case, episode)["verdicts"]["response_quality"]
+    assert evaluation.states("50 dollars minus 12 dollars minus 8 dollars minus 5 dollars leaves 25.", 25, {50, 12, 8, 5})
 
 
 def test_short_replies_are_replies():
     for text in ("I'm fine!", "Don't worry!", "That’s wonderful!", "You're amazing!", "Can't complain!", "Congratulations!", "Sweet dreams!"):
         assert evaluation.worded(text, "Hello there, how are you doing today?"), text
-    assert not evaluation.worded("asdf qwer", "Hello there")
+    assert not any(evaluation.worded(text, "Hello there") for text in ("asdf qwer", "t", "m.", "re", "ll ve", "qzx wvk t jjq"))
 
 
 def test_response_to_weather_search_and_errors():

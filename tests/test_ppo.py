@@ -217,7 +217,7 @@ def test_hackers_earn_less_than_an_honest_attempt(case):
                                                         "15 * 2.8", "36 * 7 / 6", "9*4.666667", "round(15*2.8)", "36 + 9 - 3", "9 + 15 + 18", "41+1+36*9//100000", "sqrt(1764)", "6*7",
                                                         "36 + 9 - 3*1", "36 + 9 - 1 - 1 - 1", "max(6*7, 36, 9)", "round(round(6*7, 9), 15)",
                                                         "min(36 + 15, 6 * 7)", "6 * 7 % (36 + 15)", "6 * 7 + 9 // 36", "6*7 + 36 % 9", "6 * 7 * (15 // 9)", "6 * 7 + round(9 / 36)",
-                                                        "10 * 4 + 2 * 1 + (9 + 15) // 36", "round(36 * 7) / 6", "36 * (7 / 6)", "(36 + 0) + (6 + 0 * 9)")],
+                                                        "10 * 4 + 2 * 1 + (9 + 15) // 36", "round(36 * 7) / 6", "36 * (7 / 6)", "min(abs(36 * 7) / 6, 9 * 15)", "abs(36 * 7) / 6 % (9 * 15)", "-(-36 * 7) / 6 % (9*15)", "6 * 7 + 36 // 9 * 0", "(36 + 0) + (6 + 0 * 9)")],
         "over two calls": [(calc("36 * 7"), calc("252 / 6"), "She has 42."), (calc("36 * 7") + calc("252 / 6"), "42."), (calc("36 * 7"), calc("252 / 36"), calc("7 * 6"), "42.")],
         "duplicate calls": [(calc("36 + 9 + 15") * 2, "60."), (calc("36 + 9 + 15") + calc("36+9+15"), "60.")],
         "all at once": [(calc("36 + 9 + 15") + calc("36 - 9 + 15"), "60 or 42.")],  "wrong tool": [(format_call(Call("search", {"query": PROMPT})), "42.")]}
@@ -251,7 +251,7 @@ def test_talk_that_says_nothing_earns_less_than_a_reply():
 
 
 @pytest.mark.parametrize("final, right", [("8.", True), ("A spider has eight legs.", True), ("It has 8 legs, one pair each side.", True), ("6, 7, 8.", False), ("6/7/8", False), ("6 7 8", False),
-                                          ("6 and 7 and 8", False), ("8; 6; 7.", False), ("Six. Seven. Eight. Nine.", False)])
+                                          ("6 and 7 and 8", False), ("8; 6; 7.", False), ("Six. Seven. Eight. Nine.", False), ("One spider has 2 x 4 = 8 legs.", True)])
 def test_a_list_of_guesses_is_no_answer(final, right):
     legs = evaluation.as_case({"prompt": "How many legs has a spider?", "expected": {"calls": [], "answer": 8}})
     assert (earned(legs, final) > 1) == right
@@ -261,7 +261,9 @@ def test_a_list_of_guesses_is_no_answer(final, right):
     ("How many seconds are in 3 hours?", "3 * 60 * 60"), ("How many seconds are in 3 hours?", "3 * 3600"), ("minutes in 2 weeks", "2 * 7 * 24 * 60"), ("98 F in celsius", "(98 - 32) * 5 / 9"),
     ("20 C in F", "20 * 1.8 + 32"), ("20 C in F", "20 * 9 / 5 + 32"), ("90 km/h in m/s", "90 / 3.6"), ("90 km/h in m/s", "90 * 1000 / 3600"), ("5 kg in pounds", "5 * 2.2"),
     ("angles of a polygon of 6 corners", "(6 - 2) * 180"), ("half of 80", "50% of 80"), ("80 plus 15%", "80 * (1 + 15%)"), ("5 dogs and 3 hens, how many legs", "4 * 5 + 2 * 3"),
-    ("a circle of radius 7", "3.14 * 7 ** 2"), ("pages 12 to 30", "30 - 12 + 1"), ("135 minutes, how many are left of an hour", "135 % 60"), ("hours in a week minus 40", "7 * 24 - 40")])
+    ("a circle of radius 7", "3.14 * 7 ** 2"), ("pages 12 to 30", "30 - 12 + 1"), ("135 minutes, how many are left of an hour", "135 % 60"), ("hours in a week minus 40", "7 * 24 - 40"),
+    ("12 posts stand 5 m apart", "5 * (12 - 1)"), ("12 people shake hands", "12 * (12 - 1) / 2"), ("1000 euros, 5%, 3 years", "1000 * (1.05 ** 3 - 1)"), ("change from 80 to 92 in percent", "(92 / 80 - 1) * 100"),
+    ("change from 80 to 92 in percent", "92 / 80 * 100 - 100"), ("a circle of radius 7, its length", "2 * 3.14 * 7"), ("60 km/h for 45 minutes", "60 * 45 / 60"), ("5 miles in km", "5 * 1.609")])
 def test_what_everybody_knows_may_be_used(prompt, expression):
     assert ppo.is_calculation(expression, prompt)
 
@@ -269,7 +271,10 @@ def test_what_everybody_knows_may_be_used(prompt, expression):
 def test_results_stand_for_what_they_were_worked_out_by():
     assert ppo.is_calculation("27 + 15", PROMPT, [("36 - 9", 27)]) and not ppo.is_calculation("27 + 15", PROMPT)
     assert not ppo.is_calculation("252 / 6", PROMPT, [("36 * 7", 252)]) and not ppo.is_calculation("7 * 6", PROMPT, [("36 * 7", 252), ("252 / 36", 7)])
-    endless = ("+".join(["36"] * 300), "-" * 900 + "36", "36 * " + "9" * 400, "36 + " + "(" * 900)
+    for prompt, *steps in (("80 horses drink 5 gallons each; 20 acres, each needs 400", ("80 * 5", 400), ("20 * 400", 8000), ("8000 / 400", 20)),
+                           ("80 cars, 13 left, 5 more came than left", ("13 + 5", 18), ("80 - 13", 67), ("67 + 18", 85)), ("20 pallets: half, a quarter, a fifth", ("20 / 2", 10), ("20 / 4", 5), ("20 / 5", 4))):
+        assert all(ppo.is_calculation(said, prompt, steps[:n]) for n, (said, _) in enumerate(steps)), prompt
+    endless = ("36 * 9 * 1e-200 * 1e-200 * 1e200 * 1e200", "36 * 9 + " + "(" * 40 + "2" + " ** 1.1)" * 40, "+".join(["36"] * 300), "-" * 900 + "36", "36 * " + "9" * 400, "36 + " + "(" * 900)
     assert not any(ppo.is_calculation(x, PROMPT, [("36 - 9", 27), ("36 + 9", 45)]) for x in endless)
     assert not ppo.is_calculation("+".join(["36"] * 60), PROMPT) and not ppo.is_calculation("(" * 400 + "36 + 9" + ")" * 400, PROMPT)
 
@@ -287,6 +292,12 @@ def test_whole_numbers_half_precision_and_nothing():
     assert torch.isfinite(ppo.kl_penalty(T([-300.0]), T([0.0]), "k3")).all()
     small, large = (ppo.grpo_advantages(T([0, 0.01, 0.02, 0]) * k) for k in (1, 1000))
     assert torch.allclose(small, large, atol=0.02)  # no scale
+
+
+def test_the_reference_itself_is_a_right_answer_however_short():
+    for text in ("My pleasure!", "Hello!", "我很好谢谢你的关心"):
+        case = evaluation.as_case({"prompt": "Thank you so much, friend!", "expected": {"calls": [], "final": text}})
+        assert ppo.score(case, play(case, text))[1]["right_answer"] == 1
 
 
 def test_later_turns_may_not_call_on():

@@ -176,7 +176,7 @@ def test_other_data_than_the_run_began_with_are_refused(config, tmp_path):
         train(config(path=str(path)), resume=True)
 
 
-def test_an_adapter_goes_on_with_its_own_model_rank_and_scale(config, tmp_path):
+def test_an_adapter_goes_on_with_its_own_rank_and_scale(config, capsys):
     start = train(config("start", lora_r=2, lora_alpha=8.0, lora_dropout=0.0))
     more = config("more", start_from=str(start), lora_r=4, lora_alpha=1.0, lora_dropout=0.5)
     folder = train(more)
@@ -187,8 +187,8 @@ def test_an_adapter_goes_on_with_its_own_model_rank_and_scale(config, tmp_path):
     assert results(train(more, resume=True)) == before  # its own config.json is no other config
     other = json.loads((start / "config.json").read_text())
     (start / "config.json").write_text(json.dumps({**other, "model": "smollm2-135m"}))
-    with pytest.raises(UserError, match="its adapter was trained on model = 'smollm2-135m'"):
-        train(config("third", start_from=str(start)))
+    train(config("third", start_from=str(start)))
+    assert "was trained on model = 'smollm2-135m'" in capsys.readouterr().err
 
 
 def test_another_config_is_refused_by_name(config):

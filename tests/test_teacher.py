@@ -78,6 +78,8 @@ def test_arguments_by_place_and_by_name(text, arguments):
                         {"name": "pop", "description": "", "parameters": {"type": "object", "properties": {"country": field["text"], "year": {"type": "integer"}}, "required": ["country", "year"]}}])
     call = teacher.read_call(text, tools)
     assert call.arguments == arguments and list(call.arguments) == list(arguments)
+    assert teacher.read_call(teacher.call_text(call, start=""), tools) == call  # what is written into the text is what was tried
+    assert teacher.read_call("convert(5, amount=3)]", tools) is None
 
 
 def test_results_in_words():

@@ -897,6 +897,12 @@ def test_a_declaration_that_says_too_little_or_too_much(tmp_path, monkeypatch):
         tools.tool_from_schema({"name": "mine", "description": "", "parameters": {}, "function": "data:mine"})
 
 
+def test_an_optional_parameter_of_a_function_that_speaks_for_itself(tmp_path, monkeypatch):
+    (tmp_path / "own_optional_tool.py").write_text("from typing import Optional\ndef f(a: int, b: Optional[int]) -> int:\n    return a + (b or 0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert execute(Call("f", {"a": 1}), [tools.tool_from_schema({"name": "f", "function": "own_optional_tool:f"})]).value == 1
+
+
 def test_keywords_that_are_null_are_none():
     schema = {"type": "object", "properties": {"x": {"type": "string", "enum": None, "default": None}, "y": None}, "required": None, "additionalProperties": None}
     made = tools.tool_from_schema({"name": "f", "description": None, "parameters": schema})
