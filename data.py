@@ -1018,7 +1018,11 @@ def generate(split, n, seed=0, mix=None):
 # descriptions must be read (function masking, Lin et al. 2024, arXiv:2410.04587).
 STYLES = {"snake": lambda domain, words: "_".join(words), "camel": lambda domain, words: words[0] + "".join(w.capitalize() for w in words[1:]),
           "dotted": lambda domain, words: f"{domain}.{'_'.join(words)}"}
-NAMED = ["{n} {v}", "with {n} {v}", "with a {n} of {v}", "{n}: {v}", "{n} = {v}"]
+NAMED = ["{n} {v}", "{n}: {v}", "{n} = {v}"]
+ALONE_TOO = re.compile("(on|for|from|to|with|at|by|under|until|via|as|using|before|after|since|through) ")  # phrases that may stand in any order
+LATER = {"return", "end", "until", "last", "to", "back"}  # words in the name of the second of two dates
+CLOSED = {"French", "Spanish", "English", "Italian", "Thai", "Norway", "France", "Germany", "Brazil", "Bolivia", "Ohio", "Mars", "Sirius", "Orion", "Monday", "EUR", "JFK", "Python", "Toyota", "P0300",
+          "Helvetica", "Catan", "XS", "BRCA1", "ATG", "Aa", "AS", "As", "AH", "PM10", "Europe/Berlin", "Bitcoin", "Kraken", "Europe", "Perseids", "M31"}  # of lists that hold all there is
 WHOLE = 0.5  # share of requests that are sentences written as a whole, where a function has some; the others are put together from phrases
 TEXTS = {"message", "description", "review", "body", "text", "comment", "reason", "why", "instructions", "phrase", "find", "replacement"}  # parameters that take sentences
 SINGLE = {"zones", "item_numbers", "eyepieces"}  # lists of numbers that may well hold one
@@ -1046,7 +1050,7 @@ class ApiWriter:
         self.originals = [f for _, f in chosen]
         self.offered = [(d, shown, self.tool(d, shown)) for n, (d, f) in enumerate(chosen) for shown in [self.variant(f, n)]]
         self.rng, self.joined, self.way, self.length = rng, joined, NAMED[0], 2  # joined: several requests make one prompt
-        self.named = not self.masked and rng.random() < 0.35  # values are said with their parameters' names: "with party size 4"
+        self.named = not self.masked and rng.random() < 0.1  # values are pasted with their parameters' names: "party size: 4"
 
     def function(self):
         domain = self.rng.choice(pool("apis.json", "domains", self.split))
@@ -1094,7 +1098,7 @@ class ApiWriter:
         """-> (the value in an argument, how a person may write it)."""
         rng = self.rng
         if isinstance(kind, list):
-            foreign = self.split == "train" and isinstance(kind[0], str) and kind[0][0].isupper() and not {"French", "Spanish", "Norway"} & set(kind)
+            foreign = self.split == "train" and isinstance(kind[0], str) and kind[0][0].isupper() and not CLOSED & set(kind)
             name = any_name(rng) if foreign and rng.random() < 0.08 else ""  # a name from anywhere: values are copied, not known by heart
             value = name if name[:1].isupper() else rng.choice(kind)
             return value, str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -1138,7 +1142,7 @@ class ApiWriter:
         if "enum" in parameter or parameter["type"] == "boolean":
             value = rng.choice(parameter.get("enum") or [True, False])
             if "enum" in parameter and self.named:
-                return value, self.state(parameter, str(value))
+                return value, self.state(parameter, str(value).replace("_", " "))
             return value, rng.choice(parameter["phrases"][str(value).lower() if isinstance(value, bool) else str(value)])
         value, said = self.plain(parameter)
         return value, self.state(parameter, said)
@@ -1175,13 +1179,11 @@ class ApiWriter:
         """A phrase that states a parameter's value, in words of its own or with the parameter's name."""
         name = canonical(parameter).replace("_", " ")
         phrase = self.way if self.named else self.rng.choice(parameter["phrases"])
-        if self.named and "a {n}" in phrase:
-            phrase = "with {n} {v}" if re.search("[^s]s$", name) else phrase.replace("a {n}", "an {n}") if name[0] in "aeio" else phrase
         return phrase.replace("{n}", name).replace("{v}", said)
 
     def together(self, phrases):
-        """Phrases one after the other; a person who writes names and values puts commas between them."""
-        return (", " if self.named and not self.way.startswith("with") else " ").join(phrases)
+        """Phrases one after the other; a person who pastes names and values puts commas between them, others do so at times."""
+        return (", " if self.named or self.rng.random() < 0.25 else " ").join(phrases)
 
     def sentence(self, function):
         """A whole sentence that was written for the function, with a slot for each value -> (it, the names of its slots, {name: value}
@@ -1208,9 +1210,11 @@ class ApiWriter:
         if not whole and function["words"][0] in ("modify", "update", "change") and spare and all(p["required"] for p in chosen):
             chosen.append(self.rng.choice(spare))  # a change that changes nothing is none
         told = whole[2] if whole else {}
-        lists = whole and any(p["type"] == "array" for p in chosen)  # which of its values belong to which call, nobody could tell
+        lists = any(p["type"] == "array" for p in chosen)  # which of its values belong to which call, nobody could tell
         simple = [p for p in chosen if not lists and p["required"] and canonical(p) not in told and not takes_text(p)
-                  and p["type"] in ("string", "integer", "number") and "enum" not in p]
+                  and p["type"] in ("string", "integer", "number") and "enum" not in p and p["values"] not in ("date", "time")]
+        if whole:  # "rent a {model}" asks for one
+            simple = [p for p in simple if p["type"] == "string" and p["values"] != "person" and not re.search(rf"\b(a|an|the|that|this|its|my) (\w+ )?{{{canonical(p)}}}", whole[0])]
         varied = []
         if spread > 1 and simple:  # by their names first: "for Ann and Bo", not "2.5 and 1.6 stars"
             varied = [self.rng.choice([p for p in simple if p["type"] == "string"] or simple)]
@@ -1225,14 +1229,16 @@ class ApiWriter:
                 made.append((p, self.styled(p, told[canonical(p)]), "") if canonical(p) in told else (p, *(self.plain(p) if whole else self.argument(p))))
         words = [word for _, value, _ in made for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
         counts = {len(values) for p, values, _ in made if p in varied}
-        if len(set(words)) < len(words) or len(counts) > 1:  # from euros to euros; two people and three tables
+        dates = [(bool(LATER & set(canonical(p).split("_"))), value) for p, value, _ in made if p.get("values") == "date" and p["type"] == "string"]
+        backwards = any(a[0] < b[0] and a[1] > b[1] for a in dates for b in dates)
+        if len(set(words)) < len(words) or len(counts) > 1 or backwards:  # from euros to euros; two people and three tables; back before one leaves
             return self.request(function, without, spread, template, like)
         arguments = [{self.key(p): value[n] if p in varied else value for p, value, _ in made} for n in range(max(counts, default=1))]
         if whole:
             return fill(whole[0], {canonical(p): said for p, _, said in made}), arguments
         joint = varied if len(varied) == 2 else []  # these are said together, last
         phrases = [text for p, _, text in made if p not in joint]
-        if self.rng.random() < 0.2:  # people begin with what matters most, but not always
+        if self.rng.random() < 0.2 and (self.named or all(map(ALONE_TOO.match, phrases))):  # people begin with what matters most, but not always
             self.rng.shuffle(phrases)
         phrases += [text for p, _, text in made if p in joint] + ["respectively"] * bool(joint)
         text = " ".join((template or self.rng.choice(function["requests"])).replace("{..}", self.together(phrases)).split())
@@ -1293,7 +1299,7 @@ def api_conversation(kind, split, rng):
     domain, function, tool = rng.choice(writer.offered)
     calls, results, reply, prompts = [], [], None, []
     if kind == "api_none":
-        if near := rng.random() < 0.35:  # what a function of the same domain, not offered, would do
+        if near := rng.random() < 0.5:  # what a function of the same domain, not offered, would do
             function = rng.choice(domain["functions"])
         else:  # of some others, in training, the one whose request looks most as if an offered function could take it
             shapes = Counter(p["type"] for f in writer.originals for p in f["parameters"])
@@ -1301,15 +1307,15 @@ def api_conversation(kind, split, rng):
         if any(f is function for f in writer.originals) or (not near and any(d is domain for d, _, _ in writer.offered)):
             return None
     family = f"{domain['name']}.{'_'.join(function['words'])}"
-    if kind == "api_none" and not near and rng.random() < 0.6:  # a request for one of the built-in tools, which are not offered, or just talk
-        ask = rng.choice(["arithmetic", "everyday", "one_step", "weather", "weather", "search", "search", "search", "no_tool"])
+    if kind == "api_none" and not near and rng.random() < 0.6:  # a request for one of the built-in tools, which are not offered
+        ask = rng.choice(["arithmetic", "everyday", "one_step", "weather", "weather", "search", "search", "search"])
         made_up = getattr(Writer(split, rng), ask)()
         if made_up is None:
             return None
         text, wanted, family, facts = made_up
         if any((wanted[0].name if wanted else "none") in d.get("near", ()) for d, _, _ in writer.offered):
             return None
-        prompts, reply = [text], facts.get("reply") or rng.choice(answers["api"]["none"])
+        prompts, reply = [text], rng.choice(answers["api"]["none"])
     elif kind == "api_none":
         prompts, reply = [writer.request(function)[0]], rng.choice(answers["api"]["none"])
     elif kind == "api_ask":
@@ -1325,7 +1331,7 @@ def api_conversation(kind, split, rng):
             return None
     prompt = prompts[0]
     if len(prompts) > 1:
-        joiner = rng.choice(answers["api"]["joined"])
+        joiner = rng.choice([x for x in answers["api"]["joined"] if not x.startswith("Two ") or len(calls) == 2])
         last = prompts[-1] if joiner.endswith("} {y}") else decapitalise(prompts[-1], calls)
         prompt = fill(joiner, {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": last})
     prompt = re.sub(r"\b(the|an?|my) (the|an?) ", r"\1 ", prompt)

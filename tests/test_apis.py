@@ -172,3 +172,28 @@ def test_a_whole_sentence_can_say_an_object_in_its_own_words():
         writer.style, writer.masked = style, False
         text, [arguments] = writer.request(function)
         assert arguments == {keys[0]: {keys[1]: "Bo Lind"}, keys[2]: arguments[keys[2]]} and text == f"Send it to Bo Lind {arguments[keys[2]].replace('_', ' ')}."
+
+
+def test_requests_do_not_contradict_themselves():
+    """Nobody brings a car back before the day he rents it; who says "two things" wants two; a list is in every call or in none."""
+    seen = 0
+    for split in ("train", "test"):
+        for row in data.generate(split, 500, 4, {"api_one": 2, "api_choice": 2, "api_parallel": 3}):
+            calls = row["messages"][1]["tool_calls"]
+            if row["messages"][0]["content"].startswith("Two things."):
+                seen, _ = seen + 1, calls[1]
+                assert len(calls) == 2, row["messages"][0]["content"]
+            for call in calls:
+                given = call["arguments"]
+                if {"pickup_date", "return_date"} <= set(given):
+                    seen += 1
+                    assert given["pickup_date"] <= given["return_date"], given
+    assert seen > 5
+
+
+def test_a_list_of_all_there_is_holds_no_stranger():
+    rng = random.Random(0)
+    writer = data.ApiWriter("train", rng, False)
+    planets = ["Mercury", "Venus", "Mars"]
+    assert {writer.value(planets)[0] for _ in range(400)} == set(planets)
+    assert len({writer.value(["Blue Fern Cafe", "Gadget Barn"])[0] for _ in range(400)}) > 9
