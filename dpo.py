@@ -363,19 +363,23 @@ def read_pair(line, tokenizer, style="signature"):
     if not chosen or not rejected:
         raise UserError(f'"{"rejected" if chosen else "chosen"}" is empty')
 
+    prompt_tools = {"tools": line.get("tools") or []}
+
+    def spelled(messages):  # of the same form on both sides, or the same would differ
+        return data.check_conversation({"messages": messages, **prompt_tools})["messages"] if messages else []
+
     def holds_prompt(part):
         whole = isinstance(part[0], dict) and part[0].get("role") in ("system", "user")
-        return part[:len(prompt)] == prompt or isinstance(line.get("prompt"), str) and whole
+        return whole and spelled(part)[:len(prompt)] == spelled(prompt) or part[:len(prompt)] == prompt or isinstance(line.get("prompt"), str) and whole
 
     def in_one_spelling(part):  # or the same would differ
         messages = data.check_conversation({"messages": [*([] if holds_prompt(part) else prompt), *part], **prompt_tools})["messages"]
         return [{key: m[key] for key in ("role", "content", "tool_calls") if key in m} for m in messages]
-    prompt_tools = {"tools": line.get("tools") or []}
     half_said = prompt and all(not holds_prompt(part) and part[0].get("role") == "assistant" for part in (chosen, rejected) if isinstance(part[0], dict))
     if half_said and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
         raise UserError('"prompt" ends with an assistant message; end it with the user\'s, and let chosen and rejected hold all of the answer')
     chosen, rejected = in_one_spelling(chosen), in_one_spelling(rejected)
-    if isinstance(line.get("prompt"), str) and not all(any(m["content"].strip() == line["prompt"].strip() for m in part) for part in (chosen, rejected)):
+    if isinstance(line.get("prompt"), str) and line["prompt"].strip() and not all(any(m["content"].strip() == line["prompt"].strip() for m in part) for part in (chosen, rejected)):
         raise UserError('"prompt" is another text than the conversation in "chosen" and "rejected" begins with')
     if chosen == rejected:
         raise UserError("chosen and rejected are the same")

@@ -175,10 +175,10 @@ def numbers(text):
             for sign, digits, power in NUMBER.findall(text)}
 
 
-IN_WORDS = re.compile(r"\b(?:{0})(?: (?:{0}))*\b".format("|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"])))
+IN_WORDS = re.compile(r"\b(?:a (?=hundred|thousand|million))?(?:{0})(?: (?:{0}))*\b".format("|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"])))
 
 
-BELOW = r"(?:^|[.,:;!?(=]|\b(?:is|are|was|at|be|to|of|about|makes?|gives?|gets?|equals?|it's|that's))\s*(?:minus|negative) "  # no sign: "10 minus 3"
+BELOW = r"(?:^|[.,:;!?(=]|\b(?:is|are|was|at|be|to|of|about|in|by|has|have|had|with|leaves?|becomes?|makes?|gives?|gets?|equals?|it's|that's)|[*_\"“])\s*(?:minus|negative) |\bnegative "  # no sign: "10 minus 3"
 
 
 def states(text, answer, known, guesses=2):
@@ -189,8 +189,10 @@ def states(text, answer, known, guesses=2):
         near(value, answer, 0.005) or near(value, answer, 0.05) and near(value, round(answer, places), 1e-9))}
     if not right and exact and answer in spelled:  # "eight legs"
         right = {answer}
-    denied = re.findall(rf"\b(?:not|isn't|never)\s+(?:\w+\s+)?({NUMBER.pattern})|({NUMBER.pattern})\S*\s+(?:is|was|would be) (?:wrong|incorrect|not|false)\b", text, re.IGNORECASE | re.ASCII)
+    denied = re.findall(rf"(?:\bnot|n't|\bnever)\s+(?:\w+\s+)?({NUMBER.pattern})|({NUMBER.pattern})[%°.,;:!)*\"]{{0,3}}\s+(?:is|was|would be) (?:wrong|incorrect|not|false)\b", text, re.IGNORECASE | re.ASCII)
     if any({answer, *right} & set(numbers(found[0] or found[4])) for found in denied):
+        return False
+    if any(answer in in_words(found) for found in re.findall(rf"(?:\bnot|n't|\bnever) (?:\w+ )?({IN_WORDS.pattern})", text.lower())):
         return False
     others = {x for x in (set(shown) | spelled) - right - {1} if not {x, -x} & known}
     return bool(right) and len(others) <= guesses
@@ -198,7 +200,7 @@ def states(text, answer, known, guesses=2):
 
 def in_words(text):
     """The whole numbers that a text spells out ("minus twelve") -> set."""
-    plain, found = " ".join(re.sub(r"-|\band\b", " ", text.lower()).split()), set()
+    plain, found = " ".join(re.sub(r"-|\band\b|(?<=thousand),|(?<=million),", " ", text.lower()).split()), set()
     for phrase in IN_WORDS.finditer(plain):
         sign = -1 if re.search(BELOW + "$", plain[max(phrase.start() - 30, 0):phrase.start()]) else 1
         found |= {sign * x for x in data.numbers_in(phrase[0])} | ({0} if "zero" in phrase[0].split() else set())

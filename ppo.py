@@ -327,8 +327,9 @@ def right_answer(case, episode, verdicts):
     if not verdicts["response_quality"] or not right_format(case, episode, verdicts) or episode.stop != "end":
         return 0.0
     if not wants_number(case):
-        told = " ".join(m["content"] for m in case.conversation["messages"]) + (episode.final if "=" in episode.final else "")  # shown work is no list of guesses
-        guesses = case.answer is not None and not case.calls and not episode.calls and not states(episode.final, case.answer, set(numbers(told)) | in_words(told), guesses=0)
+        equations = re.findall(r"(\d[\d.]*(?:\s*[-+*/x×÷−]\s*\d[\d.]*)+)\s*=\s*([\d.]*\d)", episode.final)  # shown work is no list of guesses
+        told = " ".join([*(m["content"] for m in case.conversation["messages"]), *(said for said, of in equations if same_value(said, of)), *(r.text() for r in episode.results)])
+        guesses = case.answer is not None and not case.calls and not states(episode.final, case.answer, set(numbers(told)) | in_words(told), guesses=0)
         if verdicts["argument_accuracy"] is False or not gold_call_was_computed(case, episode) or guesses:
             return 0.0
         if case.calls == [] and case.answer is None and case.kind != "missing_tool":  # garbage is short, or says the same again
@@ -340,10 +341,20 @@ def right_answer(case, episode, verdicts):
     return float(answer_was_computed(case, episode, verdicts) and not stated)
 
 
+def same_value(expression, result):
+    """Whether an expression of an answer comes to what the answer says it does: then its numbers are shown work."""
+    from tools import ToolError, evaluate, parse_expression
+    try:
+        return math.isclose(evaluate(parse_expression(expression)), float(result), rel_tol=0.01)
+    except (ToolError, ValueError):
+        return False
+
+
 def tidy(text):
     """Whether a text is a sentence: three different words at least, and more different ones than repeated. Of scripts without Latin letters
     the characters count."""
-    words = re.findall(r"\w+" if re.search("[a-z]", text.lower()) else r"\w", text.lower())
+    cjk = "\u3040-\u9fff\uac00-\ud7a3"
+    words = re.findall(rf"[{cjk}]|[^\W{cjk}]+" if re.search("[a-z]", text.lower()) else r"\w", text.lower())
     return len(set(words)) >= 3 and 2 * len(set(words)) > min(len(words), 30)
 
 
@@ -385,9 +396,9 @@ def wants_number(case):
 # What everybody knows: legs, days, ounces, coins, hours, weeks, minutes, degrees, metres; several of them together, such as the
 # minutes of a week, km/h, °F, a circle, a ball; and what is added beside such a factor: °F, the angles of a polygon.
 EVERYDAY = {*range(2, 11), 12, 16, 24, 25, 30, 31, 36, 50, 52, 60, 180, 360, 365, 366, 1000, 3600, 1000000,
-            0.01, 0.05, 0.1, 0.25, 0.45, 0.5, 0.62, 0.75, 1.5, 1.6, 1.609, 1.61, 1.8, 2.2, 2.54, 3.14, 3.1416, 3.14159, 3.6}
+            14, 1024, 1760, 5280, 0.01, 0.05, 0.1, 0.25, 0.3048, 0.45, 0.4536, 0.5, 0.62, 0.6214, 0.75, 1.5, 1.6, 1.609, 1.60934, 1.61, 1.8, 2.2, 2.205, 2.20462, 2.54, 3.14, 3.1416, 3.14159, 3.14159265, 3.6}
 TOGETHER = [7 * 24, 7 * 24 * 60, 7 * 24 * 3600, 24 * 60, 24 * 3600, 365 * 24, 365 * 24 * 60, 3600, 3.6, 1.8,
-            2 * 3.14, 2 * 3.1416, 4 / 3 * 3.14, 4 / 3 * 3.1416]
+            365 * 24 * 3600, 5 * 52, 12 * 2.54, 52 / 12, *(k * pi for pi in (3.14, 3.1416, 3.14159, 3.14159265) for k in (2, 4, 4 / 3))]
 BESIDE = {32: 1.8, -32: 1.8, -2: 180}
 SUM, PRODUCT = (ast.Add, ast.Sub), (ast.Mult, ast.Div)
 
@@ -442,7 +453,7 @@ def calculation(expression, prompt, earlier):
         more: base * height / 2 with a base of 2, 60 km/h for 45 / 60 of an hour."""
         equal = [m for m, x in enumerate(used) if x == used[n]]
         more = used[n] in (2, 3, 4, 60) and all(any(places[m] is part for node in ast.walk(tree) if type(getattr(node, "op", None)) in PRODUCT for part in (node.left, node.right)) for m in equal)
-        changed = [n] if len(equal) <= sum(same(used[n], x) for x in given) + more else equal
+        changed = [n] if used[n] == 1 or len(equal) <= sum(same(used[n], x) for x in given) + more else equal
         return any(value(changed, change) not in (None, result) for change in (lambda x: 1000 * x + 7, lambda x: x / 1000))
     tree = parse_expression(expression)
     result, places = evaluate(tree), numbers_of(tree)
@@ -463,7 +474,8 @@ def calculation(expression, prompt, earlier):
     if mine < min(2, len(used), len({x for x in given if x > 1})) and not (mine == 1 and not {ast.Add, ast.Sub} & set(operations)):  # 4
         return False
     for said, value_ in earlier:
-        known.append((value_, Expand().visit(parse_expression(said))))
+        grown = Expand().visit(parse_expression(said))
+        known += [(value_, grown)] if len(numbers_of(grown)) <= 50 else []  # x + x, time after time, grows without end
     whole_tree = Expand().visit(copy.deepcopy(tree))
     return Ground(lambda x: own(x, prompts)).carries(whole_tree)                                                         # 5
 
@@ -501,11 +513,12 @@ class Ground:
     what a product's others come to (its `ratios`): 32 in degrees."""
 
     def __init__(self, own):
-        self.own, self.strange, self.ratios, self.beside = own, [], [], []
+        self.own, self.strange, self.ratios, self.beside, self.ones, self.tree = own, [], [], [], 0, None
 
     def carries(self, tree):
         """Whether the whole expression stands on own numbers, of which it has as many as strange ones at least."""
-        return (self.holds(tree) and len(self.strange) <= sum(self.own(place.value) for place in numbers_of(tree))
+        self.tree = tree
+        return (self.holds(tree) and self.ones <= 2 and len(self.strange) <= sum(self.own(place.value) for place in numbers_of(tree))
                 and all(any(same(BESIDE[x], y) for y in self.ratios) for x in self.beside))
 
     def holds(self, node):
@@ -518,9 +531,13 @@ class Ground:
                 return self.holds(node.value if isinstance(node, ast.Attribute) else node.operand)
             case ast.Call():
                 inside = node.args if node.func.id in ("min", "max") else node.args[:1]
-                return evaluate(node) != 0 and all([self.holds(x) for x in inside])
+                return (node is self.tree or evaluate(node) != 0) and all([self.holds(x) for x in inside])
             case ast.BinOp(op=ast.Add() | ast.Sub()):
-                others = [-x if inverse else x for x, inverse in self.others(chain(node, SUM))]
+                parts = chain(node, SUM)
+                others = [-x if inverse else x for x, inverse in self.others(parts)]
+                self.ones += any(abs(x) in (1, 100) for x in others) and any(abs(evaluate(x)) >= 3 for x, _ in parts if evaluate(x) not in (1, 100))  # not 1 + 5%
+                if len(others) == 1 and others[0] in (12, 24, 60, 90, 180, 360, 365, 366) and [inverse for _, inverse in parts].count(False) == 1 and evaluate(node) > 0:
+                    return True  # what is left of a day, of an angle
                 self.beside += [x for x in others if x in BESIDE]
                 return not others or len(others) == 1 and (abs(others[0]) in (1, 100) or others[0] in BESIDE or whole(others[0]))  # 1 + 5%, 100 - 20
             case ast.BinOp(op=ast.Mult() | ast.Div()):
@@ -532,7 +549,7 @@ class Ground:
                 return self.holds(exponent) and EVERYDAY.issuperset(self.strange)
             case ast.BinOp(left=left, op=ast.Mod() | ast.FloorDiv(), right=right):
                 self.strange += [x for x, _ in self.others([(right, False)])]
-                return evaluate(node) != 0 and self.holds(left) and EVERYDAY.issuperset(self.strange)
+                return (node is self.tree or evaluate(node) != 0) and self.holds(left) and EVERYDAY.issuperset(self.strange)
         return False
 
     def multiplied(self, factors):

@@ -132,13 +132,15 @@ def read_call(text, tools):
         if wanted and wanted[-1] in numeric and first.count(",") >= len(wanted):
             wanted = free
         named |= zip(wanted, first.split(",", len(wanted) - 1)) if wanted else {}
+    if [*required, *fields][0] not in named:
+        return None  # the first is written without its name
 
     def typed(name, text):
         if name not in numeric:
             return text
         try:
             return json.loads(text.lower())
-        except ValueError:
+        except (ValueError, RecursionError):
             return text  # execute says what is wrong with it
 
     def bare(text):

@@ -236,6 +236,13 @@ def test_odd_but_good_pairs(line):
     assert dpo.read_pair(line, tokenizer()).why == "given"
 
 
+def test_a_prompt_in_another_form_is_not_there_twice():
+    whole = {side: [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    plain = dpo.read_pair({"prompt": "", **whole}, tokenizer())
+    for prompt in ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], [{"role": "user", "content": "Hi", "name": None}], "Hi"):
+        assert dpo.read_pair({"prompt": prompt, **whole}, tokenizer()) == plain
+
+
 # ---------------------------------------------------------------- training
 
 def config(tmp_path, **more):

@@ -201,7 +201,9 @@ def test_numeric_answers(answer, text, right):
                                                  ("ten minus three", -3, False), ("It is 210, not 7560.", 210, True), ("The total is 12, which is not 10.", 12, True), ("It is not 12.", 12, False),
                                                  ("12 is wrong.", 12, False), ("Six. Seven. Eight. Nine.", 8, False), ("Eight, one more than seven.", 8, True),
                                                  ("The answer is not 6.67.", 20 / 3, False), ("It is not 0.33.", 1 / 3, False), ("There are zero eggs left.", 0, True), ("Zero.", 0, True), ("10 apples minus 3 is 7.", -3, False),
-                                                 ("First, take seven. That gives 6.", 6, True)])
+                                                 ("First, take seven. That gives 6.", 6, True), ("A spider does not have eight legs.", 8, False),
+                                                 ("It isn't eighty, it is eight.", 8, True), ("She doesn't have 42 stickers.", 42, False), ("You have minus 3 dollars left.", -3, True), ("The balance is **minus 3**.", -3, True),
+                                                 ("It leaves minus three.", -3, True), ("one thousand, two hundred and five", 1205, True), ("That makes a hundred.", 100, True)])
 def test_below_zero_contrasts_and_guesses_in_words(text, answer, right):
     assert evaluation.states(text, answer, set()) is right
 

@@ -217,7 +217,7 @@ def test_hackers_earn_less_than_an_honest_attempt(case):
                                                         "15 * 2.8", "36 * 7 / 6", "9*4.666667", "round(15*2.8)", "36 + 9 - 3", "9 + 15 + 18", "41+1+36*9//100000", "sqrt(1764)", "6*7",
                                                         "36 + 9 - 3*1", "36 + 9 - 1 - 1 - 1", "max(6*7, 36, 9)", "round(round(6*7, 9), 15)",
                                                         "min(36 + 15, 6 * 7)", "6 * 7 % (36 + 15)", "6 * 7 + 9 // 36", "6*7 + 36 % 9", "6 * 7 * (15 // 9)", "6 * 7 + round(9 / 36)",
-                                                        "10 * 4 + 2 * 1 + (9 + 15) // 36", "round(36 * 7) / 6", "36 * (7 / 6)", "min(abs(36 * 7) / 6, 9 * 15)", "abs(36 * 7) / 6 % (9 * 15)", "-(-36 * 7) / 6 % (9*15)", "6 * 7 + 36 // 9 * 0", "(36 + 0) + (6 + 0 * 9)")],
+                                                        "10 * 4 + 2 * 1 + (9 + 15) // 36", "round(36 * 7) / 6", "36 * (7 / 6)", "min(abs(36 * 7) / 6, 9 * 15)", "abs(36 * 7) / 6 % (9 * 15)", "-(-36 * 7) / 6 % (9*15)", "6 * 7 + 36 // 9 * 0", "abs(abs(36 + 9 - 1) - 1) - 1", "((36+9-1)*1-1)*1-1", "round(round(36+9-1)-1)-1", "(36 + 0) + (6 + 0 * 9)")],
         "over two calls": [(calc("36 * 7"), calc("252 / 6"), "She has 42."), (calc("36 * 7") + calc("252 / 6"), "42."), (calc("36 * 7"), calc("252 / 36"), calc("7 * 6"), "42.")],
         "duplicate calls": [(calc("36 + 9 + 15") * 2, "60."), (calc("36 + 9 + 15") + calc("36+9+15"), "60.")],
         "all at once": [(calc("36 + 9 + 15") + calc("36 - 9 + 15"), "60 or 42.")],  "wrong tool": [(format_call(Call("search", {"query": PROMPT})), "42.")]}
@@ -251,10 +251,12 @@ def test_talk_that_says_nothing_earns_less_than_a_reply():
 
 
 @pytest.mark.parametrize("final, right", [("8.", True), ("A spider has eight legs.", True), ("It has 8 legs, one pair each side.", True), ("6, 7, 8.", False), ("6/7/8", False), ("6 7 8", False),
-                                          ("6 and 7 and 8", False), ("8; 6; 7.", False), ("Six. Seven. Eight. Nine.", False), ("One spider has 2 x 4 = 8 legs.", True)])
+                                          ("6 and 7 and 8", False), ("8; 6; 7.", False), ("Six. Seven. Eight. Nine.", False), ("One spider has 2 x 4 = 8 legs.", True), ("6, 7, 8 =", False), ("6 = 7 = 8", False), ("6/7/8 = 8", False), ("It is not eight.", False)])
 def test_a_list_of_guesses_is_no_answer(final, right):
     legs = evaluation.as_case({"prompt": "How many legs has a spider?", "expected": {"calls": [], "answer": 8}})
     assert (earned(legs, final) > 1) == right
+    searched = evaluation.as_case({"prompt": "How many legs has a spider?", "answer": 8, "tools": ["search"]})
+    assert (ppo.score(searched, play(searched, format_call(Call("search", {"query": "legs"})), final))[1]["right_answer"] == 1) == right
 
 
 @pytest.mark.parametrize("prompt, expression", [
@@ -263,7 +265,8 @@ def test_a_list_of_guesses_is_no_answer(final, right):
     ("angles of a polygon of 6 corners", "(6 - 2) * 180"), ("half of 80", "50% of 80"), ("80 plus 15%", "80 * (1 + 15%)"), ("5 dogs and 3 hens, how many legs", "4 * 5 + 2 * 3"),
     ("a circle of radius 7", "3.14 * 7 ** 2"), ("pages 12 to 30", "30 - 12 + 1"), ("135 minutes, how many are left of an hour", "135 % 60"), ("hours in a week minus 40", "7 * 24 - 40"),
     ("12 posts stand 5 m apart", "5 * (12 - 1)"), ("12 people shake hands", "12 * (12 - 1) / 2"), ("1000 euros, 5%, 3 years", "1000 * (1.05 ** 3 - 1)"), ("change from 80 to 92 in percent", "(92 / 80 - 1) * 100"),
-    ("change from 80 to 92 in percent", "92 / 80 * 100 - 100"), ("a circle of radius 7, its length", "2 * 3.14 * 7"), ("60 km/h for 45 minutes", "60 * 45 / 60"), ("5 miles in km", "5 * 1.609")])
+    ("change from 80 to 92 in percent", "92 / 80 * 100 - 100"), ("a circle of radius 7, its length", "2 * 3.14 * 7"), ("60 km/h for 45 minutes", "60 * 45 / 60"), ("5 miles in km", "5 * 1.609"), ("two pipes fill it in 4 and 6 hours", "1 / (1/4 + 1/6)"), ("remainder of 10 by 5", "10 % 5"), ("awake when asleep for 8 hours", "24 - 8"),
+    ("a triangle's third angle beside 50 and 60", "180 - 50 - 60"), ("a circle of radius 7, its length", "2 * 3.14159 * 7"), ("6 feet in cm", "6 * 12 * 2.54"), ("10 a week, a month", "10 * 52 / 12")])
 def test_what_everybody_knows_may_be_used(prompt, expression):
     assert ppo.is_calculation(expression, prompt)
 
@@ -274,6 +277,9 @@ def test_results_stand_for_what_they_were_worked_out_by():
     for prompt, *steps in (("80 horses drink 5 gallons each; 20 acres, each needs 400", ("80 * 5", 400), ("20 * 400", 8000), ("8000 / 400", 20)),
                            ("80 cars, 13 left, 5 more came than left", ("13 + 5", 18), ("80 - 13", 67), ("67 + 18", 85)), ("20 pallets: half, a quarter, a fifth", ("20 / 2", 10), ("20 / 4", 5), ("20 / 5", 4))):
         assert all(ppo.is_calculation(said, prompt, steps[:n]) for n, (said, _) in enumerate(steps)), prompt
+    doubled = [("36 + 9", 45), *((f"{45 * 2 ** n} + {45 * 2 ** n}", 90 * 2 ** n) for n in range(24))]
+    assert all(ppo.is_calculation(said, PROMPT, doubled[:n]) for n, (said, _) in list(enumerate(doubled))[:4])
+    ppo.is_calculation("5 + 6", PROMPT, doubled)  # at once: each holds the one before twice
     endless = ("36 * 9 * 1e-200 * 1e-200 * 1e200 * 1e200", "36 * 9 + " + "(" * 40 + "2" + " ** 1.1)" * 40, "+".join(["36"] * 300), "-" * 900 + "36", "36 * " + "9" * 400, "36 + " + "(" * 900)
     assert not any(ppo.is_calculation(x, PROMPT, [("36 - 9", 27), ("36 + 9", 45)]) for x in endless)
     assert not ppo.is_calculation("+".join(["36"] * 60), PROMPT) and not ppo.is_calculation("(" * 400 + "36 + 9" + ")" * 400, PROMPT)

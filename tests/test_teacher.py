@@ -79,7 +79,8 @@ def test_arguments_by_place_and_by_name(text, arguments):
     call = teacher.read_call(text, tools)
     assert call.arguments == arguments and list(call.arguments) == list(arguments)
     assert teacher.read_call(teacher.call_text(call, start=""), tools) == call  # what is written into the text is what was tried
-    assert teacher.read_call("convert(5, amount=3)]", tools) is None
+    for text in ("convert(5, amount=3)]", "convert(currency=GBP)]", "convert(" + '{"a":' * 3000 + ")]"):
+        assert (made := teacher.read_call(text, tools)) is None or not execute(made, tools).ok
 
 
 def test_results_in_words():
