@@ -473,9 +473,9 @@ def calculation(expression, prompt, earlier):
     mine = sum(map(own, used))
     if mine < min(2, len(used), len({x for x in given if x > 1})) and not (mine == 1 and not {ast.Add, ast.Sub} & set(operations)):  # 4
         return False
-    for said, value_ in earlier:
+    for said, came_to in earlier:
         grown = Expand().visit(parse_expression(said))
-        known += [(value_, grown)] if len(numbers_of(grown)) <= 50 else []  # x + x, time after time, grows without end
+        known += [(came_to, grown)] if len(numbers_of(grown)) <= 50 else []  # x + x, time after time, grows without end
     whole_tree = Expand().visit(copy.deepcopy(tree))
     return Ground(lambda x: own(x, prompts)).carries(whole_tree)                                                         # 5
 
@@ -510,7 +510,7 @@ def chain(node, kinds, inverse=False):
 
 class Ground:
     """What an expression is built on: numbers that are its `own`, and others that multiply these (`strange`), or stand `beside`
-    what a product's others come to (its `ratios`): 32 in degrees."""
+    what a product's others come to (its `ratios`): 32 in degrees. `ones`: how often 1 or 100 is added to more than a share (1 + 5%)."""
 
     def __init__(self, own):
         self.own, self.strange, self.ratios, self.beside, self.ones, self.tree = own, [], [], [], 0, None
