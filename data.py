@@ -1460,6 +1460,9 @@ def toolbench_function(function):
 def toolbench_items(text, name):
     """What a file of ToolBench holds -> (its items, each with the name of its shape, {line: why it is none}). JSON, or JSON lines."""
     shapes, bad = {"answer tree": "answer_generation", "dialogue": "conversations", "instruction": "api_list"}, {}
+
+    def shape_of(item):
+        return next((shape for shape, key in shapes.items() if isinstance(item, dict) and key in item), None)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -1470,10 +1473,10 @@ def toolbench_items(text, name):
             except (ValueError, RecursionError):
                 bad[number] = "it is no JSON"
         content = [item for line in content for item in (line if isinstance(line, list) else [line])]
-        if ".jsonl" not in name.lower() and not any(isinstance(item, dict) and key in item for item in content for key in shapes.values()):
+        if ".jsonl" not in name.lower() and not any(map(shape_of, content)):
             raise  # not lines, but one text that is damaged
     items = content if isinstance(content, list) else [content]
-    return [(next((shape for shape, key in shapes.items() if isinstance(item, dict) and key in item), None), item) for item in items], bad
+    return [(shape_of(item), item) for item in items], bad
 
 
 def toolbench_functions(text):

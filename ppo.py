@@ -273,7 +273,8 @@ def expressions(episode):
 def calculations(case, episode):
     """What `is_calculation` has to know of each of the calculator's calls -> [(expression, prompt, [(earlier one, its result)])]."""
     prompt, said = " ".join(message["content"] for message in case.conversation["messages"]), expressions(episode)
-    return [(x, prompt, [(said[m], value) for m, value in calculated(episode).items() if m < n]) for n, x in enumerate(said)]
+    results = calculated(episode).items()
+    return [(x, prompt, [(said[m], value) for m, value in results if m < n]) for n, x in enumerate(said)]
 
 
 def unused(episode):
@@ -400,6 +401,7 @@ EVERYDAY = {*range(2, 11), 12, 16, 24, 25, 30, 31, 36, 50, 52, 60, 180, 360, 365
 TOGETHER = [7 * 24, 7 * 24 * 60, 7 * 24 * 3600, 24 * 60, 24 * 3600, 365 * 24, 365 * 24 * 60, 3600, 3.6, 1.8,
             365 * 24 * 3600, 5 * 52, 12 * 2.54, 52 / 12, *(k * pi for pi in (3.14, 3.1416, 3.14159, 3.14159265) for k in (2, 4, 4 / 3))]
 BESIDE = {32: 1.8, -32: 1.8, -2: 180}
+LEFT_OF = {12, 24, 60, 90, 180, 360, 365, 366}  # of a day, an hour, an angle, a year something is left
 SUM, PRODUCT = (ast.Add, ast.Sub), (ast.Mult, ast.Div)
 
 
@@ -476,8 +478,7 @@ def calculation(expression, prompt, earlier):
     for said, came_to in earlier:
         grown = Expand().visit(parse_expression(said))
         known += [(came_to, grown)] if len(numbers_of(grown)) <= 50 else []  # x + x, time after time, grows without end
-    whole_tree = Expand().visit(copy.deepcopy(tree))
-    return Ground(lambda x: own(x, prompts)).carries(whole_tree)                                                         # 5
+    return Ground(lambda x: own(x, prompts)).carries(Expand().visit(copy.deepcopy(tree)))                                # 5
 
 
 def same(x, y):
@@ -536,7 +537,7 @@ class Ground:
                 parts = chain(node, SUM)
                 others = [-x if inverse else x for x, inverse in self.others(parts)]
                 self.ones += any(abs(x) in (1, 100) for x in others) and any(abs(evaluate(x)) >= 3 for x, _ in parts if evaluate(x) not in (1, 100))  # not 1 + 5%
-                if len(others) == 1 and others[0] in (12, 24, 60, 90, 180, 360, 365, 366) and [inverse for _, inverse in parts].count(False) == 1 and evaluate(node) > 0:
+                if len(others) == 1 and others[0] in LEFT_OF and [inverse for _, inverse in parts].count(False) == 1 and evaluate(node) > 0:
                     return True  # what is left of a day, of an angle
                 self.beside += [x for x in others if x in BESIDE]
                 return not others or len(others) == 1 and (abs(others[0]) in (1, 100) or others[0] in BESIDE or whole(others[0]))  # 1 + 5%, 100 - 20
@@ -545,7 +546,7 @@ class Ground:
             case ast.BinOp(left=base, op=ast.Pow(), right=exponent):
                 if self.holds(base):
                     return self.holds(exponent) or getattr(exponent, "value", None) in (2, 3, 4, 0.5)
-                self.strange.append(getattr(base, "value", math.nan) if isinstance(base, ast.Constant) else math.nan)
+                self.strange.append(base.value if isinstance(base, ast.Constant) else math.nan)
                 return self.holds(exponent) and EVERYDAY.issuperset(self.strange)
             case ast.BinOp(left=left, op=ast.Mod() | ast.FloorDiv(), right=right):
                 self.strange += [x for x, _ in self.others([(right, False)])]

@@ -118,21 +118,21 @@ def read_call(text, tools):
     required, fields = (tools[found[1]].parameters.get(key) or [] for key in ("required", "properties"))
     if not found[2].strip():
         return Call(found[1], {}) if not required else None
-    if not fields and not required:
+    if not (order := list({**dict.fromkeys(required), **fields})):
         return None
     numeric = [name for name in fields if fields[name].get("type") in ("integer", "number", "boolean")]
-    anywhere = "|".join(map(re.escape, {**dict.fromkeys(required), **fields}))
+    anywhere = "|".join(map(re.escape, order))
     parts = re.split(rf"(?:^|,)\s*({anywhere})\s*=(?!=)", found[2])  # before the first name, name, value, name, value, ...
     named, first = dict(zip(parts[1::2], parts[2::2])), parts[0].rstrip(", ")
-    free = [name for name in [*required, *(name for name in fields if name not in required)] if name not in named]
+    free = [name for name in order if name not in named]
     wanted = [name for name in free if name in required] or free[:1]
     if first.strip():
-        if [*required, *fields][0] in named:
+        if order[0] in named:
             return None  # given twice, by its place and by its name
-        if wanted and wanted[-1] in numeric and first.count(",") >= len(wanted):
+        if wanted[-1] in numeric and first.count(",") >= len(wanted):
             wanted = free
-        named |= zip(wanted, first.split(",", len(wanted) - 1)) if wanted else {}
-    if [*required, *fields][0] not in named:
+        named |= zip(wanted, first.split(",", len(wanted) - 1))
+    if order[0] not in named:
         return None  # the first is written without its name
 
     def typed(name, text):
@@ -146,7 +146,7 @@ def read_call(text, tools):
     def bare(text):
         text = text.strip()
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
-    return Call(found[1], {name: typed(name, bare(named[name])) for name in {**dict.fromkeys(required), **fields} if name in named}) if named else None
+    return Call(found[1], {name: typed(name, bare(named[name])) for name in order if name in named})
 
 
 def result_text(result, most=80):
@@ -465,13 +465,15 @@ def train(run):
     model, tokenizer = toolplay.prepare_model(config, run.device)
     tools = {**data.BUILTIN, **load_tools(config.tools)}
     texts = read_texts(config.text, config.texts) if config.text else prose("train", config.texts, config.seed)
-    sized = [(item, n) for item in texts if (n := len(ids_of(tokenizer, item["text"]))) > 1]  # a token alone has no loss
-    texts = data.fitting([item for item, _ in sized], [n for _, n in sized], config.max_tokens, "texts")
+
+    def fitting(items, what):
+        sized = [(item, n) for item in items if (n := len(ids_of(tokenizer, item["text"]))) > 1]  # a token alone has no loss
+        return data.fitting([item for item, _ in sized], [n for _, n in sized], config.max_tokens, what)
+    texts = fitting(texts, "texts")
     if not texts:
         raise UserError(f"no text fits max_tokens = {config.max_tokens}; raise it, or write shorter texts, one a line")
     held_out = read_texts(config.eval_path, config.eval_examples) if config.eval_path else prose("test", config.eval_examples, config.seed) if config.eval_examples else []
-    sized = [(item, n) for item in held_out if (n := len(ids_of(tokenizer, item["text"]))) > 1]
-    held_out = data.fitting([item for item, _ in sized], [n for _, n in sized], config.max_tokens, "held-out texts")
+    held_out = fitting(held_out, "held-out texts")
     annotated = annotated_texts(run, model, tokenizer, texts, tools)
     rows = [insert(line["ids"], kept_calls(line["candidates"]), tokenizer) for line in annotated]
     if not any(0 in mask for _, mask in rows):

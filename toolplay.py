@@ -1306,8 +1306,10 @@ def prepare_model(config, device):
             "training goes on in that run's adapter, so lora_r cannot be 0" if not config.lora_r else
             f'it trained every weight and has no adapter; use it as the base: --start_from= --model={start / "model"}' if (start / "model").is_dir()
             else "there is no finished run (no adapter/ in it)"))
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a bare adapter's folder has no config
-        begun = json.loads((start / "config.json").read_text(encoding="utf-8")).get("model", config.model) if config.start_from else config.model
+    begun = config.model
+    if config.start_from:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a bare adapter's folder has no config
+            begun = json.loads((start / "config.json").read_text(encoding="utf-8")).get("model", begun)
         if begun != config.model:
             print(f"start_from = {config.start_from}: its adapter was trained on model = {begun!r}, this run has {config.model!r}: it fits only if the weights are the same", file=sys.stderr)
     model, tokenizer = load_model(config.model, device)

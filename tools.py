@@ -512,6 +512,14 @@ def format_result(result: Result) -> str:
     return f"<tool_response>{result.text()}</tool_response>"
 
 
+def _by_name(tools):
+    """{name: Tool} as it is; of a list of Tools, where the last of a name counts; or of what `load_tools` takes."""
+    if isinstance(tools, dict):
+        return tools
+    tools = list(tools or [])
+    return {x.name: x for x in tools} if all(isinstance(x, Tool) for x in tools) else load_tools(tools)
+
+
 def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
     """Check and run one call.  Never raises (Ctrl-C excepted): each failure is a Result.
 
@@ -520,7 +528,7 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
     """
     name = str(getattr(call, "name", ""))
     try:
-        tools = tools if isinstance(tools, dict) else {x.name: x for x in tools} if all(isinstance(x, Tool) for x in tools or [None]) else load_tools(list(tools or []))
+        tools = _by_name(tools)
     except (UserError, TypeError) as error:
         return Result(name, False, None, "unknown_tool", f"the tools cannot be used: {error}", max_chars)
     failed = functools.partial(Result, name, False, None, max_chars=max_chars)
@@ -814,8 +822,10 @@ def _search_file(path=None):
 
 def check_corpora():
     """UserError if what TOOLPLAY_CITIES or TOOLPLAY_SEARCH names cannot be used: else the model would hear of it, and not the user."""
-    _cities(_city_file())
-    _index(_search_file())
+    if os.environ.get("TOOLPLAY_CITIES"):  # the built-in ones are there, and no command need read them to begin
+        _cities(_city_file())
+    if os.environ.get("TOOLPLAY_SEARCH"):
+        _index(_search_file())
 
 
 def search(query: str, path=None) -> list:
