@@ -37,7 +37,7 @@ import re
 import sys
 import zlib
 from collections import Counter, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +56,7 @@ class Config:
     call_tokens: Annotated[int, "> 0"] = 24            # a call that has not ended by then is dropped
     call_top: Annotated[int, "> 0"] = 10               # when writing, a call begins if its token is among that many most probable ones; the paper: 10
     texts_at_once: Annotated[int, "> 0"] = 8           # texts that are annotated together
+    annotate_with: list[str] = field(default_factory=list)  # names of the tools whose calls are tried; empty: all
 
 
 OPEN, ARROW, CLOSE = " [", " ->", "]"                  # [calculator(18 + 27) -> 45]
@@ -234,12 +235,16 @@ def annotate(model, tokenizer, rows, tools, config, seed):
     from tools import execute
     funnel = dict.fromkeys(("positions", "sampled", "parsed", "distinct", "executed", "kept"), 0)
     found, left_out = [[] for _ in rows], [[] for _ in rows]
+    dtype = toolplay.half_precision(config, model.device)
+    half = torch.autocast(model.device.type, dtype, enabled=dtype is not None)  # for guesses; the filter's losses, whose differences decide, are computed in fp32
     for tool in tools.values():
         # 1. where: the probability of OPEN before each token of the text, written once more after the examples
         before, between = few_shot(tool, tokenizer)
         open_id, = ids_of(tokenizer, opening(tokenizer))
         heads = [before + ids + between for ids in rows]
-        scored = toolplay.token_logprobs(model, [(head + ids, [0] * len(head) + [1] * len(ids)) for head, ids in zip(heads, rows)], budget=config.micro_tokens * 4, also=(open_id,))
+        whole = [(head + ids, [0] * len(head) + [1] * len(ids)) for head, ids in zip(heads, rows)]
+        with half:
+            scored = toolplay.token_logprobs(model, whole, budget=config.micro_tokens * 4, also=(open_id,))
         opens = [scored["also"][n, len(head):len(head) + len(ids), 0] for n, (head, ids) in enumerate(zip(heads, rows))]
         for n, ids in enumerate(rows):
             opens[n][inside_characters(tokenizer, ids)] = -torch.inf
@@ -249,7 +254,8 @@ def annotate(model, tokenizer, rows, tools, config, seed):
             continue
         # 2. what: m calls at each
         prompts = [heads[n] + rows[n][:i] + [open_id] for n, i in places for _ in range(config.samples)]
-        written = sample_calls(model, tokenizer, prompts, config, f"{seed} {tool.name}")
+        with half:
+            written = sample_calls(model, tokenizer, prompts, config, f"{seed} {tool.name}")
         funnel["sampled"] += len(written)
         calls = {}
         for at, text in enumerate(written):
@@ -464,6 +470,9 @@ def train(run):
     # 1. data: texts, annotated by the model itself; what is annotated already is not done again
     model, tokenizer = toolplay.prepare_model(config, run.device)
     tools = {**data.BUILTIN, **load_tools(config.tools)}
+    if unknown := [name for name in config.annotate_with if name not in tools]:
+        raise UserError(f"annotate_with: there is no tool {unknown[0]!r}; there are {', '.join(tools)}")
+    tools = {name: tools[name] for name in config.annotate_with or tools}
     texts = read_texts(config.text, config.texts) if config.text else prose("train", config.texts, config.seed)
 
     def fitting(items, what):

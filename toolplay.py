@@ -849,6 +849,11 @@ def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
 
 # --------------------------------------------------------------------------- 5. the training step
 
+def half_precision(config, device):
+    """The dtype that autocast computes in, or None: all in fp32. auto: fp16 on CUDA, fp32 elsewhere."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if device.type == "cuda" else None}.get(config.precision)
+
+
 class Trainer:
     """What training carries from step to step: trained parameters, optimizer, loss scaler, and the counters.
 
@@ -861,9 +866,8 @@ class Trainer:
         self.device = next(iter(self.parameters.values())).device
         self.config = config
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
-        precision = config.precision if config.precision != "auto" else "fp16" if self.device.type == "cuda" else "fp32"
-        self.dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # disabled: every call a no-op
+        self.dtype = half_precision(config, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)  # disabled: every call a no-op
         self.step = self.updates = self.skipped = 0
         self.extra = {}  # a method's own state (KL controller, best loss, ...): numbers, strings, lists, tensors
 

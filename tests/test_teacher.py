@@ -131,7 +131,16 @@ def test_the_probability_of_a_call_is_that_of_one_by_one():
 
 
 def settings(**more):
-    return SimpleNamespace(**{"tau_s": 0.0, "positions": 3, "samples": 2, "tau_f": 0.5, "call_tokens": 24, "micro_tokens": 1024, **more})
+    return SimpleNamespace(**{"tau_s": 0.0, "positions": 3, "samples": 2, "tau_f": 0.5, "call_tokens": 24, "micro_tokens": 1024, "precision": "fp32", **more})
+
+
+def test_half_precision_is_for_guesses_not_for_the_filter(monkeypatch):
+    model, tok = small.model("llama"), small.tokenizer()
+    rows, seen = [teacher.ids_of(tok, "3 pairs, so 6 shoes")], {}
+    monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: seen.update(guess=torch.is_autocast_enabled("cpu")) or ["calculator(2 * 3)]"] * len(prompts))
+    monkeypatch.setattr(teacher, "losses", lambda m, t, units, b: seen.update(verdict=torch.is_autocast_enabled("cpu")) or [(3.0, 2.0, 1.2)] * len(units))
+    teacher.annotate(model, tok, rows, {"calculator": BUILTIN["calculator"]}, settings(precision="bf16"), 0)
+    assert seen == {"guess": True, "verdict": False}
 
 
 def test_the_funnel(monkeypatch):
