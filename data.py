@@ -1953,6 +1953,7 @@ def main(argv=None):
         if args.toolbench:
             fits = (lambda c: len(encode(c, tokenizer)[0]) <= args.max_tokens) if args.max_tokens else lambda c: True
             made = read_toolbench(args.toolbench, fits, args.report, args.questions)[:args.n]
+            made = [{"id": n, **c} for n, c in enumerate(made, 1)] if args.questions else made  # predict wants an id
         elif args.show or args.out:
             made = generate(args.split, args.n or (1000 if args.out else args.show), args.seed, mix)
         else:

@@ -502,7 +502,7 @@ def sampled_pairs(model, tokenizer, conversations, config):
     """On-policy pairs: of `samples` answers to each prompt the best against the worst, if the reward tells them apart.
 
     The rows are the sampled ids themselves, token for token. With `chosen: "gold"` the worst stands against the example's own
-    first turn (as in SPIN, Chen et al. 2024, arXiv:2401.01335, but only where the sample is at fault).
+    first turn (as in SPIN, Chen et al. 2024, arXiv:2401.01335, but only where the sample is at fault). Given Pairs stay as they are.
     """
     from tqdm import tqdm
 
@@ -511,12 +511,13 @@ def sampled_pairs(model, tokenizer, conversations, config):
     import toolplay
     from ppo import judgeable, reward_of
     score = reward_of(config)
+    pairs = [x for x in conversations if isinstance(x, Pair)]
+    conversations = [x for x in conversations if not isinstance(x, Pair)]
     cases = judgeable([evaluation.as_case(c) for c in conversations], config)
     chats = [case.conversation for case in cases for _ in range(config.samples)]
     with tqdm(total=len(chats), desc="dpo answers", unit="answer", disable=toolplay.world_rank()[0] > 0, dynamic_ncols=True) as bar:
         episodes = toolplay.rollout(model, tokenizer, chats, temperature=config.temperature, max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
                                     style=config.tool_style, seed=f"{config.seed} pairs", batch_size=128, progress=bar.update)
-    pairs = []
     for n, (case, conversation) in enumerate(zip(cases, conversations)):
         tries = episodes[n * config.samples:(n + 1) * config.samples]
         scores = [score(case, episode)[0] for episode in tries]
@@ -562,12 +563,14 @@ def fitting(pairs, config, what):
 
 
 def prompts_of(config, split, tokenizer):
-    """Conversations whose first user turns are sampled from, the three built-in tools offered where a line of a file names none."""
+    """Conversations whose first user turns are sampled from, the three built-in tools offered where a line of a file names none; and a file's own Pairs."""
     import data
     from eval import as_case
     from tools import BUILTIN
 
     def usable(line):  # here, where a bad line still has its number
+        if isinstance(line, dict) and {"chosen", "rejected"} & set(line) and "messages" not in line:
+            return read_pair(line, tokenizer, config.tool_style)
         case = as_case(line)
         return data.check_conversation({**line, "messages": data.messages_of(line), "tools": case.conversation["tools"]})
     return data.conversations(config, split, tokenizer, usable, BUILTIN)
@@ -584,7 +587,9 @@ def sampled_datasets(run, model, tokenizer):
         prompts = [prompts_of(config, split, tokenizer) for split in ("train", "dev")]
         with lora.merged(model) if config.lora_r else contextlib.nullcontext():  # sampled from faster
             out = [sampled_pairs(model, tokenizer, chats, config) if chats else [] for chats in prompts]
-        print(f"{len(out[0])} pairs of {len(prompts[0])} prompts with {config.samples} answers each; without one are those whose answers earn alike, or too little", file=sys.stderr)
+        asked = sum(not isinstance(chat, Pair) for chat in prompts[0])
+        print(f"{len(out[0])} pairs of {asked} prompts with {config.samples} answers each{f' and {len(prompts[0]) - asked} given pairs' if asked < len(prompts[0]) else ''}; "
+              "without one are prompts whose answers earn alike, or too little", file=sys.stderr)
         if not out[0]:
             raise UserError("no prompt gave a pair: raise temperature or samples, or start_from a run that gets some prompts right")
         if run.rank:

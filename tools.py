@@ -47,7 +47,9 @@ import time
 import types
 import typing
 import unicodedata
+import urllib.parse
 from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -94,10 +96,16 @@ class Tool:
     def __post_init__(self):
         for _, problem in _problems(vars(self), FORM):
             raise UserError(f"tool {self.name!r}: {problem}")
-        if not re.fullmatch(r'[^\s<>"(),]+', self.name) or not (self.function is None or callable(self.function)):
-            raise UserError(f"tool {self.name!r}: the name must be one word without quotes, brackets or commas, the function callable")
+        if not re.fullmatch(r'[^\s<>"(),]+', self.name):
+            raise UserError(f"tool {self.name!r}: the name must be one word without quotes, brackets or commas")
+        if self.function is not None and not callable(self.function):
+            raise UserError(f"tool {self.name!r}: {self.function!r:.60} cannot be called; name a function")
+        if inspect.iscoroutinefunction(self.function) or inspect.isasyncgenfunction(self.function):
+            raise UserError(f"tool {self.name}: it is async; wrap it in a plain function that calls asyncio.run")
+        if inspect.isgeneratorfunction(self.function):
+            raise UserError(f"tool {self.name}: it is a generator; return a list instead")
         try:  # what can not be written, or breaks the check of an empty call, is no schema
-            self.signature(), _dumps(self.schema()), list(_problems({}, self.parameters)), _check_refs(self.parameters)
+            _check_refs(self.parameters), self.signature(), _dumps(self.schema()), _problems({}, self.parameters)
         except Exception as error:
             raise UserError(f"tool {self.name!r}: parameters: not a JSON schema that can be used ({type(error).__name__}: {error})") from None
 
@@ -108,7 +116,8 @@ class Tool:
     def signature(self, described=False) -> str:
         """One line: `name(p: type, q?: type = default) - first sentence`; `described`: with what is said of the parameters."""
         sentence = re.split(r"(?<=[.!?]) ", " ".join(self.description.split()), maxsplit=1)[0]
-        return f"{self.name}({_fields(self.parameters, described, self.parameters)})" + (f" - {sentence}" if sentence else "")
+        line = f"{self.name}({_fields(self.parameters, described, self.parameters)})" + (f" - {sentence}" if sentence else "")
+        return SURROGATE.sub("\ufffd", re.sub(r"<(?=\||/?tool_)", r"\\u003c", re.sub(r"\s*\n\s*", " ", line)))
 
 
 # The JSON schema of a tool, whose parameters are a JSON schema themselves.
@@ -125,7 +134,13 @@ def _resolved(schema, root):
     for _ in range(100):
         if not isinstance(ref := schema.get("$ref"), str) or ref != "#" and not ref.startswith("#/"):
             return schema
-        schema = functools.reduce(lambda node, key: node[key.replace("~1", "/").replace("~0", "~")], ref.split("/")[1:], root)
+        beside, schema = {key: schema[key] for key in schema if key != "$ref"}, root
+        try:
+            for key in urllib.parse.unquote(ref).split("/")[1:]:
+                schema = schema[int(key) if isinstance(schema, list) else key.replace("~1", "/").replace("~0", "~")]
+            schema = {**schema, **beside}
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(f"$ref {ref!r} names no schema") from None
     raise ValueError("a $ref leads in a circle")
 
 
@@ -135,8 +150,8 @@ def _check_refs(root):
     while waiting:
         node = waiting.pop()
         waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-        if isinstance(node, dict) and isinstance(node.get("$ref"), str) and not isinstance(_resolved(node, root), dict):
-            raise ValueError(f"$ref {node['$ref']!r} is no schema")
+        if isinstance(node, dict) and isinstance(node.get("$ref"), str):
+            _resolved(node, root)
 
 
 def _parts(schema, root):
@@ -144,41 +159,63 @@ def _parts(schema, root):
     return [schema, *(part for word in COMBINED for item in schema.get(word, []) if isinstance(item, dict) for part in _parts(_resolved(item, root), root))]
 
 
-def _fields(schema, described, root, depth=0):
-    fields = []
-    for name, field in schema.get("properties", {}).items():
-        field = {**_resolved(field, root), **{key: field[key] for key in ("description", "default") if key in field}}
-        default = "" if field.get("default") is None else f" = {_dumps(field['default'])}"
-        about = " ".join(str(field.get("description") or "").split()) if described else ""
-        fields.append(f"{name}{'' if name in schema.get('required', []) else '?'}: {_type(field, described, root, depth)}{default}" + (f" ({about})" if about else ""))
+def _required(schema, root):
+    """Names that a schema requires, itself or by what it is combined of."""
+    return [*schema.get("required", []), *(name for part in schema.get("allOf", []) for name in _required(_resolved(part, root), root))]
+
+
+def _fields(schema, described, root, path=("#",)):
+    """The properties of a schema in a line; `path`: the references that led here."""
+    schema, properties, fields = _resolved(schema, root), {}, []
+    required = _required(schema, root)
+    for part in _parts(schema, root):
+        properties = {**properties, **{name: field for name, field in part.get("properties", {}).items() if name not in properties}}
+    for name, field in properties.items():
+        whole = _resolved(field, root)
+        default = "" if whole.get("default") is None else f" = {_dumps(whole['default'])}"
+        about = " ".join(str(whole.get("description") or "").split()) if described else ""
+        fields.append(f"{name}{'' if name in required else '?'}: {_type(field, described, root, path)}{default}" + (f" ({about})" if about else ""))
     return ", ".join(fields)
 
 
-def _type(schema, described=False, root=None, depth=0):
-    root, depth = schema if root is None else root, depth + 1
+def _type(schema, described=False, root=None, path=("#",)):
+    """A schema in a few words. A schema may hold itself: what is on the path already, or deep inside, is "any"."""
+    root = schema if root is None else root
+    if schema.get("$ref") in path or len(path) > 9:
+        return "any"
+    path = (*path, schema.get("$ref", ""))
     schema = _resolved(schema, root)
     if "enum" in schema:
         return " | ".join(map(_dumps, schema["enum"]))
     if "const" in schema:
         return _dumps(schema["const"])
-    if parts := schema.get("anyOf") or schema.get("oneOf"):
-        return " | ".join(_type(part, described, root, depth) for part in parts) if depth < 9 else "any"  # a schema may hold itself
+    for word, sign in (("anyOf", " | "), ("oneOf", " | "), ("allOf", " & ")):
+        if schema.get(word) and "properties" not in schema:
+            return sign.join(_type(part, described, root, path) for part in schema[word])
     kind = schema.get("type", "any")
     kind = kind if isinstance(kind, str) else " | ".join(kind)
-    items = f"<{_type(schema['items'], described, root, depth)}>" if isinstance(schema.get("items"), dict) and schema["items"] and depth < 9 else ""
-    return f"{kind}{items}" + (f"{{{_fields(schema, described, root, depth)}}}" if schema.get("properties") and depth < 9 else "")
+    items = f"<{_type(schema['items'], described, root, path)}>" if isinstance(schema.get("items"), dict) and schema["items"] else ""
+    return f"{kind}{items}" + (f"{{{_fields(schema, described, root, path)}}}" if schema.get("properties") else "")
 
 
-def _problems(value, schema, where="", root=None, part=False):
-    """Yield (error type, message) for each way in which `value` breaks `schema`.  No coercion.
+def _problems(value, schema, where="", root=None, part=False, known=None):
+    """[(error type, message)] for each way in which `value` breaks `schema`.  No coercion.
 
     Arguments that a schema does not name are unknown to it, unless it says otherwise; to a `part` of a combined one
-    (allOf, anyOf, oneOf) they may be another part's.
+    (allOf, anyOf, oneOf) they may be another part's.  `known`: what was found before, so that no schema is asked twice
+    of one place: a schema of alternatives that holds itself would be asked 2^depth times.
     """
-    root = schema if root is None else root
+    root, known = schema if root is None else root, {} if known is None else known
+    key = (where, id(schema), part)
+    if key not in known:
+        known[key] = list(_new_problems(value, schema, where, root, part, known))
+    return known[key]
+
+
+def _new_problems(value, schema, where, root, part, known):
     schema = _resolved(schema, root)
     label, prefix = (f"argument {where!r}", where + ".") if where else ("the arguments", "")
-    check = lambda inner: list(_problems(value, inner, where, root, part=True))  # noqa: E731
+    check = lambda inner: _problems(value, inner, where, root, True, known)  # noqa: E731
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if value is None and schema.get("nullable") is True:
@@ -197,16 +234,16 @@ def _problems(value, schema, where="", root=None, part=False):
         yield from check(inner)
     if isinstance(value, list) and isinstance(schema.get("items"), dict):
         for index, item in enumerate(value):
-            yield from _problems(item, schema["items"], f"{where}[{index}]", root)
+            yield from _problems(item, schema["items"], f"{where}[{index}]", root, False, known)
     elif isinstance(value, dict):
-        known, elsewhere = schema.get("properties", {}), {key for inner in _parts(schema, root)[1:] for key in inner.get("properties", {})}
-        others = schema.get("additionalProperties", "patternProperties" in schema or part or not known and not elsewhere and "properties" not in schema)
+        own, elsewhere = schema.get("properties", {}), {key for inner in _parts(schema, root)[1:] for key in inner.get("properties", {})}
+        others = "patternProperties" in schema or schema.get("additionalProperties", part or not own and not elsewhere and "properties" not in schema)  # patterns are not read
         for key, item in value.items():
-            inner = known.get(key, key in elsewhere or others)
+            inner = own.get(key, key in elsewhere or others)
             if inner is False:
-                yield "unknown_argument", f"unknown argument {prefix + key[:100]!r}{_nearest(key, known)}"
-            else:
-                yield from _problems(item, {} if inner is True else inner, prefix + key, root)
+                yield "unknown_argument", f"unknown argument {prefix + key[:100]!r}{_nearest(key, own)}"
+            elif inner is not True:
+                yield from _problems(item, inner, prefix + key, root, False, known)
         for key in (key for key in schema.get("required", []) if key not in value):
             yield "missing_argument", f"missing argument {prefix + key!r}"
 
@@ -240,20 +277,22 @@ def tool(function=None, *, isolated=True, name=None):
     if inspect.isclass(function) or not callable(function) or not hasattr(function, "__annotations__"):
         raise UserError(f"tool {name}: {function!r:.60} is no plain function; write one that calls it, with type hints and a docstring")
     description, notes = _docstring(function)
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise UserError(f"tool {name}: it is async; wrap it in a plain function that calls asyncio.run")
-    if inspect.isgeneratorfunction(function):
-        raise UserError(f"tool {name}: it is a generator; return a list instead")
     try:
         hints, parameters = typing.get_type_hints(function), inspect.signature(function).parameters
     except (NameError, SyntaxError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"tool {name}: {error}, in a type hint") from None
     properties, required = {}, []
+    if next(iter(parameters), "") in ("self", "cls"):
+        raise UserError(f"tool {name}: it is a method; a tool is a plain function, which may call one")
     for key, parameter in parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise UserError(f"tool {name}: parameter {key}: arguments come by name; * and / have no JSON form")
         properties[key] = {**_hint_schema(hints.get(key, typing.Any), f"tool {name}: parameter {key}"), **notes.get(key, {})}
         if parameter.default is not parameter.empty:
+            try:
+                _dumps(parameter.default)
+            except (TypeError, ValueError):
+                raise UserError(f"tool {name}: parameter {key}: its default {parameter.default!r:.60} has no JSON form") from None
             properties[key].update({} if parameter.default is None else {"default": parameter.default, **({"nullable": True} if type(None) in typing.get_args(hints.get(key)) else {})})
         elif type(None) in typing.get_args(hints.get(key)):
             function = functools.partial(function, **{key: None})  # Optional without a default
@@ -262,28 +301,37 @@ def tool(function=None, *, isolated=True, name=None):
     return Tool(name, description, {"type": "object", "properties": properties, "required": required}, function, isolated)
 
 
-def _hint_schema(hint, where):
+def _hint_schema(hint, where, inside=False):
     kind = typing.get_origin(hint) or hint
     inner = [part for part in typing.get_args(hint) if part is not type(None)]
-    if type(None) in typing.get_args(hint) and len(inner) == 1:  # Optional[X]
+    if type(None) in typing.get_args(hint) and len(inner) == 1 and not inside:  # Optional[X]: the argument may be left out
         return _hint_schema(inner[0], where)
     if kind in (typing.Union, types.UnionType):
-        return {"anyOf": [_hint_schema(part, where) for part in typing.get_args(hint)]}
+        return {"anyOf": [_hint_schema(part, where, True) for part in typing.get_args(hint)]}
     if kind is typing.Literal:
         return {**(HINTS.get(type(inner[0]), {}) if len(set(map(type, inner))) == 1 else {}), "enum": inner}
     if kind not in HINTS:
         raise UserError(f"{where}: type {hint} has no JSON form; use str, int, float, bool, dict, list[...] or Literal")
-    return {**HINTS[kind], **({"items": _hint_schema(inner[0], where)} if kind is list and inner else {})}
+    if kind in (list, dict) and inner:  # list[X], dict[str, X]
+        return {**HINTS[kind], "items" if kind is list else "additionalProperties": _hint_schema(typing.get_args(hint)[-1], where, True)}
+    return {**HINTS[kind]}
+
+
+SECTIONS = "Args|Arguments|Parameters|Other Parameters|Returns?|Raises|Yields|Examples?|Notes?|Warnings?|References|See Also|Attributes|Todo"
 
 
 def _docstring(function):
-    """Google style -> (description, {parameter: {"description": text}})."""
-    description, *sections = re.split(r"\n(\w+):[ ]*\n", "\n" + (inspect.getdoc(function) or ""))
-    sections = dict(zip(sections[::2], sections[1::2]))
-    lines = next((sections[name] for name in ("Args", "Arguments", "Parameters") if name in sections), "")
-    lines = lines if lines[:1].isspace() else textwrap.indent(lines, "    ")  # nothing before "Args:": getdoc takes their indent away
-    # What is indented further than a name goes on with its text.
-    notes = re.findall(r"^ {1,4}(\w+)(?: *\([^)]*\))?: *(.*(?:\n {5,}.*)*)", lines, re.MULTILINE)
+    """A docstring in Google's, NumPy's or reST's style -> (description, {parameter: {"description": text}})."""
+    text = re.sub(rf"^({SECTIONS})\n-{{3,}}$", r"\1:", (inspect.getdoc(function) or "").expandtabs(4), flags=re.MULTILINE)  # NumPy's headings as Google's
+    text, *fields = re.split(r"^:(?=\w)", text, flags=re.MULTILINE)  # reST's ":param city: where"
+    notes = [re.match(r"param (?:\S+ )?(\w+):(.*)", field, re.DOTALL) for field in fields]
+    notes = [found.groups() for found in notes if found]
+    description, *sections = re.split(rf"^({SECTIONS}): *$", text, flags=re.MULTILINE)
+    for title, lines in zip(sections[::2], sections[1::2]):
+        if title.startswith(("Arg", "Param", "Other")):
+            # A line that is indented as the first one begins a parameter, "name (type): text" or "name : type" and the text below; what is indented further goes on.
+            lines = textwrap.dedent(lines.strip("\n"))
+            notes += [(name, more if numpy else f"{same} {more}") for name, numpy, same, more in re.findall(r"^(\w+)(?:( :)| *\([^)]*\):|:|$)(.*)((?:\n(?: .*)?)*)", lines, re.MULTILINE)]
     return description.strip(), {name: {"description": " ".join(text.split())} for name, text in notes}
 
 
@@ -296,6 +344,8 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
     inner = schema["function"] if isinstance(schema, dict) and isinstance(schema.get("function"), dict) else schema
     if not isinstance(inner, dict) or "name" not in inner:
         raise UserError(f"tool schema {schema!r:.80}: must be an object with name, description and parameters")
+    if "parameters" not in inner and (other := [key for key, value in inner.items() if isinstance(value, dict) and "properties" in value]):
+        raise UserError(f'tool {inner["name"]}: its parameters stand under {other[0]!r}; the key is "parameters"')
     path = inner.get("function") if function is None else function
     function, parameters, description = path, inner.get("parameters"), inner.get("description") or ""
     if isinstance(path, str):
@@ -322,7 +372,7 @@ def import_by_name(path, what):
 def without_nulls(schema):
     """A JSON schema without keywords that are null, as dumps of typed objects have them; null may be a value, in default, const and enum."""
     if not isinstance(schema, dict):
-        return schema
+        return {} if schema is True else schema  # true: any value
     kept = {key: value for key, value in schema.items() if value is not None or key in ("default", "const")}
     for key in ("properties", "$defs", "definitions"):
         if isinstance(kept.get(key), dict):
@@ -438,7 +488,7 @@ def _loads(text, strict=True):
         return dict(pairs)
 
     # A string is matched whole and kept; so only a comma outside of strings goes.
-    text = re.sub(r'("(?:[^"\\]|\\.)*(?:"|\\?\Z))|,(?=\s*[}\]])', r"\1", text, flags=re.DOTALL)
+    text = re.sub(r'("(?:[^"\\]|\\.)*(?:"|\\?\Z)|[\[{,]\s*,)|,(?=\s*[}\]])', r"\1", text, flags=re.DOTALL)
     return _clean(json.loads(text, object_pairs_hook=unique, strict=strict))
 
 
@@ -449,7 +499,10 @@ def _clean(value, depth=0):
     if isinstance(value, list):
         return [_clean(item, depth + 1) for item in value]
     if isinstance(value, dict):
-        return {_clean(key): _clean(item, depth + 1) for key, item in value.items()}
+        cleaned = {_clean(key): _clean(item, depth + 1) for key, item in value.items()}
+        if len(cleaned) < len(value):  # two keys that differed in half characters alone
+            raise ValueError("the same key twice in one object")
+        return cleaned
     return SURROGATE.sub("\ufffd", value) if isinstance(value, str) else value
 
 
@@ -543,7 +596,7 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
         schema, arguments = {**whole, **tool.parameters}, call.arguments
         if isinstance(arguments, dict):  # null for what may be left out: it is left out
             fields = schema.get("properties", {})
-            may_be_null = {key for key, field in fields.items() if not list(_problems(None, field, root=schema))}
+            may_be_null = {key for key, field in fields.items() if not _problems(None, field, root=schema)}
             arguments = {key: value for key, value in arguments.items()
                          if value is not None or key in may_be_null or key in schema.get("required", []) or key not in fields}
         own = BUILTIN.get(name)
@@ -560,6 +613,8 @@ def _run(tool, arguments, failed, timeout=None):
     """Run here and now.  The result holds what its text will show: plain JSON, cut where it is too long."""
     try:
         result = replace(failed(), ok=True, value=tool.function(**arguments))
+        if inspect.isawaitable(result.value) or isinstance(result.value, (Iterator, AsyncIterator)):
+            return failed("bad_result", f"{tool.name} returned a {type(result.value).__name__}, which holds no value yet; it must return one")
     except ToolError as error:
         result = failed("tool_error", str(error))
     except KeyboardInterrupt:
@@ -568,7 +623,9 @@ def _run(tool, arguments, failed, timeout=None):
         result = failed("crashed", f"{type(error).__name__}: {error}")
     try:
         shown = json.loads(result.text())
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return failed("bad_result", f"the result can not be written: {type(error).__name__}")
     return replace(result, value=shown.get("result"), message=shown.get("error", ""))
 
@@ -604,7 +661,9 @@ def _run_in_child(tool, arguments, failed, timeout):
         for kill in (os.killpg, os.kill):  # the group, and the child if it had no time to make one
             with contextlib.suppress(OSError):
                 kill(pid, signal.SIGKILL)
-        status = os.waitpid(pid, 0)[1]
+        status = 0
+        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored, nothing is left to wait for
+            status = os.waitpid(pid, 0)[1]
     return failed("crashed", f"{tool.name} ended without a result (exit code {os.waitstatus_to_exitcode(status)})")
 
 
@@ -613,9 +672,10 @@ def _child(tool, arguments, failed, timeout, writer):
     try:
         os.setpgid(0, 0)  # a group of its own, so that its children die with it
         signal.alarm(math.ceil(timeout) + 2)  # should the parent die first
-        sys.stdout = sys.stderr = null = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
-            os.dup2(null.fileno(), descriptor)
+            os.dup2(null, descriptor)
         result = _run(tool, arguments, failed)
         writer.sendall(json.dumps([result.ok, result.value, result.error_type, result.message]).encode() + b"\n")
     finally:
@@ -626,8 +686,9 @@ def _child(tool, arguments, failed, timeout, writer):
 
 MAX_EXPRESSION = 1000  # characters
 MAX_BITS = 3000  # of an exact number
-SPELLING = {**str.maketrans("×·⋅∙•÷−–—", "*****/---"), ord("^"): "**", ord("²"): "**2", ord("³"): "**3", ord("√"): " sqrt ",
+SPELLING = {**str.maketrans("×·⋅∙•÷−–—", "*****/---"), ord("^"): "**", ord("√"): " sqrt ",
             **dict.fromkeys(map(ord, "$€£¥\xa0\u2009\u202f"), " ")}
+PLAIN = r"\d[\d,]*(?:\.\d+)?"  # a number
 TOKEN = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?:\.\d*)?|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|\.percent|[a-z]+|\*\*|//|\S", re.ASCII)
 
 
@@ -647,6 +708,8 @@ def parse_expression(expression):
     """An expression -> its tree, as Python reads it; nothing of it is run. ToolError if it is none."""
     if not isinstance(expression, str) or len(expression) > MAX_EXPRESSION:
         raise ToolError(f"the expression must be a text of at most {MAX_EXPRESSION} characters")
+    if not expression.strip():
+        raise ToolError("the expression is empty")
     with _arithmetic_errors():
         return ast.parse(_respell(expression), mode="eval").body
 
@@ -671,8 +734,13 @@ def _arithmetic_errors():
 
 def _respell(text):
     """The expression as Python writes it: "1,234 x 5%" -> "1234 * 5 .percent"."""
+    text = re.sub("⁻?[⁰¹²³⁴-⁹]+", lambda m: "**" + unicodedata.normalize("NFKC", m[0]), text)  # 10²³ has one exponent
     text = re.sub(r"\s*(?<![a-z])per ?cent\b", "%", text.translate(SPELLING).rstrip("=? \t\n").lower())
-    text = re.sub(r"\bsqrt\s+(\d+(?:,\d{3})*(?:\.\d*)?|\.\d+)", r"sqrt(\1)", text)
+    text = re.sub(r"\bsqrt\s+(\d+(?:,\d{3})*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)", r"sqrt(\1)", text)
+    # "100 / 10% of 50": "of" binds first
+    text = re.sub(rf"(/|\*\*)\s*({PLAIN})\s*%\s*of\s+({PLAIN}(?:\s*\*\*\s*{PLAIN})?)(?!\w)", r"\1(\2% * \3)", text)
+    if split := re.search(rf"(?:/|\*\*)\s*({PLAIN}\s*%\s*of\b.*)", text):
+        raise ToolError(f"put brackets around {split[1][:50]!r}")
     if based := re.search(r"(?<![\w.])0[xob]\d\w*", text):
         raise ToolError(f"unexpected {based[0][:50]!r}: numbers are decimal")
     text = re.sub(r"(?<![a-z])(x|of)(?=\s*[\d.(]|\s+-?[\d.(a-z])", "*", text)  # "3 x 4", but not the unknown of 3x + 4
@@ -704,10 +772,14 @@ def _value(node):
         case ast.BinOp():
             value = OPERATORS[type(node.op)](_value(node.left), _value(node.right))
         case ast.Call(func=ast.Name(id=name), keywords=[]):
+            if name in FUNCTIONS and not len(node.args) in ARITY.get(name, range(1, 1000)):
+                raise ToolError(f"{name} does not take {len(node.args)} numbers")
             value = FUNCTIONS[name](*map(_value, node.args))
         case _:
             raise ToolError(f"this is no arithmetic: {ast.unparse(node)[:50]}")
-    if not math.isfinite(value):  # no number leaves the range of a float; a complex one is a TypeError here
+    if isinstance(value, complex):
+        raise ToolError("a negative number has no such root")
+    if not math.isfinite(value):  # no number leaves the range of a float
         raise OverflowError
     return float(value) if isinstance(value, Fraction) and value.denominator >> MAX_BITS else value
 
@@ -738,6 +810,7 @@ def _rounded(value):
 
 FUNCTIONS = {"sqrt": lambda value: _power(value, Fraction(1, 2)), "abs": abs, "round": _round,
              "min": lambda *values: min(values), "max": lambda *values: max(values)}
+ARITY = {"sqrt": (1,), "abs": (1,), "round": (1, 2)}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: _power, ast.USub: operator.neg, ast.UAdd: operator.pos}
 
@@ -773,6 +846,7 @@ def _cities(path):
 def weather(city: str, unit: str = "celsius", path=None) -> dict:
     """The weather in a known city; case, accents and a country at the end do not matter."""
     cities, countries = _cities(_city_file(path))
+    city = city[:200]  # no name is longer; to sort out accents takes time that grows with their number squared
     if unit not in ("celsius", "fahrenheit"):
         raise ToolError(f"unknown unit: {unit}")
     tries = [_normal(city), _normal(city.split(",")[0])]
@@ -864,4 +938,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -564,6 +564,18 @@ def test_a_file_may_hold_pairs_and_conversations(tmp_path):
     assert [pair.why for pair in pairs][0] == "given" and len(pairs) == 3 and set(p.why for p in pairs[1:]) <= set(dpo.CORRUPTIONS)
 
 
+def test_given_pairs_are_read_where_others_are_sampled(tmp_path, capsys):
+    model, tok = toolplay.load_model("tiny")
+    gold = data.generate("train", 2, 0, {"weather": 1})
+    lines = [{"prompt": "2+2", "chosen": "4", "rejected": "5"}, *({"messages": c["messages"], "tools": c["tools"]} for c in gold), {"prompt": "2+2", "chosen": "4"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    c = config(tmp_path, source="jsonl", path=str(tmp_path / "p.jsonl"), pairs="both", max_new_tokens=4, samples=2)
+    read = dpo.prompts_of(c, "train", tok)
+    assert "line 4: a pair is an object" in capsys.readouterr().err
+    assert [pair.why for pair in dpo.sampled_pairs(model, tok, read, c)][0] == "given" and len(read) == 3
+    assert [pair.why for pair in dpo.sampled_pairs(model, tok, read[:1], c)] == ["given"]
+
+
 def test_an_argument_that_may_be_missing_is_no_fault():
     tool = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["b"]}}
     chat = lambda **arguments: {"tools": [tool], "messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}]}  # noqa: E731

@@ -172,6 +172,13 @@ def test_the_command_line(tmp_path, capsys):
     assert exit_.value.code == 2
 
 
+def test_exported_questions_can_be_asked(tmp_path):
+    write(tmp_path, "a.json", [INSTRUCTION, {**INSTRUCTION, "query": "Find Persuasion"}])
+    data.main(["--toolbench", str(tmp_path / "a.json"), "--questions", "--out", str(tmp_path / "q.jsonl")])
+    toolplay.main(["predict", "--model", "tiny", "--max-new-tokens", "2", "--input", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "o.jsonl")])
+    assert [json.loads(line)["id"] for line in open(tmp_path / "o.jsonl")] == [1, 2]
+
+
 GOOD = [call("find_book_for_library", '{"title": "Emma"}', "I look."), result("shelf 3")]
 ASSISTANT = 'Thought: I look.\nAction: find_book_for_library\nAction Input: {"title": "Emma"}'
 

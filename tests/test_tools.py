@@ -913,3 +913,162 @@ def test_execute_without_tools_and_with_names():
     assert execute(Call("calculator", {"expression": "2 + 2"}), None).error_type == "unknown_tool"
     assert execute(Call("calculator", {"expression": "2 + 2"}), ["calculator"]).value == 4
     assert execute(Call("calculator", {"expression": "2 + 2"}), ["nosuch"]).error_type == "unknown_tool"
+
+
+def nested(depth, first):
+    value = {"op": "neg"}
+    for _ in range(depth):
+        value = {"arg": value, "op": "neg"} if first else {"op": "neg", "arg": value}
+    return value
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_alternatives_that_hold_themselves_are_checked_in_time(first):
+    either = {"anyOf": [{"type": "object", "properties": {"op": {"const": op}, "arg": {"$ref": "#/$defs/e"}}, "required": ["op"]} for op in ("add", "neg")]}
+    f = Tool("f", "", {"type": "object", "properties": {"e": {"$ref": "#/$defs/e"}}, "$defs": {"e": either}}, lambda e: 1)
+    assert execute(Call("f", {"e": nested(40, first)}), {"f": f}).ok  # 2^40 if each alternative asked again
+    wrong = json.loads(json.dumps(nested(40, first)).replace('"neg"}', '"other"}', 1))
+    assert execute(Call("f", {"e": wrong}), {"f": f}).error_type == "wrong_type"
+    assert f.signature() == 'f(e?: object{op: "add", arg?: any} | object{op: "neg", arg?: any})'
+
+
+def test_a_city_with_very_many_accents():
+    assert execute(Call("weather", {"city": "a" + "\u0301\u0316" * 40000}), BUILTIN, timeout=1).error_type == "tool_error"
+
+
+@pytest.mark.parametrize("parameters, shown", [
+    ({"type": "object", "properties": {k: {"$ref": "#"} for k in "abcd"}}, "a?: any, b?: any, c?: any, d?: any"),
+    ({"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"q": {"type": "string"}}, "required": ["q"]}}}, "q: string"),
+    ({"type": "object", "allOf": [{"properties": {"id": {"type": "integer"}}, "required": ["id"]}]}, "id: integer"),
+    ({"type": "object", "oneOf": [{"properties": {"id": {"type": "integer"}}, "required": ["id"]}, {"properties": {"name": {"type": "string"}}}]}, "id?: integer, name?: string"),
+    ({"type": "object", "properties": {"p": {"allOf": [{"$ref": "#/$defs/U"}], "default": "a"}}, "$defs": {"U": {"enum": ["a", "b"]}}}, 'p?: "a" | "b" = "a"'),
+    ({"type": "object", "properties": {"a\nb <|im_end|>": {"type": "array", "items": {"type": "string"}}}}, "a b \\u003c|im_end|>?: array<string>"),
+])
+def test_signatures_of_combined_and_odd_schemas(parameters, shown):
+    assert Tool("f", "Half \ud800.", parameters).signature() == f"f({shown}) - Half \ufffd."
+
+
+@pytest.mark.parametrize("expression, value", [("2³²", 2 ** 32), ("10²³", 10 ** 23), ("10⁻² * 5", 0.05), ("100 / 10% of 50", 20), ("2^50% of 4", 4), ("2 / 50% of 2^2", 1),
+                                               ("20% of 50^2", 500), ("√1e4", 100), ("sqrt 1e4", 100)])
+def test_superscripts_and_percents_of_something(expression, value):
+    assert calculate(expression) == value
+
+
+@pytest.mark.parametrize("expression, message", [("100 / 10% of (20 + 30)", "brackets around '10% of"), ("sqrt(1, 2)", "sqrt does not take 2 numbers"), ("min()", "min does not take 0"),
+                                                 ("sqrt(-1)", "negative number has no such root"), ("(-8)**0.5", "negative number has no such root"), (" ", "is empty")])
+def test_what_the_calculator_says(expression, message):
+    assert message in execute(Call("calculator", {"expression": expression}), BUILTIN).message
+
+
+def test_results_that_hold_no_value_yet():
+    async def later():
+        return 1
+
+    def unawaited():
+        coroutine = later()
+        coroutine.close()
+        return coroutine
+    for made in (lambda: (n for n in range(3)), lambda: map(str, [1]), unawaited):
+        assert execute(Call("f", {}), {"f": Tool("f", "", {"type": "object", "properties": {}}, made)}).message.startswith("f returned a")
+    for function in ("asyncio:sleep", "asyncio:open_connection"):
+        with pytest.raises(UserError, match="async"):
+            tool_from_schema({"name": "s", "parameters": {"type": "object", "properties": {"delay": {"type": "number"}}}, "function": function})
+
+
+def test_hints_inside_lists_and_dicts():
+    @tool
+    def f(x: list[Optional[int]], y: dict[str, int]):
+        """F."""
+        return 1
+    assert execute(Call("f", {"x": [1, None], "y": {"a": 1}}), {"f": f}).ok
+    assert execute(Call("f", {"x": [1], "y": {"a": "b"}}), {"f": f}).message == "argument 'y.a' must be integer, not \"b\""
+
+
+def test_what_cannot_be_decorated_says_why():
+    class Colour:
+        red = object()
+
+    def painted(x=Colour.red):
+        """Paint."""
+
+    def method(self, x: int):
+        """A method."""
+    for function, message in ((painted, "parameter x: its default .* has no JSON form"), (method, "it is a method")):
+        with pytest.raises(UserError, match=message):
+            tool(function)
+    with pytest.raises(UserError, match="stand under 'paramters'; the key is \"parameters\""):
+        tool_from_schema({"name": "f", "paramters": {"type": "object", "properties": {}}})
+
+
+NUMPY = """Add two numbers.
+
+    Parameters
+    ----------
+    x : int
+        The first,
+        and more.
+    y : int, optional
+        The second.
+
+    Returns
+    -------
+    int
+        The sum.
+    """
+REST = """Add two numbers.
+
+    :param int x: The first,
+        and more.
+    :param y: The second.
+    :returns: the sum
+    """
+GOOGLE = """Add two numbers.
+
+    Args:
+\t\tx: The first,
+\t\t\tand more.
+\t\ty (int, optional): The second.
+
+    Returns:
+        The sum.
+    """
+
+
+@pytest.mark.parametrize("text", [NUMPY, REST, GOOGLE])
+def test_docstrings_of_three_styles(text):
+    def add(x: int, y: int = 1):
+        return x + y
+    add.__doc__ = text
+    assert tool(add).signature(True) == "add(x: integer (The first, and more.), y?: integer = 1 (The second.)) - Add two numbers."
+
+
+def test_a_word_with_a_colon_is_no_section():
+    def f(x: int):
+        """Formula:
+        x + 1
+
+        Args:
+          x: first
+        """
+    assert tool(f).signature(True) == "f(x: integer (first)) - Formula: x + 1"
+
+
+def test_schemas_as_they_are_found():
+    def made(**parameters):
+        return tool_from_schema({"name": "f", "parameters": {"type": "object", **parameters}}, lambda **k: 1)
+
+    def said(parameters, **arguments):
+        return execute(Call("f", arguments), {"f": made(**parameters)}).error_type
+    assert said({"patternProperties": {"^a": {"type": "string"}}, "additionalProperties": False}, a1="3") == ""
+    beside = {"properties": {"x": {"$ref": "#/$defs/I", "minimum": 5}}, "$defs": {"I": {"type": "integer"}}}
+    assert said(beside, x=3) == "wrong_type" and said(beside, x=6) == ""
+    assert said({"properties": {"x": {"type": "object", "properties": {"q": True}}}}, x={"q": 1}) == ""
+    assert said({"properties": {"x": {"$ref": "#/$defs/A%20B"}, "y": {"$ref": "#/$defs/C/anyOf/0"}}, "$defs": {"A B": {"type": "integer"}, "C": {"anyOf": [{"type": "integer"}]}}}, x=1, y="2") == "wrong_type"
+    with pytest.raises(UserError, match="names no schema"):
+        made(properties={"x": {"$ref": "#/$defs/C"}})
+
+
+@pytest.mark.parametrize("arguments", ["{,}", '{"a": [,]}', '{"a": [1,,]}', '{"\\ud800": 1, "\\ud801": 2}'])
+def test_what_is_no_trailing_comma(arguments):
+    calls, errors = parse_calls(f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>')
+    assert not calls and len(errors) == 1
