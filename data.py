@@ -1740,7 +1740,7 @@ def read_teacher(path, split, n, seed=0, extra=()):
     `extra`: tools beside the three built-in ones. Calls of any other tool are left out.
 
     The user asks for the rest of a text; the assistant makes the call, and goes on from its result. As many texts, at most,
-    are gone on with without a call. One text in ten belongs to `dev`, the others to `train`.
+    are gone on with without a call. One text in ten (a text that comes again counts once) belongs to `dev`, the others to `train`.
     """
     def check(line):
         with contextlib.suppress(TypeError, KeyError):
@@ -1760,9 +1760,9 @@ def read_teacher(path, split, n, seed=0, extra=()):
         return {"kind": call.name if call else "no_tool", "messages": [*messages, {"role": "assistant", "content": rest}], "tools": list(BUILTIN), "answer": answer}
     file = Path(path) / "augmented.jsonl" if Path(path).is_dir() else Path(path)
     rng, tools, calling, silent = random.Random(f"{split} teacher {seed}"), {**BUILTIN, **load_tools(list(extra))}, [], []
-    lost = 0
-    for number, (text, kept) in enumerate(read_jsonl(file, check)):
-        if (number % 10 == 9) != (split == "dev"):
+    lost, numbers = 0, {}
+    for text, kept in read_jsonl(file, check):
+        if (numbers.setdefault(text, len(numbers)) % 10 == 9) != (split == "dev"):
             continue
         between = [m.start() for m in re.finditer(r"\s", text)]
         usable = [(offset, call) for offset, call in kept if offset in between and call.name in tools]

@@ -63,7 +63,7 @@ def train(run):
 
     # 3. optimizer
     trainer = toolplay.Trainer(config, trained, total)
-    run.start(trainer, train_rows)
+    run.start(trainer, [train_rows, held_out])
 
     def loss(rows):
         return sft_loss(toolplay.token_logprobs(model, rows), pad_mask(rows, run.device))

@@ -5,11 +5,14 @@ The idea (Schick et al. 2023, arXiv:2302.04761). Nobody labels anything. A langu
 call might help and what to ask, and the calls are executed. A call is kept if its result makes the words that follow more
 probable, by more than the bare call does. The text with the kept calls in it is what the model is then fine-tuned on.
 
+c is a call, as calculator(18 + 27), and r its result; e(c) = " [calculator(18 + 27)]", e(c, r) = " [calculator(18 + 27) -> 45]", and open
+is the token " [". P(x) is an instruction, a few examples, and the text x. Sections are the paper's, the numbers of the equations ours.
+
     p_i    = p(open | P(x), x_<i)                        where a call might stand: p_i > tau_s, the k best      (sec. 2)
     c      ~ p(. | P(x), x_<i, open),  m times           what to ask; P(x): a few examples for each tool
     w~_t   = max(0, 1 - 0.2 t),  w_t = w~_t / sum_s w~_s                                                       (sec. 4.1)
     L_i(z) = - sum_{j >= i} w_{j-i} log p(x_j | z, x_<j)                                                       (1)
-    L+     = L_i(e(c, r)),   L- = min(L_i(nothing), L_i(e(c)))          e(c): the call without a result           (2)
+    L+     = L_i(e(c, r)),   L- = min(L_i(nothing), L_i(e(c)))          what the result adds is L- - L+           (2)
     keep c   if  L- - L+ >= tau_f
     x*     = x_<i, e(c, r), x_>=i                        fine-tune on it with the language-model loss
 
@@ -19,8 +22,11 @@ writes, a call begins, once a text, where its token is among the `call_top` most
 
 Departures. Inserted results are read, not learned: at inference the tool writes them, so they have mask 0, as everywhere
 in this project. Of several kept calls at one position the best stays. No call stands before the first token, or inside a
-character; one that goes on "->" instead of ending is taken as if it had ended, for then a result is asked for. All candidates of some texts lie in one token trie:
-the examples P, the text, and the beginnings of calls are computed once.
+character. A sample ends at "]"; one that goes on " ->" asks for its result, and counts as complete. In L- the call has no arrow (in
+the paper, an arrow and nothing behind it).
+
+Every pass is batched. For each tool the texts are scored in tries in which P is computed once, and sampled from caches that share P;
+in the filter the call stands first, so only the text behind nothing, and the beginnings of calls, are shared.
 
 Before and after the fine-tuning (there is no `eval_every` here) the loss of held-out texts and the share of right sums is
 measured, with tools and without, on `eval_path` or the built-in prose of the test split.
@@ -72,20 +78,29 @@ def loss_weights(n=5):
 
 
 def weighted_loss(logp, start):
-    """Equation (1): logp [T] of a text's own tokens (however they were prefixed) -> L_start, a number."""
+    """Equation (1): log p of a row [T], its prefix included -> L_i in nats, where x_i stands at `start`."""
     following = logp[start:start + 5].double()
     return float(-(loss_weights(len(following)) * following).sum())
 
 
-def gain(with_result, without_call, without_result):
-    """Equation (2): L- - L+, how much the result helps beyond nothing, and beyond the bare call."""
-    return min(without_call, without_result) - with_result
+def gain(full, nothing, bare):
+    """L- - L+ in nats (2): how much call and result help beyond nothing, and beyond the bare call; each an L_i."""
+    return min(nothing, bare) - full
 
 
-def best_positions(open_logp, tau_s, k, first=1):
-    """log p(open) before each token [T] -> the at most k positions with p > tau_s, most probable first kept, in the order of the text."""
-    likely = [i for i in range(first, len(open_logp)) if open_logp[i].exp() > tau_s]
-    return sorted(sorted(likely, key=lambda i: -float(open_logp[i]))[:k])
+def best_positions(open_logp, tau_s, k):
+    """log p(open) before each token [T] -> the at most k positions with p > tau_s, the most probable ones, in the order of the text (sec. 2)."""
+    p = open_logp.exp().tolist()
+    likely = [i for i in range(1, len(p)) if p[i] > tau_s]
+    return sorted(sorted(likely, key=lambda i: -p[i])[:k])
+
+
+def decide(candidates, tau_f):
+    """Keep c if L- - L+ >= tau_f, and of several at one position only the best (sec. 2): sets "kept", and "why" not, of a text's candidates."""
+    for c in candidates:
+        best = c is max((d for d in candidates if d["position"] == c["position"]), key=lambda d: d["gain"])
+        c["why"] = "its gain is below tau_f" if not c["gain"] >= tau_f else "another one at this position gains more" if not best else ""
+        c["kept"] = not c["why"]
 
 
 # --------------------------------------------------------------------------- 2. calls in plain text
@@ -116,7 +131,8 @@ def read_call(text, tools):
     found = re.match(r"\s*([^\s<>\"(),\[\]]+)\(([^\[\]\n]*?)\)\s*(?:\]|->)", text)
     if not found or found[1] not in tools:
         return None
-    required, fields = (tools[found[1]].parameters.get(key) or [] for key in ("required", "properties"))
+    parameters = tools[found[1]].parameters
+    required, fields = parameters.get("required") or [], parameters.get("properties") or {}
     if not found[2].strip():
         return Call(found[1], {}) if not required else None
     if not (order := list({**dict.fromkeys(required), **fields})):
@@ -199,10 +215,38 @@ def few_shot(tool, tokenizer):
     return ids_of(tokenizer, f"{task}\n\n{shots}Text:\n"), ids_of(tokenizer, "\nWith calls:\n")
 
 
-def sample_calls(model, tokenizer, prompts, config, seed):
-    """Rows of ids that end in OPEN -> the text that the model writes after each, until the call ends."""
+def open_logprobs(model, tokenizer, rows, heads, config):
+    """p_i (sec. 2): log p(open | P(x), x_<i) before each token of each text -> [T] a text; -inf inside a character, where no text can part."""
     import toolplay
-    streams = [random.Random(f"{seed} {n}") for n in range(len(prompts))]
+    open_id, = ids_of(tokenizer, opening(tokenizer))
+    whole = [(head + ids, [0] * len(head) + [1] * len(ids)) for head, ids in zip(heads, rows)]
+    scored = toolplay.token_logprobs(model, whole, budget=config.micro_tokens * 4, also=(open_id,))["also"]
+    out = [scored[n, len(head):len(head) + len(ids), 0] for n, (head, ids) in enumerate(zip(heads, rows))]
+    for ids, opens in zip(rows, out):
+        opens[inside_characters(tokenizer, ids)] = -torch.inf
+    return out
+
+
+CACHED = 2 ** 15  # tokens of a cache's own: with more, prompts are sampled from in turn
+
+
+def sample_calls(model, tokenizer, prompts, config, seed):
+    """c ~ p(. | P(x), x_<i, open) (sec. 2): rows of ids that end in OPEN -> the text that the model writes after each, until the call ends."""
+    import toolplay
+    out, part = [], []
+    for prompt in prompts:
+        together = [*part, prompt]
+        own = max(map(len, together)) - toolplay.common_prefix(together[0], prompt)
+        if part and len(together) * own > CACHED:
+            out += _sample_calls(model, tokenizer, part, config, seed, len(out))
+            together = [prompt]
+        part = together
+    return out + (_sample_calls(model, tokenizer, part, config, seed, len(out)) if part else [])
+
+
+def _sample_calls(model, tokenizer, prompts, config, seed, first):
+    import toolplay
+    streams = [random.Random(f"{seed} {first + n}") for n in range(len(prompts))]
     cache = toolplay.prompt_cache(model, [p[:-1] for p in prompts])
     said, alive = [[] for _ in prompts], list(range(len(prompts)))
     for _ in range(config.call_tokens):
@@ -224,6 +268,9 @@ def inside_characters(tokenizer, ids):
     return [] if text.isascii() else [i for i in range(1, len(ids)) if not text.startswith(tokenizer.decode(ids[:i]))]
 
 
+FUNNEL = ("positions", "sampled", "parsed", "distinct", "executed", "kept")
+
+
 @torch.no_grad()
 def annotate(model, tokenizer, rows, tools, config, seed):
     """Texts as id lists -> (candidates of each, left-out samples of each, counts of the funnel).
@@ -233,27 +280,23 @@ def annotate(model, tokenizer, rows, tools, config, seed):
     """
     import toolplay
     from tools import execute
-    funnel = dict.fromkeys(("positions", "sampled", "parsed", "distinct", "executed", "kept"), 0)
+    funnel = dict.fromkeys(FUNNEL, 0)
     found, left_out = [[] for _ in rows], [[] for _ in rows]
     dtype = toolplay.half_precision(config, model.device)
     half = torch.autocast(model.device.type, dtype, enabled=dtype is not None)  # for guesses; the filter's losses, whose differences decide, are computed in fp32
     for tool in tools.values():
         # 1. where: the probability of OPEN before each token of the text, written once more after the examples
         before, between = few_shot(tool, tokenizer)
-        open_id, = ids_of(tokenizer, opening(tokenizer))
         heads = [before + ids + between for ids in rows]
-        whole = [(head + ids, [0] * len(head) + [1] * len(ids)) for head, ids in zip(heads, rows)]
         with half:
-            scored = toolplay.token_logprobs(model, whole, budget=config.micro_tokens * 4, also=(open_id,))
-        opens = [scored["also"][n, len(head):len(head) + len(ids), 0] for n, (head, ids) in enumerate(zip(heads, rows))]
-        for n, ids in enumerate(rows):
-            opens[n][inside_characters(tokenizer, ids)] = -torch.inf
+            opens = open_logprobs(model, tokenizer, rows, heads, config)
         places = [(n, i) for n in range(len(rows)) for i in best_positions(opens[n], config.tau_s, config.positions)]
         funnel["positions"] += len(places)
         if not places:
             continue
         # 2. what: m calls at each
-        prompts = [heads[n] + rows[n][:i] + [open_id] for n, i in places for _ in range(config.samples)]
+        open_ids = ids_of(tokenizer, opening(tokenizer))
+        prompts = [heads[n] + rows[n][:i] + open_ids for n, i in places for _ in range(config.samples)]
         with half:
             written = sample_calls(model, tokenizer, prompts, config, f"{seed} {tool.name}")
         funnel["sampled"] += len(written)
@@ -283,17 +326,14 @@ def annotate(model, tokenizer, rows, tools, config, seed):
         out[n].append({"position": c.position, "offset": offset, "call": dict(vars(c.call)), "result": c.result, "plus": full, "minus": min(nothing, bare),
                        "gain": gain(full, nothing, bare)})
     for candidates in out:
-        for c in candidates:
-            best = c is max((d for d in candidates if d["position"] == c["position"]), key=lambda d: d["gain"])
-            c["why"] = "its gain is below tau_f" if not c["gain"] >= config.tau_f else "another one at this position gains more" if not best else ""
-            c["kept"] = not c["why"]
+        decide(candidates, config.tau_f)
         funnel["kept"] += sum(c["kept"] for c in candidates)
     return out, left_out, funnel
 
 
 @torch.no_grad()
 def losses(model, tokenizer, units, budget):
-    """[(text ids, Candidate)] -> [(L_i of nothing, of e(c), of e(c, r))], each with the call before the whole text."""
+    """The losses of (2): [(text ids, Candidate)] -> [(L_i of nothing, of e(c), of e(c, r))] in nats, each with the call before the whole text."""
     import toolplay
     if not units:
         return []
@@ -349,7 +389,10 @@ def prose(split, n, seed=0):
 
 
 def read_texts(path, n):
-    """The first n texts of a file: JSON lines with "text" (or "question" and "answer", as GSM8K has them), or a text a line."""
+    """The first n texts of a file: JSON lines with "text" (or "question" and "answer", as GSM8K has them), or a text a line.
+
+    A GSM8K text that ends in its answer can be asked for it: it has "prompt" and "answer" too, as `prose`. UserError if the file holds no text.
+    """
     import data
     from tools import UserError
     if str(path).lower().endswith((".jsonl", ".ndjson", ".json")):
@@ -357,11 +400,14 @@ def read_texts(path, n):
             found = [item.get(key) for key in (["text"] if "text" in item else ["question", "answer"])] if isinstance(item, dict) else [None]
             if not all(isinstance(text, str) and text.strip() for text in found):
                 raise UserError('a line is an object with "text", or with "question" and "answer"')
-            text = found[0].strip()
+            text, asked = found[0].strip(), {}
             if len(found) > 1:  # in one line, without GSM8K's marks: "5 + 6 = <<5+6=11>>11", and "#### 11" at the end
                 text = " ".join(re.sub(r"<<[^<>]*>>|^####.*", "", f"{text}\n{found[1]}", flags=re.MULTILINE).split())
+                last = re.search(r"^#### *(-?[\d,]*\d)$", found[1], re.MULTILINE)
+                ends = last and re.search(rf"(?<![\d.,]){re.escape(last[1])}(?![\d,]|\.\d)(?!.*\d)", text)
+                asked = {"prompt": text[:ends.start()].rstrip(), "answer": int(last[1].replace(",", ""))} if ends and ends.start() else {}
             text.encode()  # half a surrogate pair is no text
-            return {"text": text, "kind": "text"}
+            return {"text": text, "kind": "text", **asked}
         return data.read_jsonl(path, check)[:n]
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]  # not splitlines: \f ends none
@@ -410,7 +456,8 @@ def complete(model, tokenizer, rows, tools, most=16, call_tokens=24, call_top=1)
                     text = tokenizer.decode(calling[r])
                     if "->" in text:
                         call, result = asked_tool(text, tools)
-                        calls[r] += [(call, result)] * (result is not None)
+                        if result is not None:
+                            calls[r].append((call, result))
                         queues[r] += ids_of(tokenizer, f" {result or ''}{CLOSE}")
                     if "->" in text or CLOSE in text or len(calling[r]) >= call_tokens:
                         calling[r] = None
@@ -427,15 +474,19 @@ def right_number(text, answer):
     return bool(found) and abs(float(found[0].replace(",", "").rstrip(".")) - answer) <= 1e-6 * max(1, abs(answer))
 
 
+SURE = 0.05  # the paper's tau_s
+
+
 @torch.no_grad()
 def text_loss(model, tokenizer, rows, tools, config):
-    """Mean loss of the texts' own tokens; with tools, the model's best call (p(open) > 0.05) is executed and inserted first."""
+    """Mean loss of the texts' own tokens; with tools, the model's best call (p(open) > SURE) is executed and inserted first. Not `call_top`, as
+    in `complete`: the text is given, so what counts is where the model itself would put its one call."""
     import toolplay
     budget, (open_id,) = config.micro_tokens * 4, ids_of(tokenizer, opening(tokenizer))
     pairs = [(ids, [1] * len(ids)) for ids in rows]
     if tools:
         scored = toolplay.token_logprobs(model, pairs, budget=budget, also=(open_id,))["also"]
-        places = [best_positions(scored[n, :len(ids), 0], 0.05, 1) for n, ids in enumerate(rows)]
+        places = [best_positions(scored[n, :len(ids), 0], SURE, 1) for n, ids in enumerate(rows)]
         asked = [n for n, place in enumerate(places) if place]
         written = complete(model, tokenizer, [rows[n][:places[n][0]] + [open_id] for n in asked], {}, most=config.call_tokens) if asked else []
         for n, (text, _) in zip(asked, written):
@@ -451,10 +502,11 @@ def measure(model, tokenizer, held_out, tools, config):
     """Held-out texts -> {"loss", "loss_with_tools", "right", "right_with_tools" (None where no text asks for a number), "n", "calls"}."""
     rows, asked = [ids_of(tokenizer, item["text"]) for item in held_out], [item for item in held_out if "answer" in item]
     out = {"loss": text_loss(model, tokenizer, rows, {}, config), "loss_with_tools": text_loss(model, tokenizer, rows, tools, config)}
-    for key, allowed in (("right", {}), ("right_with_tools", tools)):
-        said = complete(model, tokenizer, [ids_of(tokenizer, item["prompt"]) for item in asked], allowed, call_tokens=config.call_tokens, call_top=config.call_top) if asked else []
+    prompts = [ids_of(tokenizer, item["prompt"]) for item in asked]
+    answers = [complete(model, tokenizer, prompts, allowed, call_tokens=config.call_tokens, call_top=config.call_top) if asked else [] for allowed in ({}, tools)]
+    for key, said in zip(("right", "right_with_tools"), answers):
         out[key] = sum(right_number(text, item["answer"]) for (text, _), item in zip(said, asked)) / len(asked) if asked else None
-    return {**out, "n": len(asked), "calls": sum(len(calls) for _, calls in said)}
+    return {**out, "n": len(asked), "calls": sum(len(calls) for _, calls in answers[1])}
 
 
 # --------------------------------------------------------------------------- 6. training
@@ -486,7 +538,10 @@ def train(run):
     annotated = annotated_texts(run, model, tokenizer, texts, tools)
     rows = [insert(line["ids"], kept_calls(line["candidates"]), tokenizer) for line in annotated]
     if not any(0 in mask for _, mask in rows):
-        raise UserError("no call helped: nothing to learn from; lower tau_f, or raise texts, positions or samples")
+        best = max((c["gain"] for line in annotated for c in line["candidates"]), default=None)
+        raise UserError("no call helped: nothing to learn from; " + ("" if best is None else f"go on with --resume and a tau_f of at most {best:.2g}, or ") +
+                        "start a new run (--run_dir=...) with more texts, positions or samples")
+    rows = data.fitting(rows, [len(ids) for ids, _ in rows], config.max_tokens, "texts with their calls")
 
     # 2. model: what is trained is the adapter, as in sft.py
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -496,7 +551,7 @@ def train(run):
     trainer = toolplay.Trainer(config, trained, batches.total)
     if held_out and not (run.resume and toolplay.newest_checkpoint(run.folder)):
         trainer.extra["before"] = json.dumps(measure(model.eval(), tokenizer, held_out, tools, config))
-    run.start(trainer, rows)
+    run.start(trainer, [rows, held_out])
 
     def loss(batch):
         return sft.sft_loss(toolplay.token_logprobs(model, batch), sft.pad_mask(batch, run.device))
@@ -526,26 +581,43 @@ def annotated_texts(run, model, tokenizer, texts, tools):
 
     import toolplay
     from tools import UserError
-    config, path = run.config, run.folder / "augmented.jsonl"
-    lines = toolplay.read_lines(path, ["text", "ids", "candidates"])[:len(texts)]
-    lines = lines[:len(lines) // config.texts_at_once * config.texts_at_once] if len(lines) < len(texts) else lines
+    config, path, n = run.config, run.folder / "augmented.jsonl", run.config.texts_at_once
+    lines = toolplay.gathered(toolplay.read_lines(path, ["text", "ids", "candidates"])[:len(texts)])[0]
+    if len(lines) < len(texts):
+        del lines[len(lines) // n * n:]  # whole groups only: a killed run may have left a part of one
     if any(line["text"] != item["text"] for line, item in zip(lines, texts)):
         raise UserError(f"{path}: it is of other texts; start a new run")
+
+    def augmented(line):
+        return {**line, "augmented": tokenizer.decode(insert(line["ids"], kept_calls(line["candidates"]), tokenizer)[0])}
+
+    for start in range(0, len(lines), n):  # tau_f may be another one now
+        for at, line in enumerate(lines[start:start + n], start):
+            decide(line["candidates"], config.tau_f)
+            lines[at] = augmented(line)
+        lines[at].get("funnel", {})["kept"] = sum(c["kept"] for line in lines[start:start + n] for c in line["candidates"])
     if run.rank == 0:
-        toolplay.write_lines(path, lines)  # whole groups only: a killed run may have left a part of one
+        toolplay.write_lines(path, lines)
     model.eval()
+
+    def annotated(starts):  # those of one rank
+        out = []
+        for start in starts:
+            group = texts[start:start + n]
+            ids = [ids_of(tokenizer, item["text"]) for item in group]
+            found, left_out, funnel = annotate(model, tokenizer, ids, tools, config, f"{config.seed} {start}")
+            out.append([augmented({**item, "ids": row, "candidates": candidates, "left_out": others}) for item, row, candidates, others in zip(group, ids, found, left_out)])
+            out[-1][-1]["funnel"] = funnel  # of the whole group
+        return out
     with tqdm(total=len(texts), initial=len(lines), desc="annotate", unit="text", disable=run.rank != 0, dynamic_ncols=True) as bar:
         while len(lines) < len(texts):
-            group = texts[len(lines):len(lines) + config.texts_at_once]
-            ids = [ids_of(tokenizer, item["text"]) for item in group]
-            found, left_out, funnel = annotate(model, tokenizer, ids, tools, config, f"{config.seed} {len(lines)}")
-            for item, row, candidates, others in zip(group, ids, found, left_out):
-                lines.append({**item, "ids": row, "candidates": candidates, "left_out": others, "augmented": tokenizer.decode(insert(row, kept_calls(candidates), tokenizer)[0])})
-            lines[-1]["funnel"] = funnel  # of the whole group
+            starts = list(range(len(lines), len(texts), n))[:toolplay.world_rank()[1]]
+            fresh = [line for group in toolplay.shared_out(starts, annotated) for line in group]
+            lines += fresh
             if run.rank == 0:
                 with open(path, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[-len(group):])
-            bar.update(len(group))
+                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in fresh)
+            bar.update(len(fresh))
     if run.rank == 0:
         print(funnel_text(lines), file=sys.stderr)
     return lines
@@ -553,7 +625,7 @@ def annotated_texts(run, model, tokenizer, texts, tools):
 
 def funnel_text(lines, n=10):
     """The funnel, and the n best and worst calls."""
-    total = Counter()
+    total = Counter(dict.fromkeys(FUNNEL, 0))
     for line in lines:
         total.update(line.get("funnel", {}))
     out = [f"{len(lines)} texts: " + " -> ".join(f"{value} {key}" for key, value in total.items()) + f"; {sum(any(c['kept'] for c in x['candidates']) for x in lines)} texts have a call now"]

@@ -1039,6 +1039,8 @@ class Run:
                     setattr(config, key, before[key])  # what stood in when it began
                 elif key in ("lora_r", "lora_alpha", "lora_rslora") and config.start_from:
                     setattr(config, key, before[key])  # the adapter's own
+                elif key == "tau_f" and not newest_checkpoint(self.folder):
+                    pass  # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
                 elif flat[key] != before[key] and key not in ("run_dir", "wandb", "device"):
                     raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(before[key])}, now {json.dumps(flat[key])}; "
                                     "resume with the same config, or start a new run with --run_dir=...")
@@ -1047,7 +1049,7 @@ class Run:
         random.seed(config.seed)
         np.random.seed(config.seed % 2 ** 32)
         torch.manual_seed(config.seed % 2 ** 63)
-        self.written = dataclasses.asdict(config)  # as config.json has it
+        self.written = {**dataclasses.asdict(config), **({"tau_f": before["tau_f"]} if old.exists() and "tau_f" in flat else {})}  # as config.json has it
         if self.rank == 0:
             self.made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -341,9 +341,40 @@ def test_an_interrupted_annotation_goes_on_to_the_same_bytes(tmp_path, calls, mo
         assert (tmp_path / "a/run" / name).read_bytes() == (tmp_path / "b/run" / name).read_bytes(), name
 
 
-def test_nothing_to_learn_from_is_an_error(tmp_path, calls):
-    with pytest.raises(UserError, match="no call helped"):
+def test_nothing_to_learn_from_is_an_error_that_a_lower_threshold_mends(tmp_path, calls, monkeypatch):
+    with pytest.raises(UserError, match="no call helped.*--resume and a tau_f of at most [-0-9.]+, or"):
         teacher.train(toolplay.Run(config(tmp_path, tau_f=100)))
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "annotate", lambda *args: pytest.fail("annotated anew"))
+        teacher.train(toolplay.Run(config(tmp_path, tau_f=-100.0), resume=True))
+    teacher.train(toolplay.Run(config(tmp_path / "b", tau_f=-100.0)))
+    for name in ("augmented.jsonl", "metrics.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "b/run" / name).read_bytes(), name
+    assert json.loads((tmp_path / "run/config.json").read_text())["tau_f"] == -100
+    with pytest.raises(UserError, match="tau_f was -100"):
+        toolplay.Run(config(tmp_path, tau_f=0.5), resume=True)
+
+
+def test_prompts_are_sampled_from_in_turn_with_the_same_draws(monkeypatch):
+    model, tok = small.model("llama"), small.tokenizer()
+    prompts = [teacher.ids_of(tok, f"Some text number {n} [") for n in (1, 1, 22, 3)]
+    once = teacher.sample_calls(model, tok, prompts, settings(), "s")
+    monkeypatch.setattr(teacher, "CACHED", 10)
+    assert teacher.sample_calls(model, tok, prompts, settings(), "s") == once and len(once) == 4
+
+
+def test_a_tool_without_parameters_may_be_given_some():
+    tools = load_tools([{"name": "now", "description": "", "parameters": {}}])
+    assert teacher.read_call("now(please)]", tools) is None and teacher.read_call("now()]", tools).arguments == {}
+
+
+def test_gsm8k_texts_can_be_asked_for_their_answer(tmp_path):
+    lines = [{"question": "Two and 3?", "answer": "2 + 3 = <<2+3=5>>5 apples.\n#### 5"}, {"question": "How much?", "answer": "It is $<<1>>1,250.\n#### 1,250"},
+             {"question": "How far?", "answer": "It is 12 miles, by bus 3.\n#### 12"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, second, third = teacher.read_texts(tmp_path / "a.jsonl", 9)
+    assert (first["text"], first["prompt"], first["answer"]) == ("Two and 3? 2 + 3 = 5 apples.", "Two and 3? 2 + 3 =", 5)
+    assert (second["prompt"], second["answer"]) == ("How much? It is $", 1250) and "prompt" not in third  # its text does not end in the answer
 
 
 # ---------------------------------------------------------------- the calls as conversations
