@@ -73,39 +73,51 @@ class Config:
 
 # --------------------------------------------------------------------------- 1. the losses
 
-# Each is a function of (chosen, rejected, beta, label_smoothing): log-ratios to the reference, [B] (without one: the log-probs) -> loss of each pair [B].
+VARIANTS = {}                                # name -> loss, as a config may name it
+MEAN, FREE, SMOOTHED = set(), set(), set()   # log-probs are means over the trained tokens, not sums; no reference is needed; label_smoothing has an effect
 
+
+def variant(*traits):
+    """A loss of this name: a function of (chosen, rejected, beta, label_smoothing), log-ratios to the reference [B] (without one: log-probs) -> loss of each pair [B]."""
+    def add(loss):
+        VARIANTS[loss.__name__] = loss
+        for names in traits:
+            names.add(loss.__name__)
+        return loss
+    return add
+
+
+@variant(SMOOTHED)
 def sigmoid(chosen, rejected, beta, label_smoothing):
     """DPO, eq. 7; with label smoothing the conservative one (Mitchell 2023, ericmitchell.ai/cdpo.pdf, eq. 3)."""
     h = chosen - rejected                                                                      # [B]
     return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
+@variant(SMOOTHED)
 def robust(chosen, rejected, beta, label_smoothing):
     """rDPO, unbiased when a share of the judgements is flipped (Chowdhury et al. 2024, arXiv:2403.00409, the loss "rDPO")."""
     h = chosen - rejected
     return (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (1 - 2 * label_smoothing)
 
 
+@variant(MEAN)
 def ipo(chosen, rejected, beta, label_smoothing):
     """IPO: regress the difference on 1 / (2 beta), which is finite (Azar et al. 2023, arXiv:2310.12036, eq. 17)."""
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
+@variant()
 def hinge(chosen, rejected, beta, label_smoothing):
     """SLiC's loss on DPO's reward (Zhao et al. 2023, arXiv:2305.10425, eq. 1; Liu et al. 2024, arXiv:2309.06657, "hinge-norm")."""
     return torch.relu(1 - beta * (chosen - rejected))
 
 
+@variant(MEAN, FREE, SMOOTHED)
 def simpo(chosen, rejected, beta, label_smoothing, margin):
     """SimPO: no reference, mean log-probs, a target margin (Meng et al. 2024, arXiv:2405.14734, eq. 6)."""
     h = beta * (chosen - rejected) - margin
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
-
-
-VARIANTS = {f.__name__: f for f in (sigmoid, robust, ipo, hinge, simpo)}  # a new one is one function more, and its name, where it belongs, in the sets below; it can then be set in a config
-MEAN, FREE = {"ipo", "simpo"}, {"simpo"}  # log-probs are means over the trained tokens, not sums; no reference is needed
-SMOOTHED = {"sigmoid", "robust", "simpo"}          # label_smoothing has an effect
 
 
 def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp, beta=0.1, variant="sigmoid", label_smoothing=0.0, simpo_margin=0.5):
@@ -158,6 +170,7 @@ def sequence_logp(logp, mask, mean=False):
 
 # A pair: two rows (ids, mask) that share their prompt, and what is wrong with the second.
 Pair = namedtuple("Pair", "chosen rejected why")
+Unit = namedtuple("Unit", "chosen rejected ref_chosen ref_rejected")  # the same in training, with the reference's log-probs
 
 # Each takes a gold conversation {"messages", "tools"} and returns the messages of a worse one that departs from it in one
 # assistant turn, as such models really fail; or None where it does not apply.
@@ -350,7 +363,8 @@ def read_pair(line, tokenizer, style="signature"):
     """A line of a pairs file, as TRL reads it: prompt, chosen, rejected (messages, or texts), tools; -> Pair.
 
     Without "prompt", chosen and rejected are whole conversations and their common beginning is the prompt; also where they
-    repeat the prompt's text or messages (UltraFeedback does).
+    repeat the prompt's text or messages (UltraFeedback does). Texts become a user's and an assistant's message, so that two texts alone have no prompt.
+    Raises UserError for anything else.
     """
     import data  # here, so that this file alone gives the losses
     from tools import UserError
@@ -407,11 +421,15 @@ def check_settings(config):
         raise UserError(f"label_smoothing = {config.label_smoothing}: must be below 0.5; from there on the judgements say nothing, or the reverse")
     if config.label_smoothing and config.variant not in SMOOTHED:
         print(f"label_smoothing = {config.label_smoothing} changes nothing: {config.variant} has none (sigmoid, robust and simpo do)", file=sys.stderr)
+    if config.twins and (config.pairs == "corrupted" or config.chosen != "gold"):
+        print('twins change nothing: they go with sampled pairs and chosen = "gold"', file=sys.stderr)
     if unknown := [fault for fault in config.faults if fault not in list(CORRUPTIONS)]:
         raise UserError(f"faults: {unknown[0]!r} is none of {', '.join(CORRUPTIONS)}")
     if config.pairs != "corrupted":
-        if config.samples < 2:
+        if config.samples < 2 and config.chosen == "best":
             raise UserError(f"samples = {config.samples}: the best and the worst of several answers make a pair; at least 2 are needed")
+        if config.chosen == "gold" and config.max_turns > 1:
+            raise UserError(f'max_turns = {config.max_turns}: chosen = "gold" is the example\'s first turn, so what stands against it must be one turn too; set max_turns = 1')
         reward_of(config)
 
 
@@ -440,24 +458,23 @@ def train(run):
         return toolplay.token_logprobs(model, rows, budget=None if torch.is_grad_enabled() else config.micro_tokens), pad_mask(rows, run.device)
 
     def answers(logp, mask):
-        """-> [2, B]: log-probs of the chosen answers, of the rejected ones."""
-        return sequence_logp(logp, mask, config.variant in MEAN).reshape(-1, 2).T
+        """Log-probs of the chosen answers [B], of the rejected ones [B]."""
+        logp = sequence_logp(logp, mask, config.variant in MEAN)
+        return logp[::2], logp[1::2]
 
     # 2. reference: under the trainer's precision, or the first log-ratios would not be 0
-    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, 1)
+    batches = data.Batches([pair.chosen for pair in pairs], config)
+    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, batches.total)
     reference = reference_logp(run, pairs + held_out, lambda group: answers(*tokens_of(group)), trainer.autocast)
-    units = [(*pair[:2], *ref) for pair, ref in zip(pairs, reference)]
-    held_out = [(*pair[:2], *ref) for pair, ref in zip(held_out, reference[len(pairs):])]
+    units, held_out = ([Unit(*pair[:2], *ref) for pair, ref in zip(part, refs)] for part, refs in ((pairs, reference), (held_out, reference[len(pairs):])))
 
     # 3. optimizer
-    batches = data.Batches([unit[0] for unit in units], config)
-    total = trainer.total = batches.total
-    run.start(trainer)  # reference_logp has looked whether the data are the same
+    run.start(trainer, [pairs, held_out])
 
     def loss(group):
-        ref = torch.tensor([unit[2:] for unit in group], dtype=torch.float64, device=run.device)                    # [B, 2]
+        ref_chosen, ref_rejected = (torch.tensor([unit[n] for unit in group], dtype=torch.float64, device=run.device) for n in (2, 3))   # [B]
         logp, mask = tokens_of(group)
-        total, info = dpo_loss(*answers(logp, mask), *ref.T, config.beta, config.variant, config.label_smoothing, config.simpo_margin)
+        total, info = dpo_loss(*answers(logp, mask), ref_chosen, ref_rejected, config.beta, config.variant, config.label_smoothing, config.simpo_margin)
         nll = nll_loss(logp[::2], mask[::2])
         return total + config.nll_coef * nll, {**info, "nll/chosen": nll.detach()}
 
@@ -468,10 +485,10 @@ def train(run):
         return {"eval_loss": float(total) / len(held_out), "eval_accuracy": float(info["rewards/accuracy"]) / len(held_out)}
 
     # 4. loop
-    for step in run.steps(trainer, total):  # always in eval mode: with dropout the policy would not be compared with its reference alone
+    for step in run.steps(trainer, batches.total):  # always in eval mode: with dropout the policy would not be compared with its reference alone
         batch = [units[i] for i in batches(step)]
         info = toolplay.train_step(trainer, batch, loss, rows=lambda unit: list(unit[:2]))
-        if held_out and (trainer.step == total or config.eval_every and trainer.step % config.eval_every == 0):
+        if held_out and (trainer.step == batches.total or config.eval_every and trainer.step % config.eval_every == 0):
             info.update(evaluate())
         run.log(trainer.step, info, tokens=sum(len(ids) for unit in batch for ids, _ in unit[:2]))
 
@@ -530,7 +547,7 @@ def sampled_pairs(model, tokenizer, conversations, config):
             pairs.append(Pair(tuple(chosen), (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against {rival}"))
             if config.twins and config.chosen == "gold" and tries[worst].calls and (call := withheld(conversation)):
                 pairs.append(twin(conversation, call, tokenizer, config.tool_style, random.Random(f"{config.seed} twin {n}")))
-        elif config.pairs == "both":  # what it does right stays right
+        elif config.pairs == "both" and len(conversation["messages"]) > len(case.conversation["messages"]):  # it has an answer, which is kept up
             pairs += corrupted_pairs([conversation], tokenizer, f"{config.seed} {n}", config.tool_style, config.faults)
     return fitting(pairs, config, "sampled pairs")
 
@@ -583,10 +600,10 @@ def sampled_datasets(run, model, tokenizer):
     import toolplay
     from tools import UserError
     config, path = run.config, run.folder / "pairs.json"
-    if not path.exists():
+    if not toolplay.gathered(path.exists())[0]:  # for all ranks alike
         prompts = [prompts_of(config, split, tokenizer) for split in ("train", "dev")]
         with lora.merged(model) if config.lora_r else contextlib.nullcontext():  # sampled from faster
-            out = [sampled_pairs(model, tokenizer, chats, config) if chats else [] for chats in prompts]
+            out = toolplay.gathered([sampled_pairs(model, tokenizer, chats, config) if chats else [] for chats in prompts])[0]
         asked = sum(not isinstance(chat, Pair) for chat in prompts[0])
         print(f"{len(out[0])} pairs of {asked} prompts with {config.samples} answers each{f' and {len(prompts[0]) - asked} given pairs' if asked < len(prompts[0]) else ''}; "
               "without one are prompts whose answers earn alike, or too little", file=sys.stderr)
@@ -595,6 +612,7 @@ def sampled_datasets(run, model, tokenizer):
         if run.rank:
             return out
         toolplay.write_json(path, out)
+
     def shape(kept):
         train, dev = kept
         if not train or not all(len(ids) == len(mask) and why + "" for part in (train, dev) for *rows, why in part for ids, mask in rows):
@@ -614,13 +632,15 @@ def reference_logp(run, pairs, answers, autocast):
     from tools import UserError
     key = hashlib.sha256(json.dumps([run.config.model, toolplay.start_hashes(run.config), run.config.precision, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
     path = run.folder / "reference.json"
-    if path.exists():
+    if toolplay.gathered(path.exists())[0]:  # for all ranks alike
         kept = toolplay.read_json(path, lambda kept: (kept["data_sha256"], [float(a) + float(b) for a, b in kept["logp"]]), "remove it: it is computed anew")
         if kept["data_sha256"] != key or len(kept["logp"]) != len(pairs):
             raise UserError(f"{path}: these log-probs are of other pairs or another model; the data has changed since the run began. Start a new run")
         return kept["logp"]
+    def logps(own):
+        return torch.stack(answers(own), 1).tolist() if own else []
     with torch.no_grad(), autocast():
-        logp = answers(pairs).T.tolist() if run.config.variant not in FREE else [(0.0, 0.0)] * len(pairs)  # kept for the hash
+        logp = toolplay.shared_out(pairs, logps) if run.config.variant not in FREE else [(0.0, 0.0)] * len(pairs)  # kept for the hash
     if run.rank == 0:
         toolplay.write_json(path, {"data_sha256": key, "logp": logp})
     return logp
@@ -639,6 +659,8 @@ def show(n, config):
     else:
         tokenizer = toolplay.load_model(config.model)[1]
         pairs, _ = datasets(config, tokenizer)
+    if config.parting:
+        print(f"(trained are {config.parting} tokens of either answer, from where the two part)")
     if not pairs:
         raise UserError(f"no pair among the answers to {4 * n} prompts: show more, or raise temperature or samples")
     for pair in pairs[:n]:

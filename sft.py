@@ -10,10 +10,10 @@ This is the language-model loss of GPT (Radford et al. 2018, eq. 1) under a mask
 al. 2022, arXiv:2109.01652). M counts the trained tokens of the whole optimizer step, however it is split
 into micro-batches or over machines: the mean of the micro-batches' means would weigh a token in a short answer more.
 
-Departures: one, and only where `decision_weight` is above 1. Of the forty tokens of a call, two decide: the first, where
+Departures: one, and only where `decision_weight` is not 1. Of the forty tokens of a call, two decide: the first, where
 the model either opens a call or begins to talk, and the first of the tool's name; the others follow from them or copy.
-In (1) they are a twentieth of the loss. With the weight w they count w times, in the sum and in M, so that more of the
-gradient is spent on what is hard to learn. Evaluation loss is always (1) itself. The log-probs come from a token trie
+In (1) they are a twentieth of the terms. With the weight w they count w times, in the sum and in M, so that more of the
+gradient is spent on what is hard to learn. The logged `loss` is weighted so, too; `eval_loss` is always (1) itself. The log-probs come from a token trie
 (toolplay.py), so that the long prompt that all examples share is computed once (with `lora_dropout` they share its
 dropout noise, too).
 
@@ -39,7 +39,7 @@ def sft_loss(logp, mask):
     """Equation (1) as a sum.
 
     logp: [B, T] log-prob of each token given those before it. mask: [B, T], 1 (or its weight) where the token is trained.
-    -> (loss summed over trained tokens, {"tokens": their number}); divide the one by the other.
+    -> (loss in nats, summed over trained tokens, {"tokens": their number, or the sum of their weights}); divide the one by the other.
     """
     mask = mask.to(logp.dtype)
     return -(logp * mask).sum(), {"tokens": mask.sum()}  # (1)

@@ -580,3 +580,36 @@ def test_an_argument_that_may_be_missing_is_no_fault():
     tool = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["b"]}}
     chat = lambda **arguments: {"tools": [tool], "messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}]}  # noqa: E731
     assert dpo.missing_argument(chat(a=1, b=2), None)[-1]["tool_calls"][0]["arguments"] == {"a": 1} and dpo.missing_argument(chat(a=1), None) is None
+
+
+def test_a_turn_of_the_prompt_is_no_answer_to_keep_up():
+    model, tok = toolplay.load_model("tiny")
+    greeted = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "2+2?"}], "tools": ["calculator"],
+               "expected": {"calls": [{"name": "calculator", "arguments": {"expression": "2+2"}}]}}
+    c = toolplay.load_config({"method": "dpo", "model": "tiny", "pairs": "both", "samples": 2, "max_new_tokens": 2, "max_turns": 1, "min_gap": 1e9})
+    assert dpo.sampled_pairs(model, tok, [greeted], c) == []
+
+
+@pytest.mark.parametrize("settings, message", [({"pairs": "sampled", "samples": 1}, "at least 2 are needed"), ({"pairs": "sampled", "chosen": "gold", "max_turns": 3}, "set max_turns = 1")])
+def test_settings_that_fit_each_other_badly(settings, message):
+    with pytest.raises(UserError, match=message):
+        dpo.check_settings(toolplay.load_config({"method": "dpo", **settings}))
+
+
+def test_gold_against_a_single_sample_and_twins_without_gold(capsys):
+    dpo.check_settings(toolplay.load_config({"method": "dpo", "pairs": "sampled", "chosen": "gold", "samples": 1, "max_turns": 1, "twins": True}))
+    assert "twins" not in capsys.readouterr().err
+    dpo.check_settings(toolplay.load_config({"method": "dpo", "twins": True}))
+    assert "twins change nothing" in capsys.readouterr().err
+
+
+def test_a_new_variant_is_one_function():
+    @dpo.variant(dpo.FREE)
+    def margin(chosen, rejected, beta, label_smoothing):
+        return -(chosen - rejected)
+    try:
+        loss, _ = dpo.dpo_loss(torch.tensor([1.0]), torch.tensor([3.0]), None, None, variant="margin")
+        assert loss == 2 and toolplay.load_config({"method": "dpo", "variant": "margin"}).variant == "margin"
+    finally:
+        del dpo.VARIANTS["margin"]
+        dpo.FREE.remove("margin")
