@@ -17,7 +17,7 @@ wording stands in configs/corpora/), invented functions, JSONL files of conversa
 `{"messages": [{"role", "content", "tool_calls"?}, ...], "tools": [names or OpenAI schemas]}`.
 
 Splits are by phrasing family and by value, never by row: train, dev and test share no template, no city, no entity and
-no pair of drawn numbers (constants such as percent's 100 stand in all). A model that learned the templates by heart gets nothing for it on `test`.
+no pair of numbers drawn for a template (constants such as percent's 100 stand in all; invented functions share no domain instead). A model that learned the templates by heart gets nothing for it on `test`.
 
     python data.py --show 20                    examples with the trained tokens coloured
     python data.py --split test --n 500 --out test.jsonl
@@ -262,7 +262,8 @@ def _check_message(message, n):
     if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant", "tool"):
         raise UserError(f'message {n}: "role" must be system, user, assistant or tool')
     role, content, calls = message["role"].replace("developer", "system"), message.get("content"), message.get("tool_calls") or []
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+    parts = isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
+    if parts and (role != "tool" or content and all(part.get("type") == "text" for part in content)):  # a tool's list may be its result
         content = "".join(part["text"] for part in content)
     if role == "tool" and content is not None and not isinstance(content, str):
         content = json.dumps(content, ensure_ascii=False)
@@ -300,8 +301,8 @@ def _check_call(call, n):
     call = call.get("function") or call if isinstance(call, dict) else {}
     arguments = call.get("arguments") if isinstance(call, dict) else None
     if isinstance(arguments, str):  # OpenAI sends arguments as a JSON string
-        with contextlib.suppress(ValueError):
-            arguments = json.loads(arguments)
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments) if arguments.strip() else {}
     arguments = {} if arguments is None else arguments
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
         raise UserError(f'message {n}: a tool call needs "name" (a string) and "arguments" (an object, or its JSON text)')
@@ -1175,10 +1176,10 @@ class ApiWriter:
         words = [said for _, said in items]
         return [value for value, _ in items], words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
-    def state(self, parameter, said):
-        """A phrase that states a parameter's value, in words of its own or with the parameter's name."""
+    def state(self, parameter, said, several=False):
+        """A phrase that states a parameter's value, or `several`, in words of its own or with the parameter's name."""
         name = canonical(parameter).replace("_", " ")
-        phrase = self.way if self.named else self.rng.choice(parameter["phrases"])
+        phrase = self.way if self.named else self.rng.choice([x for x in parameter["phrases"] if not several or x.endswith("{v}")])
         return phrase.replace("{n}", name).replace("{v}", said)
 
     def together(self, phrases):
@@ -1215,6 +1216,8 @@ class ApiWriter:
                   and p["type"] in ("string", "integer", "number") and "enum" not in p and p["values"] not in ("date", "time")]
         if whole:  # "rent a {model}" asks for one
             simple = [p for p in simple if p["type"] == "string" and p["values"] != "person" and not re.search(rf"\b(a|an|the|that|this|its|my) (\w+ )?{{{canonical(p)}}}", whole[0])]
+        else:  # "the {v} game" is one game, whoever plays
+            simple = [p for p in simple if any(phrase.endswith("{v}") for phrase in p["phrases"])]
         varied = []
         if spread > 1 and simple:  # by their names first: "for Ann and Bo", not "2.5 and 1.6 stars"
             varied = [self.rng.choice([p for p in simple if p["type"] == "string"] or simple)]
@@ -1224,7 +1227,7 @@ class ApiWriter:
         for p in chosen:
             if p in varied:
                 values, said = self.listed(p, spread)
-                made.append((p, values, said if whole else self.state(p, said)))
+                made.append((p, values, said if whole else self.state(p, said, several=True)))
             else:
                 made.append((p, self.styled(p, told[canonical(p)]), "") if canonical(p) in told else (p, *(self.plain(p) if whole else self.argument(p))))
         words = [word for _, value, _ in made for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
@@ -1283,7 +1286,7 @@ def api_calls(writer, function, tool):
         again = n > 0 and rng.random() < 0.3  # the same once more, with other values: only these are said
         if n and not again and rng.random() < 0.8:
             _, function, tool = rng.choice([o for o in writer.offered if o[1] is not function] or writer.offered)
-        template, like = (rng.choice(corpus("answers.json")["api"]["again"]), tuple(calls[-1].arguments)) if again else (None, ())
+        template, like = (rng.choice(of_split(corpus("answers.json")["api"]["again"], writer.split))["text"], tuple(calls[-1].arguments)) if again else (None, ())
         text, several = writer.request(function, spread=spread, template=template, like=like)
         prompts.append(text)
         calls += [Call(tool["name"], arguments) for arguments in several]
@@ -1319,19 +1322,20 @@ def api_conversation(kind, split, rng):
     elif kind == "api_none":
         prompts, reply = [writer.request(function)[0]], rng.choice(answers["api"]["none"])
     elif kind == "api_ask":
-        required = [p for p in function["parameters"] if p["required"] and p["type"] not in ("boolean", "object")]
+        required = [p for p in function["parameters"] if p["required"] and p["type"] not in ("boolean", "object") and p["called"][0] not in ("to", "from", "for", "with", "by", "at", "on", "in")]
         if len(required) < 2:
             return None
         missing = rng.choice(required)
         prompts = [writer.request(function, missing)[0]]
-        reply = fill(rng.choice(answers["api"]["ask"]), {"what": " ".join(missing["called"])})
+        plural = missing["called"][-1].endswith("s") and not missing["called"][-1].endswith(("ss", "us"))
+        reply = fill(rng.choice([x for x in answers["api"]["ask"] if not (plural and " is " in x)]), {"what": " ".join(missing["called"])})
     else:
         prompts, calls, results = api_calls(writer, function, tool)
         if kind == "api_parallel" and len({json.dumps([c.name, c.arguments], sort_keys=True) for c in calls}) < max(len(calls), 2):
             return None
     prompt = prompts[0]
     if len(prompts) > 1:
-        joiner = rng.choice([x for x in answers["api"]["joined"] if not x.startswith("Two ") or len(calls) == 2])
+        joiner = rng.choice([x["text"] for x in of_split(answers["api"]["joined"], split) if not x["text"].startswith("Two ") or len(calls) == 2])
         last = prompts[-1] if joiner.endswith("} {y}") else decapitalise(prompts[-1], calls)
         prompt = fill(joiner, {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": last})
     prompt = re.sub(r"\b(the|an?|my) (the|an?) ", r"\1 ", prompt)
@@ -1453,7 +1457,7 @@ def toolbench_function(function):
         return kept
     known_as = {name: name if re.fullmatch(r"\w+", name) else standard_name(name) for name in parameters.get("properties") or {}}
     properties = {known_as[name]: field(given) for name, given in (parameters.get("properties") or {}).items()}
-    name = function["name"] if re.fullmatch(r"\w{1,64}", function["name"]) else standard_name(function["name"])[-64:]
+    name = function["name"] if re.fullmatch(r"\w{64}", function["name"]) else standard_name(function["name"])[-64:]  # one of 64 characters is the end of a longer one
     return {"name": name, "description": text, "parameters": {"type": "object", "properties": properties, "required": [known_as[name] for name in parameters.get("required") or [] if name in known_as]}}
 
 
@@ -1524,11 +1528,12 @@ def toolbench_arguments(text):
     """The arguments of a call -> dict, or None. Real ones hold raw newlines and commas too many, stand between fences, or are Python's."""
     with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         given = text if isinstance(text, str) else json.dumps(text)
-        given, end = given.strip().strip("`").removeprefix("json").strip().replace("\\_", "_"), None
+        given, end = given.strip().strip("`").removeprefix("json").strip(), None
+        given, as_json = (re.sub(rf"(?<!\\)((?:\\\\)*)\\(?=[{marks}])", r"\1", given) for marks in ("_", "_'"))  # JSON knows no \_ and no \'
         with contextlib.suppress(ValueError):
-            end = json.JSONDecoder(strict=False).raw_decode(given)[1]  # words behind it go
+            end = json.JSONDecoder(strict=False).raw_decode(as_json)[1]  # words behind it go
         try:
-            found = _loads(given[:end], strict=False)
+            found = _loads(as_json[:end], strict=False)
         except ValueError:
             if end:
                 return None  # JSON with a key twice, or with NaN
@@ -1551,7 +1556,7 @@ def toolbench_repaired(arguments, tool):
                 value = _loads(value.lower() if kind == "boolean" else value)
         return int(value) if kind == "integer" and isinstance(value, float) and value.is_integer() else value
     names = {standard_name(name): name for name in reversed(fields)}
-    arguments = {**{names.get(standard_name(key), key): value for key, value in arguments.items() if key not in fields}, **{key: value for key, value in arguments.items() if key in fields}}
+    arguments = {key if key in fields else names.get(standard_name(key), key): value for key, value in sorted(arguments.items(), key=lambda pair: pair[0] in fields)}  # exact names win
     made = {key: typed(value, fields[key].get("type")) for key, value in arguments.items() if key in fields and (key in required or value is not None and (value != "" or fields[key].get("type") == "string"))}
     for key in [key for key, value in made.items() if isinstance(value, float) and fields[key].get("type") == "integer"]:
         fields[key] = {**fields[key], "type": "number"}
@@ -1574,13 +1579,16 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
         found, steps = toolbench_steps(shape, item)
         for tool in found:
             tools.setdefault(tool["name"], tool)  # of two of a name ToolBench runs the first
-        names = {standard_name(name): name for name in reversed(tools)}
+        names = {standard_name(name)[-64:]: name for name in reversed(tools)}
         messages, dropped, unended, clipped, finished, thoughts = [], 0, 0, False, False, []
         waiting = skipped = False  # the call before: waits for its result, or was left out with it
         for role, text, call in steps:
             if waiting and (role == "user" or call):  # a call without a result: no turn can follow it
                 messages.pop()
                 dropped, waiting = dropped + 1, False
+            if role == "user" and messages and any(thoughts):  # words to the user, who answers
+                messages.append({"role": "assistant", "content": "\n".join(filter(None, thoughts))})
+                thoughts = []
             if role == "user":
                 messages.append({"role": "user", "content": text.strip().removesuffix("Begin!").strip()})
             elif role in ("function", "tool"):
@@ -1605,7 +1613,7 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                         break
                     unended, skipped, thoughts = unended + 1, True, []  # ToolBench answers it with an error, and goes on
                     continue
-                name = name if name in tools else names.get(standard_name(str(name)))
+                name = name if name in tools else names.get(standard_name(str(name))[-64:])
                 arguments = toolbench_repaired(arguments, tools[name]) if name and arguments is not None else None
                 if arguments is None:
                     dropped += 1  # a name that is not offered, no JSON, not what the function takes: never to be learned
@@ -1650,20 +1658,22 @@ def toolbench_observation(text, limit):
 
 
 def toolbench_files(path):
-    """The files that a path means (one, a folder, a glob), each once, whatever links lead to it; of folders *.json*."""
-    waiting, seen, found = [path] if os.path.lexists(path) else glob.glob(str(path), recursive=True), set(), []
+    """The files that a path means (one, a folder, a glob), each once, whatever links lead to it, and the others in its folders: read are *.json* there."""
+    waiting, seen, found, others = [path] if os.path.lexists(path) else glob.glob(str(path), recursive=True), set(), [], []
     given = set(map(str, waiting))
     while waiting:
         name = str(waiting.pop())
         folder, real = os.path.isdir(name), os.path.realpath(name)
-        if real not in seen and (folder or name in given or ".json" in os.path.basename(name).lower()):
+        if not folder and name not in given and ".json" not in os.path.basename(name).lower():
+            others.append(name)
+        elif real not in seen:
             seen.add(real)
             try:
                 waiting += Path(name).iterdir() if folder else []
             except OSError:  # to be named
                 folder = False
             found += [name] * (not folder)
-    return sorted(found)
+    return sorted(found), sorted(others)
 
 
 def read_toolbench(path, fits=lambda conversation: True, report=None, questions=True):
@@ -1673,11 +1683,12 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
     Nothing is fatal but a path that holds nothing usable. A conversation that does not fit has its tool results clipped further
     (OBSERVATIONS), and is left out if that does not help.
     """
-    if not (names := toolbench_files(path)):
+    names, others = toolbench_files(path)
+    if not names:
         raise UserError(f"{path}: no such file or folder, or no *.json in it")
     if report and not Path(report).absolute().parent.is_dir():
         raise UserError(f"--report {report}: there is no such folder")
-    kept, counts, damaged, noted, seen, calls_dropped = [], Counter(), {}, {}, set(), 0
+    kept, counts, damaged, noted, seen, calls_dropped = [], Counter(), {}, {name: "not read: its name has no .json" for name in others}, set(), 0
     for name in names:
         try:
             if not os.path.isfile(name):

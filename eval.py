@@ -26,12 +26,14 @@ What does not apply to a case is not counted for it.
                      other numbers that nobody mentioned. A whole answer must be exact, another one within 0.5 %, or within
                      5 % when it is rounded to the digits shown. Else, due: for every gold result its key fact: the
                      number; the temperature (and no other unit or city); for search F1 >= 0.5 with the reference (or with a hit), or "not found"
-                     where the reference says so; for a tool of one's own a value of its result, or F1 >= 0.5 with the reference;
+                     where the reference says so; for a tool of one's own a value of its result that the user did not say, or F1 >= 0.5 with the
+                     reference, and where it gives numbers no other ones;
                      for an error, words that it cannot be done (or F1 >= 0.2), and no made-up number. A result as it came (JSON) is no answer. None due: ended by itself, mostly letters, no 4-gram four times, no echo of the
-                     prompt; for the kind missing_tool it must also say what it cannot do or lacks, with no made-up number.
+                     prompt; the kinds missing_tool and api_none must say what cannot be done or is lacking, with no made-up number, api_ask must
+                     ask; in cases of other kinds a reference of one to three words is a fact that must be there.
   response_f1        Mean token F1 (as in SQuAD, Rajpurkar et al. 2016) of the final text and the reference.
   overall            sqrt(success where a call is due * success where none is), success being all of tool, format,
-                     arguments and response, and no call made twice. To call always, never, twice, or to echo gives nothing on one side, and a
+                     arguments and response, no call made twice, and after the first turn no more calls with a result than the gold makes. To call always, never, twice, or to echo gives nothing on one side, and a
                      product forgives no zero. One side alone: its rate; then beware, for what none is due nearly any
                      tidy text succeeds.
 
@@ -55,12 +57,12 @@ from pathlib import Path
 import numpy as np
 
 import data
-from tools import BUILTIN, STOP_WORDS, Call, Tool, UserError, _cities, _city_file, _normal, _terms, execute, load_tools, parse_calls, tool_from_schema
+from tools import BUILTIN, STOP_WORDS, Call, Tool, UserError, _cities, _city_file, _normal, _same, _terms, execute, load_tools, parse_calls, tool_from_schema
 
 METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "execution", "response_quality", "response_f1", "overall")
 FORGED = re.compile(r"</?tool_response|<\|\w+\|>")
 NUMBER = re.compile(r"(?<![^\W_])(?<!\.)(?<!\d,)([-−]?)[$€£]?((?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(e[-+]?\d+)?", re.ASCII)
-CANNOT = re.compile(r"n['’]t (?:\w+ ){0,2}(?:have|know|check|see|search|look|find|work|calculate|do|tell|include|available)|\b(?:cannot|can not|unable|not able|without|"
+CANNOT = re.compile(r"n['’]t (?:\w+ ){0,2}(?:have|know|check|see|search|look|find|work|calculate|do|tell|include|available|help|fit)|\b(?:cannot|can not|unable|not able|without|"
                     r"no \w+ ?(?:tool|here|in this chat|report)|have no|no \w+ is available|need a|have nothing|is no)\b", re.IGNORECASE)
 DENIAL = re.compile(r"n['’]t\b|\b(no|not|nothing|none|cannot|without|unable|unknown|undefined|sorry|error|afraid|wrong|refused|empty)\b", re.I)
 
@@ -69,7 +71,8 @@ DENIAL = re.compile(r"n['’]t\b|\b(no|not|nothing|none|cannot|without|unable|un
 
 # A prompt and what is expected of it. conversation: {"messages", "tools"}, what the model is given. calls: the gold calls
 # of the first assistant turn; [] when none is due, None when nothing is known. reference: the gold's final text, or None.
-Case = namedtuple("Case", "conversation calls answer reference kind id")
+# later: how many calls the gold makes after its first turn, None where that is not known.
+Case = namedtuple("Case", "conversation calls answer reference kind id later", defaults=[None])
 
 
 def as_case(item):
@@ -81,13 +84,14 @@ def as_case(item):
     messages, expected = conversation["messages"], item.get("expected")
     if unknown := set(expected or ()) - {"calls", "final", "answer"}:
         raise UserError(f'"expected" has an unknown key {min(unknown)!r}; it may hold "calls", "final" and "answer"')
-    tools = {tool.name: tool for tool in conversation["tools"]}
+    tools, later = {tool.name: tool for tool in conversation["tools"]}, None
     if expected is not None and "answer" not in expected and item.get("answer") is not None:
         expected = {**expected, "answer": item["answer"]}
     if expected is None:
         start = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
         messages, gold = messages[:start], list(itertools.takewhile(lambda m: m["role"] != "user", messages[start:]))
         replies = [m["content"] for m in gold if m["role"] == "assistant" and not m.get("tool_calls")]  # words beside a call are no answer
+        later = sum(len(m.get("tool_calls", [])) for m in gold[1:]) if replies else None  # it ends in an answer
         expected = {"calls": gold[0].get("tool_calls", []) if gold else None, "final": "".join(replies[-1:]), "answer": item.get("answer")}
     turn = {"role": "assistant", "content": expected.get("final") or "", "tool_calls": expected.get("calls")}
     turn, conversation = data.check_conversation({"messages": [turn]})["messages"][0], {"messages": messages, "tools": list(tools.values())}
@@ -98,7 +102,7 @@ def as_case(item):
         raise UserError(f"the expected call names tool {min(missing)!r}, which is not offered")
     if (answer := expected.get("answer")) is not None and not is_number(answer):
         raise UserError(f'"answer" must be a number or null, not {str(answer)[:40]!r}')
-    return Case(conversation, calls, answer, turn["content"] or None, str(item.get("kind") or item.get("part") or "all"), item.get("id"))
+    return Case(conversation, calls, answer, turn["content"] or None, str(item.get("kind") or item.get("part") or "all"), item.get("id"), later)
 
 
 def is_number(value):
@@ -121,7 +125,7 @@ def same_expression(gold, got):
     """Equal value or the same error; and not just a literal where the gold computes something."""
     bare = [re.fullmatch(r"[-+]*[\d.,]+(e[-+]?\d+)?(%|percent)?", re.sub(r"[\s()$€£=?]", "", x), re.IGNORECASE) for x in (gold, got)]
     a, b = [execute(Call("calculator", {"expression": x}), BUILTIN) for x in (gold, got)]
-    given = [abs(x) * factor for x in numbers(gold) for factor in (1, 100)]  # 0.15 is 15 percent
+    given = [abs(x) * factor for x in numbers(gold) for factor in (1, 100)] + [100] * bool(re.search(r"%|per ?cent|(?<!\d)0?\.\d", gold, re.IGNORECASE))  # 0.15 is 15 percent
     if a.ok and any(near(abs(n), abs(a.value), 1e-6) and not any(near(abs(n), g, 1e-9) for g in given) for n in numbers(got)):
         return False  # "391 * 1" for 17 * 23, or "0 - 3" for 5 - 8: the answer was guessed, not computed
     return (near(b.value, a.value, 1e-6) if a.ok and b.ok else a.message == b.message) and not (bare[1] and not bare[0])
@@ -129,7 +133,7 @@ def same_expression(gold, got):
 
 def same_argument(tool, key, gold, got):
     if not isinstance(gold, str) or not isinstance(got, str):
-        return gold == got and isinstance(gold, bool) == isinstance(got, bool)  # in Python True == 1
+        return _same(gold, got)
     if (tool, key) == ("calculator", "expression"):
         return same_expression(gold, got)
     a, b = map(_normal, (gold, got))
@@ -226,7 +230,8 @@ def converses(text, prompt):
     """Whether this is a reply at all: mostly letters, no loop, no echo (of "Thank you!" one word more is none). No judgement of what it says."""
     words, asked, solid = _normal(text).split(), _normal(prompt).split(), "".join(text.split())
     loop = max(Counter(zip(words, words[1:], words[2:], words[3:])).values(), default=0) >= 4
-    return bool(words) and not loop and 2 * sum(map(str.isalpha, solid)) >= len(solid) and (f1(text, prompt) < 0.8 or len(asked) < 4 and words != asked)
+    echo = set(words) == set(asked) or f1(text, prompt) >= 0.8 and len(asked) >= 4
+    return bool(words) and not loop and 2 * sum(map(str.isalpha, solid)) >= len(solid) and not echo
 
 
 POLITE = frozenset("hello hi hey bye goodbye thanks thank welcome sure yes no okay ok sorry great good nice happy not don but if you he she fine wonderful amazing awesome perfect cool sweet cheers congratulations congrats enjoy maybe absolutely definitely".split())
@@ -269,7 +274,8 @@ def judge(case, episode):
         "execution": [r.ok or may_err and r.error_type == "tool_error" for r in episode.results if r.error_type != "not_executable"],
         "response_quality": response(case, episode, gold_results),
         "response_f1": None if case.reference is None else f1(episode.final, case.reference)}
-    verdicts["overall"] = None if due is None else not any(verdicts[name] is False for name in ("call_accuracy", "format", "response_quality")) and again(episode.calls) <= again(case.calls or [])
+    verdicts["overall"] = None if due is None else not any(verdicts[name] is False for name in ("call_accuracy", "format", "response_quality")) and again(episode.calls) <= again(case.calls or []) and not (
+        due and case.later is not None and sum(r.ok for r in episode.results[len(calls) + len(errors):]) > case.later)
     wrong = [name for name, verdict in verdicts.items() if verdict is False or name == "execution" and False in verdict]
     return {"id": case.id, "kind": case.kind, "tools": sorted(set(gold)) or ["none"] * (due is False), "due": due, "wrong": wrong,
             "prompt": case.conversation["messages"][-1]["content"], "expected": case.calls and [vars(call) for call in case.calls],
@@ -298,6 +304,7 @@ def response(case, episode, gold_results):
     messages, final, reference = case.conversation["messages"], episode.final, case.reference
     # Who repeats these makes nothing up; what the model wrote into its own calls is known only where nothing better is.
     texts = [m["content"] for m in messages] + [r.text() for r in (episode.results if case.calls is None else gold_results)] + [str(c.arguments) for c in case.calls or []]
+    asked = f" {_normal(' '.join([m['content'] for m in messages] + [str(c.arguments) for c in case.calls or []]))} "
     known, like = set(numbers(" ".join(texts))) | in_words(" ".join(texts)), lambda text: f1(final, text) >= 0.5
 
     def fact(result):
@@ -310,8 +317,12 @@ def response(case, episode, gold_results):
             return any(map(like, [reference] if reference else [hit["text"] for hit in value])) or not value and declines(final, reference, known)
         if is_number(value):
             return states(final, value, known)
-        said = [str(x) for x in leaves(value)]  # of a tool of one's own
-        return bool(reference and like(reference)) or any(re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said) or (None if not said and not reference else False)
+        # Of a tool of one's own: something that it said, and not the user; where it gives numbers, no other ones.
+        said = [str(x) for x in leaves(value) if f" {_normal(str(x))} " not in asked]
+        if not said and not reference:
+            return None
+        made_up = any(map(is_number, leaves(value))) and set(numbers(final)) - known - set(numbers(reference or ""))
+        return not made_up and bool(reference and like(reference) or any(re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said))
     if (case.calls or case.answer is not None) and (final.lstrip()[:1] in ("{", "[") or re.search(r'\{\s*"(result|error)"\s*:', final)):
         return False  # a tool's result as it came
     if case.answer is not None:
@@ -321,9 +332,21 @@ def response(case, episode, gold_results):
     if case.calls:
         facts = [fact(result) for result in gold_results]
         return False if False in facts else None if None in facts else True
+    if episode.stop != "end":
+        return False
+    if reference and (f1(final, reference) >= 0.8 or final.strip() == reference.strip()):
+        return True
+    if not converses(final, messages[-1]["content"]) and case.kind in data.KINDS:
+        return False
+    if case.kind in ("missing_tool", "api_none"):
+        return bool(CANNOT.search(final)) and declines(final, reference, known)
+    if case.kind == "api_ask":  # what is missing is asked for
+        return bool(re.search(r"\?|\b(need|please|tell me|let me know)\b", final, re.IGNORECASE))
+    if reference and case.kind not in data.KINDS and len(words := _normal(re.sub("['’]", " ", reference)).split()) <= 3:  # "Paris", "4": a fact, that talk around it must hold
+        facts = set(numbers(reference)) - known
+        return all(states(final, x, known | facts) for x in facts) and {w for w in words if len(w) > 2 or w.isdigit()} - STOP_WORDS - POLITE <= set(_normal(re.sub("['’]", " ", final)).split())
     talk = " ".join([reference or "", *(m["content"] for m in messages)])
-    return episode.stop == "end" and (reference and f1(final, reference) >= 0.8 or converses(final, messages[-1]["content"]) and worded(final, talk)) and (
-        case.kind != "missing_tool" or bool(CANNOT.search(final)) and declines(final, reference, known))
+    return converses(final, messages[-1]["content"]) and worded(final, talk)
 
 
 # --------------------------------------------------------------------------- 4. many episodes
@@ -540,28 +563,28 @@ def bfcl_valid(category, functions, calls, answers):
         return False
     described = {f["name"]: f for f in reversed(functions)}
     left = list(calls)
-    for answer in answers:
-        (name, accepted), = answer.items()
-        # With one function only, the official checker takes it without a look at its name.
-        function = described.get(name) if "parallel" in category or "multiple" in category else functions[0]
-        hit = next((n for n, call in enumerate(left) if function and bfcl_call_valid(function, call, accepted)), None)
-        if hit is None:
-            return False
-        del left[hit]
+    try:
+        for answer in answers:
+            (name, accepted), = answer.items()
+            # With one function only, the official checker takes it without a look at its name.
+            function = described.get(name) if "parallel" in category or "multiple" in category else functions[0]
+            hit = next((n for n, call in enumerate(left) if bfcl_call_valid(function, call, accepted)), None)
+            if hit is None:
+                return False
+            del left[hit]
+    except (TypeError, AttributeError, KeyError, IndexError, OverflowError):
+        return False  # where the official checker breaks down
     return True
 
 
 def bfcl_call_valid(function, call, accepted):
     """One call: the right name, every required parameter, no unknown one, each value accepted; "" in the list: it may be left out."""
     name, arguments = call
-    try:
-        known = function["parameters"]["properties"]
-        if name != function["name"] or not isinstance(arguments, dict) or set(function["parameters"]["required"]) - set(arguments):
-            return False
-        return (all(key in known and key in accepted and bfcl_value_valid(known[key], value, accepted[key]) for key, value in arguments.items())
-                and all(key in arguments or "" in values for key, values in accepted.items()))
-    except (TypeError, AttributeError, KeyError, IndexError, OverflowError):
-        return False  # where the official checker breaks down
+    known = function["parameters"]["properties"]
+    if name != function["name"] or not isinstance(arguments, dict) or set(function["parameters"]["required"]) - set(arguments):
+        return False
+    return (all(key in known and key in accepted and bfcl_value_valid(known[key], value, accepted[key]) for key, value in arguments.items())
+            and all(key in arguments or "" in values for key, values in accepted.items()))
 
 
 def bfcl_value_valid(schema, value, accepted):
@@ -636,7 +659,8 @@ def bfcl_cases(suite, folder=None, n=None):
                 answers = [] if category == "irrelevance" else gold[item["id"]]
                 if not item["function"] or category != "irrelevance" and not (answers and all(len(answer) == 1 and all(hasattr(x, "items") for x in answer.values()) for answer in answers)):
                     raise ValueError(f"{item['id']} has no function, or no answer")
-                tools = {f["name"]: {"name": f["name"], "description": f["description"], "parameters": bfcl_schema(f["parameters"])} for f in item["function"]}
+                tools = {f["name"]: {"name": f["name"], "description": f["description"], "parameters": bfcl_schema(f["parameters"])} for f in reversed(item["function"])}
+                tools = dict(reversed(tools.items()))  # of two of a name the first, as in bfcl_valid
                 cases.append({"category": category, "id": item["id"], "functions": item["function"], "answers": answers,
                               "conversation": data.check_conversation({"messages": item["question"][0], "tools": list(tools.values())})})
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -691,7 +715,7 @@ def command(args):
         raise UserError(f"--out {args.out}: there is a folder of that name" if Path(args.out).is_dir() else f"--out {args.out}: there is no folder {Path(args.out).parent}")
 
     def keep(name, result):
-        for path in [f"{args.run}/{name}"] * bool(args.run) + [args.out] * bool(args.out):
+        for path in [args.out] * bool(args.out) + [f"{args.run}/{name}"] * bool(args.run):
             toolplay.write_json(path, result)
     if args.data and args.suite is not None or args.bfcl and args.suite is None:
         raise UserError("--data with --suite: give one of the two" if args.data else "--bfcl FOLDER goes with --suite bfcl:...")

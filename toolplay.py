@@ -21,6 +21,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import fcntl
 import glob
 import hashlib
 import importlib
@@ -55,7 +56,7 @@ try:
 
     import data
     import lora
-    from tools import BUILTIN, Call, Result, UserError, check_corpora, execute, format_result, load_tools, one_line_errors, parse_calls
+    from tools import BUILTIN, Call, Result, UserError, check_corpora, execute, format_result, load_tools, one_line_errors, parse_calls, printable
 except (ModuleNotFoundError, SyntaxError) as error:
     if __name__ != "__main__":
         raise
@@ -150,7 +151,7 @@ def load_config(source, overrides=()):
     cls = config_class(method)
     hints = get_type_hints(cls, include_extras=True)
     for key, value in given.items():
-        if hints.get(key) is str and key in typed and type(value) in (int, float):
+        if hints.get(key) is str and key in typed and type(value) in (int, float, bool):
             value = given[key] = typed[key]  # --run_dir=2024
         if key not in hints:
             near = difflib.get_close_matches(key, hints, 1)
@@ -240,6 +241,8 @@ def _wrong(value, hint):
         return "must be a string without NUL characters and half characters" if re.search("[\0\ud800-\udfff]", value) else None
     if kind is float and value and not 1e-30 <= abs(value) <= 1e12:  # beyond, sums and quotients of settings overflow
         return f"must be {name} {limit or ''}".strip() + ", its size from 1e-30 to 1e12"
+    if kind is int and abs(value) >= 2 ** 63:
+        return f"must be {name} {limit or ''}".strip() + ", below 2^63"
     fits = {"0 to below 1": lambda: 0 <= value < 1, "> 0": lambda: value > 0, ">= 0": lambda: value >= 0, "0 to 1": lambda: 0 <= value <= 1, None: lambda: True}
     return None if fits[limit]() else f"must be {name} {limit}"
 
@@ -271,8 +274,14 @@ def load_model(name="smollm2-135m", device="cpu"):
 
     Raises UserError with one line and the remedy when it cannot be had.
     """
-    import transformers  # for base weights, tokenizers, and its models' attention
     name = str(name)
+    try:
+        import tokenizers  # noqa: F401
+        import transformers  # for base weights, tokenizers, and its models' attention
+    except ImportError as error:
+        raise UserError(f"model {name!r}: {first_line(error)}; run ./setup.sh") from None
+    if Path(name, "config.json").is_file() and (Path(name, "adapter").is_dir() or Path(name, "metrics.jsonl").is_file()):
+        raise UserError(f"model {name!r}: it is a run folder, not a model; eval, predict and chat take it as --run {name}, training as --start_from={name}")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are many lines
@@ -292,8 +301,8 @@ def load_model(name="smollm2-135m", device="cpu"):
                 source = _convert_gguf(Path(source), transformers)
             if not Path(source).exists():
                 print(f"loading {source} from the model hub or its local cache", file=sys.stderr)
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except UserError:
             raise
         except Exception as error:  # a damaged or foreign file raises a dozen types
@@ -341,12 +350,16 @@ def _convert_gguf(path, transformers):
         if missing or ("lm_head.weight" not in tensors and not config.tie_word_embeddings):
             raise UserError(f"{path}: the file lacks weights ({sorted(missing)[:3]})")
         model.tie_weights()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), **kwargs)
         aside = cache / f"{folder.name}.{os.getpid()}"
         try:
             model.save_pretrained(aside)
-            transformers.AutoTokenizer.from_pretrained(str(path.parent), **kwargs).save_pretrained(aside)
-            with contextlib.suppress(OSError):  # another process was first: its folder is as good
+            tokenizer.save_pretrained(aside)
+            try:
                 aside.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was first: its folder is as good
+                    raise
         except Exception as error:  # a full disk has its own type in every library
             raise UserError(f"{cache}: the converted weights cannot be written ({first_line(error)}); set TOOLPLAY_CACHE to a folder with 600 MB free") from None
         finally:
@@ -371,10 +384,8 @@ class Trie:
         for b in order:
             row = rows[b]
             shared = common_prefix(before, row)
-            if shared < len(row) and self.ids:
-                starts.add(len(self.ids))
-                if shared < len(line):  # the old branch leaves here: what hangs below it is a segment of its own
-                    starts.add(line[shared])
+            if shared < len(line):  # the old branch leaves here: what hangs below it is a segment of its own
+                starts |= {len(self.ids), line[shared]}
             line = line[:shared] + list(range(len(self.ids), len(self.ids) + len(row) - shared))
             self.ids += row[shared:]
             self.depth += range(shared, len(row))
@@ -395,13 +406,20 @@ class Trie:
         return len(self.ids)
 
     def inputs(self, device):
-        """Model inputs for one forward over all nodes: ids [1, N], attention_mask [1, 1, N, N], position_ids [1, N]."""
-        i, end = torch.arange(len(self), device=device), torch.tensor(self.end, device=device)
-        mask = ((i[None, :] <= i[:, None]) & (i[:, None] < end[None, :]))[None, None]  # j <= i < end_j
-        if torch.device(device).type == "cpu" or len(self) > 4096:  # a small trie on a GPU: one dense product beats many small launches
+        """Model inputs for one forward over all nodes: ids [1, N], attention_mask, position_ids [1, N]. The mask is [1, 1, N, N], or one
+        element that carries the attention by segments, which reads no mask."""
+        if torch.device(device).type == "cpu" or len(self) > 4096:
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
             mask.attend = self.plan(device)  # transformers hands the mask to the attention function untouched: what hangs on it arrives there
+        else:  # a small trie on a GPU: one dense product beats many small launches
+            mask = self.mask(device)
         return dict(input_ids=torch.tensor([self.ids], device=device), attention_mask=mask,
                     position_ids=torch.tensor([self.depth], device=device), use_cache=False)
+
+    def mask(self, device):
+        """Which nodes each node sees: [1, 1, N, N], true for j <= i < end_j."""
+        i, end = torch.arange(len(self), device=device), torch.tensor(self.end, device=device)
+        return ((i[None, :] <= i[:, None]) & (i[:, None] < end[None, :]))[None, None]
 
     def plan(self, device):
         """The same attention, segment by segment: the N x N matrix is mostly empty, its blocks are dense."""
@@ -439,7 +457,7 @@ def common_prefix(a, b):
 
 
 def planned_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """transformers' attention, unless the mask carries one of its own (the trie's, or the rollout's)."""
+    """transformers' attention, unless the mask carries one of its own (the trie's, or the rollout's). Never with dropout: a row alone would have it, and in a trie not."""
     attend = getattr(attention_mask, "attend", None)
     if attend is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -475,6 +493,8 @@ def agree(model, most, one, other):
     try:
         with torch.autocast(model.device.type, enabled=False):
             return bool((one() - other()).abs().max() < most)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever a model raises that is built otherwise
         return False
     finally:
@@ -484,11 +504,11 @@ def agree(model, most, one, other):
 def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=()):
     """log p(ids[t] | ids[<t]) at the masked positions -> [B, T] fp32, 0 where the mask is 0 (and at t = 0).
 
-    batch: B rows (ids, mask); T the longest. `budget`: at most that many trie nodes per forward (for inference: under
+    batch: B rows (ids, mask); T the longest. `budget`: at most that many trie nodes per forward, a longer row alone (for inference: under
     autograd, split the batch with `micro_batches` and call backward on each). `want`: with "entropy" and/or "hidden"
     a dict {"logp", "entropy" [B, T], "hidden" [B, T, D]} comes back; hidden is the trunk's output that predicted the token.
     `also`: ids whose log-probs at the same positions are wanted too, as "also" [B, T, len(also)].
-    Exact: equal to one forward per row, up to rounding.
+    Exact: equal to one forward per row, up to rounding. UserError for an empty batch or row, and for rows longer than the model's learned positions.
     """
     if not batch:
         raise UserError("token_logprobs: the batch is empty")
@@ -535,7 +555,7 @@ def _logprobs(model, batch, temperature=1.0, want=(), also=()):
 
 
 def micro_batches(units, budget=None):
-    """Split units (lists of rows that belong together) into groups of at most `budget` trie nodes -> lists of indices.
+    """Split units (lists of rows that belong together) into groups of at most `budget` trie nodes, a larger unit alone -> lists of indices.
 
     Neighbours in sorted order share the most, so units are packed in the order of their first row.
     """
@@ -650,13 +670,15 @@ class RowCaches:
 
     def __init__(self, model, prompts):
         self.model, self.device = model, model.get_input_embeddings().weight.device
-        self.caches = [model.base_model(input_ids=torch.tensor([p], device=self.device), use_cache=True).past_key_values if p else None for p in prompts]
+        self.keeps = "past_key_values" in inspect.signature(model.forward).parameters  # state-space models keep something else: they read the row again
+        self.caches = [(model.base_model(input_ids=torch.tensor([p], device=self.device), use_cache=True).past_key_values if p else None) if self.keeps else list(p) for p in prompts]
 
     def step(self, ids):
         logits = []
         for n, row in enumerate(ids):
-            out = self.model(input_ids=torch.tensor([row], device=self.device), past_key_values=self.caches[n], use_cache=True, logits_to_keep=1)
-            self.caches[n] = out.past_key_values
+            row, cache = (row, dict(past_key_values=self.caches[n], use_cache=True)) if self.keeps else (self.caches[n] + row, {})
+            out = self.model(input_ids=torch.tensor([row], device=self.device), logits_to_keep=1, **cache)
+            self.caches[n] = out.past_key_values if self.keeps else row
             logits.append(out.logits[:, -1])
         return torch.cat(logits)
 
@@ -884,12 +906,13 @@ class Trainer:
 
 
 def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [unit], veto=lambda means: False):
-    """One optimizer step on a window of units -> {"loss", "grad_norm", "lr", "skipped", and the loss's own info}.
+    """One optimizer step on a window of units -> {"loss", "grad_norm", "lr", "terms", "skipped", and the loss's own info}.
 
     units: examples (SFT), pairs (DPO), ...; rows(unit) are its trie rows (ids, mask), which stay together; size(unit)
     is how many terms it adds to the loss (tokens, pairs). loss(list of units) -> (sum over the terms, {name: sum}).
     Sums are divided by the terms of the whole window, over all micro-batches and ranks, so that every split gives the
     same gradient. A step with an inf or nan, or whose means `veto` refuses, is skipped and counted. Order: scale, backward, unscale, clip, step, update, zero.
+    UserError where nothing of the window is trained, or no gradient reaches the parameters.
     """
     rank, world = world_rank()
     units, sums = units[rank::world], {}
@@ -991,9 +1014,13 @@ def write_atomic(path, write):
         handle = os.open(part, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    if path.is_dir():
-        shutil.rmtree(path)
-    os.replace(aside, path)
+    if path.is_dir():  # no call exchanges two folders: for the moment between two renamings there is none
+        old = aside.with_name(aside.name + ".old")
+        os.rename(path, old)
+        os.rename(aside, path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(aside, path)
     handle = os.open(path.parent, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -1026,10 +1053,13 @@ class Run:
     def __init__(self, config, resume=False):
         start_distributed(config.device)
         self.config, self.rank = config, world_rank()[0]
-        self.folder, self.resume, self.wandb = Path(config.run_dir), resume, None
+        self.folder, self.resume, self.wandb, self.lock = Path(config.run_dir), resume, None, None
         self.device = pick_device(config.device)
         flat = dataclasses.asdict(config)
-        old = self.folder / "config.json"
+        old, before = self.folder / "config.json", None
+        foreign = [name for name in ("checkpoint", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "adapter", "model") if (self.folder / name).exists()]
+        if not old.exists() and foreign:
+            raise UserError(f"{self.folder}: it holds {foreign[0]}, but no config.json, so it is no run of Toolplay's; choose another place with --run_dir=...")
         if old.exists():
             if not resume:
                 raise UserError(f"{self.folder} already holds a run: continue it with --resume, or choose another place with --run_dir=...")
@@ -1043,16 +1073,26 @@ class Run:
                     pass  # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
                 elif flat[key] != before[key] and key not in ("run_dir", "wandb", "device"):
                     raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(before[key])}, now {json.dumps(flat[key])}; "
-                                    "resume with the same config, or start a new run with --run_dir=...")
+                                    f"go on with the run's own config (python toolplay.py train {self.folder} --resume), or start a new run with --run_dir=...")
+            began, now = read_json(old, lambda value: value | {}, "start a new run").get("provenance"), provenance(config.seed)
+            if isinstance(began, dict) and (other := [key for key in ("packages", "threads") if began.get(key, now[key]) != now[key]]) and self.rank == 0:
+                print(f"{self.folder}: began with other {' and '.join(other)}: what it comes to may differ in the last digits", file=sys.stderr)
         if world_rank()[1] > 1:
             dist.barrier()  # every rank has looked before rank 0 writes
         random.seed(config.seed)
         np.random.seed(config.seed % 2 ** 32)
         torch.manual_seed(config.seed % 2 ** 63)
-        self.written = {**dataclasses.asdict(config), **({"tau_f": before["tau_f"]} if old.exists() and "tau_f" in flat else {})}  # as config.json has it
+        self.written = {**dataclasses.asdict(config), **({"tau_f": before["tau_f"]} if before and "tau_f" in flat else {})}  # as config.json has it
         if self.rank == 0:
             self.made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")  # held by this process, whatever ends it
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.folder}: another process is training in it; wait for it, or choose another place with --run_dir=...") from None
+            except OSError:
+                self.lock = None  # a file system without locks
             if not old.exists():
                 self.write_config()
 
@@ -1065,11 +1105,12 @@ class Run:
         if isinstance(error, KeyboardInterrupt):
             if self.folder.exists():  # config.json is enough to go on from
                 raise Interrupted(str(self.folder)) from None
-        elif error and self.rank == 0 and not self.resume and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb"}:
+        elif error and self.rank == 0 and not self.resume and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb", ".lock"}:
             if self.made:
                 shutil.rmtree(self.folder)
             else:  # a link, a mounted volume, a folder with an older run's wandb/
-                (self.folder / "config.json").unlink(missing_ok=True)
+                for name in ("config.json", ".lock"):
+                    (self.folder / name).unlink(missing_ok=True)
 
     def write_config(self):
         write_json(self.folder / "config.json", {**dataclasses.asdict(self.config), "provenance": provenance(self.config.seed)})
@@ -1085,6 +1126,8 @@ class Run:
             print(f"resuming {self.folder} after step {trainer.step}", file=sys.stderr)
         trainer.extra["data_sha256"] = data_sha256
         if self.rank == 0:
+            for aside in self.folder.glob(".*.[0-9]*"):  # what a killed process was writing
+                shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
             if dataclasses.asdict(self.config) != self.written:
                 self.write_config()  # what stood in for unusable data, and an adapter's rank and scale, are known now
             for path in (self.folder / f"{name}.jsonl" for name in ("metrics", "timing", "samples")):
@@ -1097,7 +1140,14 @@ class Run:
         """Yield once per step, with progress bar, checkpoints, and a clean stop on Ctrl-C; `trainer.step` is the position."""
         from tqdm import tqdm
         stop, loud = [], self.rank == 0
-        handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)} if threading.current_thread() is threading.main_thread() else {}
+
+        def stopped(number, frame):
+            if stop:
+                raise KeyboardInterrupt
+            stop.append(number)
+            if loud:
+                os.write(2, b"\nstopping after this step; once more stops at once\n")  # print() may be at work just now
+        handlers = {s: signal.signal(s, stopped) for s in (signal.SIGINT, signal.SIGTERM)} if threading.current_thread() is threading.main_thread() else {}
         self.bar = tqdm(total=total, initial=trainer.step, desc=self.config.method, unit="step", disable=not loud, dynamic_ncols=True)
         self.clock = time.time()
         try:
@@ -1145,7 +1195,7 @@ class Run:
             try:
                 self.wandb.log({**metrics, **({"tokens_per_s": speed} if tokens else {})}, step=step)
             except Exception as error:  # a logging service never ends a run
-                print(f"wandb: logging failed ({error}); going on without it", file=sys.stderr)
+                print(f"wandb: logging failed ({first_line(error)}); going on without it", file=sys.stderr)
                 self.wandb = None
 
     def samples(self, step, lines):
@@ -1161,7 +1211,7 @@ class Run:
         path = self.folder / "checkpoint" / f"step-{trainer.step:08d}"
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, lambda p: save_checkpoint(p, trainer, rng))
-        for old in path.parent.iterdir():
+        for old in [*path.parent.glob("step-*"), *path.parent.glob(".step-*")]:
             if old != path:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -1175,6 +1225,9 @@ class Run:
             write_atomic(self.folder / "model", lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
 
     def finish(self):
+        if self.lock:
+            self.lock.close()
+            (self.folder / ".lock").unlink(missing_ok=True)
         if self.wandb:
             with contextlib.suppress(Exception):  # the run is done and saved; what fails here is the service
                 self.wandb.finish()
@@ -1206,7 +1259,7 @@ def provenance(seed):
         git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True).stdout.strip()
     except OSError:
         git = ""  # no git on this machine
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy")}
+    versions = {name: importlib.metadata.version(name) if importlib.util.find_spec(name) else None for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy")}
     return {"git_commit": git or None, "packages": {"python": sys.version.split()[0], **versions}, "seed": seed,
             "threads": torch.get_num_threads()}
 
@@ -1251,8 +1304,8 @@ def open_wandb(config, folder):
             raise RuntimeError("no login; run wandb login")  # it would ask, and wait
         return wandb.init(project=config.wandb_project, name=config.wandb_name or folder.name, tags=config.wandb_tags,
                           config=dataclasses.asdict(config), dir=str(folder))
-    except ImportError:
-        print('wandb: the package is not installed (pip install wandb); going on without it', file=sys.stderr)
+    except ModuleNotFoundError as error:
+        print(f"wandb: the package {'' if error.name == 'wandb' else error.name + ' '}is not installed (pip install {error.name}); going on without it", file=sys.stderr)
     except Exception as error:  # no login, no network, a wrong key: its own errors have many types
         print(f"wandb: cannot start ({first_line(error)}); going on without it (WANDB_MODE=offline needs no login)", file=sys.stderr)
 
@@ -1329,7 +1382,7 @@ def prepare_model(config, device):
             lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, dropout=config.lora_dropout, rslora=config.lora_rslora, seed=config.seed % 2 ** 63,
                           skip=config.lora_skip)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{'start_from' if config.start_from else 'lora_targets, lora_skip'}: {error}") from None
     return model, tokenizer
 
 
@@ -1338,6 +1391,8 @@ def load_run(folder):
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: not a run folder (no config.json); train one: python toolplay.py train configs/sft_demo.json")
+    if '"model_type"' in (folder / "config.json").read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{folder}: it is a model, not a run folder; use --model {folder}")
     config = load_config(folder / "config.json")
     device = pick_device("auto")
     if (folder / "model").is_dir():
@@ -1401,7 +1456,8 @@ def predict(args):
     stream = str(output).startswith(("/dev/std", "/dev/fd/", "/proc/")) or output.exists() and not output.is_file() and not output.is_dir()  # nothing to go on from
     try:
         finished = [] if stream else read_lines(output, ["id", "output"])
-        if not finished and output.is_file() and output.read_bytes().strip():
+        held = output.read_bytes() if not finished and not stream and output.is_file() else b""
+        if held.strip() and (b"\n" in held or not held.startswith(b'{"id": '[:len(held)])):  # else a first line that a kill cut off
             raise UserError(output)
     except UserError as error:
         raise UserError(f"{error}: this is something else than answers; choose another --output, or mend it") from None
@@ -1464,20 +1520,24 @@ def chat(args):
         messages.append({"role": "user", "content": text})
         episode = rollout(model, tokenizer, [{"messages": messages}], tools, temperature=args.temperature, seed=args.seed + len(messages),
                           max_new_tokens=args.max_new_tokens, style=config.tool_style)[0]
-        print(transcript(episode.calls, [json.loads(r.text()) for r in episode.results], episode.final or f"(none: {episode.stop})"))
         results = iter(episode.results)
         for turn in episode.turns:  # the whole episode is remembered, calls and results too
-            messages.append({"role": "assistant", "content": turn})
-            messages += [{"role": "tool", "content": format_result(next(results))} for part in parse_calls(turn) for _ in part]
+            calls = [one for part in parse_calls(turn) for one in part]  # malformed ones last
+            own = [next(results) for _ in calls]
+            messages += [{"role": "assistant", "content": turn}, *({"role": "tool", "content": format_result(result)} for result in own)]
+            if own:
+                print(transcript(calls, [json.loads(result.text()) for result in own]))
+        full = episode.stop == "length" and not sum(episode.mask)
+        print(transcript([], [], episode.final or (f"(none: the chat has filled the model's {context_of(model)} tokens; start a new one)" if full else f"(none: {episode.stop})")))
         if messages[-1]["role"] == "tool":
             messages.append({"role": "assistant", "content": ""})
 
 
-def transcript(calls, results, final, indent="  "):
-    """What happened in an episode, in lines: calls, results, answer."""
-    lines = ["call    " + (f"{c.name}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in c.arguments.items())})") for c in calls]
-    lines += ["result  " + json.dumps(r, ensure_ascii=False) for r in results] + ["answer  " + (final.strip() or "(none)")]
-    return "\n".join(indent + line for line in lines)
+def transcript(calls, results, final=None, indent="  "):
+    """What happened in an episode, in lines: calls (CallErrors as they were written), results, and the answer if there is one."""
+    lines = ["call    " + (f"{c.name}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in c.arguments.items())})" if isinstance(c, Call) else c.text) for c in calls]
+    lines += ["result  " + json.dumps(r, ensure_ascii=False) for r in results] + ([] if final is None else ["answer  " + (final.strip() or "(none)")])
+    return "\n".join(indent + printable(line) for line in lines)
 
 
 def trie(args):
@@ -1511,7 +1571,10 @@ def validate(args):
         return sys.version.split()[0]
 
     def package(name, wanted):
-        found = importlib.metadata.version(name).split("+")[0]
+        try:
+            found = importlib.metadata.version(name).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError("it is not installed; run ./setup.sh") from None
         if found != wanted:
             raise UserError(f"version {found} is installed, {wanted} is wanted; run ./setup.sh")
         return found
@@ -1538,7 +1601,7 @@ def validate(args):
         return f"method {config.method}"
     pins = [re.fullmatch(r"([\w-]+)==([\w.]+)(?:; *python_version *(<|>=) *['\"]3\.(\d+)['\"])?", line.strip())
             for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line and line[0] != "#"]
-    here = [pin for pin in pins if not pin[3] or (sys.version_info[1] < int(pin[4])) == (pin[3] == "<")]
+    here = [pin for pin in pins if pin and not pin[3] or (sys.version_info[1] < int(pin[4])) == (pin[3] == "<")]
     checks = [("python", python), *((pin[1], lambda pin=pin: package(pin[1], pin[2])) for pin in here),
               ("calculator", lambda: tool("calculator", expression="17 * 23")), ("weather", lambda: tool("weather", city="Paris")),
               ("search", lambda: tool("search", query="Eiffel Tower")), ("templates", templates), ("model", model),
@@ -1657,7 +1720,7 @@ def tour():
     print("Toolplay: train an open language model to call tools, every algorithm in plain PyTorch.\n")
     for n, (name, _, duration, teaches) in enumerate(TOUR, 1):
         print(f"  {n}  {name:<22}{duration:<16}{teaches}")
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         print("\nRun one of them:  python toolplay.py --help")
         return
     try:
@@ -1672,8 +1735,8 @@ def tour():
     if verb in ("lora", "data", "dpo"):
         return importlib.import_module(verb).main(rest)
     rest = [str(ROOT / x) if x.endswith(".json") else x for x in rest]
-    if verb == "train" and (Path("runs") / Path(rest[0]).stem / "config.json").exists():
-        rest.append("--resume")
+    if verb == "train" and (folder := Path("runs") / Path(rest[0]).stem).joinpath("config.json").exists():
+        rest = [str(folder), "--resume"]
     main([verb, *rest])
 
 
@@ -1750,6 +1813,8 @@ def main(argv=None):
         check_corpora()
         try:
             args.command(args)
+        except torch.OutOfMemoryError:
+            raise UserError("the GPU's memory is full: lower --micro_tokens (train, then --resume) or --batch-size (predict)") from None
         except Interrupted as error:
             verb = ["train", str(error), "--resume"]
             if args.verb == "demo":

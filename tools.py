@@ -255,6 +255,11 @@ BOUNDS = {"minimum": ((int, float), lambda v, b: v >= b), "maximum": ((int, floa
 
 
 def _same(a, b):
+    """Equality of JSON values, where 1 is 1.0 but not true."""
+    if type(a) is type(b) is list:
+        return len(a) == len(b) and all(map(_same, a, b))
+    if type(a) is type(b) is dict:
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return a == b and isinstance(a, bool) == isinstance(b, bool)  # in Python True == 1
 
 

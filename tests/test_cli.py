@@ -331,3 +331,43 @@ def test_mixed_columns_and_flags_without_a_verb(run, tmp_path, capsys):
     assert len(target.read_text().splitlines()) == 1
     assert "unknown argument --version" in cli("--version", code=2, capsys=capsys).err
     assert "at least 0" in cli("eval", "--run", run, "--data", source, "--failures", "-1", code=2, capsys=capsys).err
+
+
+def test_predict_goes_on_from_a_first_line_that_a_kill_cut_off(run, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "Hi"}\n')
+    for held, code in (('{"id": 1, "output": "half', 0), ('{"id', 0), ("some notes of mine", 2), ('{"id": 1, "output": "half\nmore', 2)):
+        (tmp_path / "out.jsonl").write_text(held)
+        cli("predict", "--run", run, "--max-new-tokens", "2", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", code=code, capsys=capsys)
+        if code:
+            assert (tmp_path / "out.jsonl").read_text() == held
+        else:
+            assert [json.loads(line)["id"] for line in open(tmp_path / "out.jsonl")] == [1]
+
+
+def test_a_run_and_a_model_are_told_apart(run, tmp_path, capsys):
+    assert "it is a run folder, not a model; eval, predict and chat take it as --run" in cli("chat", "--model", run, code=2, capsys=capsys).err
+    toolplay.load_model("tiny")[0].save_pretrained(tmp_path / "m")
+    assert f"it is a model, not a run folder; use --model {tmp_path / 'm'}" in cli("chat", "--run", tmp_path / "m", code=2, capsys=capsys).err
+
+
+@pytest.mark.parametrize("key, text, words", [("steps", "1" + "0" * 400, "below 2^63"), ("lora_targets", '["nope"]', "lora_targets, lora_skip: no linear layer matches nope")])
+def test_settings_that_no_run_can_have(tmp_path, capsys, key, text, words):
+    assert words in cli("train", toolplay.ROOT / "configs/sft_tiny.json", f"--{key}={text}", f"--run_dir={tmp_path / 'r'}", code=2, capsys=capsys).err
+
+
+def test_text_settings_may_look_like_json():
+    config = toolplay.load_config({}, ["--run_dir=true", "--wandb_name=2024"])
+    assert (config.run_dir, config.wandb_name) == ("true", "2024")
+
+
+def test_a_state_space_model_is_sampled_from():
+    import transformers
+    torch = toolplay.torch
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=258, hidden_size=16, state_size=4, num_hidden_layers=1)).eval()
+    tokenizer = toolplay.load_model("tiny")[1]
+    episode = toolplay.rollout(model, tokenizer, [{"messages": [{"role": "user", "content": "Hi"}]}], {}, temperature=0.0, max_new_tokens=5, max_turns=1)[0]
+    ids = episode.ids[:episode.prompt]
+    for token in episode.ids[episode.prompt:]:
+        assert token == int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)

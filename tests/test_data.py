@@ -589,3 +589,28 @@ def test_a_template_that_ignores_add_generation_prompt_has_a_header_all_the_same
     assert said.startswith("Hello.") and "assistant" not in said
     prompt = tok.decode(data.encode({"messages": chat["messages"][:1]}, tok, generation=True)[0])
     assert prompt.endswith("<|assistant|>\n") and tok.decode(ids).startswith(prompt)
+
+
+def test_a_tools_list_is_its_result_and_no_text_parts():
+    hits = [{"title": "Bees", "text": "Bees fly.", "score": 3}, {"title": "Ants", "text": "Ants walk."}]
+    for content, text in ((hits, json.dumps(hits)), ([], "[]"), ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab")):
+        made = data.check_conversation({"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": content}]})
+        assert made["messages"][1]["content"] == text
+
+
+def test_no_arguments_as_servers_send_them():
+    call = {"function": {"name": "now", "arguments": ""}}
+    tools = [{"name": "now", "description": "", "parameters": {}}]
+    made = data.check_conversation({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}], "tools": tools})
+    assert made["messages"][1]["tool_calls"] == [{"name": "now", "arguments": {}}]
+    call["function"]["arguments"] = "[" * 5000
+    with pytest.raises(UserError, match="a tool call needs"):
+        data.check_conversation({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}], "tools": tools})
+
+
+def test_joiners_of_invented_requests_belong_to_one_split():
+    for key in ("joined", "again"):
+        templates = data.corpus("answers.json")["api"][key]
+        assert {x["split"] for x in templates} == {"train", "dev", "test"} and len({x["text"] for x in templates}) == len(templates)
+    said = {split: " ".join(m["content"] for c in data.generate(split, 60, 1, {"api_parallel": 1}) for m in c["messages"][:1]) for split in ("train", "test")}
+    assert "In addition, " in said["test"] and "In addition, " not in said["train"] and "Besides, " in said["train"] and "Besides, " not in said["test"]

@@ -586,7 +586,7 @@ def test_a_turn_of_the_prompt_is_no_answer_to_keep_up():
     model, tok = toolplay.load_model("tiny")
     greeted = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "2+2?"}], "tools": ["calculator"],
                "expected": {"calls": [{"name": "calculator", "arguments": {"expression": "2+2"}}]}}
-    c = toolplay.load_config({"method": "dpo", "model": "tiny", "pairs": "both", "samples": 2, "max_new_tokens": 2, "max_turns": 1, "min_gap": 1e9})
+    c = toolplay.load_config({"method": "dpo", "model": "tiny", "pairs": "both", "samples": 2, "max_new_tokens": 2, "max_turns": 1, "min_gap": 1e9, "reward_weights": {"right_answer": 0.0, "right_tool": 1.0}})
     assert dpo.sampled_pairs(model, tok, [greeted], c) == []
 
 
@@ -597,7 +597,7 @@ def test_settings_that_fit_each_other_badly(settings, message):
 
 
 def test_gold_against_a_single_sample_and_twins_without_gold(capsys):
-    dpo.check_settings(toolplay.load_config({"method": "dpo", "pairs": "sampled", "chosen": "gold", "samples": 1, "max_turns": 1, "twins": True}))
+    dpo.check_settings(toolplay.load_config({"method": "dpo", "pairs": "sampled", "chosen": "gold", "samples": 1, "max_turns": 1, "twins": True, "reward_weights": {"right_answer": 0.0}}))
     assert "twins" not in capsys.readouterr().err
     dpo.check_settings(toolplay.load_config({"method": "dpo", "twins": True}))
     assert "twins change nothing" in capsys.readouterr().err

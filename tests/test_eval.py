@@ -575,3 +575,62 @@ def test_compare(tmp_path, capsys):
     with pytest.raises(SystemExit):
         toolplay.main(argv)
     assert "other cases" in capsys.readouterr().err
+
+
+HOTEL = {"name": "hotel", "description": "Prices.", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
+
+
+@pytest.mark.parametrize("final, right", [("A hotel there costs 40 a night.", True), ("It's 40.", True), ("Yes, it's 40.", True), ("How much is a hotel in Oslo?", False), ("Oslo", False),
+                                          ("A hotel in Oslo is 999 a night.", False), ("It is full, and 40 or 999.", False)])
+def test_a_tool_of_ones_own_must_have_said_it(final, right):
+    case = evaluation.Case({"messages": [{"role": "user", "content": "How much is a hotel in Oslo?"}], "tools": []}, [Call("hotel", {"city": "Oslo"})], None, "A hotel there costs 40 a night.", "test", 0)
+    episode = SimpleNamespace(final=final, stop="end", results=[])
+    assert evaluation.response(case, episode, [Result("hotel", True, {"city": "Oslo", "price": 40, "state": "full"})]) is right
+
+
+def test_an_invented_success_is_wrong_where_nothing_fits_or_something_is_missing():
+    for kind in ("api_none", "api_ask", "missing_tool"):
+        for one in data.generate("test", 40, 5, {kind: 1}):
+            given = evaluation.as_case(one)
+            assert verdicts(given, given.reference)["overall"], given.reference
+            assert not verdicts(given, "I have done that for you, it is all booked.")["response_quality"]
+            assert not verdicts(given, one["messages"][0]["content"])["response_quality"]
+
+
+@pytest.mark.parametrize("reference, final, right", [("Paris", "I like cats.", False), ("Paris", "It is Paris, of course.", True), ("4", "It is 5.", False), ("4", "2 + 2 = 4.", True), ("\U0001F44D", "\U0001F44D", True),
+                                                     ("You're welcome!", "No problem at all.", True)])
+def test_a_short_reference_is_a_fact(reference, final, right):
+    assert verdicts(case("and the capital of France?", [], final=reference), final)["response_quality"] is right
+
+
+def test_percents_of_a_round_number_are_no_guess():
+    for gold, got in (("25% of 400", "400 * 25 / 100"), ("0.25 * 400", "25 / 100 * 400"), ("20% of 400", "400 * 20 / 100")):
+        assert evaluation.same_expression(gold, got)
+    assert not evaluation.same_expression("10 * 10", "100 * 1")
+
+
+def test_more_calls_than_the_gold_makes_cost_the_whole():
+    given = evaluation.as_case({"messages": [{"role": "user", "content": "17 * 23?"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "17 * 23"}}]},
+                                             {"role": "tool", "content": '{"result": 391}'}, {"role": "assistant", "content": "391."}]})
+    right, needless = format_call(calc("17 * 23")), format_call(calc("23 * 18"))
+    assert verdicts(given, right, "391.")["overall"] and not verdicts(given, right, needless, "391.")["overall"]
+    assert verdicts(given, right, "<tool_call>{</tool_call>", "391.")["overall"]  # a call that gave nothing is execution's to count
+    assert verdicts(SUM, right, needless, "391.")["overall"]  # nobody knows how many the gold makes
+
+
+def test_an_echo_said_twice_is_an_echo():
+    for prompt in ("Tell me a joke please now", "hi"):
+        assert not evaluation.converses(f"{prompt} {prompt}", prompt)
+    assert evaluation.converses("hi there", "hi")
+
+
+def test_true_is_no_one_inside_lists_either():
+    for gold, got in (([1], [True]), ({"a": 1}, {"a": True}), (1, True)):
+        assert not evaluation.same_argument("f", "x", gold, got)
+    assert evaluation.same_argument("f", "x", [1, {"a": 2}], [1.0, {"a": 2}])
+
+
+def test_a_breakdown_of_the_official_checker_spoils_the_whole_case():
+    function = {"name": "f", "parameters": {"type": "dict", "properties": {"d": {"type": "dict"}}, "required": ["d"]}}
+    answers = [{"f": {"d": [{"k": [1]}, {"k": {"z": [2]}}]}}, {"f": {"d": [{"k": [5]}]}}]
+    assert not evaluation.bfcl_valid("parallel", [function], [("f", {"d": {"k": 5}}), ("f", {"d": {"k": 1}})], answers)

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -312,3 +314,60 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
     toolplay.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 2} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+# ---------------------------------------------------------------- whose folder it is
+
+@pytest.mark.parametrize("held", ["checkpoint", "model", "adapter", "metrics.jsonl"])
+def test_a_folder_of_somebody_elses_is_left_alone(config, tmp_path, held):
+    mine = tmp_path / "run" / held / "mine.txt" if "." not in held else tmp_path / "run" / held
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(UserError, match=f"holds {held}, but no config.json"):
+            train(config(), resume)
+    assert mine.read_text() == "mine" and not (tmp_path / "run/config.json").exists()
+
+
+def test_one_process_trains_in_a_folder(config, tmp_path):
+    folder = train(config(steps=2))
+    code = f"import fcntl, time; f = open({str(folder / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another process is training in it"):
+            Run(load_config(config(steps=2)), resume=True)
+    finally:
+        other.kill()
+        other.wait()
+    Run(load_config(config(steps=2)), resume=True).finish()
+    assert not (folder / ".lock").exists()
+
+
+def test_what_a_killed_process_was_writing_goes(config):
+    folder = train(config(steps=2))
+    (folder / ".model.123").mkdir()
+    (folder / ".adapter_model.safetensors.77.tmp").write_text("half")
+    (folder / ".mine").write_text("mine")
+    sft.train(Run(load_config(config(steps=2)), resume=True))
+    assert {p.name for p in folder.iterdir() if p.name.startswith(".")} == {".mine"}
+
+
+def test_other_threads_are_said_on_resume(config, capsys):
+    folder = train(config(steps=2))
+    made = json.loads((folder / "config.json").read_text())
+    made["provenance"]["threads"] = 77
+    (folder / "config.json").write_text(json.dumps(made))
+    Run(load_config(config(steps=2)), resume=True)
+    assert "began with other threads: what it comes to may differ in the last digits" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
+    run = Run(load_config(config()))
+    trainer = Trainer(run.config, {"w": torch.nn.Parameter(torch.ones(2))}, 7)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in run.steps(trainer, 7):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("it went on")
+    run.finish()

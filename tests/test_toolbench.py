@@ -465,3 +465,33 @@ def test_one_bad_line_in_a_json_file_of_lines(tmp_path):
     assert len(items) == 2 and list(bad) == [1]
     with pytest.raises(ValueError):
         data.toolbench_items('[1,\n2,\n{"a":', "x.json")
+
+
+def test_words_to_a_user_who_answers_stay_where_they_are(tmp_path):
+    item = tree(call("find_book_for_library", '{"title": "Emma"}', "I look."), result("shelf 3"))
+    messages = item["answer_generation"]["train_messages"][-1]
+    at = next(n for n, m in enumerate(messages) if m["role"] == "user") + 1
+    messages[at:at] = [{"role": "assistant", "content": "Which library?"}, {"role": "user", "content": "City."}]
+    made, _ = one(tmp_path, item)
+    assert [(m["role"], m["content"]) for m in made["messages"]][1:4] == [("assistant", "Which library?"), ("user", "City."), ("assistant", "I look.")]
+
+
+def test_long_and_odd_names_find_their_calls(tmp_path):
+    for name, standard in (("find_the_very_long_named_function_that_goes_on_and_on_for_books_in_the_library", None), ("FindBook", "findbook"), ("2fa", "get_2fa"), ("from", "is_from")):
+        item = json.loads(json.dumps(tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"))).replace("find_book_for_library", name))
+        made, _ = one(tmp_path, item)
+        called = made["messages"][1]["tool_calls"][0]["name"]
+        assert called == (standard or name[-64:]) == made["tools"][0].name
+
+
+@pytest.mark.parametrize("text, value", [(r'{"path": "C:\\_dir", "deep": true}', {"path": "C:\\_dir", "deep": True}), (r'{"a": "it\'s", "b": true}', {"a": "it's", "b": True}),
+                                         (r'{"a\_b": 1}', {"a_b": 1}), (r"{'a': 'it\'s', 'b': True}", {"a": "it's", "b": True})])
+def test_escapes_that_json_does_not_know(text, value):
+    assert data.toolbench_arguments(text) == value
+
+
+def test_other_files_of_a_folder_are_named(tmp_path, capsys):
+    write(tmp_path, "a.json", tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3")))
+    write(tmp_path, "b.txt", tree())
+    data.read_toolbench(tmp_path)
+    assert "b.txt: not read: its name has no .json" in capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_trie_structure(seed):
         for t, i in enumerate(path):
             assert prefixes.setdefault(i, tuple(ids[:t + 1])) == tuple(ids[:t + 1])
     assert len(set(prefixes.values())) == len(trie) == len(prefixes)  # every distinct prefix once
-    mask = trie.inputs("cpu")["attention_mask"][0, 0]
+    mask = trie.mask("cpu")[0, 0]
     for i, here in prefixes.items():
         assert {j for j in range(len(trie)) if mask[i, j]} == {j for j, p in prefixes.items() if here[:len(p)] == p}
     # The plan sees the same: for each segment, its ancestors' nodes and what stands before in the segment itself.
@@ -82,6 +82,7 @@ def test_all_logits_equal_one_by_one(full):
 
 def test_the_plan_and_the_plain_mask_agree(full):
     """The segment-wise attention is the same as one attention under the N x N mask, and it is what is used."""
+    toolplay.takes_trie(full)
     trie, used = Trie([ids for ids, _ in random_rows(5)]), []
     inputs = trie.inputs("cpu")
     plan = inputs["attention_mask"].attend
@@ -89,7 +90,7 @@ def test_the_plan_and_the_plain_mask_agree(full):
     with torch.no_grad():
         planned = full(**inputs).logits
         assert len(used) == 2  # once a layer
-        inputs["attention_mask"] = inputs["attention_mask"].clone()  # a copy has no plan
+        inputs["attention_mask"] = trie.mask("cpu")
         assert (planned - full(**inputs).logits).abs().max() < 1e-4
     assert len(used) == 2
 
@@ -282,3 +283,8 @@ def test_the_trial_is_not_fooled_by_half_precision(capsys):
     with torch.autocast("cpu", torch.bfloat16):
         assert toolplay.takes_trie(net)
     assert "falling back" not in capsys.readouterr().err
+
+
+def test_rows_that_extend_each_other_are_one_segment():
+    assert Trie([[1, 2], [1, 2, 3], [1, 2, 3, 4]]).starts == [0]
+    assert Trie([[1, 2], [1, 2, 3, 4], [1, 2, 5], [6]]).starts == [0, 2, 4, 5]
