@@ -1126,8 +1126,8 @@ class Run:
             print(f"resuming {self.folder} after step {trainer.step}", file=sys.stderr)
         trainer.extra["data_sha256"] = data_sha256
         if self.rank == 0:
-            for aside in self.folder.glob(".*.[0-9]*"):  # what a killed process was writing
-                shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+            for aside in self.folder.glob(".model.[0-9]*"):  # what a killed process was writing
+                shutil.rmtree(aside, ignore_errors=True)
             if dataclasses.asdict(self.config) != self.written:
                 self.write_config()  # what stood in for unusable data, and an adapter's rank and scale, are known now
             for path in (self.folder / f"{name}.jsonl" for name in ("metrics", "timing", "samples")):
@@ -1601,7 +1601,7 @@ def validate(args):
         return f"method {config.method}"
     pins = [re.fullmatch(r"([\w-]+)==([\w.]+)(?:; *python_version *(<|>=) *['\"]3\.(\d+)['\"])?", line.strip())
             for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line and line[0] != "#"]
-    here = [pin for pin in pins if pin and not pin[3] or (sys.version_info[1] < int(pin[4])) == (pin[3] == "<")]
+    here = [pin for pin in pins if pin and (not pin[3] or (sys.version_info[1] < int(pin[4])) == (pin[3] == "<"))]
     checks = [("python", python), *((pin[1], lambda pin=pin: package(pin[1], pin[2])) for pin in here),
               ("calculator", lambda: tool("calculator", expression="17 * 23")), ("weather", lambda: tool("weather", city="Paris")),
               ("search", lambda: tool("search", query="Eiffel Tower")), ("templates", templates), ("model", model),

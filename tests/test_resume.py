@@ -347,7 +347,7 @@ def test_one_process_trains_in_a_folder(config, tmp_path):
 def test_what_a_killed_process_was_writing_goes(config):
     folder = train(config(steps=2))
     (folder / ".model.123").mkdir()
-    (folder / ".adapter_model.safetensors.77.tmp").write_text("half")
+    (folder / ".model.123.old").mkdir()
     (folder / ".mine").write_text("mine")
     sft.train(Run(load_config(config(steps=2)), resume=True))
     assert {p.name for p in folder.iterdir() if p.name.startswith(".")} == {".mine"}
