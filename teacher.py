@@ -539,7 +539,7 @@ def train(run):
     rows = [insert(line["ids"], kept_calls(line["candidates"]), tokenizer) for line in annotated]
     if not any(0 in mask for _, mask in rows):
         best = max((c["gain"] for line in annotated for c in line["candidates"]), default=None)
-        raise UserError("no call helped: nothing to learn from; " + ("" if best is None else f"go on with --resume and a tau_f of at most {best:.2g}, or ") +
+        raise UserError("no call helped: nothing to learn from; " + ("" if best is None else f"go on with --resume and a tau_f below {best:.3f}, or ") +
                         "start a new run (--run_dir=...) with more texts, positions or samples")
     rows = data.fitting(rows, [len(ids) for ids, _ in rows], config.max_tokens, "texts with their calls")
 

@@ -342,7 +342,7 @@ def test_an_interrupted_annotation_goes_on_to_the_same_bytes(tmp_path, calls, mo
 
 
 def test_nothing_to_learn_from_is_an_error_that_a_lower_threshold_mends(tmp_path, calls, monkeypatch):
-    with pytest.raises(UserError, match="no call helped.*--resume and a tau_f of at most [-0-9.]+, or"):
+    with pytest.raises(UserError, match="no call helped.*--resume and a tau_f below [-0-9.]+, or"):
         teacher.train(toolplay.Run(config(tmp_path, tau_f=100)))
     with monkeypatch.context() as patch:
         patch.setattr(teacher, "annotate", lambda *args: pytest.fail("annotated anew"))
