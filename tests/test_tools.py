@@ -998,6 +998,7 @@ def test_what_cannot_be_decorated_says_why():
             tool(function)
     with pytest.raises(UserError, match="stand under 'paramters'; the key is \"parameters\""):
         tool_from_schema({"name": "f", "paramters": {"type": "object", "properties": {}}})
+    assert tool_from_schema({"name": "f", "returns": {"type": "object", "properties": {"x": {"type": "integer"}}}}).parameters["properties"] == {}
 
 
 NUMPY = """Add two numbers.
