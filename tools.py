@@ -349,9 +349,9 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
     inner = schema["function"] if isinstance(schema, dict) and isinstance(schema.get("function"), dict) else schema
     if not isinstance(inner, dict) or "name" not in inner:
         raise UserError(f"tool schema {schema!r:.80}: must be an object with name, description and parameters")
-    if "parameters" not in inner and (other := [key for key, value in inner.items() if isinstance(value, dict) and difflib.get_close_matches(key, ["parameters", "input_schema", "inputSchema"], 1)]):
-        raise UserError(f'tool {inner["name"]}: its parameters stand under {other[0]!r}; the key is "parameters"')
     path = inner.get("function") if function is None else function
+    if "parameters" not in inner and not isinstance(path, str) and (other := [key for key, value in inner.items() if isinstance(value, dict) and difflib.get_close_matches(key, ["parameters", "input_schema", "inputSchema"], 1)]):
+        raise UserError(f'tool {inner["name"]}: its parameters stand under {other[0]!r}; the key is "parameters"')
     function, parameters, description = path, inner.get("parameters"), inner.get("description") or ""
     if isinstance(path, str):
         if unknown := sorted(set(inner) - {"name", "description", "parameters", "function", "type", "strict"}):
