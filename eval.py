@@ -303,8 +303,8 @@ def response(case, episode, gold_results):
     """response_quality of an episode: True, False, or None where nothing is known to compare with."""
     messages, final, reference = case.conversation["messages"], episode.final, case.reference
     # Who repeats these makes nothing up; what the model wrote into its own calls is known only where nothing better is.
-    texts = [m["content"] for m in messages] + [r.text() for r in (episode.results if case.calls is None else gold_results)] + [str(c.arguments) for c in case.calls or []]
-    asked = f" {_normal(' '.join([m['content'] for m in messages] + [str(c.arguments) for c in case.calls or []]))} "
+    told = [m["content"] for m in messages] + [str(c.arguments) for c in case.calls or []]
+    texts, asked = told + [r.text() for r in (episode.results if case.calls is None else gold_results)], f" {_normal(' '.join(told))} "
     known, like = set(numbers(" ".join(texts))) | in_words(" ".join(texts)), lambda text: f1(final, text) >= 0.5
 
     def fact(result):

@@ -282,8 +282,7 @@ def annotate(model, tokenizer, rows, tools, config, seed):
     from tools import execute
     funnel = dict.fromkeys(FUNNEL, 0)
     found, left_out = [[] for _ in rows], [[] for _ in rows]
-    dtype = toolplay.half_precision(config, model.device)
-    half = torch.autocast(model.device.type, dtype, enabled=dtype is not None)  # for guesses; the filter's losses, whose differences decide, are computed in fp32
+    half = toolplay.autocast(config, model.device)  # for guesses; the filter's losses, whose differences decide, are computed in fp32
     for tool in tools.values():
         # 1. where: the probability of OPEN before each token of the text, written once more after the examples
         before, between = few_shot(tool, tokenizer)

@@ -876,6 +876,12 @@ def half_precision(config, device):
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if device.type == "cuda" else None}.get(config.precision)
 
 
+def autocast(config, device):
+    """torch.autocast in the config's precision; all in fp32 where that is none."""
+    dtype = half_precision(config, device)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 class Trainer:
     """What training carries from step to step: trained parameters, optimizer, loss scaler, and the counters.
 
@@ -894,7 +900,7 @@ class Trainer:
         self.extra = {}  # a method's own state (KL controller, best loss, ...): numbers, strings, lists, tensors
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+        return autocast(self.config, self.device)
 
     def learning_rate(self):
         """Step size of the next update: linear warm-up, then cosine or linear down to zero, or constant."""
@@ -1057,8 +1063,8 @@ class Run:
         self.device = pick_device(config.device)
         flat = dataclasses.asdict(config)
         old, before = self.folder / "config.json", None
-        foreign = [name for name in ("checkpoint", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "adapter", "model") if (self.folder / name).exists()]
-        if not old.exists() and foreign:
+        ours = ("checkpoint", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "adapter", "model")
+        if not old.exists() and (foreign := [name for name in ours if (self.folder / name).exists()]):
             raise UserError(f"{self.folder}: it holds {foreign[0]}, but no config.json, so it is no run of Toolplay's; choose another place with --run_dir=...")
         if old.exists():
             if not resume:
@@ -1391,7 +1397,7 @@ def load_run(folder):
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: not a run folder (no config.json); train one: python toolplay.py train configs/sft_demo.json")
-    if '"model_type"' in (folder / "config.json").read_text(encoding="utf-8", errors="replace"):
+    if "model_type" in _read_config(folder / "config.json"):
         raise UserError(f"{folder}: it is a model, not a run folder; use --model {folder}")
     config = load_config(folder / "config.json")
     device = pick_device("auto")

@@ -169,7 +169,8 @@ def _fields(schema, described, root, path=("#",)):
     schema, properties, fields = _resolved(schema, root), {}, []
     required = _required(schema, root)
     for part in _parts(schema, root):
-        properties = {**properties, **{name: field for name, field in part.get("properties", {}).items() if name not in properties}}
+        for name, field in part.get("properties", {}).items():
+            properties.setdefault(name, field)
     for name, field in properties.items():
         whole = _resolved(field, root)
         default = "" if whole.get("default") is None else f" = {_dumps(whole['default'])}"
@@ -777,7 +778,7 @@ def _value(node):
         case ast.BinOp():
             value = OPERATORS[type(node.op)](_value(node.left), _value(node.right))
         case ast.Call(func=ast.Name(id=name), keywords=[]):
-            if name in FUNCTIONS and not len(node.args) in ARITY.get(name, range(1, 1000)):
+            if name in FUNCTIONS and len(node.args) not in ARITY.get(name, range(1, 1000)):
                 raise ToolError(f"{name} does not take {len(node.args)} numbers")
             value = FUNCTIONS[name](*map(_value, node.args))
         case _:
