@@ -44,6 +44,7 @@ Beta(yes + 1/2, no + 1/2), or Wilson where there is one side.
     python eval.py --run runs/demo --split test
     python eval.py --model smollm2-135m --data cases.jsonl --out result.json
 """
+import argparse
 import contextlib
 import csv
 import io
@@ -513,7 +514,7 @@ def compare_command(args):
 
 # --------------------------------------------------------------------------- 7. with a model
 
-def evaluate(model, tokenizer, cases, batch_size=128, max_new_tokens=256, style="signature", progress=True):
+def evaluate(model, tokenizer, cases, batch_size=128, max_new_tokens=256, style="signature", constrained=False, progress=True):
     """Greedy rollouts of the cases (Case objects, or what as_case takes) -> (report, records in the order of the cases)."""
     from tqdm import tqdm
 
@@ -521,7 +522,7 @@ def evaluate(model, tokenizer, cases, batch_size=128, max_new_tokens=256, style=
     cases = [case if isinstance(case, Case) else as_case(case) for case in cases]
     with tqdm(total=len(cases), desc="eval", unit="case", disable=not progress, dynamic_ncols=True) as bar:
         episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in cases], temperature=0.0, max_new_tokens=max_new_tokens,
-                                    batch_size=batch_size, style=style, progress=bar.update)
+                                    batch_size=batch_size, style=style, constrained=constrained, progress=bar.update)
     records = [judge(case._replace(id=n if case.id is None else case.id), episode) for n, (case, episode) in enumerate(zip(cases, episodes))]
     return summarise(records), records
 
@@ -668,7 +669,7 @@ def bfcl_cases(suite, folder=None, n=None):
     return cases
 
 
-def bfcl(model, tokenizer, cases, style="signature", batch_size=128, max_new_tokens=512):
+def bfcl(model, tokenizer, cases, style="signature", constrained=False, batch_size=128, max_new_tokens=512):
     """Greedy first turns -> (table, {category: {"value", "low", "high", "n", "too_long"}}, records). A prompt beyond the context is wrong.
 
     Judged are the calls that tools.parse_calls reads; what is malformed is no call. Behind its last call a turn ends (see rollout).
@@ -678,7 +679,7 @@ def bfcl(model, tokenizer, cases, style="signature", batch_size=128, max_new_tok
     import toolplay
     with tqdm(total=len(cases), desc="bfcl", unit="case", dynamic_ncols=True) as bar:
         episodes = toolplay.rollout(model, tokenizer, [case["conversation"] for case in cases], temperature=0.0, max_turns=1,
-                                    max_new_tokens=max_new_tokens, batch_size=batch_size, style=style, progress=bar.update)
+                                    max_new_tokens=max_new_tokens, batch_size=batch_size, style=style, constrained=constrained, progress=bar.update)
     records, report = [], {}
     for case, episode in zip(cases, episodes):
         calls, too_long = [(c.name, c.arguments) for c in episode.calls], episode.stop == "length" and not sum(episode.mask)
@@ -690,10 +691,16 @@ def bfcl(model, tokenizer, cases, style="signature", batch_size=128, max_new_tok
     return table(["BFCL category", "valid [95 % interval]", "beyond the context"], [[name, cell(r), r["too_long"]] for name, r in report.items()]), report, records
 
 
-def add_arguments(parser):
+def add_model(parser, about_run="a trained run folder"):
+    """The arguments that toolplay.model_of reads."""
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", help="a run folder; the result is also kept there, as eval.json")
+    which.add_argument("--run", help=about_run)
     which.add_argument("--model", help="smollm2-135m, tiny, a hub name, a folder or a .gguf file")
+    parser.add_argument("--constrained", action=argparse.BooleanOptionalAction, help="whether calls are held to their tools' schemas while they are written (default: as the run's config says)")
+
+
+def add_arguments(parser):
+    add_model(parser, "a run folder; the result is also kept there, as eval.json")
     parser.add_argument("--split", choices=["test", "dev"], default="test", help="of the templates (default test)")
     parser.add_argument("--data", metavar="FILE", help="cases from a JSONL file instead of the templates")
     parser.add_argument("--suite", metavar="bfcl:A,B", help=f"judge first turns as BFCL does; categories: {', '.join(BFCL)}")
@@ -724,14 +731,14 @@ def command(args):
     stands_in = " (trained on invented functions, which stood in for ToolBench)" if config.fallback and config.source == "synthetic" else ""
     trained_on = config.source + stands_in if args.run else None
     if suite:
-        text, report, records = bfcl(model, tokenizer, suite, config.tool_style)
+        text, report, records = bfcl(model, tokenizer, suite, config.tool_style, config.constrained)
         print(f"## {args.run or args.model}{stands_in}\n\n{text}")
-        return keep("bfcl.json", {"data": args.suite, "trained_on": trained_on, "report": report, "records": records})
+        return keep("bfcl.json", {"data": args.suite, "trained_on": trained_on, "constrained": config.constrained, "report": report, "records": records})
     extra = [tool_from_schema(t) for t in config.tools]
     cases = data.read_jsonl(args.data, lambda item: as_case(data.with_tools(item, extra, BUILTIN)))[:args.n] if args.data else data.generate(args.split, args.n or 200, args.seed, data.mix_of(config))
-    report, records = evaluate(model, tokenizer, cases, style=config.tool_style)
+    report, records = evaluate(model, tokenizer, cases, style=config.tool_style, constrained=config.constrained)
     print(format_report(report, f"{args.run or args.model}{stands_in} on {args.data or args.split}", records, args.failures))
-    result = {"data": args.data or args.split, "trained_on": trained_on, "seed": args.seed, "report": report, "records": records}
+    result = {"data": args.data or args.split, "trained_on": trained_on, "constrained": config.constrained, "seed": args.seed, "report": report, "records": records}
     keep("eval.json", result)  # before more can go wrong
     if not args.data:
         report["talk_loss"] = talk_loss(model, tokenizer, args.split)

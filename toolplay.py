@@ -56,7 +56,7 @@ try:
 
     import data
     import lora
-    from tools import BUILTIN, Call, Result, UserError, check_corpora, execute, format_result, load_tools, one_line_errors, parse_calls, printable
+    from tools import BUILTIN, Call, Result, UserError, check_corpora, call_state, execute, format_result, load_tools, one_line_errors, parse_calls, printable
 except (ModuleNotFoundError, SyntaxError) as error:
     if __name__ != "__main__":
         raise
@@ -102,7 +102,8 @@ class Config:
     eval_examples: NotNegative = 100     # how many to keep for evaluation during training
     mix: dict = field(default_factory=dict)                      # weights of the kinds; empty: data.MIX, for synthetic data.SYNTHETIC
     max_tokens: Positive = 1024          # longer conversations are left out and counted, never cut
-    tool_style: Literal["signature", "described", "json"] = "signature"  # how tools are written into the system prompt; described: with their parameters' descriptions
+    tool_style: Literal["signature", "described", "call", "json"] = "signature"  # how tools are written into the system prompt; described: with their parameters' descriptions; call: these too, in the form of a call
+    constrained: bool = False            # eval, predict and chat hold calls to their tools' schemas (constrained decoding); training never does
     tools: list = field(default_factory=list)                    # further tools: {"name", "description", "parameters", "function": "package.module:name"}
     group: Positive = 8                  # examples in a row that share a system prompt (what the trie shares)
     # optimisation (train_step)
@@ -732,11 +733,13 @@ def context_of(model):
 
 @torch.no_grad()
 def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top_p=1.0, max_new_tokens=128, max_turns=4,
-            seed=0, batch_size=32, style="signature", progress=None):
+            seed=0, batch_size=32, style="signature", constrained=False, progress=None):
     """Let the model answer each conversation, executing its tool calls -> one Episode per conversation.
 
     tools: {name: Tool} or [Tool] for all, or None: each conversation's own. temperature 0 is greedy. max_new_tokens bounds each
     turn. A turn stops at the end-of-turn token, or when after a complete call anything but another call follows.
+    constrained: calls keep to their tools' schemas (see tools.call_state): a token after which no call could be right is
+    not taken, and one of the others drawn in its place; logp stays the policy's own, so do not learn from such episodes.
     Each row draws from its own stream, keyed by (seed, prompt, how many equal prompts came before): what it draws does
     not depend on the rest of the batch. `seed` may be a list, of one for each conversation. logp is of the policy at `temperature` (before top-p truncation).
     """
@@ -749,7 +752,7 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
         copy = seen[own, tuple(ids)] = seen.get((own, tuple(ids)), -1) + 1
         episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)), {tool.name: tool for tool in conversation["tools"]},
                          np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(repr((own, ids, copy)).encode()).digest()[:8], "big")))))
-    limits = Limits(max_new_tokens, max_turns, context_of(model))
+    limits = Limits(max_new_tokens, max_turns, context_of(model), constrained)
     fitting = [row for row in episodes if row[0].prompt < limits.context]
     for episode, _, _ in episodes:
         if episode.prompt >= limits.context:  # no room for an answer
@@ -766,7 +769,7 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
 
 
 PREFILL = 16384  # trie nodes of the prompts read in one forward: bounds its memory
-Limits = namedtuple("Limits", "new_tokens turns context")  # per turn, per episode, and the longest sequence the model knows
+Limits = namedtuple("Limits", "new_tokens turns context constrained")  # per turn, per episode, the longest sequence the model knows; whether calls keep to the schemas
 
 
 def stop_ids(model, tokenizer):
@@ -789,9 +792,12 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
             del queues[r][:m]
         speaking = [(n, r) for n, r in enumerate(alive) if not queues[r]]  # the others read their tool results
         if speaking:
-            tokens, logp = sample(logits[[n for n, _ in speaking]], [rows[r][2].random() for _, r in speaking], temperature, top_p)
+            own = logits[[n for n, _ in speaking]]
+            tokens, logp = sample(own, [rows[r][2].random() for _, r in speaking], temperature, top_p)
         for i, (_, r) in enumerate(speaking):
-            episode, tools, _ = rows[r]
+            episode, tools, rng = rows[r]
+            if limits.constrained and tools:
+                tokens[i], logp[i] = valid_token(own[i], tokens[i], logp[i], lambda *token: call_state(tokenizer.decode([*turns[r], *token]), tools), stops, rng, temperature, top_p)
             extend(episode, [tokens[i]], 1, logp[i])
             turns[r].append(tokens[i])
             queues[r].append(tokens[i])
@@ -830,6 +836,25 @@ def sample(logits, draws, temperature, top_p):
         tokens = torch.minimum(torch.searchsorted(cdf, draw, right=True), last)
         tokens = tokens if order is None else order.gather(1, tokens)
     return tokens[:, 0].tolist(), logp.gather(1, tokens)[:, 0].tolist()
+
+
+def valid_token(logits, token, logp, state, stops, rng, temperature, top_p, tries=1000):
+    """The token that was drawn, or the next one that is, until a call stays valid -> (token, its log-prob as the policy has it).
+
+    Drawing again without what was refused is drawing from the valid tokens, in proportion. Where the likeliest `tries` are
+    all refused, or a call was broken before, the first one stands.
+    """
+    def valid(token):
+        return (now := state(token)) == "outside" or now == "inside" and token not in stops
+    if valid(token) or state() == "invalid":
+        return token, logp
+    first, policy, logits = token, torch.log_softmax(logits / (temperature or 1.0), -1), logits.clone()
+    for _ in range(tries):
+        logits[token] = float("-inf")
+        (token,), _ = sample(logits[None], [rng.random()], temperature, top_p)
+        if valid(token):
+            return token, float(policy[token])
+    return first, logp
 
 
 def ran_on(tokenizer, turn):
@@ -1433,10 +1458,11 @@ def train(args):
 
 
 def model_of(args):
-    """The model that --run or --model names -> (model, tokenizer, config)."""
-    if args.run is not None:
-        return load_run(args.run)
-    return (*load_model(args.model, pick_device("auto")), Config(model=args.model))
+    """The model that --run or --model names -> (model, tokenizer, config), with --constrained as it was asked for."""
+    model, tokenizer, config = load_run(args.run) if args.run is not None else (*load_model(args.model, pick_device("auto")), Config(model=args.model))
+    if args.constrained is not None:
+        config.constrained = args.constrained
+    return model, tokenizer, config
 
 
 def read_tools(path, more=()):
@@ -1498,7 +1524,7 @@ def predict(args):
         for start in range(0, len(todo), args.batch_size):
             batch = todo[start:start + args.batch_size]
             episodes = rollout(model, tokenizer, [c for _, c in batch], temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                               seed=[f"{args.seed} {json.dumps(key)}" for key, _ in batch], batch_size=args.batch_size, style=config.tool_style)
+                               seed=[f"{args.seed} {json.dumps(key)}" for key, _ in batch], batch_size=args.batch_size, style=config.tool_style, constrained=config.constrained)
             for (key, _), e in zip(batch, episodes):
                 file.write(json.dumps({"id": key, "output": e.turns[0], "calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls],
                                        "results": [json.loads(r.text()) for r in e.results], "final": e.final}, ensure_ascii=False) + "\n")
@@ -1525,7 +1551,7 @@ def chat(args):
             return
         messages.append({"role": "user", "content": text})
         episode = rollout(model, tokenizer, [{"messages": messages}], tools, temperature=args.temperature, seed=args.seed + len(messages),
-                          max_new_tokens=args.max_new_tokens, style=config.tool_style)[0]
+                          max_new_tokens=args.max_new_tokens, style=config.tool_style, constrained=config.constrained)[0]
         results = iter(episode.results)
         for turn in episode.turns:  # the whole episode is remembered, calls and results too
             calls = [one for part in parse_calls(turn) for one in part]  # malformed ones last
@@ -1646,7 +1672,7 @@ def demo_steps(run, n):
     print("1. The untrained model on prompts of the test split (no phrasing, city or number pair of it is in the training data)")
     model, tokenizer = load_model(config.model, run.device)
     if not before:
-        before = dict(zip(("report", "records"), evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64, style=config.tool_style)))
+        before = dict(zip(("report", "records"), evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64, style=config.tool_style, constrained=config.constrained)))
         write_json(before_file, before)
     talk_before = evaluation.talk_loss(model, tokenizer, n=40)
     del model
@@ -1654,7 +1680,7 @@ def demo_steps(run, n):
     sft.train(run)
     print("\n3. The trained model on the same prompts")
     model, tokenizer, _ = load_run(run.folder)
-    report, records = evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64, style=config.tool_style)
+    report, records = evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64, style=config.tool_style, constrained=config.constrained)
     talk_after = evaluation.talk_loss(model, tokenizer, n=40)
     write_json(run.folder / "eval.json", {"report": report, "records": records})
     shown = {}
@@ -1770,9 +1796,7 @@ def build_parser():
         return made
 
     def of_model(made):
-        which = made.add_mutually_exclusive_group(required=True)
-        which.add_argument("--run", help="a trained run folder")
-        which.add_argument("--model", help="smollm2-135m, tiny, a hub name, a folder or a .gguf file")
+        evaluation.add_model(made)
         made.add_argument("--tools", metavar="FILE", help="JSON list of tools (default: calculator, weather, search)")
         made.add_argument("--temperature", type=number(float, 0), default=0.0, help="0 is greedy (default)")
         made.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="bound of each turn (default 256)")

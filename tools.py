@@ -59,6 +59,7 @@ CUT = "…[cut]"  # ends everything that was too long
 MAX_CALL = 100_000  # characters in one call: a longer one is a runaway
 MAX_ERRORS = 100  # parse errors kept per text; ten megabytes of tags would make a million
 MAX_DEPTH = 50  # nesting, in JSON and in arithmetic
+ANYTHING = {}  # the schema of a value that may be anything
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: Python can hold but not print it
 
 
@@ -113,10 +114,16 @@ class Tool:
         """The OpenAI form."""
         return {"type": "function", "function": {key: getattr(self, key) for key in ("name", "description", "parameters")}}
 
-    def signature(self, described=False) -> str:
-        """One line: `name(p: type, q?: type = default) - first sentence`; `described`: with what is said of the parameters."""
+    def signature(self, style="signature") -> str:
+        """One line: `name(p: type, q?: type = default) - first sentence`; "described": with what is said of the parameters;
+        "call": this too, and written like a call of it, `{"name": "name", "arguments": {"p": type, "q": type? = default}}`.
+
+        A name behind a blank has other tokens than behind a quote (" pickup", "_branch" and "pick", "up", "_branch"): in
+        the form of a call the model sees what it is to write, token by token.
+        """
         sentence = re.split(r"(?<=[.!?]) ", " ".join(self.description.split()), maxsplit=1)[0]
-        line = f"{self.name}({_fields(self.parameters, described, self.parameters)})" + (f" - {sentence}" if sentence else "")
+        fields = _fields(self.parameters, style, self.parameters)
+        line = (f'{{"name": {_dumps(self.name)}, "arguments": {{{fields}}}}}' if style == "call" else f"{self.name}({fields})") + (f" - {sentence}" if sentence else "")
         return SURROGATE.sub("\ufffd", re.sub(r"<(?=\||/?tool_)", r"\\u003c", re.sub(r"\s*\n\s*", " ", line)))
 
 
@@ -164,7 +171,7 @@ def _required(schema, root):
     return [*schema.get("required", []), *(name for part in schema.get("allOf", []) for name in _required(_resolved(part, root), root))]
 
 
-def _fields(schema, described, root, path=("#",)):
+def _fields(schema, style, root, path=("#",)):
     """The properties of a schema in a line; `path`: the references that led here."""
     schema, properties, fields = _resolved(schema, root), {}, []
     required = _required(schema, root)
@@ -174,12 +181,13 @@ def _fields(schema, described, root, path=("#",)):
     for name, field in properties.items():
         whole = _resolved(field, root)
         default = "" if whole.get("default") is None else f" = {_dumps(whole['default'])}"
-        about = " ".join(str(whole.get("description") or "").split()) if described else ""
-        fields.append(f"{name}{'' if name in required else '?'}: {_type(field, described, root, path)}{default}" + (f" ({about})" if about else ""))
+        about = "" if style == "signature" else " ".join(str(whole.get("description") or "").split())
+        mark, kind = "" if name in required else "?", _type(field, style, root, path)
+        fields.append((f"{_dumps(name)}: {kind}{mark}" if style == "call" else f"{name}{mark}: {kind}") + default + (f" ({about})" if about else ""))
     return ", ".join(fields)
 
 
-def _type(schema, described=False, root=None, path=("#",)):
+def _type(schema, style="signature", root=None, path=("#",)):
     """A schema in a few words. A schema may hold itself: what is on the path already, or deep inside, is "any"."""
     root = schema if root is None else root
     if schema.get("$ref") in path or len(path) > 9:
@@ -192,11 +200,13 @@ def _type(schema, described=False, root=None, path=("#",)):
         return _dumps(schema["const"])
     for word, sign in (("anyOf", " | "), ("oneOf", " | "), ("allOf", " & ")):
         if schema.get(word) and "properties" not in schema:
-            return sign.join(_type(part, described, root, path) for part in schema[word])
+            return sign.join(_type(part, style, root, path) for part in schema[word])
     kind = schema.get("type", "any")
     kind = kind if isinstance(kind, str) else " | ".join(kind)
-    items = f"<{_type(schema['items'], described, root, path)}>" if isinstance(schema.get("items"), dict) and schema["items"] else ""
-    return f"{kind}{items}" + (f"{{{_fields(schema, described, root, path)}}}" if schema.get("properties") else "")
+    items = f"<{_type(schema['items'], style, root, path)}>" if isinstance(schema.get("items"), dict) and schema["items"] else ""
+    if not schema.get("properties"):
+        return f"{kind}{items}"
+    return ("" if style == "call" and kind == "object" else f"{kind}{items}") + f"{{{_fields(schema, style, root, path)}}}"
 
 
 def _problems(value, schema, where="", root=None, part=False, known=None):
@@ -209,6 +219,7 @@ def _problems(value, schema, where="", root=None, part=False, known=None):
     root, known = schema if root is None else root, {} if known is None else known
     key = (where, id(schema), part)
     if key not in known:
+        known[key] = [("wrong_type", "a schema that is its own alternative fits nothing")]  # until it is known
         known[key] = list(_new_problems(value, schema, where, root, part, known))
     return known[key]
 
@@ -226,7 +237,7 @@ def _new_problems(value, schema, where, root, part, known):
             or "enum" in schema and not any(_same(value, x) for x in schema["enum"])
             or "const" in schema and not _same(value, schema["const"])
             or any(schema.get(word) and all(map(check, schema[word])) for word in ("anyOf", "oneOf"))):
-        yield "wrong_type", f"{label} must be {_type(schema, False, root)}, not {_shown(value)}"
+        yield "wrong_type", f"{label} must be {_type(schema, root=root)}, not {_shown(value)}"
         return
     for word, (bounded, fits) in BOUNDS.items():
         if type(schema.get(word)) in (int, float) and type(value) in bounded and not fits(value, schema[word]):
@@ -417,10 +428,10 @@ def _narrows(fields, parameters):
 
 def render_tools(tools, style="signature") -> str:
     """The text that tells the model about its tools, one a line."""
-    if style not in ("signature", "described", "json"):
-        raise UserError(f"tool style {style!r}: must be 'signature', 'described' or 'json'")
+    if style not in ("signature", "described", "call", "json"):
+        raise UserError(f"tool style {style!r}: must be 'signature', 'described', 'call' or 'json'")
     tools = tools.values() if isinstance(tools, dict) else tools
-    return "\n".join(_dumps(tool.schema()) if style == "json" else tool.signature(style == "described") for tool in tools)
+    return "\n".join(_dumps(tool.schema()) if style == "json" else tool.signature(style) for tool in tools)
 
 
 # 2. the grammar of a call
@@ -510,6 +521,175 @@ def _clean(value, depth=0):
             raise ValueError("the same key twice in one object")
         return cleaned
     return SURROGATE.sub("\ufffd", value) if isinstance(value, str) else value
+
+
+def call_state(text, tools):
+    """Where a turn that begins with `text` stands: "outside" of a call, "inside" one that can still end well, or "invalid".
+
+    Invalid is a call that is not written `{"name": ..., "arguments": {...}}`, names no tool, has an argument that the
+    tool's schema does not know or of another type, or closes while a required one is missing.  Asked about each token
+    before it is taken, this makes a model keep to the schemas: constrained decoding (Willard & Louf 2023,
+    arXiv:2307.09702, with a reader of our own in place of their automaton).  Bounds and lengths are not read.
+    """
+    tools, reader = _by_name(tools), _CallReader(text)
+    while True:
+        start, stray = text.find("<tool_call>", reader.at), text.find("</tool_call>", reader.at)
+        if start < 0 or 0 <= stray < start:
+            return "outside" if stray < 0 else "invalid"
+        reader.at = start + len("<tool_call>")
+        try:
+            reader.call(tools)
+        except _Unfinished:
+            return "inside"
+        except (ValueError, RecursionError):
+            return "invalid"
+
+
+class _Unfinished(Exception):
+    """The text is at its end, and may go on."""
+
+
+class _CallReader:
+    """Reads a call that may not be finished. Each method moves `at` behind what it reads; it raises _Unfinished where the text
+    ends first, ValueError where no call can follow."""
+    INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)"), re.compile(r"-?(?:0|[1-9][0-9]*)?")  # finished, and not
+    NUMBER = (re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"),
+              re.compile(r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*|(?:\.[0-9]+)?[eE][+-]?[0-9]*)?)?"))
+    STRING = tuple(re.compile(r'"(?:[^"\\<\x00-\x1f]|<(?!/?tool_call>)|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*' + end) for end in ('"', r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?"))
+
+    def __init__(self, text):
+        self.text, self.at, self.known = text, 0, {}
+
+    def call(self, tools):
+        if not tools:
+            raise ValueError
+        self.words("{", '"name"', ":")
+        parameters = tools[json.loads(self.word(map(_dumps, tools)))].parameters
+        self.words(",", '"arguments"', ":")
+        self.peek()
+        self.object(_resolved(parameters, parameters), parameters)
+        self.words("}", "</tool_call>")
+
+    def peek(self):
+        """The next character. One blank or new line may stand before it; more might never end."""
+        self.at += self.text[self.at:self.at + 1] in (" ", "\n")
+        if self.at == len(self.text):
+            raise _Unfinished
+        return self.text[self.at]
+
+    def word(self, choices):
+        """One of these words -> which."""
+        choices = list(choices)
+        if not choices:
+            raise ValueError
+        self.peek()
+        rest = self.text[self.at:]
+        if any(word != rest and word.startswith(rest) for word in choices):
+            raise _Unfinished
+        if not (found := max(filter(rest.startswith, choices), key=len, default="")):
+            raise ValueError
+        self.at += len(found)
+        return found
+
+    def words(self, *words):
+        for word in words:
+            self.word([word])
+
+    def match(self, finished, unfinished):
+        if unfinished.fullmatch(self.text, self.at):
+            raise _Unfinished
+        if not (found := finished.match(self.text, self.at)):
+            raise ValueError
+        self.at = found.end()
+        return found[0]
+
+    def value(self, schema, root):
+        """A value of the schema's kind. No schema is asked twice of one place: alternatives that hold themselves would never end."""
+        self.peek()
+        key = self.at, id(schema)
+        if key not in self.known:
+            self.known[key] = ValueError  # what begins with itself
+            try:
+                self.new_value(_resolved(schema, root), root)
+                self.known[key] = self.at
+            except (_Unfinished, ValueError) as error:
+                self.known[key] = type(error)
+        if not isinstance(self.known[key], int):
+            raise self.known[key]
+        self.at = self.known[key]
+
+    def new_value(self, schema, root):
+        if "enum" in schema or "const" in schema:
+            return self.word(map(_dumps, schema.get("enum", [schema.get("const")])))
+        for word in ("anyOf", "oneOf"):
+            if schema.get(word) and "properties" not in schema:
+                return self.one_of(schema[word], root)
+        kinds = schema.get("type") or ["object"] * any("properties" in part for part in _parts(schema, root))
+        kinds = [kinds] if isinstance(kinds, str) else kinds
+        known = TYPES if not kinds or any(kind not in TYPES for kind in kinds) else kinds  # no type, or an unknown one: anything
+        types = {t for kind in known for t in TYPES[kind]} | ({type(None)} if schema.get("nullable") is True else set())
+        first = self.text[self.at]
+        if first == '"' and str in types:
+            self.match(*self.STRING)
+        elif first == "[" and list in types:
+            self.array(schema.get("items"), root)
+        elif first == "{" and dict in types:
+            self.object(schema, root)
+        elif first in "-0123456789" and int in types:
+            self.match(*(self.NUMBER if float in types else self.INTEGER))
+        else:
+            self.word(["true", "false"] * (bool in types) + ["null"] * (type(None) in types))
+
+    def one_of(self, schemas, root):
+        start, ends = self.at, []
+        for schema in schemas:
+            self.at = start
+            try:
+                self.value(schema, root)
+                ends.append(self.at)
+            except _Unfinished:
+                ends.append(math.inf)
+            except ValueError:
+                continue
+        if not ends:
+            raise ValueError
+        if max(ends) == math.inf:
+            raise _Unfinished
+        self.at = max(ends)
+
+    def array(self, items, root):
+        self.word("[")
+        if self.peek() == "]":
+            return self.word("]")
+        while True:
+            self.value(items if isinstance(items, dict) else ANYTHING, root)
+            if self.word("],") == "]":
+                return
+
+    def object(self, schema, root):
+        """Each property at most once, in any order; it closes when none is missing that is required."""
+        properties = {name: inner for part in reversed(_parts(schema, root)) for name, inner in part.get("properties", {}).items()}
+        others = "patternProperties" in schema or schema.get("additionalProperties", not properties and "properties" not in schema)
+        free = others is not False
+        required, seen = set(_required(schema, root)) & properties.keys(), set()
+        self.word("{")
+        if self.peek() == "}":
+            return self.word(["}"] * (not required))
+        while True:
+            start, left = self.at, [name for name in properties if name not in seen]
+            if free:
+                self.match(*self.STRING)
+            else:
+                self.word(map(_dumps, left))
+            name = json.loads(self.text[start:self.at])
+            if name in seen:
+                raise ValueError
+            seen.add(name)
+            self.word(":")
+            self.value(properties.get(name, others if isinstance(others, dict) else ANYTHING), root)
+            if self.word(["}"] * (required <= seen) + [","] * (free or len(left) > 1)) == "}":
+                return
+            self.peek()
 
 
 # 3. running a call

@@ -263,6 +263,22 @@ def test_demo_end_to_end_on_tiny(tmp_path, capsys):
         assert (tmp_path / "demo" / "demo.png").stat().st_size > 10000
 
 
+def test_calls_are_held_to_the_schemas_where_the_run_or_the_user_says_so(run, tmp_path, capsys, monkeypatch):
+    """eval, its BFCL suite, predict: the config's word, unless the command line has one."""
+    asked, cases, rollout = [], tmp_path / "cases.jsonl", toolplay.rollout
+    cases.write_text('{"id": 1, "prompt": "hi"}\n')
+    monkeypatch.setattr(toolplay, "rollout", lambda *args, **kwargs: asked.append(kwargs["constrained"]) or rollout(*args, **{**kwargs, "max_new_tokens": 4}))
+    held = tmp_path / "held"
+    shutil.copytree(run, held)
+    config = json.loads((held / "config.json").read_text())
+    toolplay.write_json(held / "config.json", {**config, "constrained": True})
+    for n, (verb, folder, flag, expected) in enumerate([("eval", run, [], False), ("eval", held, [], True), ("eval", held, ["--no-constrained"], False), ("predict", run, ["--constrained"], True), ("predict", held, [], True)]):
+        where = ["--data", cases, "--out", tmp_path / "r.json"] if verb == "eval" else ["--input", cases, "--output", tmp_path / f"{n}.jsonl"]
+        cli(verb, "--run", folder, *where, *flag, capsys=capsys)
+        assert asked.pop() is expected and not asked
+        assert verb == "predict" or json.loads((tmp_path / "r.json").read_text())["constrained"] is expected
+
+
 def test_full_fine_tuning_saves_a_model(tmp_path, capsys):
     cli("train", ROOT / "configs" / "sft_tiny.json", *TINY, "--lora_r=0", "--lr=0.0001", f"--run_dir={tmp_path / 'x'}", capsys=capsys)
     model, tokenizer, _ = toolplay.load_run(tmp_path / "x")

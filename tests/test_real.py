@@ -9,7 +9,7 @@ import lora
 import ppo
 import sft
 import toolplay
-from tools import load_tools
+from tools import Call, format_call, load_tools, render_tools
 
 PROMPTS = ["What is 17 * 23?", "How is the weather in Kuala Lumpur?", "Hi! How are you?"]
 
@@ -63,3 +63,17 @@ def test_it_learns_a_call_and_the_rollout_executes_it(real):
     with lora.lora_disabled(model):
         base = toolplay.token_logprobs(model, [row])
     assert (base - toolplay.token_logprobs(model, [row])).abs().max() > 0.5
+
+
+def test_in_the_form_of_a_call_names_have_the_tokens_that_are_to_be_written(real):
+    """What the style "call" is for: whatever of a call stands in the signature already can be copied token by token."""
+    _, tokenizer = real
+    tool = {"name": "bookStudyRoom", "description": "Book a room.", "parameters": {"type": "object", "properties": {
+        "pickup_branch": {"type": "string"}, "seats": {"type": "integer"}, "equipment": {"type": "string"}}}}
+    said = tokenizer.encode(format_call(Call("bookStudyRoom", {"pickup_branch": "x", "seats": 8, "equipment": "y"})))
+    copied = {}
+    for style in ("described", "call"):
+        shown = tokenizer.encode(render_tools(load_tools([tool]), style))
+        pairs = set(zip(shown, shown[1:]))
+        copied[style] = sum(pair in pairs for pair in zip(said, said[1:])) / (len(said) - 1)
+    assert copied["call"] > 4 * copied["described"] and copied["call"] > 0.5, copied

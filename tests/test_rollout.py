@@ -4,6 +4,7 @@ Multi-turn tests need a model that calls tools. `Script` makes any model say a g
 token and nothing else, so caches, masks and log-probs are those of the real (random) model.
 """
 import json
+import math
 import os
 
 import pytest
@@ -446,3 +447,46 @@ def test_tools_of_a_conversation_bring_no_code(llama, monkeypatch):
         Script(patch, {"x": [format_call(Call("x", {})), "done"]})
         episode = run(llama, [ask("x", [schema])], max_new_tokens=100)[0]
     assert episode.results[0].error_type == "not_executable"
+
+
+# ---------------------------------------------------------------- constrained decoding
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_calls_keep_to_the_schema(name, monkeypatch):
+    """The script wants a wrong parameter, a wrong value, a decimal for an integer, and to end too early; what it wants is refused there alone."""
+    class Wishes(Script):
+        def sample(self, logits, draws, temperature, top_p):
+            wished = [self.next(self.rows[int(n)]) for n in logits[:, -1]]
+            tokens = [t if row[t] > -torch.inf else int(row[:-1].argmax()) for t, row in zip(wished, logits)]
+            return tokens, [0.0] * len(tokens)
+    schema = {"name": "set_oven", "description": "Heat.", "parameters": {"type": "object", "required": ["unit", "degrees"],
+              "properties": {"unit": {"type": "string", "enum": ["celsius", "kelvin"]}, "degrees": {"type": "integer"}}}}
+    written = '<tool_call>{"name": "set_open", "arguments": {"unix": "celsiuz", "degrees": 1.5}}</tool_call>'
+    whole = format_call(Call("set_oven", {"unit": "celsius", "degrees": 15}))
+    early = '<tool_call>{"name": "set_oven", "arguments": {"unit": "celsius"}<|im_end|>'
+    chats = [{"messages": [{"role": "user", "content": text}], "tools": [schema]} for text in ("a", "b", "c", "d")]
+    with monkeypatch.context() as patch:
+        Wishes(patch, {"a": [written + "<|im_end|>"], "b": [whole + "<|im_end|>"], "c": ["Hello.<|im_end|>"], "d": [early]})
+        free = run(model(name), chats, max_new_tokens=130)
+        held = run(model(name), chats, max_new_tokens=130, constrained=True)
+    assert [e.calls[0].name for e in free[:2]] == ["set_open", "set_oven"] and free[3].errors
+    assert held[0].turns[0].startswith('<tool_call>{"name": "set_oven", "arguments": {"unit": "celsius", "degrees": 1')
+    assert [r.error_type for r in held[0].results] != ["unknown_tool"] and not held[3].turns[0].startswith(early[:-10])
+    assert [e.ids for e in held[1:3]] == [e.ids for e in free[1:3]]  # what is right is left alone
+    for e in held[:2]:
+        assert not e.errors and all(r.error_type not in ("unknown_tool", "unknown_argument", "wrong_type", "missing_argument") for r in e.results)
+
+
+def test_a_refused_token_is_drawn_again_in_proportion():
+    import numpy as np
+    logits, rng = torch.tensor([2.0, 1.0, 0.5, 0.0]), np.random.default_rng(0)
+    allowed = lambda *token: "inside" if not token or token[0] in (1, 3) else "invalid"  # noqa: E731
+    drawn = [toolplay.valid_token(logits, *(x[0] for x in toolplay.sample(logits[None], [rng.random()], 1.0, 1.0)), allowed, set(), rng, 1.0, 1.0) for _ in range(4000)]
+    policy = torch.log_softmax(logits, -1)
+    assert {t for t, _ in drawn} == {1, 3} and all(abs(logp - float(policy[t])) < 1e-6 for t, logp in drawn)
+    share = sum(t == 1 for t, _ in drawn) / len(drawn)
+    assert abs(share - 1 / (1 + math.exp(-1))) < 0.03
+    assert torch.equal(logits, torch.tensor([2.0, 1.0, 0.5, 0.0]))
+    assert toolplay.valid_token(logits, 0, -0.5, allowed, {1}, rng, 0, 1.0)[0] == 3  # a turn does not end inside a call
+    assert toolplay.valid_token(logits, 0, -0.5, lambda *token: "invalid", set(), rng, 0, 1.0) == (0, -0.5)  # broken before
+    assert toolplay.valid_token(logits, 0, -0.5, lambda *token: "invalid" if token else "inside", set(), rng, 0, 1.0, tries=3) == (0, -0.5)  # nothing is right

@@ -6,6 +6,7 @@ import faulthandler
 import functools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tools
-from tools import (BUILTIN, CORPORA, Call, CallError, Result, Tool, ToolError, UserError, calculate, execute, format_call,
+from tools import (BUILTIN, CORPORA, Call, CallError, Result, Tool, ToolError, UserError, calculate, call_state, execute, format_call,
                    format_result, load_tools, parse_calls, render_tools, search, tool, tool_from_schema, weather)
 
 
@@ -294,6 +295,9 @@ def test_signature_of_nested_types():
     inner["properties"]["b"]["description"] = "two\n  lines"
     assert render_tools([made], "described").startswith("math.sum-up(xs: array<array<integer>>, o?: object{a: string, b?: integer (two lines)}, e?: ")
     assert "(two" not in render_tools([made])
+    assert render_tools([made], "call") == ('{"name": "math.sum-up", "arguments": {"xs": array<array<integer>>, "o": {"a": string, "b": integer? (two lines)}?, '
+                                            '"e": "a" | 2 | "é"?, "n": string | null?, "z": any?}} - Adds things.')
+    assert Tool("f", "", {}).signature("call") == '{"name": "f", "arguments": {}}'
 
 
 def test_tool_from_schema():
@@ -1040,7 +1044,7 @@ def test_docstrings_of_three_styles(text):
     def add(x: int, y: int = 1):
         return x + y
     add.__doc__ = text
-    assert tool(add).signature(True) == "add(x: integer (The first, and more.), y?: integer = 1 (The second.)) - Add two numbers."
+    assert tool(add).signature("described") == "add(x: integer (The first, and more.), y?: integer = 1 (The second.)) - Add two numbers."
 
 
 def test_a_word_with_a_colon_is_no_section():
@@ -1051,7 +1055,7 @@ def test_a_word_with_a_colon_is_no_section():
         Args:
           x: first
         """
-    assert tool(f).signature(True) == "f(x: integer (first)) - Formula: x + 1"
+    assert tool(f).signature("described") == "f(x: integer (first)) - Formula: x + 1"
 
 
 def test_schemas_as_they_are_found():
@@ -1073,3 +1077,63 @@ def test_schemas_as_they_are_found():
 def test_what_is_no_trailing_comma(arguments):
     calls, errors = parse_calls(f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>')
     assert not calls and len(errors) == 1
+
+
+# ---------------------------------------------------------------- constrained decoding
+
+ODD = [tool_from_schema({"name": name, "description": "d", "parameters": parameters}) for name, parameters in {
+    "f": {"type": "object", "required": ["a", "o"], "properties": {
+        "a": {"type": "string"}, "n": {"type": "number"}, "i": {"type": "integer"}, "b": {"type": "boolean"}, "e": {"enum": ["x", "xy", 1, 12]},
+        "l": {"type": "array", "items": {"type": "integer"}}, "o": {"type": "object", "properties": {"q": {"type": "string"}, "z": {"type": "number"}}, "required": ["q"]},
+        "u": {"anyOf": [{"type": "integer"}, {"type": "number"}, {"type": "null"}]}, "any": {}}},
+    "f.empty": {"type": "object", "properties": {}},
+    "tree": {"type": "object", "properties": {"t": {"$ref": "#/$defs/t"}},
+             "$defs": {"t": {"anyOf": [{"$ref": "#/$defs/t"}, {"type": "array", "items": {"$ref": "#/$defs/t"}}, {"type": "string"}]}}},
+    "open": {"type": "object", "properties": {"k": {"type": "integer"}}, "additionalProperties": {"type": "boolean"}},
+    "both": {"allOf": [{"properties": {"p": {"type": "string", "nullable": True}}, "required": ["p"]}, {"properties": {"q": {"const": 3}}}]}}.items()]
+VALID = [Call("f", {"a": 'hi "<\u00e9\\', "o": {"q": "s"}, "n": -1.5e-3, "i": 12, "b": True, "e": 12, "l": [1, -2], "u": None, "any": {"x": [1, {"y": None}]}}),
+         Call("f", {"o": {"z": 0, "q": "\n"}, "a": "", "l": [], "e": "xy", "u": 2.5}), Call("f.empty", {}), Call("tree", {"t": [["a"], []]}),
+         Call("open", {"k": 1, "more": True}), Call("both", {"p": None, "q": 3})]
+
+
+@pytest.mark.parametrize("call", VALID)
+def test_a_valid_call_can_be_written_to_its_end(call):
+    text = "Sure. " + format_call(call) + "\n" + format_call(VALID[2]) + " done"
+    states = [call_state(text[:n], ODD) for n in range(len(text) + 1)]
+    assert "invalid" not in states and states[0] == states[-1] == "outside" and states[6 + len("<tool_call>")] == "inside"
+
+
+@pytest.mark.parametrize("call", VALID)
+def test_what_may_end_is_a_call_that_runs(call):
+    """Of texts with one letter changed: whatever is let through to its end is read by parse_calls and fits its schema."""
+    rng, whole, ended = random.Random(0), format_call(call), 0
+    for _ in range(1500):
+        n = rng.randrange(len(whole))
+        text = whole[:n] + rng.choice('{}[]",: 0159.eE-xyabqtrufnlso\\<') + whole[n + rng.choice([0, 1]):]
+        if call_state(text, ODD) == "outside" and "<tool_call>" in text:
+            calls, errors = parse_calls(text)
+            ended += 1
+            assert not errors and all(not tools._problems(c.arguments, next(t for t in ODD if t.name == c.name).parameters) for c in calls), text
+    assert ended
+
+
+@pytest.mark.parametrize("text", ['{"name": "z', '{"name": "f", "arguments": {"c', '{"name": "f", "arguments": {"a": "x"}', '{"name": "f.empty", "arguments": {"', '{"name": "f", "arguments": {"a": "x<tool_call>',
+                                  '{"name": "f", "arguments": {"a": "x", "a"', '{"name": "f", "arguments": {"i": 1.', '{"name": "f", "arguments": {"l": [1, "', '{"name": "f", "arguments": {"o": {}', '{"a',
+                                  '{"name": "f", "arguments": {"n": 01', '{"name": "f", "arguments": {"e": "xyz', '{"name": "f", "arguments": {"u": t', '{"name": "f",  ', '{"name": "open", "arguments": {"m": 1', '{"name": "both", "arguments": {"q": 4',
+                                  '{"name": "f", "arguments": {"a": "\\x', '{"name": "f.empty", "arguments": {}}}', '{"name": "f.empty", "arguments": {}}</tool_call></tool_call>', '{"name": "both", "arguments": {}'])
+def test_what_cannot_become_a_call(text):
+    assert call_state("<tool_call>" + text, ODD) == "invalid"
+    assert call_state("<tool_call>" + text[:-1], ODD) == "inside" or text.endswith(("</tool_call>", "<tool_call>"))
+
+
+def test_call_state_is_quick_and_never_raises():
+    start = time.monotonic()
+    for text in ("[" * 30000, "[" * 100, '["' * 300, "-" * 9999, '{"x": ' * 5000):
+        for name in ("tree", "f"):
+            assert call_state(f'<tool_call>{{"name": "{name}", "arguments": {{"t": ' + text, ODD) in ("inside", "invalid")
+            assert call_state('<tool_call>{"name": "f", "arguments": {"any": ' + text, ODD) in ("inside", "invalid")
+    assert time.monotonic() - start < 5
+    assert call_state("<tool_call>", {}) == call_state("</tool_call>", ODD) == "invalid" and call_state("</tool_cal", ODD) == "outside"
+    assert [call_state('<tool_call>\n{"name":"f.empty","arguments":{}}\n</tool_call>', ODD)] == ["outside"]  # as Qwen writes it
+    loop = {"type": "object", "properties": {"t": {"anyOf": [{"$ref": "#/properties/t"}, {"$ref": "#/properties/t"}]}}}
+    assert execute(Call("loop", {"t": 1}), [tool_from_schema({"name": "loop", "description": "d", "parameters": loop}, print)]).error_type == "wrong_type"
