@@ -431,19 +431,29 @@ class Trie:
 
         def attention(module, q, k, v, scaling):
             groups = q.shape[1] // k.shape[1]  # grouped-query attention: that many query heads read one key head
+            # In bf16 on CPUs torch's fused kernel takes twice as long as two plain products.
+            attend = plain_attention if v.dtype is torch.bfloat16 and v.device.type == "cpu" else F.scaled_dot_product_attention
+            if attend is plain_attention:
+                q, k = q.to(v.dtype), k.to(v.dtype)  # as autocast would, piece by piece
             out, ks, vs = [], k.split(sizes, 2), v.split(sizes, 2)
             for s, q_s in enumerate(q.split(sizes, 2)):
                 size, context = sizes[s], above[s]
-                if (s, groups) not in masks:
-                    allowed = torch.ones(size, context + size, dtype=torch.bool, device=device).tril(context)
-                    masks[s, groups] = allowed.repeat(groups, 1)
+                if (s, groups, attend) not in masks:
+                    allowed = torch.ones(size, context + size, dtype=torch.bool, device=device).tril(context).repeat(groups, 1)
+                    masks[s, groups, attend] = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, float("-inf")) if attend is plain_attention else allowed
                 k_s = torch.cat([ks[a] for a in self.ancestors[s]] + [ks[s]], 2)
                 v_s = torch.cat([vs[a] for a in self.ancestors[s]] + [vs[s]], 2)
                 folded = q_s.reshape(1, k.shape[1], groups * size, q.shape[3])
-                o = F.scaled_dot_product_attention(folded, k_s, v_s, attn_mask=masks[s, groups], scale=scaling)
+                o = attend(folded, k_s, v_s, attn_mask=masks[s, groups, attend], scale=scaling)
                 out.append(o.reshape(1, q.shape[1], size, v.shape[3]))
             return torch.cat(out, 2)
         return attention
+
+
+def plain_attention(q, k, v, attn_mask, scale=None):
+    """softmax(scale q k^T + mask) v (Vaswani et al. 2017, eq. 1), [1, heads, ...] each but the mask, which is added to every head's scores."""
+    scores = torch.baddbmm(attn_mask, q[0], k[0].transpose(1, 2), alpha=scale or q.shape[-1] ** -0.5)
+    return torch.bmm(torch.softmax(scores, -1), v[0])[None]
 
 
 def common_prefix(a, b):
