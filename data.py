@@ -42,7 +42,7 @@ from collections import Counter
 from pathlib import Path
 
 from tools import (BUILTIN, TYPES, Call, Result, UserError, _loads, _problems, calculate, execute, format_call, format_result, load_tools, one_line_errors,
-                   render_tools, tool_from_schema)
+                   parse_calls, render_tools, tool_from_schema)
 
 CORPORA = Path(__file__).parent / "configs" / "corpora"
 SYSTEM = "You are a helpful assistant."
@@ -213,7 +213,9 @@ def encode(conversation, tokenizer, style="signature", generation=False):
     With `generation` the assistant's header is appended: the prompt for the next turn.
     Raises UserError when the conversation is malformed.
     """
-    parts = pieces(turns(check_conversation(conversation), style), tokenizer, generation)
+    conversation = check_conversation(conversation)
+    parts, weights = pieces(turns(conversation, style), tokenizer, generation), iter([m.get("weight", 1) for m in conversation["messages"] if m["role"] == "assistant"])
+    parts = [(ids, trained and next(weights, 1)) for ids, trained in parts]  # "weight": 0 as OpenAI has it: a turn that is not learned
     return [i for ids, _ in parts for i in ids], [t for ids, t in parts for _ in ids]
 
 
@@ -243,35 +245,43 @@ def check_conversation(conversation):
     messages = [_check_message(message, n) for n, message in enumerate(conversation["messages"])]
     if late := [n for n, message in enumerate(messages) if n and message["role"] == "system"]:
         raise UserError(f"message {late[0]}: a system message can only be the first")
-    tools = conversation.get("tools") or []
+    tools = conversation.get("tools") or conversation.get("functions") or []  # the older name
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) or []
         except ValueError:
             raise UserError('"tools" must be a list, or its JSON text') from None
+    if isinstance(tools, list):  # each as JSON text of its own
+        with contextlib.suppress(ValueError):  # what is none is said by load_tools
+            tools = [json.loads(t) if isinstance(t, str) and t.lstrip().startswith("{") else t for t in tools]
     tools = load_tools([without_function(t) for t in tools] if isinstance(tools, (list, tuple)) else tools)
     checked = {**conversation, "messages": _in_call_order(messages), "tools": list(tools.values())}
     try:
         "".join(text for _, text in turns(checked)).encode()
-    except ValueError as error:  # NaN in an argument, half a surrogate pair: nothing that could be written into a prompt
+    except (ValueError, RecursionError) as error:  # NaN in an argument, half a surrogate pair: nothing that could be written into a prompt
         raise UserError(f"it cannot be written as text ({error})") from None
     return checked
 
 
 def _check_message(message, n):
-    if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant", "tool"):
+    if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant", "tool", "function"):
         raise UserError(f'message {n}: "role" must be system, user, assistant or tool')
-    role, content, calls = message["role"].replace("developer", "system"), message.get("content"), message.get("tool_calls") or []
+    role, content, calls = {"developer": "system", "function": "tool"}.get(message["role"], message["role"]), message.get("content"), message.get("tool_calls") or []
+    if not calls and isinstance(message.get("function_call"), dict):  # OpenAI's first spelling
+        calls = [message["function_call"]]
+    if message.get("weight", 1) not in (0, 1) or not message.get("weight", 1) and role != "assistant":
+        raise UserError(f'message {n}: "weight" is 0 or 1, of an assistant message')
     parts = isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
     if parts and (role != "tool" or content and all(part.get("type") == "text" for part in content)):  # a tool's list may be its result
         content = "".join(part["text"] for part in content)
-    if role == "tool" and content is not None and not isinstance(content, str):
+    if role == "tool" and not isinstance(content, str):
         content = json.dumps(content, ensure_ascii=False)
     if content is None and not calls or not isinstance(content, (str, type(None))):
-        raise UserError(f'message {n}: "content" ' + ("is missing" if content is None else "must be a string"))
+        other = isinstance(content, list) and next((str(part.get("type"))[:20] for part in content if isinstance(part, dict) and part.get("type") != "text"), None)
+        raise UserError(f'message {n}: "content" ' + ("is missing" if content is None else f"holds a part of type {other!r}; only text can be read" if other else "must be a string"))
     if not isinstance(calls, list) or calls and role != "assistant":
         raise UserError(f'message {n}: "tool_calls" is a list in an assistant message')
-    clean = {"role": role, "content": content or ""}
+    clean = {"role": role, "content": content or "", **({"weight": 0} if not message.get("weight", 1) else {})}
     if calls:
         clean["tool_calls"] = [_check_call(call, n) for call in calls]
         clean["ids"] = [call.get("id") for call in calls]
@@ -282,8 +292,14 @@ def _in_call_order(messages):
     """Tool results that name their calls, in the order of these; the ids go."""
     for n, message in enumerate(messages):
         ids = message.pop("ids", [])
-        order, results = list(map(str, ids)), messages[n + 1:n + 1 + len(ids)]
-        if None not in ids and len(set(order)) == len(order) and sorted(str(m["id"]) for m in results if m["role"] == "tool") == sorted(order):
+        order = list(map(str, ids))
+        if not ids or None in ids or len(set(order)) < len(order):
+            continue
+        results = list(itertools.takewhile(lambda m: m["role"] == "tool", messages[n + 1:]))
+        answered = [str(m["id"]) for m in results if m["id"] is not None]
+        if len(answered) == len(results) and results:
+            if sorted(answered) != sorted(order):
+                raise UserError(f"message {n}: its calls have the ids {', '.join(order)[:80]}, the results behind it answer {', '.join(answered)[:80]}")
             messages[n + 1:n + 1 + len(ids)] = sorted(results, key=lambda m: order.index(str(m["id"])))
     return [{key: value for key, value in m.items() if key != "id"} for m in messages]
 
@@ -302,9 +318,9 @@ def _check_call(call, n):
     arguments = call.get("arguments") if isinstance(call, dict) else None
     if isinstance(arguments, str):  # OpenAI sends arguments as a JSON string
         with contextlib.suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = _loads(arguments) if arguments.strip() else {}
     arguments = {} if arguments is None else arguments
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"].strip() or not isinstance(arguments, dict):
         raise UserError(f'message {n}: a tool call needs "name" (a string) and "arguments" (an object, or its JSON text)')
     return {"name": call["name"], "arguments": arguments}
 
@@ -316,6 +332,9 @@ def read_jsonl(path, check=check_conversation, report=None):
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
+    with contextlib.suppress(ValueError, RecursionError):
+        if lines and lines[0].decode("utf-8-sig").lstrip().startswith("[") and isinstance(items := json.loads(b"\n".join(lines).decode("utf-8-sig")), list):
+            lines = [json.dumps(item).encode() for item in items]  # one JSON array
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -326,7 +345,10 @@ def read_jsonl(path, check=check_conversation, report=None):
             good.append(check(item))
         except (ValueError, RecursionError) as error:  # UserError, bad JSON and bad UTF-8 are all ValueErrors
             bad += 1
-            print(f"{path}, line {number}: {error or type(error).__name__}; skipped", file=report or sys.stderr)
+            if report or bad <= 20:
+                print(f"{path}, line {number}: {error or type(error).__name__}; skipped", file=report or sys.stderr)
+    if bad > 20 and not report:
+        print(f"{path}: and {bad - 20} more lines skipped", file=sys.stderr)
     if not good:
         raise UserError(f"{path}: no usable line ({bad} bad)" if bad else f"{path}: the file is empty")
     return good
@@ -400,7 +422,7 @@ def colour(value):
 @functools.lru_cache(maxsize=None)
 def taken_pairs():
     """Pairs of numbers in the examples that are written out in full: these are in the train split."""
-    texts = [e["prompt"] for e in corpus("canonical.json")["examples"]] + [p["question"] for p in corpus("gsm8k_short.jsonl")[1:]]
+    texts = [e["prompt"] for e in corpus("canonical.json")["examples"]]
     numbers = [[float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", text)] for text in texts]
     return {frozenset(pair) for found in numbers for pair in itertools.combinations(found, 2) if pair[0] != pair[1]}
 
@@ -732,9 +754,6 @@ class Writer:
         return self.calculation("everyday.json", spoken=SPOKEN)
 
     def word_problem(self, steps=None):
-        if self.split == "train" and steps != 1 and self.rng.random() < 0.15:
-            problem = self.rng.choice(corpus("gsm8k_short.jsonl")[1:])
-            return problem["question"], [Call("calculator", {"expression": problem["expression"]})], "gsm8k", {}
         return self.calculation(self.rng.choice(["stories_add.json", "stories_mul.json"]), lambda family: steps in (None, family["steps"]))
 
     one_step, two_steps = functools.partialmethod(word_problem, 1), functools.partialmethod(word_problem, 2)
@@ -1019,6 +1038,7 @@ def generate(split, n, seed=0, mix=None):
 # descriptions must be read (function masking, Lin et al. 2024, arXiv:2410.04587).
 STYLES = {"snake": lambda domain, words: "_".join(words), "camel": lambda domain, words: words[0] + "".join(w.capitalize() for w in words[1:]),
           "dotted": lambda domain, words: f"{domain}.{'_'.join(words)}"}
+MEANINGLESS = {"train": "func", "dev": "method", "test": "api"}
 NAMED = ["{n} {v}", "{n}: {v}", "{n} = {v}"]
 ALONE_TOO = re.compile("(on|for|from|to|with|at|by|under|until|via|as|using|before|after|since|through) ")  # phrases that may stand in any order
 LATER = {"return", "end", "until", "last", "to", "back"}  # words in the name of the second of two dates
@@ -1071,7 +1091,7 @@ class ApiWriter:
             taken = [q["name"] for q in shown + parameters]
             parameters.append({**p, "name": words if words not in taken else p["name"], "called": p["name"]})
         words = rng.random() < 0.4 and telling_words(rng.choice(function["descriptions"])) or function["words"]
-        return {**function, "parameters": parameters, "shown": ["func", str(number + 1)] if self.masked else words}
+        return {**function, "parameters": parameters, "shown": [MEANINGLESS[self.split], str(number + 1)] if self.masked else words}
 
     def key(self, parameter):
         """A parameter's name in this style; dotted names have snake parameters."""
@@ -1455,8 +1475,9 @@ def toolbench_function(function):
         if "type" in kept and not isinstance(kept["type"], list) and kept["type"] not in TYPES:
             kept["type"] = API_TYPES.get(str(kept["type"]).upper(), "string")
         return kept
-    known_as = {name: name if re.fullmatch(r"\w+", name) else standard_name(name) for name in parameters.get("properties") or {}}
-    properties = {known_as[name]: field(given) for name, given in (parameters.get("properties") or {}).items()}
+    known_as = {name: standard_name(name) or name for name in parameters.get("properties") or {}}
+    properties = {known_as[name]: field(given) for name, given in reversed((parameters.get("properties") or {}).items())}  # of two of a name, the first
+    properties = {name: properties[name] for name in known_as.values()}
     name = function["name"] if re.fullmatch(r"\w{64}", function["name"]) else standard_name(function["name"])[-64:]  # one of 64 characters is the end of a longer one
     return {"name": name, "description": text, "parameters": {"type": "object", "properties": properties, "required": [known_as[name] for name in parameters.get("required") or [] if name in known_as]}}
 
@@ -1513,7 +1534,9 @@ def toolbench_steps(shape, item):
         return [toolbench_api(api) for api in item["api_list"]], [("user", item["query"], None)]
     if shape == "answer tree":
         answer = item["answer_generation"]
-        if not answer.get("train_messages"):
+        if not isinstance(answer["train_messages"], list):
+            raise TypeError("train_messages is no list")
+        if not answer["train_messages"]:
             raise Unusable("no train_messages: the search found no answer")
         # Cumulative: one list a step. The longest one holds them all.
         functions, steps = answer["function"], [(m["role"], m.get("content") or "", (m["function_call"]["name"], m["function_call"].get("arguments") or "{}") if m.get("function_call") else None)
@@ -1580,12 +1603,12 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
         for tool in found:
             tools.setdefault(tool["name"], tool)  # of two of a name ToolBench runs the first
         names = {standard_name(name)[-64:]: name for name in reversed(tools)}
-        messages, dropped, unended, clipped, finished, thoughts = [], 0, 0, False, False, []
+        messages, dropped, unanswered, unended, clipped, finished, thoughts = [], 0, 0, 0, False, False, []
         waiting = skipped = False  # the call before: waits for its result, or was left out with it
         for role, text, call in steps:
             if waiting and (role == "user" or call):  # a call without a result: no turn can follow it
                 messages.pop()
-                dropped, waiting = dropped + 1, False
+                dropped, unanswered, waiting = dropped + 1, unanswered + 1, False
             if role == "user" and messages and any(thoughts):  # words to the user, who answers
                 messages.append({"role": "assistant", "content": "\n".join(filter(None, thoughts))})
                 thoughts = []
@@ -1625,7 +1648,7 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
         if not messages or messages[0]["role"] != "user" or not messages[0]["content"]:
             raise Unusable("nobody asks for anything")
         if dropped and not any(m.get("tool_calls") for m in messages):
-            raise Unusable("all its calls are broken or made up")
+            raise Unusable("its calls have no results" if dropped == unanswered else "all its calls are broken or made up")
         if not finished and shape != "instruction":
             raise Unusable("it gives up, or its Finish is broken" if unended else "no Finish: a step of a longer conversation, or cut off")
         return check_conversation({"kind": "toolbench", "messages": messages, "tools": list(tools.values())}), dropped + unended, clipped
@@ -1804,6 +1827,9 @@ def dataset(config, tokenizer):
         conversation = check_conversation(item)
         if all(m["role"] != "assistant" for m in conversation["messages"]):
             raise UserError("it has no assistant message, so nothing in it is trained")
+        for role, text in turns(conversation):
+            if role == "assistant" and (broken := parse_calls(text)[1]):
+                raise UserError(f"an assistant turn holds a call that cannot be read ({broken[0].reason})")
         return conversation
     train, held_out = (conversations(config, split, tokenizer, trained) for split in ("train", "dev"))
     return encode_all(train, tokenizer, config, "training"), encode_all(held_out, tokenizer, config, "evaluation") if held_out else []

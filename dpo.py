@@ -128,6 +128,8 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
     -> (loss summed over the pairs, info: sums over the pairs of rewards, margin, accuracy and log-probs).
     Raises ValueError for an unknown variant, for a beta or a smoothing that makes the loss meaningless, and without a reference that is needed.
     """
+    policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp = (  # half precision cannot tell 760 from 761
+        x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp))
     if not beta > 0:
         raise ValueError(f"beta = {beta}: must be above 0")
     if variant not in VARIANTS:
@@ -168,6 +170,7 @@ def sequence_logp(logp, mask, mean=False):
 
 # --------------------------------------------------------------------------- 2. pairs by corruption
 
+GIVEN = "given"  # why, of a pair that a file holds
 # A pair: two rows (ids, mask) that share their prompt, and what is wrong with the second.
 Pair = namedtuple("Pair", "chosen rejected why")
 Unit = namedtuple("Unit", "chosen rejected ref_chosen ref_rejected")  # the same in training, with the reference's log-probs
@@ -198,23 +201,36 @@ def malformed(conversation, rng):
 
 
 def wrong_argument(conversation, rng):
-    """An operator or a number changed, half of a city's name, a word of the question left out."""
+    """An operator or a number changed, half of a city's name, a word of the question left out, a list's last item gone."""
     from eval import same_call  # here, so that this file alone gives the losses
     from tools import Call
     at, calls = first_call(conversation)
-    texts = [(key, value) for key, value in (calls[0]["arguments"].items() if calls else ()) if isinstance(value, str)]
-    if not texts:
+    changeable = [(key, value) for key, value in (calls[0]["arguments"].items() if calls else ()) if isinstance(value, (str, int, float)) or isinstance(value, list) and value]
+    if not changeable:
         return None
-    key, value = rng.choice(texts)
+    key, value = rng.choice(changeable)
+    if isinstance(value, bool):
+        changes = [not value]
+    elif isinstance(value, (int, float)):
+        changes = [value + rng.randint(1, 9)]
+    elif isinstance(value, list):
+        changes = [value[:-1]]
+    else:
+        changes = changed_text(key, value, rng)
+    worse = [{**calls[0], "arguments": {**calls[0]["arguments"], key: c}} for c in changes]
+    worse = [call for call in worse if not same_call(Call(**calls[0]), Call(**call))]  # a filler word less is no fault
+    return until(conversation, at, tool_calls=[rng.choice(worse), *calls[1:]]) if worse else None
+
+
+def changed_text(key, value, rng):
+    """What a text argument may be mistaken for; some of it may be the same still."""
     words = value.split()
     left_out = rng.randrange(max(len(words), 1))
     changes = [re.sub(r"\d(?=\D*$)", lambda m: str((int(m.group()) + rng.randint(1, 9)) % 10), value, count=1),
                value.translate(str.maketrans("+-*/", "-+/*")) if key == "expression" else value,
                " ".join(w for i, w in enumerate(words) if i != left_out) if len(words) > 1 else value[:-2],
                {"celsius": "fahrenheit", "fahrenheit": "celsius"}.get(value, value)]
-    worse = [{**calls[0], "arguments": {**calls[0]["arguments"], key: c}} for c in changes if c.strip()]
-    worse = [call for call in worse if not same_call(Call(**calls[0]), Call(**call))]  # a filler word less is no fault
-    return until(conversation, at, tool_calls=[rng.choice(worse), *calls[1:]]) if worse else None
+    return [change for change in changes if change.strip()]
 
 
 def missing_argument(conversation, rng):
@@ -352,11 +368,17 @@ def parted(pair, tokens):
 
     Call or talk, this tool or that one, another call or the end: each is decided by a token or two. DPO over whole answers also
     pushes down what follows a wrong decision, and calls are all alike there: soon none is well-formed. A pair whose answers do
-    not part in words of the model (one begins with the whole other) is left as it is.
+    not part in words of the model (one begins with the whole other) is left as it is; so is a given one, whose answers are
+    whatever somebody preferred.
     """
     at = next((t for t, (a, b) in enumerate(zip(pair.chosen[0], pair.rejected[0])) if a != b), 0)
     rows = [(ids[:at + tokens], [0] * at + list(mask[at:at + tokens])) for ids, mask in pair[:2]]
-    return Pair(*rows, pair.why) if tokens and all(any(mask) for _, mask in rows) else pair
+    return Pair(*rows, pair.why) if tokens and pair.why != GIVEN and all(any(mask) for _, mask in rows) else pair
+
+
+def is_pair(line):
+    """Whether a line means to be a pair, whatever else it holds (UltraFeedback's have "messages" too)."""
+    return isinstance(line, dict) and bool({"chosen", "rejected"} & set(line))
 
 
 def read_pair(line, tokenizer, style="signature"):
@@ -370,7 +392,7 @@ def read_pair(line, tokenizer, style="signature"):
     from tools import UserError
     if not isinstance(line, dict) or not {"chosen", "rejected"} <= set(line):
         raise UserError('a pair is an object with "prompt", "chosen" and "rejected"')
-    as_messages = lambda x, role: [{"role": role, "content": x}] if isinstance(x, str) else x  # noqa: E731
+    as_messages = lambda x, role: [{"role": role, "content": x}] if isinstance(x, str) else [x] if isinstance(x, dict) else x  # noqa: E731
     prompt, chosen, rejected = as_messages(line.get("prompt") or [], "user"), as_messages(line["chosen"], "assistant"), as_messages(line["rejected"], "assistant")
     if not all(isinstance(part, list) for part in (prompt, chosen, rejected)):
         raise UserError('"prompt", "chosen" and "rejected" are texts or lists of messages')
@@ -401,7 +423,7 @@ def read_pair(line, tokenizer, style="signature"):
     if not shared:
         raise UserError('the pair has no "prompt", and chosen and rejected have no messages in common that could be it')
     # What both share is prompt: in mean log-probs (ipo, simpo) it would not cancel.
-    pair = pair_of({"messages": chosen[:shared], **prompt_tools}, chosen[shared:], rejected[shared:], tokenizer, style, "given")
+    pair = pair_of({"messages": chosen[:shared], **prompt_tools}, chosen[shared:], rejected[shared:], tokenizer, style, GIVEN)
     if not all(any(mask) for _, mask in pair[:2]):
         raise UserError("chosen and rejected must each hold an assistant message")
     if len({tuple(i for i, m in zip(ids, mask) if m) for ids, mask in pair[:2]}) == 1:
@@ -450,7 +472,8 @@ def train(run):
     pairs, held_out = [[parted(pair, config.parting) for pair in part] for part in (pairs, held_out)]
     tokens = sum(len(ids) for pair in pairs for ids, _ in pair[:2])
     nodes = sum(len(toolplay.Trie([list(ids) for ids, _ in pair[:2]])) for pair in pairs)
-    print(f"{len(pairs)} pairs: {tokens} tokens, {nodes} trie nodes, {tokens / nodes:.2f} times fewer for sharing the prompt within a pair alone", file=sys.stderr)
+    if run.rank == 0:
+        print(f"{len(pairs)} pairs: {tokens} tokens, {nodes} trie nodes, {tokens / nodes:.2f} times fewer for sharing the prompt within a pair alone", file=sys.stderr)
 
     def tokens_of(group):
         """Log-probs of the answers' tokens, chosen and rejected by turns, and their masks -> [2 B, T], [2 B, T]."""
@@ -503,7 +526,7 @@ def datasets(config, tokenizer):
     from tools import UserError
     out = []
     for split in ("train", "dev"):
-        made = data.conversations(config, split, tokenizer, lambda line: data.check_conversation(line) if isinstance(line, dict) and "messages" in line else
+        made = data.conversations(config, split, tokenizer, lambda line: data.check_conversation(line) if isinstance(line, dict) and "messages" in line and not is_pair(line) else
                                   read_pair(line, tokenizer, config.tool_style))
         pairs = [x for x in made if isinstance(x, Pair)]
         pairs += corrupted_pairs([x for x in made if not isinstance(x, Pair)], tokenizer, config.seed, config.tool_style, config.faults)
@@ -586,7 +609,7 @@ def prompts_of(config, split, tokenizer):
     from tools import BUILTIN
 
     def usable(line):  # here, where a bad line still has its number
-        if isinstance(line, dict) and {"chosen", "rejected"} & set(line) and "messages" not in line:
+        if is_pair(line):
             return read_pair(line, tokenizer, config.tool_style)
         case = as_case(line)
         return data.check_conversation({**line, "messages": data.messages_of(line), "tools": case.conversation["tools"]})
@@ -681,6 +704,8 @@ def main(argv=None):
     import toolplay
     from tools import UserError
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] and argv[0].startswith("--show="):
+        argv = ["--show", argv[0].partition("=")[2], *argv[1:]]
     if argv[:1] != ["--show"]:
         return toolplay.main(["train", *argv])
     with toolplay.one_line_errors():

@@ -460,7 +460,7 @@ def compare(groups, draws=2000):
 
 def settings_of(config):
     """What makes two runs seeds of one experiment: the config without its seed and what changes no result; for the run it started from, that run's."""
-    kept = {k: v for k, v in config.items() if k not in ("seed", "run_dir", "comment", "provenance", "device", "save_every", "micro_tokens") and not k.startswith("wandb")}
+    kept = {k: v for k, v in config.items() if k not in ("seed", "run_dir", "comment", "provenance", "device", "save_every", "micro_tokens", "constrained") and not k.startswith("wandb")}
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):  # it may be gone, or damaged
         if kept.get("start_from"):
             kept["start_from"] = settings_of(json.loads((Path(kept["start_from"]) / "config.json").read_text(encoding="utf-8")))
@@ -489,7 +489,7 @@ def compare_command(args):
         if same is not None and cases != same or not cases:
             raise UserError(f"{folder}: its eval.json is of other cases than {args.runs[0]}'s; run eval on all with the same --data, --n and --seed")
         same = cases
-        key, seed = json.dumps(settings_of(config), sort_keys=True), str(config.get("seed"))
+        key, seed = json.dumps([settings_of(config), result.get("constrained", False)], sort_keys=True), str(config.get("seed"))
         version = next(n for n in itertools.count() if seed not in groups.get((key, n), {}))  # a seed that comes again: the code has changed
         groups.setdefault((key, version), {})[seed] = (folder, records)
     labelled = {}
@@ -624,6 +624,8 @@ def bfcl_schema(schema):
     types = {"dict": "object", "float": "number", "tuple": "array"}
     made = {k: types.get(v, v) if k == "type" else v for k, v in schema.items()
             if k in ("description", "enum", "default", "required", "type") and v is not None and (k, v) != ("type", "any")}
+    if made.get("type") == "array" and "enum" in made:  # they mean the items
+        return bfcl_schema({k: v for k, v in schema.items() if k != "enum"} | {"items": {**(schema.get("items") or {}), "enum": schema["enum"]}})
     if "properties" in schema:
         made["properties"] = {name: bfcl_schema(field) for name, field in schema["properties"].items()}
     return made | ({"items": bfcl_schema(schema["items"])} if schema.get("items") else {})

@@ -21,14 +21,14 @@ that walk through them, with mask 0, discount and leak values across: TRL 0.11, 
 
 Implementation details, after Huang et al. 2024 (arXiv:2403.17031) and "The 37 implementation details", in an
 order of our own:
-  done     1 KL in the per-token reward (k1, or k3)     2 adaptive KL coefficient (`AdaptiveKL`)     3 score on the last model token
+  done     1 KL in the per-token reward (k1, or k3)     2 adaptive KL coefficient (`AdaptiveKL`, with `kl_target`)     3 score on the last model token
            5 advantages whitened under the mask, returns computed before     6 gamma 1, lambda 0.95     7 ratio clip 0.2
            8 value clip 0.2, 1/2 max, coefficient 0.1     9 value head starts at zero     10 logits divided by the temperature
            everywhere     11 penalty without end token (reward `no_end`)     12 explicit positions (the trie)     14 four epochs,
            fresh permutations (of prompts: the samples of one share its prefix in the trie)     15 dropout off
            16 ratio guard, KL stop     17 averages over model tokens only
   declined 4 reward whitening (`whiten_rewards`, off: scores have a known scale)     13 lr 1e-5 and Adam eps 1e-5: those are for
-           all weights; adapters take larger steps, and eps 1e-8 is the shared Trainer's
+           all weights; adapters take larger steps, eps 1e-8 is the shared Trainer's, and the lr falls along a cosine (`schedule`: or a line)
 Departures. The reference is where training starts, a copy of the adapter as it was (B = 0 is the base model): one model in
 memory. RLOO has clipped ratios of tokens and several epochs here, where the paper has plain REINFORCE of whole
 answers. GRPO takes beta KL out of the advantage instead of adding a KL loss, and averages over all tokens, not
@@ -102,8 +102,8 @@ class Config:
 # --------------------------------------------------------------------------- 1. pure functions
 
 def model_tokens(x, mask):
-    """The entries of x [B, T] where the mask is 1, in order -> [n]. Sums over them do not depend on what lies between."""
-    return x[mask.bool()]
+    """The entries of x [B, T] where the mask is 1, in order -> [n], in fp32 at least. Sums over them do not depend on what lies between."""
+    return floating(x[mask.bool()])
 
 
 def where_masked(x, mask):
@@ -112,18 +112,18 @@ def where_masked(x, mask):
 
 
 def floating(x):
-    """x, whole numbers and truths as fp32: scores of 0 and 1 have a mean between."""
-    return x if x.is_floating_point() else x.float()
+    """x in fp32 at least: half precision cannot add up a thousand tokens, and scores of 0 and 1 have a mean between."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def masked_mean(x, mask):
     """Mean over the masked entries -> scalar; 0 if there are none."""
-    return model_tokens(x, mask).sum() / mask.sum().clamp(min=1)
+    return model_tokens(x, mask).sum() / mask.bool().sum().clamp(min=1)
 
 
 def masked_whiten(x, mask, shift_mean=True):
     """x [B, T] scaled to variance 1 (with Bessel's correction) over the masked entries; mean 0 too with `shift_mean`. 0 elsewhere."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))  # 1e-8 is 0 in fp16
+    x = where_masked(floating(x), mask)  # 1e-8 is 0 in fp16; and nothing of what is left out reaches a gradient
     inside, mean = model_tokens(x, mask), masked_mean(x, mask)
     variance = ((inside - mean) ** 2).sum() / max(inside.numel() - 1, 1)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -136,6 +136,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
     The model's tokens are moved together first and back afterwards, so that a tool result between two of them is nothing.
     """
+    rewards, values = floating(rewards), floating(values)
     order = torch.argsort((mask == 0).int(), dim=1, stable=True)                # [B, T] model tokens first, in their order: mask 1 0 1 gives 0 2 1
     r, v, m = (x.gather(1, order) for x in (where_masked(rewards, mask), where_masked(values, mask), mask.to(values.dtype)))
     advantage, following, columns = v.new_zeros(len(v)), v.new_zeros(len(v)), []
@@ -165,14 +166,14 @@ def grpo_advantages(scores, eps=1e-4):
 
 def policy_loss(logp, old_logp, advantages, mask, clip_range=0.2, dual_clip=0.0):
     """Equation (2) as a sum over the model's tokens. All [B, T] -> (loss, {"tokens", "ratio", "clip_fraction", "approx_kl"}: sums)."""
-    logp, old_logp, advantages = (model_tokens(x, mask) for x in (logp, old_logp, advantages))    # [n]
-    ratio = torch.exp((logp - old_logp).clamp(-20, 20))                                           # finite, whatever became of it
+    logp, old_logp, advantages = (model_tokens(x, mask) for x in (logp, old_logp, advantages.expand_as(logp)))    # [n]
+    ratio = torch.exp((logp - old_logp).clamp(-20, 20))                             # finite, whatever became of it (no gradient beyond)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = torch.minimum(ratio * advantages, clipped * advantages)                                # (2)
     if dual_clip:
         gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
     with torch.no_grad():
-        info = {"tokens": mask.sum(), "ratio": ratio.sum(), "clip_fraction": (clipped * advantages < ratio * advantages).float().sum(),
+        info = {"tokens": mask.bool().sum(), "ratio": ratio.sum(), "clip_fraction": (clipped * advantages < ratio * advantages).float().sum(),
                 "approx_kl": kl_penalty(old_logp, logp, "k3").sum()}
     return -gain.sum(), info
 
@@ -192,7 +193,7 @@ def kl_penalty(logp, ref_logp, estimator="k1"):
     """
     if estimator not in ("k1", "k3"):
         raise ValueError(f"estimator {estimator!r}: must be k1 or k3")
-    difference = ref_logp - logp
+    difference = floating(ref_logp) - floating(logp)
     return -difference if estimator == "k1" else torch.exp(difference.clamp(-20, 20)) - 1 - difference  # finite, as the ratio
 
 
@@ -319,13 +320,13 @@ def right_result(case, episode, verdicts):
 
 
 def right_answer(case, episode, verdicts):
-    """The final text is right, tidy, and ends. A number must be the last result of the calculator, worked out there, and the
+    """The final text is right, tidy, and ends, and no call was made twice. A number must be the last result of the calculator, worked out there, and the
     only result that is stated; what was searched must have been searched for; talk counts half, and the rest by its likeness to the reference."""
     from eval import in_words, numbers, states
     words = re.findall(r"\w+", episode.final.lower())
     if max(Counter(zip(words, words[1:], words[2:], words[3:])).values(), default=0) >= 4:  # it goes round in circles
         return 0.0
-    if not verdicts["response_quality"] or not right_format(case, episode, verdicts) or episode.stop != "end":
+    if not verdicts["response_quality"] or not right_format(case, episode, verdicts) or episode.stop != "end" or repeated(episode):
         return 0.0
     if not wants_number(case):
         equations = re.findall(r"(\d[\d.]*(?:\s*[-+*/x×÷−]\s*\d[\d.]*)+)\s*=\s*([\d.]*\d)", episode.final)  # shown work is no list of guesses
@@ -364,13 +365,18 @@ def like_reference(case, episode, verdicts):
     return verdicts["response_f1"] or 0.0
 
 
+def repeated(episode):
+    """Whether a call was made twice, blanks aside."""
+    calls = ["".join(f"{call.name} {json.dumps(call.arguments, sort_keys=True)}".split()) for call in episode.calls]
+    return len(set(calls)) < len(calls)
+
+
 def needless_call(case, episode, verdicts):
     """A call where none is due, more calls that gave a result than are due, the same call again, a calculation that nothing uses but
     to list its result, or a call of another tool where a number is to be worked out."""
-    calls = ["".join(f"{call.name} {json.dumps(call.arguments, sort_keys=True)}".split()) for call in episode.calls]
     too_many = case.calls is not None and not wants_number(case) and sum(r.ok for r in episode.results) > len(case.calls)
     others = {call.name for call in episode.calls} - ({call.name for call in case.calls or []} or {"calculator"})
-    return float(case.calls == [] and bool(calls) or too_many or len(set(calls)) < len(calls) or wants_number(case) and bool(unused(episode) or others))
+    return float(case.calls == [] and bool(episode.calls) or too_many or repeated(episode) or wants_number(case) and bool(unused(episode) or others))
 
 
 def length(case, episode, verdicts):
@@ -379,8 +385,9 @@ def length(case, episode, verdicts):
 
 
 def no_end(case, episode, verdicts):
-    """A turn did not end by itself: the last one, or one that talked on behind its calls."""
-    return float(episode.stop != "end" and not first_turn_only(episode) or any(turn.rpartition("</tool_call>")[2].strip() for turn in episode.turns if "</tool_call>" in turn))
+    """A turn did not end by itself: the last one, one that talked on behind its calls, or one that forged a result or chat tag."""
+    from eval import FORGED
+    return float(any(FORGED.search(turn) for turn in episode.turns) or episode.stop != "end" and not first_turn_only(episode) or any(turn.rpartition("</tool_call>")[2].strip() for turn in episode.turns if "</tool_call>" in turn))
 
 
 COMPONENTS = {f.__name__: f for f in (right_format, right_tool, executed, calculates, right_arguments, right_result, right_answer, like_reference, needless_call, length, no_end)}
@@ -472,6 +479,8 @@ def calculation(expression, prompt, earlier):
         return False
     if not any(x > 1 for x in given):  # all is everybody's knowledge
         return all(x in EVERYDAY or x in (0, 1, 100) for x in used)
+    if all(x in (0, 1, 100) for x in used):  # 1 + 1, of a prompt that has "one" in it
+        return False
     mine = sum(map(own, used))
     if mine < min(2, len(used), len({x for x in given if x > 1})) and not (mine == 1 and not {ast.Add, ast.Sub} & set(operations)):  # 4
         return False
@@ -728,7 +737,7 @@ class ActorCritic:
             value, more = value_loss(self.values(rows, out), old_values, returns, mask, config.value_clip)
             total, info = total + config.vf_coef * value, {**info, **more, "value_loss": value}
         if config.ptx:
-            imitation = -(weight * out["logp"]).sum()                                                                  # (6)
+            imitation = -model_tokens(weight * out["logp"], weight).sum()                                                                  # (6)
             total, info = total + imitation, {**info, "ptx_loss": imitation.detach() / config.ptx_coef}
         return total, info
 
@@ -888,7 +897,8 @@ def train(run):
     # 3. optimizer
     per_round = minibatches(config, config.prompts)
     trainer = toolplay.Trainer(config, actor.parameters, config.iterations * per_round)
-    run.start(trainer, [(case.conversation["messages"], case.calls and [vars(call) for call in case.calls], case.answer) for case in cases])
+    run.start(trainer, [(case.conversation["messages"], [tool.schema() for tool in case.conversation["tools"]], case.calls and [vars(call) for call in case.calls],
+                         case.answer, case.reference, case.kind) for case in [*cases, *held_out]])
     if trainer.extra.setdefault("reference", started := toolplay.start_hashes(config)) != started:
         raise UserError(f"{config.start_from}: its adapter is another one than when the run began, and was its reference; start a new run")
     beta = AdaptiveKL(trainer.extra.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)

@@ -138,9 +138,13 @@ def read_call(text, tools):
     if not (order := list({**dict.fromkeys(required), **fields})):
         return None
     numeric = [name for name in fields if fields[name].get("type") in ("integer", "number", "boolean")]
+    choices = {name: fields[name]["enum"] for name in fields if name not in required and isinstance(fields[name].get("enum"), list)}
     anywhere = "|".join(map(re.escape, order))
     parts = re.split(rf"(?:^|,)\s*({anywhere})\s*=(?!=)", found[2])  # before the first name, name, value, name, value, ...
     named, first = dict(zip(parts[1::2], parts[2::2])), parts[0].rstrip(", ")
+    before, comma, last = first.rpartition(",")
+    if comma and before.strip() and (chosen := next((name for name in choices if name not in named and last.strip(" \"'") in choices[name]), None)):  # weather(Paris, fahrenheit)
+        first, named[chosen] = before, last
     free = [name for name in order if name not in named]
     wanted = [name for name in free if name in required] or free[:1]
     if first.strip():
@@ -396,9 +400,10 @@ def read_texts(path, n):
     from tools import UserError
     if str(path).lower().endswith((".jsonl", ".ndjson", ".json")):
         def check(item):
-            found = [item.get(key) for key in (["text"] if "text" in item else ["question", "answer"])] if isinstance(item, dict) else [None]
+            item = {"text": item} if isinstance(item, str) else item
+            found = [item.get(key) for key in next(([key] for key in ("text", "content") if key in item), ["question", "answer"])] if isinstance(item, dict) else [None]
             if not all(isinstance(text, str) and text.strip() for text in found):
-                raise UserError('a line is an object with "text", or with "question" and "answer"')
+                raise UserError('a line is a text, or an object with "text" (or "content"), or with "question" and "answer"')
             text, asked = found[0].strip(), {}
             if len(found) > 1:  # in one line, without GSM8K's marks: "5 + 6 = <<5+6=11>>11", and "#### 11" at the end
                 text = " ".join(re.sub(r"<<[^<>]*>>|^####.*", "", f"{text}\n{found[1]}", flags=re.MULTILINE).split())
@@ -409,7 +414,9 @@ def read_texts(path, n):
             return {"text": text, "kind": "text", **asked}
         return data.read_jsonl(path, check)[:n]
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]  # not splitlines: \f ends none
+        held = Path(path).read_bytes()
+        text = held.decode("utf-16" if held[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        lines = [line.strip() for line in text.split("\n") if line.strip()]  # not splitlines: \f ends none
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read it as text ({error})") from None
     if not lines:

@@ -56,7 +56,7 @@ try:
 
     import data
     import lora
-    from tools import BUILTIN, Call, Result, UserError, check_corpora, call_state, execute, format_result, load_tools, one_line_errors, parse_calls, printable
+    from tools import BUILTIN, Call, Result, Tool, UserError, check_corpora, call_state, execute, format_result, load_tools, one_line_errors, parse_calls, printable
 except (ModuleNotFoundError, SyntaxError) as error:
     if __name__ != "__main__":
         raise
@@ -103,7 +103,7 @@ class Config:
     mix: dict = field(default_factory=dict)                      # weights of the kinds; empty: data.MIX, for synthetic data.SYNTHETIC
     max_tokens: Positive = 1024          # longer conversations are left out and counted, never cut
     tool_style: Literal["signature", "described", "call", "json"] = "signature"  # how tools are written into the system prompt; described: with their parameters' descriptions; call: these too, in the form of a call
-    constrained: bool = False            # eval, predict and chat hold calls to their tools' schemas (constrained decoding); training never does
+    constrained: bool = False            # calls are held to their tools' schemas while they are written (constrained decoding): by eval, predict, chat and the evaluations of ppo and demo; what is learned from never is
     tools: list = field(default_factory=list)                    # further tools: {"name", "description", "parameters", "function": "package.module:name"}
     group: Positive = 8                  # examples in a row that share a system prompt (what the trie shares)
     # optimisation (train_step)
@@ -431,29 +431,23 @@ class Trie:
 
         def attention(module, q, k, v, scaling):
             groups = q.shape[1] // k.shape[1]  # grouped-query attention: that many query heads read one key head
-            # In bf16 on CPUs torch's fused kernel takes twice as long as two plain products.
-            attend = plain_attention if v.dtype is torch.bfloat16 and v.device.type == "cpu" else F.scaled_dot_product_attention
-            if attend is plain_attention:
-                q, k = q.to(v.dtype), k.to(v.dtype)  # as autocast would, piece by piece
+            half = v.dtype is torch.bfloat16 and v.device.type == "cpu"
+            if half:  # where torch's kernel is faster in fp32, and exact besides
+                q, k, v = q.float(), k.float(), v.float()
             out, ks, vs = [], k.split(sizes, 2), v.split(sizes, 2)
             for s, q_s in enumerate(q.split(sizes, 2)):
                 size, context = sizes[s], above[s]
-                if (s, groups, attend) not in masks:
-                    allowed = torch.ones(size, context + size, dtype=torch.bool, device=device).tril(context).repeat(groups, 1)
-                    masks[s, groups, attend] = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, float("-inf")) if attend is plain_attention else allowed
+                if (s, groups) not in masks:
+                    allowed = torch.ones(size, context + size, dtype=torch.bool, device=device).tril(context)
+                    masks[s, groups] = allowed.repeat(groups, 1)
                 k_s = torch.cat([ks[a] for a in self.ancestors[s]] + [ks[s]], 2)
                 v_s = torch.cat([vs[a] for a in self.ancestors[s]] + [vs[s]], 2)
                 folded = q_s.reshape(1, k.shape[1], groups * size, q.shape[3])
-                o = attend(folded, k_s, v_s, attn_mask=masks[s, groups, attend], scale=scaling)
+                with torch.autocast(v.device.type, enabled=not half and torch.is_autocast_enabled(v.device.type)):
+                    o = F.scaled_dot_product_attention(folded, k_s, v_s, attn_mask=masks[s, groups], scale=scaling)
                 out.append(o.reshape(1, q.shape[1], size, v.shape[3]))
             return torch.cat(out, 2)
         return attention
-
-
-def plain_attention(q, k, v, attn_mask, scale=None):
-    """softmax(scale q k^T + mask) v (Vaswani et al. 2017, eq. 1), [1, heads, ...] each but the mask, which is added to every head's scores."""
-    scores = torch.baddbmm(attn_mask, q[0], k[0].transpose(1, 2), alpha=scale or q.shape[-1] ** -0.5)
-    return torch.bmm(torch.softmax(scores, -1), v[0])[None]
 
 
 def common_prefix(a, b):
@@ -791,6 +785,7 @@ def stop_ids(model, tokenizer):
 
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
     stops = stop_ids(model, tokenizer)
+    closing = stops | {n for n in tokenizer.all_special_ids if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")}
     queues = [[e.ids[-1]] for e, _, _ in rows]  # ids not yet fed to the model
     turns = [[] for _ in rows]                  # ids of the turn under way
     cache = prompt_cache(model, [e.ids[:-1] for e, _, _ in rows])
@@ -807,7 +802,7 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
         for i, (_, r) in enumerate(speaking):
             episode, tools, rng = rows[r]
             if limits.constrained and tools:
-                tokens[i], logp[i] = valid_token(own[i], tokens[i], logp[i], lambda *token: call_state(tokenizer.decode([*turns[r], *token]), tools), stops, rng, temperature, top_p)
+                tokens[i], logp[i] = valid_token(own[i], tokens[i], logp[i], lambda *token: call_state(tokenizer.decode([*turns[r], *token]), tools), closing, rng, temperature, top_p)
             extend(episode, [tokens[i]], 1, logp[i])
             turns[r].append(tokens[i])
             queues[r].append(tokens[i])
@@ -848,18 +843,19 @@ def sample(logits, draws, temperature, top_p):
     return tokens[:, 0].tolist(), logp.gather(1, tokens)[:, 0].tolist()
 
 
-def valid_token(logits, token, logp, state, stops, rng, temperature, top_p, tries=1000):
+def valid_token(logits, token, logp, state, closing, rng, temperature, top_p, tries=1000):
     """The token that was drawn, or the next one that is, until a call stays valid -> (token, its log-prob as the policy has it).
 
-    Drawing again without what was refused is drawing from the valid tokens, in proportion. Where the likeliest `tries` are
-    all refused, or a call was broken before, the first one stands.
+    state(*ids): tools.call_state of the turn with these ids behind it. closing: ids that cannot stand inside a call. What
+    was refused is left out and one of the others drawn: so from the valid tokens, in proportion (with top-p, in a nucleus
+    formed anew). Where `tries` were refused, or the call was broken before, the first one stands.
     """
     def valid(token):
-        return (now := state(token)) == "outside" or now == "inside" and token not in stops
+        return (now := state(token)) == "outside" or now == "inside" and token not in closing
     if valid(token) or state() == "invalid":
         return token, logp
     first, policy, logits = token, torch.log_softmax(logits / (temperature or 1.0), -1), logits.clone()
-    for _ in range(tries):
+    for _ in range(min(tries, len(logits) - 1)):
         logits[token] = float("-inf")
         (token,), _ = sample(logits[None], [rng.random()], temperature, top_p)
         if valid(token):
@@ -1112,7 +1108,7 @@ class Run:
                     setattr(config, key, before[key])  # the adapter's own
                 elif key == "tau_f" and not newest_checkpoint(self.folder):
                     pass  # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
-                elif flat[key] != before[key] and key not in ("run_dir", "wandb", "device"):
+                elif flat[key] != before[key] and key not in ("run_dir", "wandb", "device", *["constrained"] * (config.method != "ppo")):
                     raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(before[key])}, now {json.dumps(flat[key])}; "
                                     f"go on with the run's own config (python toolplay.py train {self.folder} --resume), or start a new run with --run_dir=...")
             began, now = read_json(old, lambda value: value | {}, "start a new run").get("provenance"), provenance(config.seed)
@@ -1484,7 +1480,9 @@ def read_tools(path, more=()):
         return {**BUILTIN, **load_tools(more)}
     sys.path.append(str(Path(path).resolve().parent))  # so that its functions can stand beside it
     try:
-        return load_tools(json.loads(Path(path).read_text(encoding="utf-8-sig")))
+        listed = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        listed = listed["tools"] if isinstance(listed, dict) and set(listed) == {"tools"} else listed
+        return load_tools({} if listed is None else listed)  # which says that null is no list
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -1510,8 +1508,10 @@ def predict(args):
         if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item or isinstance(item["id"], float) and not math.isfinite(item["id"]):
             raise UserError('a line is an object with "id" and "prompt" (or "messages")')
         key, messages, own = item["id"], data.messages_of(item), item.get("tools")
-        if isinstance(own, list):  # a name means the tool of that name that is at hand
-            own = [tools[x] if isinstance(x, str) and x in tools else x for x in own]
+        if isinstance(own, list):  # a name, or a schema of that name, means the tool that is at hand
+            own = [tools[x] if isinstance(x, str) and x in tools else data.without_function(x) for x in own]
+            if all(isinstance(x, (dict, Tool)) for x in own):
+                own = list(load_tools(own, {**BUILTIN, **tools}).values())
         conversation = data.check_conversation({"messages": messages, "tools": list(tools.values()) if own is None else own})
         if conversation["messages"][-1]["role"] not in ("user", "tool"):
             raise UserError("the last message must be the user's (or a tool result)")

@@ -72,15 +72,15 @@ class ToolError(Exception):
 
 
 def _nearest(name, names):
-    """-> "; the nearest is 'x'", to mend a typing mistake."""
-    return "".join(f"; the nearest is {found!r}" for found in difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0))
+    """-> "; the nearest is 'x'", to mend a typing mistake; "" where none is near."""
+    return "".join(f"; the nearest is {found!r}" for found in difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.5))
 
 
 # 1. a tool and its schema
 
-# The last three are not JSON schema: BFCL and ToolBench write them.
-TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool], "array": [list], "object": [dict],
-         "null": [type(None)], "dict": [dict], "float": [int, float], "tuple": [list]}
+# The second line is not JSON schema: BFCL, ToolBench and people write these.
+TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool], "array": [list], "object": [dict], "null": [type(None)],
+         "dict": [dict], "float": [int, float], "tuple": [list], "str": [str], "int": [int], "double": [int, float], "bool": [bool], "list": [list]}
 HINTS = {str: {"type": "string"}, int: {"type": "integer"}, float: {"type": "number"}, bool: {"type": "boolean"},
          list: {"type": "array"}, dict: {"type": "object"}, type(None): {"type": "null"}, typing.Any: {}}
 
@@ -109,6 +109,10 @@ class Tool:
             _check_refs(self.parameters), self.signature(), _dumps(self.schema()), _problems({}, self.parameters)
         except Exception as error:
             raise UserError(f"tool {self.name!r}: parameters: not a JSON schema that can be used ({type(error).__name__}: {error})") from None
+
+    def __call__(self, *args, **kwargs):
+        """A decorated function is still one: without checks, in this process."""
+        return self.function(*args, **kwargs)
 
     def schema(self) -> dict:
         """The OpenAI form."""
@@ -161,14 +165,25 @@ def _check_refs(root):
             _resolved(node, root)
 
 
-def _parts(schema, root):
-    """The schemas that are combined into one, it first."""
-    return [schema, *(part for word in COMBINED for item in schema.get(word, []) if isinstance(item, dict) for part in _parts(_resolved(item, root), root))]
+def _parts(schema, root, words=COMBINED, seen=()):
+    """The schemas that are combined into one, it first. `seen`: those that led here, for one may be its own part."""
+    return [schema, *(part for word in words for item in schema.get(word, []) if isinstance(item, dict) and not any(item is x for x in seen)
+                      for part in _parts(_resolved(item, root), root, words, (*seen, item)))]
 
 
 def _required(schema, root):
     """Names that a schema requires, itself or by what it is combined of."""
-    return [*schema.get("required", []), *(name for part in schema.get("allOf", []) for name in _required(_resolved(part, root), root))]
+    return [name for part in _parts(schema, root, ("allOf",)) for name in _own_required(part)]
+
+
+def _whole(parameters):
+    """A tool's parameters as the schema of an object that has these arguments and no others."""
+    return {**({"type": "object"} if {"$ref", *COMBINED} & set(parameters) else {"type": "object", "properties": {}}), **parameters}
+
+
+def _own_required(schema):
+    """The names under "required"; anything else there (draft 3 had true and false) requires nothing."""
+    return [name for name in schema["required"] if isinstance(name, str)] if isinstance(schema.get("required"), list) else []
 
 
 def _fields(schema, style, root, path=("#",)):
@@ -209,6 +224,13 @@ def _type(schema, style="signature", root=None, path=("#",)):
     return ("" if style == "call" and kind == "object" else f"{kind}{items}") + f"{{{_fields(schema, style, root, path)}}}"
 
 
+def _types(schema):
+    """The Python types that a schema's "type" allows, or None: any (no type, or an unknown one)."""
+    kinds = schema.get("type") or []
+    kinds = [str(kind).lower() for kind in ([kinds] if isinstance(kinds, str) else kinds)]
+    return {t for kind in kinds for t in TYPES[kind]} if kinds and set(kinds) <= set(TYPES) else None
+
+
 def _problems(value, schema, where="", root=None, part=False, known=None):
     """[(error type, message)] for each way in which `value` breaks `schema`.  No coercion.
 
@@ -217,7 +239,7 @@ def _problems(value, schema, where="", root=None, part=False, known=None):
     of one place: a schema of alternatives that holds itself would be asked 2^depth times.
     """
     root, known = schema if root is None else root, {} if known is None else known
-    key = (where, id(schema), part)
+    key = (where, id(value), id(schema), part)
     if key not in known:
         known[key] = [("wrong_type", "a schema that is its own alternative fits nothing")]  # until it is known
         known[key] = list(_new_problems(value, schema, where, root, part, known))
@@ -228,17 +250,18 @@ def _new_problems(value, schema, where, root, part, known):
     schema = _resolved(schema, root)
     label, prefix = (f"argument {where!r}", where + ".") if where else ("the arguments", "")
     check = lambda inner: _problems(value, inner, where, root, True, known)  # noqa: E731
-    kinds = schema.get("type", [])
-    kinds = [kinds] if isinstance(kinds, str) else kinds
+    allowed = _types(schema)
     if value is None and schema.get("nullable") is True:
         return
-    # type(), not isinstance(): in Python True is an int, in JSON it is not.  An unknown type name: anything goes.
-    if (kinds and not any(type(value) in TYPES.get(kind, [type(value)]) for kind in kinds)
+    # type(), not isinstance(): in Python True is an int, in JSON it is not.
+    if (allowed is not None and type(value) not in allowed
             or "enum" in schema and not any(_same(value, x) for x in schema["enum"])
             or "const" in schema and not _same(value, schema["const"])
             or any(schema.get(word) and all(map(check, schema[word])) for word in ("anyOf", "oneOf"))):
         yield "wrong_type", f"{label} must be {_type(schema, root=root)}, not {_shown(value)}"
         return
+    if schema.get("uniqueItems") is True and isinstance(value, list) and any(_same(a, b) for a, b in itertools.combinations(value[:1000], 2)):
+        yield "wrong_type", f"{label}: no item may stand there twice"
     for word, (bounded, fits) in BOUNDS.items():
         if type(schema.get(word)) in (int, float) and type(value) in bounded and not fits(value, schema[word]):
             yield "wrong_type", f"{label}: {word} is {schema[word]}, not {_shown(value)}"
@@ -256,13 +279,14 @@ def _new_problems(value, schema, where, root, part, known):
                 yield "unknown_argument", f"unknown argument {prefix + key[:100]!r}{_nearest(key, own)}"
             elif inner is not True:
                 yield from _problems(item, inner, prefix + key, root, False, known)
-        for key in (key for key in schema.get("required", []) if key not in value):
+        for key in (key for key in _own_required(schema) if key not in value):
             yield "missing_argument", f"missing argument {prefix + key!r}"
 
 
 BOUNDS = {"minimum": ((int, float), lambda v, b: v >= b), "maximum": ((int, float), lambda v, b: v <= b),
           "exclusiveMinimum": ((int, float), lambda v, b: v > b), "exclusiveMaximum": ((int, float), lambda v, b: v < b),
           "minLength": ((str,), lambda v, b: len(v) >= b), "maxLength": ((str,), lambda v, b: len(v) <= b),
+          "multipleOf": ((int, float), lambda v, b: not b or math.isclose(v / b, round(v / b), rel_tol=1e-9, abs_tol=1e-9)),
           "minItems": ((list,), lambda v, b: len(v) >= b), "maxItems": ((list,), lambda v, b: len(v) <= b)}
 
 
@@ -291,11 +315,11 @@ def tool(function=None, *, isolated=True, name=None):
     if function is None:
         return functools.partial(tool, isolated=isolated, name=name)
     name = name or getattr(function, "__name__", "tool")
-    if inspect.isclass(function) or not callable(function) or not hasattr(function, "__annotations__"):
+    if inspect.isclass(function) or isinstance(function, Tool) or not callable(function) or not hasattr(function, "__annotations__"):
         raise UserError(f"tool {name}: {function!r:.60} is no plain function; write one that calls it, with type hints and a docstring")
     description, notes = _docstring(function)
     try:
-        hints, parameters = typing.get_type_hints(function), inspect.signature(function).parameters
+        hints, parameters = typing.get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     except (NameError, SyntaxError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"tool {name}: {error}, in a type hint") from None
     properties, required = {}, []
@@ -304,7 +328,11 @@ def tool(function=None, *, isolated=True, name=None):
     for key, parameter in parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise UserError(f"tool {name}: parameter {key}: arguments come by name; * and / have no JSON form")
-        properties[key] = {**_hint_schema(hints.get(key, typing.Any), f"tool {name}: parameter {key}"), **notes.get(key, {})}
+        said = {}
+        if typing.get_origin(hints.get(key)) is typing.Annotated:  # Annotated[int, "how many"]
+            hints[key], *more = typing.get_args(hints[key])
+            said = {"description": text for text in more if isinstance(text, str)}
+        properties[key] = {**_hint_schema(hints.get(key, typing.Any), f"tool {name}: parameter {key}"), **said, **notes.get(key, {})}
         if parameter.default is not parameter.empty:
             try:
                 _dumps(parameter.default)
@@ -401,8 +429,9 @@ def without_nulls(schema):
     return kept | {key: [without_nulls(x) for x in kept[key]] for key in COMBINED if isinstance(kept.get(key), list)}
 
 
-def load_tools(items=None) -> dict:
-    """{name: Tool} from names of built-ins, Tool objects and schemas; None: the three built-ins."""
+def load_tools(items=None, known=None) -> dict:
+    """{name: Tool} from names of built-ins, Tool objects and schemas; None: the three built-ins. A schema with the name of a tool that is
+    `known` ({name: Tool}, the built-ins if not given), and no more parameters, is run as that one."""
     if items is not None and not isinstance(items, (list, tuple)):
         raise UserError(f"tools: must be a list of names, Tool objects or schemas, not {items!r:.80}")
     tools = {}
@@ -410,9 +439,9 @@ def load_tools(items=None) -> dict:
         if isinstance(item, str) and item not in BUILTIN:
             raise UserError(f"tools: unknown tool {item!r}{_nearest(item, BUILTIN)}")
         made = BUILTIN[item] if isinstance(item, str) else item if isinstance(item, Tool) else tool_from_schema(item)
-        own = BUILTIN.get(made.name)
+        own = (BUILTIN if known is None else known).get(made.name)
         if own and made.function is None and _narrows(made.parameters.get("properties", {}), own.parameters):
-            made = replace(made, function=own.function, isolated=False)  # a built-in in other words still runs
+            made = replace(made, function=own.function, isolated=own.isolated)  # a built-in in other words still runs
         if made.name in tools:
             raise UserError(f"tools: {made.name!r} is there twice; give each tool its own name")
         tools[made.name] = made
@@ -420,10 +449,10 @@ def load_tools(items=None) -> dict:
 
 
 def _narrows(fields, parameters):
-    """Whether the fields are some of a built-in's, the required ones among them, with no value that it does not know."""
-    known = parameters["properties"]
-    return set(parameters["required"]) <= set(fields) <= set(known) and all(
-        "enum" not in known[key] or set(map(str, field.get("enum", known[key]["enum"]))) <= set(known[key]["enum"]) for key, field in fields.items())
+    """Whether the fields are some of a tool's, the required ones among them, with no value that it does not know."""
+    known = parameters.get("properties", {})
+    return set(_own_required(parameters)) <= set(fields) <= set(known) and all(
+        "enum" not in known[key] or set(map(str, field.get("enum", known[key]["enum"]))) <= set(map(str, known[key]["enum"])) for key, field in fields.items())
 
 
 def render_tools(tools, style="signature") -> str:
@@ -490,8 +519,9 @@ def _read_call(text):
     data = _loads(text)
     if not isinstance(data, dict) or not {"name"} <= data.keys() <= {"name", "arguments"}:
         raise ValueError("a call is a JSON object with the keys name and arguments, and no others")
-    name, arguments = data["name"], data.get("arguments", {})
-    arguments = _loads(arguments) if isinstance(arguments, str) else arguments
+    name, arguments = data["name"], data.get("arguments")
+    arguments = _loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
+    arguments = {} if arguments is None or arguments == "" or isinstance(arguments, str) and not arguments.strip() else arguments
     if not isinstance(name, str) or not name.strip() or not isinstance(arguments, dict):
         raise ValueError("the name must be a word, and the arguments a JSON object")
     return Call(name, arguments)
@@ -529,8 +559,10 @@ def call_state(text, tools):
     Invalid is a call that is not written `{"name": ..., "arguments": {...}}`, names no tool, has an argument that the
     tool's schema does not know or of another type, or closes while a required one is missing.  Asked about each token
     before it is taken, this makes a model keep to the schemas: constrained decoding (Willard & Louf 2023,
-    arXiv:2307.09702, with a reader of our own in place of their automaton).  Bounds and lengths are not read.
+    arXiv:2307.09702, with a reader of our own in place of their automaton).  Strict JSON, with at most one blank or
+    line break between its parts.  Bounds, lengths and what alternatives require are not read.  Never raises.
     """
+    text = text.rstrip("\ufffd")  # the first bytes of a character
     tools, reader = _by_name(tools), _CallReader(text)
     while True:
         start, stray = text.find("<tool_call>", reader.at), text.find("</tool_call>", reader.at)
@@ -541,7 +573,7 @@ def call_state(text, tools):
             reader.call(tools)
         except _Unfinished:
             return "inside"
-        except (ValueError, RecursionError):
+        except Exception:  # what breaks the grammar is a ValueError; a schema that cannot be read may raise anything
             return "invalid"
 
 
@@ -558,16 +590,18 @@ class _CallReader:
     STRING = tuple(re.compile(r'"(?:[^"\\<\x00-\x1f]|<(?!/?tool_call>)|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*' + end) for end in ('"', r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?"))
 
     def __init__(self, text):
-        self.text, self.at, self.known = text, 0, {}
+        self.text, self.at, self.known, self.depth = text, 0, {}, 0
 
     def call(self, tools):
         if not tools:
             raise ValueError
+        names = {_dumps(name): tool for name, tool in tools.items()}
         self.words("{", '"name"', ":")
-        parameters = tools[json.loads(self.word(map(_dumps, tools)))].parameters
+        schema = _whole(names[self.word(names)].parameters)
         self.words(",", '"arguments"', ":")
-        self.peek()
-        self.object(_resolved(parameters, parameters), parameters)
+        if self.peek() != "{":
+            raise ValueError
+        self.new_value(_resolved(schema, schema), schema)
         self.words("}", "</tool_call>")
 
     def peek(self):
@@ -583,7 +617,7 @@ class _CallReader:
         if not choices:
             raise ValueError
         self.peek()
-        rest = self.text[self.at:]
+        rest = self.text[self.at:self.at + max(map(len, choices)) + 1]
         if any(word != rest and word.startswith(rest) for word in choices):
             raise _Unfinished
         if not (found := max(filter(rest.startswith, choices), key=len, default="")):
@@ -619,26 +653,38 @@ class _CallReader:
         self.at = self.known[key]
 
     def new_value(self, schema, root):
-        if "enum" in schema or "const" in schema:
-            return self.word(map(_dumps, schema.get("enum", [schema.get("const")])))
-        for word in ("anyOf", "oneOf"):
-            if schema.get(word) and "properties" not in schema:
-                return self.one_of(schema[word], root)
-        kinds = schema.get("type") or ["object"] * any("properties" in part for part in _parts(schema, root))
-        kinds = [kinds] if isinstance(kinds, str) else kinds
-        known = TYPES if not kinds or any(kind not in TYPES for kind in kinds) else kinds  # no type, or an unknown one: anything
-        types = {t for kind in known for t in TYPES[kind]} | ({type(None)} if schema.get("nullable") is True else set())
+        for part in reversed(schema.get("allOf", [])):
+            schema = {**_resolved(part, root), **schema}
+        types = _types(schema)
+        if types is None:
+            types = {dict} if any("properties" in part for part in _parts(schema, root)) else {t for known in TYPES.values() for t in known}
+        if schema.get("nullable") is True:
+            types = types | {type(None)}
         first = self.text[self.at]
-        if first == '"' and str in types:
+        if first == "n" and type(None) in types:
+            self.word(["null"])
+        elif choices := [x for x in [*schema.get("enum", []), *([schema["const"]] if "const" in schema else [])] if type(x) in types]:
+            self.word({text for x in choices for text in (_dumps(x), json.dumps(x, ensure_ascii=False), *([str(int(x))] if type(x) is float and x.is_integer() else []))})
+        elif words := [word for word in ("anyOf", "oneOf") if schema.get(word) and "properties" not in schema]:
+            self.one_of(schema[words[0]], root)
+        elif first == '"' and str in types:
             self.match(*self.STRING)
         elif first == "[" and list in types:
-            self.array(schema.get("items"), root)
+            self.inside(self.array, schema.get("items"), root)
         elif first == "{" and dict in types:
-            self.object(schema, root)
+            self.inside(self.object, schema, root)
         elif first in "-0123456789" and int in types:
-            self.match(*(self.NUMBER if float in types else self.INTEGER))
+            if not math.isfinite(float(self.match(*(self.NUMBER if float in types else self.INTEGER)))):
+                raise ValueError
         else:
-            self.word(["true", "false"] * (bool in types) + ["null"] * (type(None) in types))
+            self.word(["true", "false"] * (bool in types))
+
+    def inside(self, read, schema, root):
+        self.depth += 1
+        if self.depth >= MAX_DEPTH:
+            raise ValueError
+        read(schema, root)
+        self.depth -= 1
 
     def one_of(self, schemas, root):
         start, ends = self.at, []
@@ -670,8 +716,9 @@ class _CallReader:
         """Each property at most once, in any order; it closes when none is missing that is required."""
         properties = {name: inner for part in reversed(_parts(schema, root)) for name, inner in part.get("properties", {}).items()}
         others = "patternProperties" in schema or schema.get("additionalProperties", not properties and "properties" not in schema)
-        free = others is not False
-        required, seen = set(_required(schema, root)) & properties.keys(), set()
+        free, required, seen = others is not False, set(_required(schema, root)), set()
+        if not free:
+            required &= properties.keys()  # what nobody can give
         self.word("{")
         if self.peek() == "}":
             return self.word(["}"] * (not required))
@@ -686,7 +733,10 @@ class _CallReader:
                 raise ValueError
             seen.add(name)
             self.word(":")
-            self.value(properties.get(name, others if isinstance(others, dict) else ANYTHING), root)
+            if self.peek() == "n" and self.depth == 1 and name in properties and name not in required:
+                self.word(["null"])  # which leaves it out
+            else:
+                self.value(properties.get(name, others if isinstance(others, dict) else ANYTHING), root)
             if self.word(["}"] * (required <= seen) + [","] * (free or len(left) > 1)) == "}":
                 return
             self.peek()
@@ -778,13 +828,12 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
         timeout = min(5.0 if timeout is None else timeout, 1e6)
         if tool.function is None:
             return failed("not_executable", f"{name} can be shown but not run: it has no function")
-        whole = {"type": "object"} if {"$ref", *COMBINED} & set(tool.parameters) else {"type": "object", "properties": {}}
-        schema, arguments = {**whole, **tool.parameters}, call.arguments
+        schema, arguments = _whole(tool.parameters), call.arguments
         if isinstance(arguments, dict):  # null for what may be left out: it is left out
             fields = schema.get("properties", {})
             may_be_null = {key for key, field in fields.items() if not _problems(None, field, root=schema)}
             arguments = {key: value for key, value in arguments.items()
-                         if value is not None or key in may_be_null or key in schema.get("required", []) or key not in fields}
+                         if value is not None or key in may_be_null or key in _own_required(schema) or key not in fields}
         own = BUILTIN.get(name)
         schemas = [schema, own.parameters] if own and tool.function is own.function else [schema]  # a built-in in other words has its own needs
         for problem in itertools.chain.from_iterable(_problems(arguments, s) for s in schemas):
@@ -872,8 +921,10 @@ def _child(tool, arguments, failed, timeout, writer):
 
 MAX_EXPRESSION = 1000  # characters
 MAX_BITS = 3000  # of an exact number
-SPELLING = {**str.maketrans("×·⋅∙•÷−–—", "*****/---"), ord("^"): "**", ord("√"): " sqrt ",
-            **dict.fromkeys(map(ord, "$€£¥\xa0\u2009\u202f"), " ")}
+SPELLING = {**str.maketrans("×·⋅∙•÷∕⁄−–—", "*****///---"), ord("^"): "**", ord("√"): " sqrt ",
+            **dict.fromkeys(map(ord, "$€£¥₹₩₽₺\xa0\u2009\u202f"), " ")}
+FULL_WIDTH = {0xFEE0 + code: code for code in range(33, 127)}
+WORDS = {"plus": "+", "minus": "-", "times": "*", "divided by": "/", "mod": "%", "modulo": "%"}
 PLAIN = r"\d[\d,]*(?:\.\d+)?"  # a number
 TOKEN = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?:\.\d*)?|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|\.percent|[a-z]+|\*\*|//|\S", re.ASCII)
 
@@ -882,8 +933,9 @@ def calculate(expression: str) -> int | float:
     """Evaluate arithmetic: + - * / // % ** and parentheses, sqrt abs min max round.
 
     Numbers are kept as exact fractions as long as possible, so 0.1 + 0.2 is 0.3 and 6 / 2 is 3.
-    Spellings: 1,234 (but min(1,234) is 1, as in min(1, 234));
-    $ and € are dropped, "=" or "= ?" at the end too; "3 x 4"; "15% of 200".
+    Spellings: 1,234 and 1 234 (but min(1,234) is 1, as in min(1, 234));
+    $ and € are dropped, "=" or "= ?" at the ends too; "3 x 4", "3 times 4", 2(3 + 4); "15% of 200".
+    round(2.5) is 2: halves go to the even number, as in Python.
     `%` before a number, a name or "(" is modulo, else percent: 17 % 5 is 2, 15% is 0.15.
     Percent is only a number: 200 + 10% is 200.1.
     """
@@ -921,7 +973,11 @@ def _arithmetic_errors():
 def _respell(text):
     """The expression as Python writes it: "1,234 x 5%" -> "1234 * 5 .percent"."""
     text = re.sub("⁻?[⁰¹²³⁴-⁹]+", lambda m: "**" + unicodedata.normalize("NFKC", m[0]), text)  # 10²³ has one exponent
-    text = re.sub(r"\s*(?<![a-z])per ?cent\b", "%", text.translate(SPELLING).rstrip("=? \t\n").lower())
+    text = re.sub(r"(?<![\d.,])\d{1,3}(?:[ \xa0\u2009\u202f]\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0]), text, flags=re.ASCII)  # 1 234
+    text = text.translate(FULL_WIDTH).translate(SPELLING)
+    text = re.sub(r"\s*(?<![a-z])per ?cent\b", "%", text.rstrip("=? \t\n").lstrip("= \t\n").lower())
+    text = re.sub(r"(?<![a-z])(plus|minus|times|divided by|modulo|mod)(?![a-z(])", lambda m: WORDS[m[0]], text)
+    text = re.sub(r"(\d,)(?=000(?!\d))", lambda m: m[0][:-1], text)  # max(1,000, 2): nobody writes 000 for a number
     text = re.sub(r"\bsqrt\s+(\d+(?:,\d{3})*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)", r"sqrt(\1)", text)
     # "100 / 10% of 50": "of" binds first
     text = re.sub(rf"(/|\*\*)\s*({PLAIN})\s*%\s*of\s+({PLAIN}(?:\s*\*\*\s*{PLAIN})?)(?!\w)", r"\1(\2% * \3)", text)
@@ -929,6 +985,7 @@ def _respell(text):
         raise ToolError(f"put brackets around {split[1][:50]!r}")
     if based := re.search(r"(?<![\w.])0[xob]\d\w*", text):
         raise ToolError(f"unexpected {based[0][:50]!r}: numbers are decimal")
+    text = re.sub(r"(?<=[\d)])\s*(?=\()|(?<=[\d)])\s*(?=sqrt\b)", "*", text)  # 2(3 + 4), (1 + 2)(3 + 4), 2 sqrt(9)
     text = re.sub(r"(?<![a-z])(x|of)(?=\s*[\d.(]|\s+-?[\d.(a-z])", "*", text)  # "3 x 4", but not the unknown of 3x + 4
     # As an attribute, the percent sign binds as tightly as it should: 2 ** 50% is 2 ** 0.5.
     tokens = TOKEN.findall(re.sub(r"%(?!\s*[0-9.(a-z]|\s+-[0-9.(])", " .percent ", text))
@@ -1021,7 +1078,7 @@ def _city_file(path=None):
 @functools.lru_cache(maxsize=8)
 def _cities(path):
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         cities = [*content["cities"], *content.get("geonames", [])]
         names = {_normal(name): city["name"] for city in reversed(cities) for name in [*city.get("aliases", []), city["name"]]}
         return names, {_normal(city.get("country", "")) for city in cities} - {""}  # of two namesakes, the first one stays
@@ -1066,7 +1123,7 @@ def _index(path):
     """-> (pages, terms of each title, counts of terms in each page, number of pages that hold each term)."""
     pages, number = [], 0
     try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
             page = json.loads(line) if line.strip() else {"comment": ""}
             if "title" in page or "comment" not in page:
                 pages.append({"title": str(page["title"]), "text": str(page["text"])})

@@ -12,6 +12,7 @@ import small
 
 import data
 import toolplay
+import tools
 from tools import UserError, calculate, load_tools, parse_calls
 
 
@@ -336,7 +337,7 @@ def test_generated_splits_share_no_value(splits):
     seen = {}
     for split, rows in splits.items():
         for row in rows:
-            if row["family"] in ("gsm8k", "canonical"):
+            if row["family"] == "canonical":
                 continue
             numbers = [v for v in row["facts"].values() if isinstance(v, (int, float))]
             facts = [("pair", *sorted((float(x), float(y)))) for n, x in enumerate(numbers) for y in numbers[n + 1:]]
@@ -614,3 +615,77 @@ def test_joiners_of_invented_requests_belong_to_one_split():
         assert {x["split"] for x in templates} == {"train", "dev", "test"} and len({x["text"] for x in templates}) == len(templates)
     said = {split: " ".join(m["content"] for c in data.generate(split, 60, 1, {"api_parallel": 1}) for m in c["messages"][:1]) for split in ("train", "test")}
     assert "In addition, " in said["test"] and "In addition, " not in said["train"] and "Besides, " in said["train"] and "Besides, " not in said["test"]
+
+
+# ---------------------------------------------------------------- other people's spellings
+
+CALLED = {"name": "w", "arguments": {"c": "P"}}
+OFFER = {"name": "w", "description": "d", "parameters": {"type": "object", "properties": {"c": {"type": "string"}}}}
+
+
+def test_openais_first_spelling_of_calls():
+    old = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "function_call": {"name": "w", "arguments": '{"c": "P"}'}},
+                        {"role": "function", "name": "w", "content": "5"}, {"role": "assistant", "content": "Five."}], "functions": [OFFER]}
+    new = {"messages": [old["messages"][0], {"role": "assistant", "content": "", "tool_calls": [CALLED]}, {"role": "tool", "content": "5"}, old["messages"][3]], "tools": [OFFER]}
+    assert data.encode(old, small.tokenizer()) == data.encode(new, small.tokenizer())
+
+
+def test_a_turn_of_weight_0_is_not_learned():
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bad", "weight": 0}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "good"}]
+    ids, mask = data.encode({"messages": chat}, small.tokenizer())
+    assert small.tokenizer().decode([i for i, m in zip(ids, mask) if m]) == "good<|im_end|>"
+    assert ids == data.encode({"messages": [{k: v for k, v in m.items() if k != "weight"} for m in chat]}, small.tokenizer())[0]
+    with pytest.raises(UserError, match="weight"):
+        data.check_conversation({"messages": [{**chat[0], "weight": 0}]})
+
+
+@pytest.mark.parametrize("message, word", [({"content": "<tool_call>{bad</tool_call>"}, "cannot be read"), ({"tool_calls": [{"name": " ", "arguments": {}}]}, "needs \"name\""),
+                                           ({"tool_calls": [{"name": "w", "arguments": '{"c": "P", "c": "Q"}'}]}, "needs \"name\""), ({"content": [{"type": "image_url", "image_url": {}}]}, "image_url")])
+def test_what_could_not_be_read_again_is_not_trained(tmp_path, capsys, message, word):
+    good = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    bad = {"messages": [good["messages"][0], {"role": "assistant", **message}]}
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, (good, bad))))
+    rows, _ = data.dataset(toolplay.load_config({"method": "sft", "model": "tiny", "source": "jsonl", "path": str(tmp_path / "c.jsonl")}), small.tokenizer())
+    assert len(rows) == 1 and "line 2" in (said := capsys.readouterr().err) and word in said
+
+
+def test_results_must_answer_the_calls_that_they_name():
+    calls = [{"id": n, "function": {"name": "w", "arguments": {"c": n}}} for n in ("c1", "c2")]
+    chat = lambda *ids: {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}, *({"role": "tool", "tool_call_id": n, "content": n} for n in ids)]}  # noqa: E731
+    assert [m["content"] for m in data.check_conversation(chat("c2", "c1"))["messages"][2:]] == ["c1", "c2"]
+    data.check_conversation(chat())  # none yet
+    for wrong in (("c2",), ("c1", "c3"), ("c1", "c1")):
+        with pytest.raises(UserError, match="ids"):
+            data.check_conversation(chat(*wrong))
+
+
+def test_a_json_array_is_read_and_not_every_bad_line_is_told(tmp_path, capsys):
+    good = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    for indent in (None, 1):
+        (tmp_path / "a.json").write_text(json.dumps([good, good], indent=indent))
+        assert len(data.read_jsonl(tmp_path / "a.json")) == 2
+    (tmp_path / "b.jsonl").write_text(json.dumps(good) + "\n" + "{bad\n" * 50)
+    assert len(data.read_jsonl(tmp_path / "b.jsonl")) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 21
+
+
+def test_arguments_without_end_are_the_users_mistake():
+    deep = []
+    for _ in range(3000):
+        deep = [deep]
+    with pytest.raises(UserError):
+        data.check_conversation({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"name": "w", "arguments": {"c": deep}}]}]})
+
+
+def test_no_city_is_there_twice():
+    """Under two names a city would have two weathers, and might stand in two splits."""
+    content, owner = data.corpus("cities.json"), {}
+    for city in [*content["cities"], *content["geonames"]]:
+        for name in [city["name"], *city.get("aliases", [])]:
+            assert owner.setdefault(tools._normal(name), city["name"]) == city["name"], name
+
+
+def test_meaningless_names_belong_to_one_split():
+    names = {split: {t["name"] for c in data.generate(split, 300, 1, {"api_choice": 1}) for t in c["tools"]} for split in ("train", "dev", "test")}
+    masked = {split: {n for n in found if re.fullmatch(r"(func|method|api)_\d", n)} for split, found in names.items()}
+    assert all(masked.values()) and not names["train"] & names["test"] and not names["train"] & names["dev"]

@@ -127,7 +127,7 @@ def test_alone_in_an_empty_folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def gold():
-    return data.generate("train", 400, 3, {**data.MIX, "two_calls": 9})
+    return data.generate("train", 800, 3, {**data.MIX, "two_calls": 9})
 
 
 @pytest.mark.parametrize("name", dpo.CORRUPTIONS)
@@ -192,6 +192,9 @@ def test_pairs_as_trl_writes_them():
     whole = {"chosen": lists["prompt"] + lists["chosen"], "rejected": lists["prompt"] + lists["rejected"]}
     pair = dpo.read_pair(text, tokenizer())
     assert pair == dpo.read_pair(lists, tokenizer()) == dpo.read_pair(whole, tokenizer()) == dpo.read_pair({**whole, "prompt": None}, tokenizer())
+    assert pair == dpo.read_pair({key: value[0] for key, value in lists.items()}, tokenizer())  # a message is a list of one
+    tool = {"name": "f", "description": "Do.", "parameters": {"type": "object", "properties": {}}}
+    assert dpo.read_pair({**text, "tools": [tool]}, tokenizer()) == dpo.read_pair({**text, "tools": [json.dumps(tool)]}, tokenizer()) == dpo.read_pair({**text, "tools": json.dumps([tool])}, tokenizer())
     assert pair == dpo.read_pair({**whole, "prompt": "2+2"}, tokenizer()) == dpo.read_pair({**whole, "prompt": lists["prompt"]}, tokenizer())  # UltraFeedback: the prompt is there twice
 
 
@@ -487,6 +490,8 @@ def test_a_pair_cut_where_it_parts():
     assert dpo.parted(pair, 1) == dpo.Pair(([1, 2, 3, 7, 8], [0, 0, 0, 0, 1]), ([1, 2, 3, 7, 5], [0, 0, 0, 0, 1]), "why")
     assert dpo.parted(pair, 2) == dpo.Pair(([1, 2, 3, 7, 8, 9], [0, 0, 0, 0, 1, 1]), ([1, 2, 3, 7, 5, 6], [0, 0, 0, 0, 1, 1]), "why")
     longer = dpo.Pair((prompt + talk, [0] * 3 + [1] * 4), (prompt + talk + [4], [0] * 3 + [1] * 5), "endless")
+    given = pair._replace(why=dpo.GIVEN)
+    assert dpo.parted(given, 1) == given  # whatever somebody preferred
     assert dpo.parted(longer, 1) == longer  # nothing of the first answer is left to prefer
 
 
@@ -613,3 +618,29 @@ def test_a_new_variant_is_one_function():
     finally:
         del dpo.VARIANTS["margin"]
         dpo.FREE.remove("margin")
+
+
+@pytest.mark.parametrize("arguments", [{"seats": 4}, {"ok": True}, {"ratio": 0.5}, {"days": ["Monday", "Friday"]}])
+def test_a_wrong_argument_of_any_type(arguments):
+    call = {"name": "book", "arguments": arguments}
+    worse = dpo.wrong_argument({"messages": [{"role": "user", "content": "Book it."}, {"role": "assistant", "content": "", "tool_calls": [call]}]}, random.Random(0))
+    [changed] = worse[-1]["tool_calls"]
+    assert changed["arguments"] != arguments and changed["arguments"].keys() == arguments.keys()
+    assert [type(x) for x in changed["arguments"].values()] == [type(x) for x in arguments.values()]
+
+
+@pytest.mark.parametrize("more", ["both", "corrupted"])
+def test_a_pair_that_holds_messages_too_is_a_pair(tmp_path, more):
+    """UltraFeedback's lines have "messages" beside prompt, chosen and rejected."""
+    line = {"prompt": "2+2", **{side: [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}}
+    line["messages"] = line["chosen"]
+    (tmp_path / "p.jsonl").write_text(json.dumps(line) + "\n")
+    config = toolplay.load_config({"method": "dpo", "model": "tiny", "source": "jsonl", "path": str(tmp_path / "p.jsonl"), "pairs": more})
+    made = dpo.datasets(config, tokenizer())[0] if more == "corrupted" else dpo.prompts_of(config, "train", tokenizer())
+    assert [pair.why for pair in made] == [dpo.GIVEN]
+
+
+def test_half_precision_is_compared_in_fp32():
+    logps = [torch.tensor(x) for x in ([-760.0, -30.0], [-761.0, -31.0], [-750.0, -30.5], [-760.5, -30.0])]
+    for ours, exact in zip(dpo.dpo_loss(*(x.half() for x in logps))[1].items(), dpo.dpo_loss(*(x.half().float() for x in logps))[1].items()):
+        assert ours == exact
