@@ -704,7 +704,7 @@ def add_model(parser, about_run="a trained run folder"):
 def add_arguments(parser):
     add_model(parser, "a run folder; the result is also kept there, as eval.json")
     parser.add_argument("--split", choices=["test", "dev"], default="test", help="of the templates (default test)")
-    parser.add_argument("--data", metavar="FILE", help="cases from a JSONL file instead of the templates")
+    parser.add_argument("--data", metavar="FILE", help="cases from a JSONL file instead of the templates; lines without tools are offered the built-in three")
     parser.add_argument("--suite", metavar="bfcl:A,B", help=f"judge first turns as BFCL does; categories: {', '.join(BFCL)}")
     parser.add_argument("--bfcl", metavar="FOLDER", help="where BFCL_v4_*.json are (default: in the package bfcl-eval)")
     parser.add_argument("--n", type=int, help="how many cases (default: 200 of the templates, every line of --data, all of each BFCL category)")

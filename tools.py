@@ -680,11 +680,14 @@ class _CallReader:
             self.word(["true", "false"] * (bool in types))
 
     def inside(self, read, schema, root):
+        """A list or an object, which can be read again (`_clean`) only if it is not too deep."""
         self.depth += 1
-        if self.depth >= MAX_DEPTH:
-            raise ValueError
-        read(schema, root)
-        self.depth -= 1
+        try:
+            if self.depth >= MAX_DEPTH:
+                raise ValueError
+            read(schema, root)
+        finally:
+            self.depth -= 1
 
     def one_of(self, schemas, root):
         start, ends = self.at, []
