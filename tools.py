@@ -562,7 +562,6 @@ def call_state(text, tools):
     arXiv:2307.09702, with a reader of our own in place of their automaton).  Strict JSON, with at most one blank or
     line break between its parts.  Bounds, lengths and what alternatives require are not read.  Never raises.
     """
-    text = text.rstrip("\ufffd")  # the first bytes of a character
     tools, reader = _by_name(tools), _CallReader(text)
     while True:
         start, stray = text.find("<tool_call>", reader.at), text.find("</tool_call>", reader.at)
@@ -617,8 +616,10 @@ class _CallReader:
         if not choices:
             raise ValueError
         self.peek()
-        rest = self.text[self.at:self.at + max(map(len, choices)) + 1]
-        if any(word != rest and word.startswith(rest) for word in choices):
+        rest = self.text[self.at:self.at + max(map(len, choices)) + 4]
+        head = rest.rstrip("\ufffd")  # behind it, the first bytes of a character, which a tokenizer may write in several tokens
+        bytes_ = 0 < len(rest) - len(head) <= 3 and self.text.endswith(rest)
+        if any(word != rest and word.startswith(rest) or bytes_ and word.startswith(head) and word[len(head):len(head) + 1] > "\x7f" for word in choices):
             raise _Unfinished
         if not (found := max(filter(rest.startswith, choices), key=len, default="")):
             raise ValueError

@@ -1152,6 +1152,7 @@ def test_a_character_may_take_several_tokens():
     for name, arguments in (("spelled", '{"city": "'), ("spelled", '{"'), ("f", '{"a": "')):
         begun = f'<tool_call>{{"name": "{name}", "arguments": ' + arguments
         assert call_state(begun + "\ufffd", ODD) == call_state(begun, ODD) == "inside"
+    assert call_state('<tool_call>{"name": "spelled", "arguments": {"city": "' + "\ufffd" * 4, ODD) == call_state('<tool_call>{"name": "s\ufffd', ODD) == "invalid"  # but no character has more than four bytes
     assert call_state('<tool_call>{"name": "spelled", "arguments": {"city": "<5"}}</tool_call>', ODD) == "outside"  # as it is, and escaped
     assert call_state('<tool_call>{"name": "spelled", "arguments": {"x": 1}}</tool_call>', ODD) == call_state('<tool_call>{"name": "spelled", "arguments": {"z": ["b"]}}</tool_call>', ODD) == "outside"
     assert execute(Call("x", {"o": {"k": 1}}), [tool_from_schema({**ODD[-4].schema()["function"], "name": "x"}, str)]).error_type != "crashed"
