@@ -35,6 +35,8 @@ request with the other list of tools, and `pairs: "both"`, faulty copies of what
 from __future__ import annotations
 
 import contextlib
+import difflib
+import hashlib
 import json
 import random
 import re
@@ -239,9 +241,8 @@ def missing_argument(conversation, rng):
     if not calls or calls[0]["name"] not in names_of(conversation):
         return None
     required = tool_named(calls[0]["name"], conversation).parameters.get("required", [])
-    arguments = dict(calls[0]["arguments"])
-    if gone := next((name for name in arguments if name in required), None):
-        del arguments[gone]
+    gone = next((name for name in calls[0]["arguments"] if name in required), None)
+    arguments = {name: value for name, value in calls[0]["arguments"].items() if name != gone}
     return until(conversation, at, tool_calls=[{**calls[0], "arguments": arguments}, *calls[1:]]) if gone else None
 
 
@@ -401,20 +402,17 @@ def read_pair(line, tokenizer, style="signature"):
 
     prompt_tools = {"tools": line.get("tools") or []}
 
-    def spelled(messages):  # of the same form on both sides, or the same would differ
-        return data.check_conversation({"messages": messages, **prompt_tools})["messages"] if messages else []
+    def spelled(messages):  # in one spelling, or the same would differ
+        checked = data.check_conversation({"messages": messages, **prompt_tools})["messages"] if messages else []
+        return [{key: m[key] for key in ("role", "content", "tool_calls") if key in m} for m in checked]
 
     def holds_prompt(part):
         whole = isinstance(part[0], dict) and part[0].get("role") in ("system", "user")
         return whole and spelled(part)[:len(prompt)] == spelled(prompt) or part[:len(prompt)] == prompt or isinstance(line.get("prompt"), str) and whole
-
-    def in_one_spelling(part):  # or the same would differ
-        messages = data.check_conversation({"messages": [*([] if holds_prompt(part) else prompt), *part], **prompt_tools})["messages"]
-        return [{key: m[key] for key in ("role", "content", "tool_calls") if key in m} for m in messages]
     half_said = prompt and all(not holds_prompt(part) and part[0].get("role") == "assistant" for part in (chosen, rejected) if isinstance(part[0], dict))
     if half_said and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
         raise UserError('"prompt" ends with an assistant message; end it with the user\'s, and let chosen and rejected hold all of the answer')
-    chosen, rejected = in_one_spelling(chosen), in_one_spelling(rejected)
+    chosen, rejected = (spelled([*([] if holds_prompt(part) else prompt), *part]) for part in (chosen, rejected))
     if isinstance(line.get("prompt"), str) and line["prompt"].strip() and not all(any(m["content"].strip() == line["prompt"].strip() for m in part) for part in (chosen, rejected)):
         raise UserError('"prompt" is another text than the conversation in "chosen" and "rejected" begins with')
     if chosen == rejected:
@@ -465,10 +463,7 @@ def train(run):
 
     # 1. data: pairs of rows
     model, tokenizer = toolplay.prepare_model(config, run.device)
-    if config.pairs != "corrupted":
-        pairs, held_out = sampled_datasets(run, model, tokenizer)
-    else:
-        pairs, held_out = datasets(config, tokenizer)
+    pairs, held_out = datasets(config, tokenizer) if config.pairs == "corrupted" else sampled_datasets(run, model, tokenizer)
     pairs, held_out = [[parted(pair, config.parting) for pair in part] for part in (pairs, held_out)]
     tokens = sum(len(ids) for pair in pairs for ids, _ in pair[:2])
     nodes = sum(len(toolplay.Trie([list(ids) for ids, _ in pair[:2]])) for pair in pairs)
@@ -649,8 +644,6 @@ def reference_logp(run, pairs, answers, autocast):
 
     Must be called before a checkpoint is loaded: the model is the initial policy only until then.
     """
-    import hashlib
-
     import toolplay
     from tools import UserError
     key = hashlib.sha256(json.dumps([run.config.model, toolplay.start_hashes(run.config), run.config.precision, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
@@ -671,8 +664,6 @@ def reference_logp(run, pairs, answers, autocast):
 
 def show(n, config):
     """Print n pairs: what stands behind the last user's words, and where the two differ (green: chosen, red: rejected)."""
-    import difflib
-
     import toolplay
     from tools import UserError, printable
     check_settings(config)

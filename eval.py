@@ -56,8 +56,11 @@ from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 import data
+import toolplay
 from tools import BUILTIN, STOP_WORDS, Call, Tool, UserError, _cities, _city_file, _normal, _same, _terms, execute, load_tools, parse_calls, tool_from_schema
 
 METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "execution", "response_quality", "response_f1", "overall")
@@ -469,7 +472,6 @@ def settings_of(config):
 
 def compare_command(args):
     """Compare runs on the same cases: each metric with its interval, paired differences to the first, seeds aggregated."""
-    import toolplay
     if len({Path(run).resolve() for run in args.runs}) < len(args.runs):
         raise UserError("compare: a run is named twice; every run is one column, or one seed of it")
     groups, same = {}, None
@@ -516,9 +518,6 @@ def compare_command(args):
 
 def evaluate(model, tokenizer, cases, batch_size=128, max_new_tokens=256, style="signature", constrained=False, progress=True):
     """Greedy rollouts of the cases (Case objects, or what as_case takes) -> (report, records in the order of the cases)."""
-    from tqdm import tqdm
-
-    import toolplay
     cases = [case if isinstance(case, Case) else as_case(case) for case in cases]
     with tqdm(total=len(cases), desc="eval", unit="case", disable=not progress, dynamic_ncols=True) as bar:
         episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in cases], temperature=0.0, max_new_tokens=max_new_tokens,
@@ -532,9 +531,6 @@ def talk_loss(model, tokenizer, split="test", n=100):
 
     To be compared with the untrained model's, which is not zero.
     """
-    import torch
-
-    import toolplay
     talks = data.of_split(data.corpus("talk_replies.jsonl")[1:], split)[:n]
     chats = [[{"role": "user", "content": talk["prompt"]}, {"role": "assistant", "content": talk["reply"]}] for talk in talks]
     rows = [data.encode({"messages": chat}, tokenizer) for chat in chats]
@@ -676,9 +672,6 @@ def bfcl(model, tokenizer, cases, style="signature", constrained=False, batch_si
 
     Judged are the calls that tools.parse_calls reads; what is malformed is no call. Behind its last call a turn ends (see rollout).
     """
-    from tqdm import tqdm
-
-    import toolplay
     with tqdm(total=len(cases), desc="bfcl", unit="case", dynamic_ncols=True) as bar:
         episodes = toolplay.rollout(model, tokenizer, [case["conversation"] for case in cases], temperature=0.0, max_turns=1,
                                     max_new_tokens=max_new_tokens, batch_size=batch_size, style=style, constrained=constrained, progress=bar.update)
@@ -715,7 +708,6 @@ def add_arguments(parser):
 
 def command(args):
     """Score a run or a model."""
-    import toolplay
     if args.n is not None and args.n < 1:
         raise UserError("--n must be at least 1")
     if args.failures < 0:
@@ -753,7 +745,6 @@ def command(args):
 
 
 def main(argv=None):
-    import toolplay
     toolplay.main(["eval", *(sys.argv[1:] if argv is None else argv)])
 
 

@@ -206,7 +206,7 @@ def token_rewards(scores, kl, mask, kl_coef):
 
 def explained_variance(values, returns, mask):
     """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows nothing."""
-    values, returns = (floating(model_tokens(x, mask)) for x in (values, returns))
+    values, returns = (model_tokens(x, mask) for x in (values, returns))
     return float(1 - (returns - values).var() / returns.var()) if returns.numel() > 1 and returns.var() > 0 else 0.0
 
 
@@ -225,13 +225,7 @@ class AdaptiveKL:
 # --------------------------------------------------------------------------- 2. the reward
 
 # Each component looks at one episode and says how far it has what the name says, 0 to 1. verdicts: eval.judge's.
-# WEIGHTS adds them up; negative weights are faults. What they ask where a number is wanted, from the expression to the answer:
-#   is_calculation           does this expression work something out of the prompt's numbers?
-#   calculates               do all of the calculator's calls?
-#   gold_call_was_computed   do they, or hold the gold call's numbers, where that is known?
-#   answer_was_computed      is the last result the answer, by such calls?
-#   right_result             so it is, and there is no fault beside (for episodes of one turn)
-#   right_answer             the final text says so (for whole conversations)
+# WEIGHTS adds them up; negative weights are faults.
 
 
 def first_turn_only(episode):

@@ -24,7 +24,6 @@ import difflib
 import fcntl
 import glob
 import hashlib
-import importlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -225,9 +224,7 @@ def _no_duplicates(pairs):
 
 def _wrong(value, hint):
     """None when `value` fits the type hint, else what is allowed."""
-    limit = None
-    if get_origin(hint) is Annotated:
-        hint, limit = get_args(hint)
+    hint, limit = get_args(hint) if get_origin(hint) is Annotated else (hint, None)
     if get_origin(hint) is Literal:
         return None if value in get_args(hint) else "must be one of " + ", ".join(map(str, get_args(hint)))
     kind = get_origin(hint) or hint
@@ -1102,10 +1099,8 @@ class Run:
                 raise UserError(f"{self.folder} already holds a run: continue it with --resume, or choose another place with --run_dir=...")
             before = dataclasses.asdict(load_config(old))
             for key in flat:
-                if key in ("source", "mix") and before["fallback"]:
-                    setattr(config, key, before[key])  # what stood in when it began
-                elif key in ("lora_r", "lora_alpha", "lora_rslora") and config.start_from:
-                    setattr(config, key, before[key])  # the adapter's own
+                if key in ("source", "mix") and before["fallback"] or key in ("lora_r", "lora_alpha", "lora_rslora") and config.start_from:
+                    setattr(config, key, before[key])  # what stood in when it began; the adapter's own
                 elif key == "tau_f" and not newest_checkpoint(self.folder):
                     pass  # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
                 elif flat[key] != before[key] and key not in ("run_dir", "wandb", "device", *["constrained"] * (config.method != "ppo")):
@@ -1216,7 +1211,7 @@ class Run:
         finally:
             self.bar.set_description(name)
 
-    def log(self, step, metrics, tokens=0):
+    def log(self, step, metrics, tokens):
         """Append one line to metrics.jsonl (and the wall clock to timing.jsonl), show it on the bar, tell W&B."""
         now = time.time()
         speed, self.clock = tokens / max(now - self.clock, 1e-9), now
@@ -1227,10 +1222,10 @@ class Run:
             with open(self.folder / name, "a") as file:
                 file.write(json.dumps({"step": step, **line}) + "\n")
         shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in SHOWN and v is not None}
-        self.bar.set_postfix({**shown, **({"tok/s": f"{speed:.0f}"} if tokens else {})})
+        self.bar.set_postfix({**shown, "tok/s": f"{speed:.0f}"})
         if self.wandb:
             try:
-                self.wandb.log({**metrics, **({"tokens_per_s": speed} if tokens else {})}, step=step)
+                self.wandb.log({**metrics, "tokens_per_s": speed}, step=step)
             except Exception as error:  # a logging service never ends a run
                 print(f"wandb: logging failed ({first_line(error)}); going on without it", file=sys.stderr)
                 self.wandb = None
@@ -1525,7 +1520,7 @@ def predict(args):
         ids.add(name)
         return key, conversation
     items = data.read_jsonl(args.input, check)
-    done = {json.dumps(line.get("id"), ensure_ascii=False) for line in finished}
+    done = {json.dumps(line["id"], ensure_ascii=False) for line in finished}
     todo = [(key, conversation) for key, conversation in items if json.dumps(key, ensure_ascii=False) not in done]
     output.parent.mkdir(parents=True, exist_ok=True)
     if not stream:

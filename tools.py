@@ -521,7 +521,7 @@ def _read_call(text):
         raise ValueError("a call is a JSON object with the keys name and arguments, and no others")
     name, arguments = data["name"], data.get("arguments")
     arguments = _loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
-    arguments = {} if arguments is None or arguments == "" or isinstance(arguments, str) and not arguments.strip() else arguments
+    arguments = {} if arguments is None or isinstance(arguments, str) and not arguments.strip() else arguments
     if not isinstance(name, str) or not name.strip() or not isinstance(arguments, dict):
         raise ValueError("the name must be a word, and the arguments a JSON object")
     return Call(name, arguments)
@@ -842,13 +842,12 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
         schemas = [schema, own.parameters] if own and tool.function is own.function else [schema]  # a built-in in other words has its own needs
         for problem in itertools.chain.from_iterable(_problems(arguments, s) for s in schemas):
             return failed(*problem)
-        run = _run if not tool.isolated else _run_in_child
-        return run(tool, arguments, failed, timeout)
+        return _run_in_child(tool, arguments, failed, timeout) if tool.isolated else _run(tool, arguments, failed)
     except Exception as error:  # a broken schema, no more processes, an exception that can not be printed
         return failed("crashed", f"{name} could not be run: {type(error).__name__}")
 
 
-def _run(tool, arguments, failed, timeout=None):
+def _run(tool, arguments, failed):
     """Run here and now.  The result holds what its text will show: plain JSON, cut where it is too long."""
     try:
         result = replace(failed(), ok=True, value=tool.function(**arguments))
