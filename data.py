@@ -639,7 +639,7 @@ class Writer:
     def story_words(self, family, lower):
         stories = corpus("stories_add.json")
         first, second, third = self.rng.sample(stories["names"], 3)
-        thing, thing2 = self.rng.sample(stories["things"].get(family.get("things"), stories["things"]["toys"]), 2)
+        thing, thing2 = self.rng.sample(stories["things"][family.get("things", "toys")], 2)
         words = {**first, "name2": second["name"], "name3": third["name"], "thing": thing, "thing2": thing2, "city": self.pick("cities.json", "cities")["name"]}
         words |= {key.capitalize(): words[key].capitalize() for key in ("he", "his", "thing")}
         return {k: v.lower() if lower else v for k, v in words.items()}
