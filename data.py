@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import codecs
 import contextlib
 import functools
 import glob
@@ -133,21 +132,25 @@ def pieces(messages, tokenizer, generation=False):
 GRAMMAR = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 
+def without_tags(messages, tokenizer):
+    """[(role, text)] -> messages. What the template lays turns out with is broken by a zero-width space in a text: it must not become the token."""
+    template = str(tokenizer.chat_template)
+    # Special tokens, and what the template lays out with; not words and newlines that happen to be added tokens, nor the call grammar.
+    layout = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content not in GRAMMAR
+              and (token.special or token.content.strip() and token.content in template)]
+    tags = plain_tags(tokenizer, template) - set(layout)  # what is said, not what the model itself says, is kept from them
+    chat = []
+    for role, text in messages:
+        for token in sorted(layout if role == "assistant" else [*layout, *tags], key=len, reverse=True):
+            text = text.replace(token, token[0] + "\u200b" + token[1:])
+        chat.append({"role": "user" if role == "tool" else role, "content": text})
+    return chat
+
+
 def _template_pieces(messages, tokenizer, generation):
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template and is not ChatML: use an instruction-tuned model, or set tokenizer.chat_template")
-    # Special tokens, and what the template lays out with; not words and newlines that happen to be added tokens, nor the call grammar.
-    layout = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content not in GRAMMAR
-              and (token.special or token.content.strip() and token.content in str(tokenizer.chat_template))]
-
-    tags = list(plain_tags(tokenizer, str(tokenizer.chat_template)) - set(layout))  # what is said, not what the model itself says, is kept from them
-
-    def safe(message):  # such a token inside content is broken by a zero-width space: it must not become the token
-        text = message["content"]
-        for token in sorted(layout + tags * (message["role"] != "assistant"), key=len, reverse=True):
-            text = text.replace(token, token[0] + "\u200b" + token[1:])
-        return {"role": message["role"], "content": text}
-    chat = [safe({"role": "user" if role == "tool" else role, "content": text}) for role, text in messages]
+    chat = without_tags(messages, tokenizer)
 
     def render(upto, header=False):
         try:
@@ -767,10 +770,6 @@ class Writer:
         name = f'{city["name"]}, {city["country"]}' if self.rng.random() < 0.12 else city["name"]
         return name.lower() if lower else name
 
-    def skies(self):
-        """Weather, where nobody asks for a unit, in cities that people ask for."""
-        return self.weather(lambda family: not family.get("unit"), towns=0)
-
     def weather(self, wanted=lambda family: True, towns=TOWNS):
         family = self.rng.choice([f for f in pool("weather.json", "families", self.split) if wanted(f)])
         template, lower = self.register(self.rng.choice(family["texts"]))
@@ -788,6 +787,8 @@ class Writer:
             city = city.lower() if lower else city
         arguments = {"city": city, **({"unit": family["unit"]} if family.get("unit") else {})}
         return fill(template, {"city": city}), [Call("weather", arguments)], family["id"], {"city": city}
+
+    skies = functools.partialmethod(weather, lambda family: not family.get("unit"), towns=0)  # nobody asks for a unit; cities that people ask for
 
     def search(self):
         if self.rng.random() < 0.4:
@@ -834,9 +835,7 @@ class Writer:
         talk = self.rng.choice(found)
         return talk["prompt"], [], talk["kind"], {"reply": talk["reply"]}
 
-    def small_talk(self):
-        """Talk without what one could as well look up (advice, meanings of words), chat that mentions numbers or weather, and traps."""
-        return self.no_tool(lambda t: t["easy"])
+    small_talk = functools.partialmethod(no_tool, lambda talk: talk["easy"])  # what that is: `talks`
 
     def two_calls(self):
         if self.rng.random() < 0.4:
@@ -1018,17 +1017,16 @@ def generate(split, n, seed=0, mix=None):
         raise UserError(f"unknown kind {sorted(unknown)[0]!r} in the mix; kinds are {', '.join(KINDS)}")
     rng = random.Random(f"{split} {seed}")
     out, seen = [], set()
-    for attempt in itertools.count():
+    for _ in range(50 * n + 1002):
         if len(out) == n:
             return out
-        if attempt > 50 * n + 1000:
-            raise UserError(f"the {split} split has no {n} different examples for this mix; ask for fewer")
         kind = rng.choices(list(mix), list(mix.values()))[0]
         made = converse(kind, split, rng)
         if made and (prompt := made["messages"][0]["content"]) not in seen:
             if split != "train" or kind not in ("no_tool", "small_talk", "canonical"):  # these are few and may come again in training, under other tools
                 seen.add(prompt)
             out.append(made)
+    raise UserError(f"the {split} split has no {n} different examples for this mix; ask for fewer")
 
 
 # --------------------------------------------------------------------------- 5. many tools
@@ -1160,11 +1158,9 @@ class ApiWriter:
         if parameter["type"] == "object":
             made = {self.key(p): self.argument(p) for p in parameter["properties"] if p["required"] or rng.random() < 0.5}
             return {k: v for k, (v, _) in made.items()}, self.together([text for _, text in made.values()])
-        if "enum" in parameter or parameter["type"] == "boolean":
+        if parameter["type"] == "boolean" or "enum" in parameter and not self.named:
             value = rng.choice(parameter.get("enum") or [True, False])
-            if "enum" in parameter and self.named:
-                return value, self.state(parameter, str(value).replace("_", " "))
-            return value, rng.choice(parameter["phrases"][str(value).lower() if isinstance(value, bool) else str(value)])
+            return value, rng.choice(parameter["phrases"][str(value).lower() if isinstance(value, bool) else value])
         value, said = self.plain(parameter)
         return value, self.state(parameter, said)
 
@@ -1727,7 +1723,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
             damaged[name] = str(error)[:120] or type(error).__name__
             continue
         damaged.update({f"{name}, line {number}": why for number, why in bad.items()})
-        if raw[:3] == codecs.BOM_UTF8:
+        if raw.startswith(b"\xef\xbb\xbf"):
             noted[name] = "it begins with a byte order mark; read all the same"
         for number, (shape, item) in enumerate(items, 1):
             try:
@@ -1982,8 +1978,7 @@ def main(argv=None):
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         if args.sample_replies:
-            sample_replies()
-            return
+            return sample_replies()
         if args.show or args.max_tokens:
             import toolplay  # only here: data.py stands below toolplay.py
             _, tokenizer = toolplay.load_model("smollm2-135m")

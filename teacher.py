@@ -73,8 +73,7 @@ Candidate = namedtuple("Candidate", "position call result")  # an index into the
 
 def loss_weights(n=5):
     """w_0 .. w_{n-1}: falling, their sum over all t is 1. -> [n]"""
-    weights = (1 - 0.2 * torch.arange(n, dtype=torch.float64)).clamp(min=0)
-    return weights / 3.0                                                        # 1 + .8 + .6 + .4 + .2
+    return (1 - 0.2 * torch.arange(n, dtype=torch.float64)).clamp(min=0) / 3.0  # 1 + .8 + .6 + .4 + .2
 
 
 def weighted_loss(logp, start):
@@ -295,8 +294,6 @@ def annotate(model, tokenizer, rows, tools, config, seed):
             opens = open_logprobs(model, tokenizer, rows, heads, config)
         places = [(n, i) for n in range(len(rows)) for i in best_positions(opens[n], config.tau_s, config.positions)]
         funnel["positions"] += len(places)
-        if not places:
-            continue
         # 2. what: m calls at each
         open_ids = ids_of(tokenizer, opening(tokenizer))
         prompts = [heads[n] + rows[n][:i] + open_ids for n, i in places for _ in range(config.samples)]
@@ -358,9 +355,8 @@ def prose(split, n, seed=0):
     import data
     from tools import BUILTIN, Call, calculate, execute
     rng, out = random.Random(f"{split} prose {seed}"), []
-    cities, articles = data.pool("cities.json", "cities", split), data.corpus("search.jsonl")[1:]
     share = {"train": range(7), "dev": range(7, 8), "test": range(8, 10)}[split]
-    articles = [a for a in articles if zlib.crc32(a["title"].encode()) % 10 in share]
+    articles = [a for a in data.corpus("search.jsonl")[1:] if zlib.crc32(a["title"].encode()) % 10 in share]
     while len(out) < n:
         kind = rng.choices(["calculator", "weather", "search", "plain"], [55, 15, 15, 15])[0]
         item = {"kind": kind}
@@ -380,7 +376,7 @@ def prose(split, n, seed=0):
                 item |= {"prompt": data.fill(text.partition("{answer}")[0].rstrip(), words), "answer": value}
                 words["answer"] = str(value)
             elif kind == "weather":
-                city = rng.choice(cities)["name"]
+                city = rng.choice(data.pool("cities.json", "cities", split))["name"]
                 words = {"city": city, **{k: str(v) for k, v in execute(Call("weather", {"city": city}), BUILTIN).value.items() if k in ("temperature", "condition")}}
             text = data.fill(text, words)
         if kind != "plain" and rng.random() < 0.4:
@@ -444,7 +440,6 @@ def complete(model, tokenizer, rows, tools, most=16, call_tokens=24, call_top=1)
     alive = list(range(len(rows)))
     while alive:
         logits = cache.step([[queues[r].pop(0)] for r in alive]).float()
-        going = []
         for n, r in enumerate(alive):
             if not queues[r]:
                 if not tools or calling[r] is None and begun[r]:
@@ -453,8 +448,7 @@ def complete(model, tokenizer, rows, tools, most=16, call_tokens=24, call_top=1)
                 token = open_id if may else int(logits[n].argmax())
                 queues[r].append(token)
                 if calling[r] is None and token == open_id:
-                    calling[r] = []
-                    begun[r] = True
+                    calling[r], begun[r] = [], True
                 elif calling[r] is None:
                     said[r].append(token)
                 else:
@@ -467,8 +461,7 @@ def complete(model, tokenizer, rows, tools, most=16, call_tokens=24, call_top=1)
                         queues[r] += ids_of(tokenizer, f" {result or ''}{CLOSE}")
                     if "->" in text or CLOSE in text or len(calling[r]) >= call_tokens:
                         calling[r] = None
-            if len(said[r]) < most and not (said[r] and said[r][-1] in end):
-                going.append(n)
+        going = [n for n, r in enumerate(alive) if len(said[r]) < most and end.isdisjoint(said[r][-1:])]
         alive = [alive[n] for n in going]
         cache.keep(going)
     return [(tokenizer.decode([t for t in ids if t not in end]), found) for ids, found in zip(said, calls)]

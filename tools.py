@@ -202,9 +202,8 @@ def _fields(schema, style, root, path=("#",)):
     return ", ".join(fields)
 
 
-def _type(schema, style="signature", root=None, path=("#",)):
+def _type(schema, style, root, path=("#",)):
     """A schema in a few words. A schema may hold itself: what is on the path already, or deep inside, is "any"."""
-    root = schema if root is None else root
     if schema.get("$ref") in path or len(path) > 9:
         return "any"
     path = (*path, schema.get("$ref", ""))
@@ -258,7 +257,7 @@ def _new_problems(value, schema, where, root, part, known):
             or "enum" in schema and not any(_same(value, x) for x in schema["enum"])
             or "const" in schema and not _same(value, schema["const"])
             or any(schema.get(word) and all(map(check, schema[word])) for word in ("anyOf", "oneOf"))):
-        yield "wrong_type", f"{label} must be {_type(schema, root=root)}, not {_shown(value)}"
+        yield "wrong_type", f"{label} must be {_type(schema, 'signature', root)}, not {_shown(value)}"
         return
     if schema.get("uniqueItems") is True and isinstance(value, list) and any(_same(a, b) for a, b in itertools.combinations(value[:1000], 2)):
         yield "wrong_type", f"{label}: no item may stand there twice"
