@@ -40,7 +40,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from tools import (BUILTIN, TYPES, Call, Result, UserError, _loads, _problems, calculate, execute, format_call, format_result, load_tools, one_line_errors,
+from tools import (BUILTIN, TYPES, Call, Result, UserError, _given, _loads, _problems, calculate, execute, format_call, format_result, load_tools, one_line_errors,
                    parse_calls, render_tools, tool_from_schema)
 
 CORPORA = Path(__file__).parent / "configs" / "corpora"
@@ -272,7 +272,8 @@ def _check_message(message, n):
     role, content, calls = {"developer": "system", "function": "tool"}.get(message["role"], message["role"]), message.get("content"), message.get("tool_calls") or []
     if not calls and isinstance(message.get("function_call"), dict):  # OpenAI's first spelling
         calls = [message["function_call"]]
-    if message.get("weight", 1) not in (0, 1) or not message.get("weight", 1) and role != "assistant":
+    weight = 1 if message.get("weight") is None else message["weight"]
+    if weight not in (0, 1) or not weight and role != "assistant":
         raise UserError(f'message {n}: "weight" is 0 or 1, of an assistant message')
     parts = isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
     if parts and (role != "tool" or content and all(part.get("type") == "text" for part in content)):  # a tool's list may be its result
@@ -284,7 +285,7 @@ def _check_message(message, n):
         raise UserError(f'message {n}: "content" ' + ("is missing" if content is None else f"holds a part of type {other!r}; only text can be read" if other else "must be a string"))
     if not isinstance(calls, list) or calls and role != "assistant":
         raise UserError(f'message {n}: "tool_calls" is a list in an assistant message')
-    clean = {"role": role, "content": content or "", **({"weight": 0} if not message.get("weight", 1) else {})}
+    clean = {"role": role, "content": content or "", **({} if weight else {"weight": 0})}
     if calls:
         clean["tool_calls"] = [_check_call(call, n) for call in calls]
         clean["ids"] = [call.get("id") for call in calls]
@@ -319,10 +320,8 @@ def without_function(schema):
 def _check_call(call, n):
     call = call.get("function") or call if isinstance(call, dict) else {}
     arguments = call.get("arguments") if isinstance(call, dict) else None
-    if isinstance(arguments, str):  # OpenAI sends arguments as a JSON string
-        with contextlib.suppress(ValueError, RecursionError):
-            arguments = _loads(arguments) if arguments.strip() else {}
-    arguments = {} if arguments is None else arguments
+    with contextlib.suppress(ValueError, RecursionError):
+        arguments = _given(arguments)
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"].strip() or not isinstance(arguments, dict):
         raise UserError(f'message {n}: a tool call needs "name" (a string) and "arguments" (an object, or its JSON text)')
     return {"name": call["name"], "arguments": arguments}

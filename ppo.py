@@ -233,12 +233,17 @@ def first_turn_only(episode):
     return episode.stop == "turns" and len(episode.turns) == 1
 
 
+def forges(episode):
+    """Whether a turn holds a result or chat tag, which are not the model's to write."""
+    from eval import FORGED  # here, so that this file alone gives the losses
+    return any(FORGED.search(turn) for turn in episode.turns)
+
+
 def right_format(case, episode, verdicts):
     """Every call parses and fits its schema, no turn holds a forged result or chat tag, and something is said in the end."""
-    from eval import FORGED  # here, so that this file alone gives the losses
     said = episode.final.strip() or first_turn_only(episode)
     broken = {"malformed_call", "unknown_tool", "unknown_argument", "missing_argument", "wrong_type"} & {result.error_type for result in episode.results}
-    return float(bool(verdicts["format"]) and bool(said) and not broken and not any(FORGED.search(turn) for turn in episode.turns))
+    return float(bool(verdicts["format"]) and bool(said) and not broken and not forges(episode))
 
 
 def right_tool(case, episode, verdicts):
@@ -380,8 +385,7 @@ def length(case, episode, verdicts):
 
 def no_end(case, episode, verdicts):
     """A turn did not end by itself: the last one, one that talked on behind its calls, or one that forged a result or chat tag."""
-    from eval import FORGED
-    return float(any(FORGED.search(turn) for turn in episode.turns) or episode.stop != "end" and not first_turn_only(episode) or any(turn.rpartition("</tool_call>")[2].strip() for turn in episode.turns if "</tool_call>" in turn))
+    return float(forges(episode) or episode.stop != "end" and not first_turn_only(episode) or any(turn.rpartition("</tool_call>")[2].strip() for turn in episode.turns if "</tool_call>" in turn))
 
 
 COMPONENTS = {f.__name__: f for f in (right_format, right_tool, executed, calculates, right_arguments, right_result, right_answer, like_reference, needless_call, length, no_end)}
@@ -731,7 +735,7 @@ class ActorCritic:
             value, more = value_loss(self.values(rows, out), old_values, returns, mask, config.value_clip)
             total, info = total + config.vf_coef * value, {**info, **more, "value_loss": value}
         if config.ptx:
-            imitation = -model_tokens(weight * out["logp"], weight).sum()                                                                  # (6)
+            imitation = -model_tokens(weight * out["logp"], weight).sum()                                             # (6)
             total, info = total + imitation, {**info, "ptx_loss": imitation.detach() / config.ptx_coef}
         return total, info
 

@@ -432,17 +432,17 @@ class Trie:
             if half:  # where torch's kernel is faster in fp32, and exact besides
                 q, k, v = q.float(), k.float(), v.float()
             out, ks, vs = [], k.split(sizes, 2), v.split(sizes, 2)
-            for s, q_s in enumerate(q.split(sizes, 2)):
-                size, context = sizes[s], above[s]
-                if (s, groups) not in masks:
-                    allowed = torch.ones(size, context + size, dtype=torch.bool, device=device).tril(context)
-                    masks[s, groups] = allowed.repeat(groups, 1)
-                k_s = torch.cat([ks[a] for a in self.ancestors[s]] + [ks[s]], 2)
-                v_s = torch.cat([vs[a] for a in self.ancestors[s]] + [vs[s]], 2)
-                folded = q_s.reshape(1, k.shape[1], groups * size, q.shape[3])
-                with torch.autocast(v.device.type, enabled=not half and torch.is_autocast_enabled(v.device.type)):
+            with torch.autocast("cpu", enabled=False) if half else contextlib.nullcontext():
+                for s, q_s in enumerate(q.split(sizes, 2)):
+                    size, context = sizes[s], above[s]
+                    if (s, groups) not in masks:
+                        allowed = torch.ones(size, context + size, dtype=torch.bool, device=device).tril(context)
+                        masks[s, groups] = allowed.repeat(groups, 1)
+                    k_s = torch.cat([ks[a] for a in self.ancestors[s]] + [ks[s]], 2)
+                    v_s = torch.cat([vs[a] for a in self.ancestors[s]] + [vs[s]], 2)
+                    folded = q_s.reshape(1, k.shape[1], groups * size, q.shape[3])
                     o = F.scaled_dot_product_attention(folded, k_s, v_s, attn_mask=masks[s, groups], scale=scaling)
-                out.append(o.reshape(1, q.shape[1], size, v.shape[3]))
+                    out.append(o.reshape(1, q.shape[1], size, v.shape[3]))
             return torch.cat(out, 2)
         return attention
 
@@ -782,7 +782,7 @@ def stop_ids(model, tokenizer):
 
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
     stops = stop_ids(model, tokenizer)
-    closing = stops | {n for n in tokenizer.all_special_ids if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")}
+    closing = stops | {n for n in tokenizer.all_special_ids if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")} if limits.constrained else stops
     queues = [[e.ids[-1]] for e, _, _ in rows]  # ids not yet fed to the model
     turns = [[] for _ in rows]                  # ids of the turn under way
     cache = prompt_cache(model, [e.ids[:-1] for e, _, _ in rows])
@@ -1103,7 +1103,9 @@ class Run:
                     setattr(config, key, before[key])  # what stood in when it began; the adapter's own
                 elif key == "tau_f" and not newest_checkpoint(self.folder):
                     pass  # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
-                elif flat[key] != before[key] and key not in ("run_dir", "wandb", "device", *["constrained"] * (config.method != "ppo")):
+                elif key == "constrained" and config.method != "ppo":
+                    pass  # nothing that is trained or logged depends on it
+                elif flat[key] != before[key] and key not in ("run_dir", "wandb", "device"):
                     raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(before[key])}, now {json.dumps(flat[key])}; "
                                     f"go on with the run's own config (python toolplay.py train {self.folder} --resume), or start a new run with --run_dir=...")
             began, now = read_json(old, lambda value: value | {}, "start a new run").get("provenance"), provenance(config.seed)

@@ -81,6 +81,7 @@ def _nearest(name, names):
 # The second line is not JSON schema: BFCL, ToolBench and people write these.
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool], "array": [list], "object": [dict], "null": [type(None)],
          "dict": [dict], "float": [int, float], "tuple": [list], "str": [str], "int": [int], "double": [int, float], "bool": [bool], "list": [list]}
+JSON_TYPES = {kind for kinds in TYPES.values() for kind in kinds}
 HINTS = {str: {"type": "string"}, int: {"type": "integer"}, float: {"type": "number"}, bool: {"type": "boolean"},
          list: {"type": "array"}, dict: {"type": "object"}, type(None): {"type": "null"}, typing.Any: {}}
 
@@ -518,12 +519,17 @@ def _read_call(text):
     data = _loads(text)
     if not isinstance(data, dict) or not {"name"} <= data.keys() <= {"name", "arguments"}:
         raise ValueError("a call is a JSON object with the keys name and arguments, and no others")
-    name, arguments = data["name"], data.get("arguments")
-    arguments = _loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
-    arguments = {} if arguments is None or isinstance(arguments, str) and not arguments.strip() else arguments
+    name, arguments = data["name"], _given(data.get("arguments"))
     if not isinstance(name, str) or not name.strip() or not isinstance(arguments, dict):
         raise ValueError("the name must be a word, and the arguments a JSON object")
     return Call(name, arguments)
+
+
+def _given(arguments):
+    """A call's arguments, which may be JSON text (OpenAI's); none at all are {}. Raises what `_loads` raises."""
+    if isinstance(arguments, str):
+        arguments = _loads(arguments) if arguments.strip() else None
+    return {} if arguments is None else arguments
 
 
 def _loads(text, strict=True):
@@ -657,7 +663,7 @@ class _CallReader:
             schema = {**_resolved(part, root), **schema}
         types = _types(schema)
         if types is None:
-            types = {dict} if any("properties" in part for part in _parts(schema, root)) else {t for known in TYPES.values() for t in known}
+            types = {dict} if any("properties" in part for part in _parts(schema, root)) else JSON_TYPES
         if schema.get("nullable") is True:
             types = types | {type(None)}
         first = self.text[self.at]
@@ -978,7 +984,7 @@ def _respell(text):
     text = re.sub(r"(?<![\d.,])\d{1,3}(?:[ \xa0\u2009\u202f]\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0]), text, flags=re.ASCII)  # 1 234
     text = text.translate(FULL_WIDTH).translate(SPELLING)
     text = re.sub(r"\s*(?<![a-z])per ?cent\b", "%", text.rstrip("=? \t\n").lstrip("= \t\n").lower())
-    text = re.sub(r"(?<![a-z])(plus|minus|times|divided by|modulo|mod)(?![a-z(])", lambda m: WORDS[m[0]], text)
+    text = re.sub(rf"(?<![a-z])({'|'.join(WORDS)})(?![a-z(])", lambda m: WORDS[m[0]], text)
     text = re.sub(r"(\d,)(?=000(?!\d))", lambda m: m[0][:-1], text)  # max(1,000, 2): nobody writes 000 for a number
     text = re.sub(r"\bsqrt\s+(\d+(?:,\d{3})*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)", r"sqrt(\1)", text)
     # "100 / 10% of 50": "of" binds first
