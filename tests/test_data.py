@@ -635,6 +635,7 @@ def test_a_turn_of_weight_0_is_not_learned():
     ids, mask = data.encode({"messages": chat}, small.tokenizer())
     assert small.tokenizer().decode([i for i, m in zip(ids, mask) if m]) == "good<|im_end|>"
     assert ids == data.encode({"messages": [{k: v for k, v in m.items() if k != "weight"} for m in chat]}, small.tokenizer())[0]
+    assert data.encode({"messages": [{**m, "weight": None} for m in chat]}, small.tokenizer()) == data.encode({"messages": [{k: v for k, v in m.items() if k != "weight"} for m in chat]}, small.tokenizer())
     with pytest.raises(UserError, match="weight"):
         data.check_conversation({"messages": [{**chat[0], "weight": 0}]})
 
