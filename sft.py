@@ -10,10 +10,12 @@ This is the language-model loss of GPT (Radford et al. 2018, eq. 1) under a mask
 al. 2022, arXiv:2109.01652). M counts the trained tokens of the whole optimizer step, however it is split
 into micro-batches or over machines: the mean of the micro-batches' means would weigh a token in a short answer more.
 
-Departures: one, and only where `decision_weight` is not 1. Of the forty tokens of a call, two decide: the first, where
+Departures: two, and only where the weights are not 1. Of the forty tokens of a call, two decide: the first, where
 the model either opens a call or begins to talk, and the first of the tool's name; the others follow from them or copy.
-In (1) they are a twentieth of the terms. With the weight w they count w times, in the sum and in M, so that more of the
-gradient is spent on what is hard to learn. The logged `loss` is weighted so, too; `eval_loss` is always (1) itself. The log-probs come from a token trie
+In (1) they are a twentieth of the terms. With `decision_weight` w they count w times, in the sum and in M, so that more of the
+gradient is spent on what is hard to learn. And half of the loss is in words that might as well have been others ("That
+comes to 210."), which no model can foresee: with `call_weight` w the tokens of turns that call a tool count w times.
+The logged `loss` is weighted so, too; `eval_loss` is always (1) itself. The log-probs come from a token trie
 (toolplay.py), so that the long prompt that all examples share is computed once (with `lora_dropout` they share its
 dropout noise, too).
 
@@ -32,6 +34,7 @@ import torch
 class Config:
     """SFT's own keys; the shared ones are in toolplay.Config."""
     decision_weight: Annotated[float, "> 0"] = 1.0    # how often the tokens count that decide: call or talk, and which tool
+    call_weight: Annotated[float, "> 0"] = 1.0        # how often the other tokens of turns that call a tool count
     keep_best: bool = True               # keep the weights of the lowest evaluation loss; false: the last ones
 
 
@@ -54,7 +57,7 @@ def train(run):
     # 1. data: rows (ids, mask)
     model, tokenizer = toolplay.prepare_model(config, run.device)
     train_rows, held_out = data.dataset(config, tokenizer)
-    train_rows = weigh(train_rows, config.decision_weight, tokenizer.encode('{"name": "', add_special_tokens=False))
+    train_rows = weigh(train_rows, config.decision_weight, config.call_weight, tokenizer.encode('{"name": "', add_special_tokens=False))
     batches = data.Batches(train_rows, config)
     total = batches.total
 
@@ -95,12 +98,20 @@ def train(run):
     run.finish()
 
 
-def weigh(rows, weight, before_name):
-    """Rows (ids, mask) -> the same with `weight` for 1 on the tokens that decide: the first of every assistant turn, and
-    the one after the ids `before_name`, with which a tool's name begins."""
-    n = len(before_name)
-    return [(ids, [weight if m and (t == 0 or not mask[t - 1] or ids[max(0, t - n):t] == before_name) else m for t, m in enumerate(mask)])
-            for ids, mask in rows]
+def weigh(rows, decision, call, before_name):
+    """Rows (ids, mask) -> the same with weights for 1: `decision` on the tokens that decide, the first of every assistant turn and
+    the one after the ids `before_name`, with which a tool's name begins; `call` on the others of a turn that calls a tool."""
+    n, out = len(before_name), []
+    for ids, mask in rows:
+        weights = list(mask)
+        for start in (t for t, m in enumerate(mask) if m and (t == 0 or not mask[t - 1])):
+            end = next((t for t in range(start, len(mask)) if not mask[t]), len(mask))
+            names = [t for t in range(start, end) if ids[max(0, t - n):t] == before_name]
+            weights[start:end] = [call if names else 1] * (end - start)
+            for t in [start, *names]:
+                weights[t] = decision
+        out.append((ids, weights))
+    return out
 
 
 def pad_mask(rows, device="cpu"):

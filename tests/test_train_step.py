@@ -51,13 +51,15 @@ def test_pad_mask():
 
 
 def test_the_deciding_tokens_weigh_more():
-    """The first token of each assistant turn and of each called name count w times, in the sum and in M; all else stays."""
+    """The first token of each assistant turn and of each called name count w times, in the sum and in M; the rest of a turn that
+    calls has a weight of its own, and all else stays."""
     call, answer = [1, 8, 9, 5, 6], [7, 2]  # 8, 9 stand before a name
     rows = [([0, *call, 0, *answer], [0, 1, 1, 1, 1, 1, 0, 1, 1]), ([8, 9, 3, 8, 9, 4], [0, 0, 0, 1, 1, 1])]
-    weighed = sft.weigh(rows, 4.0, [8, 9])
+    weighed = sft.weigh(rows, 4.0, 1, [8, 9])
     assert [ids for ids, _ in weighed] == [ids for ids, _ in rows]
     assert [mask for _, mask in weighed] == [[0, 4, 1, 1, 4, 1, 0, 4, 1], [0, 0, 0, 4, 1, 4]]
-    assert sft.weigh(rows, 1.0, [8, 9]) == rows
+    assert sft.weigh(rows, 1.0, 1.0, [8, 9]) == rows
+    assert [mask for _, mask in sft.weigh(rows, 4.0, 3.0, [8, 9])] == [[0, 4, 3, 3, 4, 3, 0, 4, 1], [0, 0, 0, 4, 3, 4]]
     total, info = sft_loss(torch.full((2, 9), -1.0), pad_mask(weighed))
     assert total == info["tokens"] == 25
 
@@ -66,7 +68,7 @@ def test_the_deciding_tokens_of_real_conversations():
     """With a real vocabulary: the openings of the turns, and what begins the name of each of two calls in one turn."""
     _, tokenizer = toolplay.load_model("smollm2-135m")
     chat = data.generate("train", 1, seed=3, mix={"two_calls": 1})[0]
-    (ids, mask), = sft.weigh([data.encode(chat, tokenizer)], 2.0, tokenizer.encode('{"name": "', add_special_tokens=False))
+    (ids, mask), = sft.weigh([data.encode(chat, tokenizer)], 2.0, 1.0, tokenizer.encode('{"name": "', add_special_tokens=False))
     names = [call["name"] for message in chat["messages"] for call in message.get("tool_calls", [])]
     turns = sum(message["role"] == "assistant" for message in chat["messages"])
     heavy = [tokenizer.decode([i]) for i, m in zip(ids, mask) if m == 2]
