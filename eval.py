@@ -391,6 +391,9 @@ def summarise(records):
 
 # --------------------------------------------------------------------------- 5. tables
 
+MOST_ROWS = 25  # of a table; a test of invented functions has hundreds
+
+
 def cell(metric, full=True):
     tail = f' [{metric["low"]:.2f}, {metric["high"]:.2f}] n={metric["n"]}' if metric["n"] and full else ""
     return f'{metric["value"]:.3f}{tail}' if metric["n"] else "-"
@@ -413,7 +416,8 @@ def format_report(report, title, records=None, show_failures=10):
         parts.append(f"call_accuracy, mean over {len(known)} kinds: {np.mean(known):.3f}" if known else "")
     for key in ("kinds", "tools"):
         rows = [[name, of["format"]["n"], *(cell(metric, full=False) for metric in of.values())] for name, of in report[key].items()]
-        parts.append(table([key, "n", *METRICS], rows))
+        shown = sorted(sorted(rows, key=lambda row: -row[1])[:MOST_ROWS])
+        parts.append(table([key, "n", *METRICS], shown) + f"\n\nand {len(rows) - len(shown)} more {key} with fewer cases (--out keeps all)" * (len(rows) > len(shown)))
     failed = [record for record in records or [] if record["wrong"]]
     for r in failed[:show_failures]:
         shown = [f"{key:10}{json.dumps(r[key], ensure_ascii=False)}" for key in ("prompt", "expected", "answer", "reference", "turns", "results")]

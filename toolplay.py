@@ -923,6 +923,8 @@ class Trainer:
         self.config = config
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
         self.dtype = half_precision(config, self.device)
+        if self.dtype is torch.bfloat16 and self.device.type == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+            print("precision = bf16: this CPU has no instructions for it (AVX512-BF16, AMX), so that it is several times slower than --precision=fp32", file=sys.stderr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)  # disabled: every call a no-op
         self.step = self.updates = self.skipped = 0
         self.extra = {}  # a method's own state (KL controller, best loss, ...): numbers, strings, lists, tensors

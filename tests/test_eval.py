@@ -401,6 +401,9 @@ def test_report_and_tables():
     text = evaluation.format_report(report, "Title", records)
     assert "Title (49 cases)" in text and "17 * 23" in text and "no | idea" in text and "1 cases failed" in text
     assert "no | idea" not in evaluation.format_report(report, "Title", records, show_failures=0)
+    report["tools"] = {f"tool_{n:02}": report["tools"]["calculator" if n == 7 else "search"] for n in range(40)}  # of hundreds, those with most cases
+    text = evaluation.format_report(report, "Title")
+    assert "| tool_07 |" in text and "| tool_30 |" not in text and "and 15 more tools" in text
     table = evaluation.compare_table({"before": report, "after": report}).splitlines()
     assert table[0] == "| metric | before | after |" and len(table) == 2 + len(evaluation.METRICS) and {line.count("|") for line in table} == {4}
     json.dumps([report, records], allow_nan=False)

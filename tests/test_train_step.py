@@ -220,6 +220,14 @@ def test_half_precision_forward_keeps_fp32_weights(precision):
     assert all(p.dtype == torch.float32 for p in trainer.parameters.values()) and difference(taken[0], expected) < 0.05
 
 
+@pytest.mark.parametrize("precision, hardware, said", [("bf16", False, True), ("bf16", True, False), ("auto", False, False)])
+def test_bf16_without_instructions_for_it_is_said(precision, hardware, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    Trainer(load_config({"precision": precision, "device": "cpu"}), {"w": torch.nn.Parameter(torch.ones(1))}, 1)
+    assert ("--precision=fp32" in capsys.readouterr().err) == said
+
+
 # ---------------------------------------------------------------- the schedule
 
 @pytest.mark.parametrize("schedule, after", [("cosine", lambda x: 0.5 * (1 + math.cos(math.pi * x))), ("linear", lambda x: 1 - x), ("constant", lambda x: 1.0)])
