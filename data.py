@@ -3,7 +3,7 @@ data.py - from conversations to token ids and the one mask
 
 The idea. A training example is `(ids, mask)`: mask is 1 exactly on the tokens that the model chose, or should have
 chosen (its calls, its answers, its end-of-turn token), and 0 on everything it only reads (system prompt, user, tool
-results). SFT, DPO, PPO and the teacher all train under this mask and no other. The ids are concatenated piece by piece
+results). SFT, DPO, PPO and the teacher all train under this mask; what they add are weights, or fewer tokens. The ids are concatenated piece by piece
 and never re-tokenised as one text, because a tokenizer may merge two pieces at their seam into a token that was never
 sampled.
 
@@ -1044,8 +1044,8 @@ CLOSED = {"French", "Spanish", "English", "Italian", "Thai", "Norway", "France",
 WHOLE = 0.5  # share of requests that are sentences written as a whole, where a function has some; the others are put together from phrases
 TEXTS = {"message", "description", "review", "body", "text", "comment", "reason", "why", "instructions", "phrase", "find", "replacement"}  # parameters that take sentences
 SINGLE = {"zones", "item_numbers", "eyepieces"}  # lists of numbers that may well hold one
-SAID_TOO = {"train": 0.15, "dev": 0.25, "test": 0.25}  # how often a phrase states an optional value; written sentences state more of them in train
-SHOWN = {"train": 0.85, "dev": 0.7, "test": 0.7}  # how often an offer has an optional parameter: to leave alone what nobody stated, has to be learned
+SAID_TOO = {"train": 0.1, "dev": 0.25, "test": 0.25}  # how often a phrase states an optional value; written sentences state more of them in train
+SHOWN = {"train": 0.95, "dev": 0.7, "test": 0.7}  # how often an offer has an optional parameter: to leave alone what nobody stated, has to be learned
 OFFERS = {"train": 900}  # different offers of either kind, one function and several; on the other splits every conversation has its own
 MONTHS = "January February March April May June July August September October November December".split()
 

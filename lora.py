@@ -4,7 +4,7 @@ The idea. A linear layer W0 has millions of weights, but the *change* that fine-
 it needs far fewer numbers. So W0 is frozen, and only a product of two thin matrices is learned:
 A squeezes the input from `in` down to `r` numbers, B widens them to `out`. B starts at zero, so
 training starts exactly at the base model. Switched off, the adapter leaves the base model bit
-for bit, and can serve as the reference model of DPO and PPO for free.
+for bit: a reference model for free.
 
 The equations.
 

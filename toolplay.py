@@ -3,7 +3,7 @@ toolplay.py - the playground that every method shares
 
 Five ideas carry it (each method file states only its own loss):
 1. One mask.    An example is (ids, mask); mask is 1 on the tokens that the model chose. See data.py.
-2. The trie.    The rows of a batch start with the same long prompt of tool schemas. Lay the batch out as a trie, compute
+2. The trie.    Most rows of a batch start with one of a few long prompts of tool schemas. Lay the batch out as a trie, compute
                 every distinct prefix once: exact log-probs and gradients, no padding, two to three times fewer tokens.
 3. Rollouts.    Sampling, tool execution and further sampling extend one KV cache; the sampled ids are the trained ids.
 4. One step.    `train_step` owns autocast, loss scaling, accumulation, clipping, the optimizer and data parallelism.
@@ -97,7 +97,7 @@ class Config:
     path: str = ""                       # JSONL file of training conversations; ToolBench's files: one, a folder or a glob; a teacher run
     eval_path: str = ""                  # the same for evaluation during training; empty: the dev split (none for jsonl, toolbench; the teacher measures on the test split)
     fallback: Literal["", "synthetic"] = ""                      # what stands in where ToolBench's path holds nothing usable; always so without a path
-    examples: Positive = 4000            # how many conversations to write
+    examples: Positive = 4000            # how many conversations to write (jsonl, toolbench: all lines count; teacher: at most so many)
     eval_examples: NotNegative = 100     # how many to keep for evaluation during training
     mix: dict = field(default_factory=dict)                      # weights of the kinds; empty: data.MIX, for synthetic data.SYNTHETIC
     max_tokens: Positive = 1024          # longer conversations are left out and counted, never cut
@@ -1107,7 +1107,7 @@ class Run:
                     pass  # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
                 elif key == "constrained" and config.method != "ppo":
                     pass  # nothing that is trained or logged depends on it
-                elif flat[key] != before[key] and key not in ("run_dir", "wandb", "device"):
+                elif flat[key] != before[key] and key not in ("run_dir", "wandb", "device", "micro_tokens"):
                     raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(before[key])}, now {json.dumps(flat[key])}; "
                                     f"go on with the run's own config (python toolplay.py train {self.folder} --resume), or start a new run with --run_dir=...")
             began, now = read_json(old, lambda value: value | {}, "start a new run").get("provenance"), provenance(config.seed)
