@@ -23,6 +23,7 @@ dropout noise, too).
 """
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -103,13 +104,11 @@ def weigh(rows, decision, call, before_name):
     the one after the ids `before_name`, with which a tool's name begins; `call` on the others of a turn that calls a tool."""
     n, out = len(before_name), []
     for ids, mask in rows:
-        weights = list(mask)
-        for start in (t for t, m in enumerate(mask) if m and (t == 0 or not mask[t - 1])):
-            end = next((t for t in range(start, len(mask)) if not mask[t]), len(mask))
-            names = [t for t in range(start, end) if ids[max(0, t - n):t] == before_name]
-            weights[start:end] = [call if names else 1] * (end - start)
-            for t in [start, *names]:
-                weights[t] = decision
+        weights = []
+        for trained, turn in itertools.groupby(range(len(mask)), key=mask.__getitem__):
+            turn = list(turn)
+            names = [t for t in turn if ids[max(0, t - n):t] == before_name]
+            weights += [0 if not trained else decision if t == turn[0] or t in names else call if names else 1 for t in turn]
         out.append((ids, weights))
     return out
 
