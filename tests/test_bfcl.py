@@ -3,8 +3,10 @@ import copy
 import itertools
 import json
 import random
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -131,6 +133,15 @@ def filled(answer, functions):
     return name, {k: value(first(v)) for k, v in accepted.items() if k in known and any(c != "" for c in v)}
 
 
+def test_invented_functions_have_no_name_of_bfcl(official):
+    """Nothing of it is trained on, and no chance likeness may look as if."""
+    from bfcl_eval.constants.eval_config import PROMPT_PATH
+    found = [json.loads(line) for path in Path(PROMPT_PATH).glob("BFCL_v4_*.json") if "format" not in path.name for line in path.read_text(encoding="utf-8").splitlines()]
+    same = lambda name: re.sub("[^a-z0-9]", "", name.rpartition(".")[2].lower())  # noqa: E731
+    taken = {same(function["name"]) for case in found if isinstance(case.get("function"), list) for function in case["function"]}
+    assert len(taken) > 1000 and not [f["words"] for domain in data.corpus("apis.json")["domains"] for f in domain["functions"] if same("".join(f["words"])) in taken]
+
+
 def test_gold_answers_are_right(cases):
     right = {}
     for case in cases:
@@ -178,7 +189,7 @@ def test_mistakes(tmp_path, suite, words):
         evaluation.bfcl_cases(suite, tiny_suite(tmp_path))
 
 
-@pytest.mark.parametrize("line", ['{"id": "a"}', '[1]', '{"id": "a", "question": [], "function": []}', '{"id": "a", "question": [[]], "function": [{"name": "f"}]}', "{"])
+@pytest.mark.parametrize("line", ['{"id": "a"}', '[1]', '{"id": "a", "question": [], "function": []}', '{"id": "a", "question": [[]], "function": [{"name": "f"}]}', "{", "[" * 200000])
 def test_a_damaged_suite_is_one_line(tmp_path, line):
     folder = tiny_suite(tmp_path)
     (folder / "BFCL_v4_simple_python.json").write_text(line + "\n")
