@@ -344,8 +344,10 @@ def corrupted_pairs(conversations, tokenizer, seed=0, style="signature", faults=
             worse = CORRUPTIONS[name](conversation, rng)
             if worse:
                 *shared, better = conversation["messages"][:len(worse)]
-                pairs.append(pair_of({**conversation, "messages": shared}, [better], worse[-1:], tokenizer, style, name))
-                break
+                pair = pair_of({**conversation, "messages": shared}, [better], worse[-1:], tokenizer, style, name)
+                if all(any(mask) for _, mask in pair[:2]):  # not where the gold turn has weight 0: it is not to be learned
+                    pairs.append(pair)
+                    break
     return pairs
 
 
@@ -404,7 +406,7 @@ def read_pair(line, tokenizer, style="signature"):
 
     def spelled(messages):  # in one spelling, or the same would differ
         checked = data.check_conversation({"messages": messages, **prompt_tools})["messages"] if messages else []
-        return [{key: m[key] for key in ("role", "content", "tool_calls") if key in m} for m in checked]
+        return [{key: m[key] for key in ("role", "content", "tool_calls", "weight") if key in m} for m in checked]
 
     def holds_prompt(part):
         whole = isinstance(part[0], dict) and part[0].get("role") in ("system", "user")
@@ -490,7 +492,7 @@ def train(run):
     run.start(trainer, [pairs, held_out])
 
     def loss(group):
-        ref_chosen, ref_rejected = (torch.tensor([unit[n] for unit in group], dtype=torch.float64, device=run.device) for n in (2, 3))   # [B]
+        ref_chosen, ref_rejected = (torch.tensor([getattr(unit, key) for unit in group], dtype=torch.float64, device=run.device) for key in ("ref_chosen", "ref_rejected"))   # [B]
         logp, mask = tokens_of(group)
         total, info = dpo_loss(*answers(logp, mask), ref_chosen, ref_rejected, config.beta, config.variant, config.label_smoothing, config.simpo_margin)
         nll = nll_loss(logp[::2], mask[::2])
@@ -508,6 +510,8 @@ def train(run):
         info = toolplay.train_step(trainer, batch, loss, rows=lambda unit: list(unit[:2]))
         if held_out and (trainer.step == batches.total or config.eval_every and trainer.step % config.eval_every == 0):
             info.update(evaluate())
+        if step == 0:
+            info["trie_saving"] = tokens / nodes
         run.log(trainer.step, info, tokens=sum(len(ids) for unit in batch for ids, _ in unit[:2]))
 
     # 5. save
@@ -561,7 +565,7 @@ def sampled_pairs(model, tokenizer, conversations, config):
         if config.chosen == "gold":
             turn = len(case.conversation["messages"]) + 1
             chosen, earned, rival = data.encode({**conversation, "messages": conversation["messages"][:turn]}, tokenizer, config.tool_style), config.min_best, "the example's"
-        if earned >= config.min_best and earned - scores[worst] >= config.min_gap and any(chosen[1][tries[worst].prompt:]):  # a line with "expected" has no gold turn
+        if earned >= config.min_best and earned - scores[worst] >= config.min_gap and any(chosen[1][tries[worst].prompt:]) and any(tries[worst].mask):  # a line with "expected" has no gold turn; a prompt as long as the context, no answer
             pairs.append(Pair(tuple(chosen), (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against {rival}"))
             if config.twins and config.chosen == "gold" and tries[worst].calls and (call := withheld(conversation)):
                 pairs.append(twin(conversation, call, tokenizer, config.tool_style, random.Random(f"{config.seed} twin {n}")))
@@ -613,7 +617,6 @@ def prompts_of(config, split, tokenizer):
 
 def sampled_datasets(run, model, tokenizer):
     """-> (training pairs, held-out pairs) sampled from the initial policy, once: they are kept in the run folder."""
-    import data
     import lora
     import toolplay
     from tools import UserError
@@ -653,10 +656,8 @@ def reference_logp(run, pairs, answers, autocast):
         if kept["data_sha256"] != key or len(kept["logp"]) != len(pairs):
             raise UserError(f"{path}: these log-probs are of other pairs or another model; the data has changed since the run began. Start a new run")
         return kept["logp"]
-    def logps(own):
-        return torch.stack(answers(own), 1).tolist() if own else []
     with torch.no_grad(), autocast():
-        logp = toolplay.shared_out(pairs, logps) if run.config.variant not in FREE else [(0.0, 0.0)] * len(pairs)  # kept for the hash
+        logp = toolplay.shared_out(pairs, lambda own: torch.stack(answers(own), 1).tolist()) if run.config.variant not in FREE else [(0.0, 0.0)] * len(pairs)  # kept for the hash
     if run.rank == 0:
         toolplay.write_json(path, {"data_sha256": key, "logp": logp})
     return logp

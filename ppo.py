@@ -50,7 +50,7 @@ import ast
 import copy
 import dataclasses
 import functools
-import json
+import itertools
 import math
 import random
 import re
@@ -159,9 +159,9 @@ def rloo_advantages(scores):
 def grpo_advantages(scores, eps=1e-4):
     """Equation (5). scores [prompts, samples] -> the same shape; one sample alone has advantage 0. Samples that differ by a few tokens
     of length count as much as right and wrong: `min_spread` leaves such prompts out."""
-    scores = floating(scores)
+    dtype, scores = floating(scores).dtype, scores.double()                     # in fp32 the mean of equal scores may be another one
     spread = scores.std(1, keepdim=True) if scores.shape[1] > 1 else torch.zeros_like(scores)
-    return (scores - scores.mean(1, keepdim=True)) / (spread + eps)
+    return ((scores - scores.mean(1, keepdim=True)) / (spread + eps)).to(dtype)
 
 
 def policy_loss(logp, old_logp, advantages, mask, clip_range=0.2, dual_clip=0.0):
@@ -206,7 +206,7 @@ def token_rewards(scores, kl, mask, kl_coef):
 
 def explained_variance(values, returns, mask):
     """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows nothing."""
-    values, returns = (model_tokens(x, mask) for x in (values, returns))
+    values, returns = (model_tokens(x, mask).double() for x in (values, returns))
     return float(1 - (returns - values).var() / returns.var()) if returns.numel() > 1 and returns.var() > 0 else 0.0
 
 
@@ -240,8 +240,9 @@ def forges(episode):
 
 
 def right_format(case, episode, verdicts):
-    """Every call parses and fits its schema, no turn holds a forged result or chat tag, and something is said in the end."""
-    said = episode.final.strip() or first_turn_only(episode)
+    """Every call parses and fits its schema, no turn holds a forged result or chat tag, and something is said in the end: a number, if one is asked for."""
+    from data import numbers_in
+    said = first_turn_only(episode) or (numbers_in(episode.final) if wants_number(case) else episode.final.strip())
     broken = {"malformed_call", "unknown_tool", "unknown_argument", "missing_argument", "wrong_type"} & {result.error_type for result in episode.results}
     return float(bool(verdicts["format"]) and bool(said) and not broken and not forges(episode))
 
@@ -365,9 +366,9 @@ def like_reference(case, episode, verdicts):
 
 
 def repeated(episode):
-    """Whether a call was made twice, blanks aside."""
-    calls = ["".join(f"{call.name} {json.dumps(call.arguments, sort_keys=True)}".split()) for call in episode.calls]
-    return len(set(calls)) < len(calls)
+    """Whether a call was made twice, in whatever spelling."""
+    from eval import same_call
+    return any(same_call(a, b) for a, b in itertools.combinations(episode.calls, 2))
 
 
 def needless_call(case, episode, verdicts):
@@ -443,7 +444,7 @@ def calculation(expression, prompt, earlier):
             made = [tree for result, tree in known if same(abs(result), node.value)]
             return copy.deepcopy(made[-1]) if made and not own(node.value, prompts) else node
 
-    def value(changed=(), change=None):
+    def value(changed, change):
         """What the expression comes to, with other numbers in some places; None if to nothing."""
         for n in changed:
             places[n].value = change(used[n])
@@ -476,7 +477,7 @@ def calculation(expression, prompt, earlier):
     if any(same(place.value, abs(result)) and place.value != 1 and not own(place.value) and place not in divisors for place in places):  # 3
         return False
     if not any(x > 1 for x in given):  # all is everybody's knowledge
-        return all(x in EVERYDAY or x in (0, 1, 100) for x in used)
+        return all(x in EVERYDAY or x in (0, 1, 100) or own(x) for x in used)
     if all(x in (0, 1, 100) for x in used):  # 1 + 1, of a prompt that has "one" in it
         return False
     mine = sum(map(own, used))
@@ -652,7 +653,7 @@ def prompts_of(config, tokenizer, context=math.inf):
 
 
 class ValueHead(torch.nn.Linear):
-    """V_t from the trunk's output before token t: D numbers -> one. Zero at the start, so that the first returns are rewards.
+    """V_t from the trunk's output before token t: D numbers -> one. Zero at the start: the first returns are then the rewards to come, and no guesses.
 
     It reads hidden / D^(1/4): its learning rate is that of adapters, and Adam moves every weight by about as much. Unscaled, one step
     moves V by up to lr sum_d |hidden_d| (SmolLM2, lr 6e-4: 0.45, half of a reward), and V was noise; by 1/sqrt(D) it stood still.
@@ -672,12 +673,11 @@ class Policy(torch.nn.Module):
 
     def __init__(self, model, temperature, budget):
         super().__init__()
-        self.model, self.options = model, (temperature, budget)
+        self.model, self.temperature, self.budget = model, temperature, budget
 
     def forward(self, rows, want):
         import toolplay
-        temperature, budget = self.options
-        return toolplay.token_logprobs(self.model, rows, temperature, None if torch.is_grad_enabled() else budget, want)
+        return toolplay.token_logprobs(self.model, rows, self.temperature, None if torch.is_grad_enabled() else self.budget, want)
 
     def switched(self, adapter, rows, want=()):
         """As if `adapter`, {name: tensor} as of `adapter()`, were the model's: for this one call each of its parameters is the
@@ -809,7 +809,7 @@ def check_settings(config):
     """UserError for settings that contradict each other, or teach nothing."""
     from tools import UserError
     if not config.lora_r or config.lora_dropout:
-        raise UserError("ppo trains adapters without dropout (the reference is the model without them, the first ratio must be 1): set lora_r > 0 and lora_dropout = 0")
+        raise UserError("ppo trains adapters without dropout (switched off or back, they are the reference; the first ratio must be 1): set lora_r > 0 and lora_dropout = 0")
     if config.steps:
         raise UserError("steps: ppo counts rounds; set iterations")
     if (config.advantage != "gae" or config.center) and config.samples < 2:
@@ -838,18 +838,19 @@ def learn(trainer, groups, loss, imitated, position, config):
     """
     import toolplay
     sums, count, terms, stopped, whole = {}, 0, 0, False, minibatches(config, len(groups))
-    for epoch in range(config.ppo_epochs):
-        order = [unit for p in shuffled(len(groups), config.seed, position, epoch) for unit in groups[p]]
-        for at in range(0, 0 if stopped else len(order), config.batch_size):
-            batch = order[at:at + config.batch_size]
-            batch += imitated(trainer.step, sum(sum(unit["mask"]) for unit in batch))
-            info = toolplay.train_step(trainer, batch, loss, size=lambda unit: sum(unit["mask"]),
-                                       rows=lambda unit: [unit["row"]], veto=lambda means: means["ratio"] > config.ratio_guard)
+    orders = ([unit for p in shuffled(len(groups), config.seed, position, epoch) for unit in groups[p]] for epoch in range(config.ppo_epochs))
+    for batch in (order[at:at + config.batch_size] for order in orders for at in range(0, len(order), config.batch_size)):
+        batch += imitated(trainer.step, sum(sum(unit["mask"]) for unit in batch))
+        skipped = trainer.skipped
+        info = toolplay.train_step(trainer, batch, loss, size=lambda unit: sum(unit["mask"]),
+                                   rows=lambda unit: [unit["row"]], veto=lambda means: means["ratio"] > config.ratio_guard)
+        count += 1
+        if trainer.skipped == skipped:  # else its numbers are nan, or those of a step that was refused
             for name, value in info.items():
                 sums[name] = sums.get(name, 0.0) + value * info["terms"]  # a mean over tokens: the last minibatch may be short
-            count, terms = count + 1, terms + info["terms"]
-            if stopped := bool(config.kl_stop and count < whole and info["approx_kl"] > config.kl_stop):
-                break
+            terms += info["terms"]
+        if stopped := bool(config.kl_stop and count < whole and info["approx_kl"] > config.kl_stop):
+            break
     # A round may learn from fewer minibatches than planned; step and schedule go on as if it had not, so that they depend on the round alone.
     left = minibatches(config, config.prompts) - count
     trainer.step, trainer.updates = trainer.step + left, trainer.updates + left
@@ -875,7 +876,6 @@ def imitation(config, tokenizer):
 
 def train(run):
     # Imported here so that this file alone gives the losses to anyone who copies it.
-    import data
     import eval as evaluation
     import lora
     import toolplay
@@ -916,11 +916,12 @@ def train(run):
         round_ = position // per_round
         again, new = choose_prompts(trainer.extra, len(cases), config)
         picked = again + new
-        played = toolplay.shared_out([cases[i] for i in picked], lambda own: play(own) if own else [])
+        played = toolplay.shared_out([cases[i] for i in picked], play)
         played = [[{"case": cases[i], **unit} for unit in group] for i, group in zip(picked, played)]
         scores = [[unit["score"] for unit in group] for group in played]
         taught = [max(s) - min(s) >= config.min_spread for s in scores]
-        trainer.extra["taught"] = list(dict.fromkeys([*trainer.extra["taught"], *(i for i, yes in zip(picked, taught) if yes)]))
+        waiting = [i for i in trainer.extra["taught"] if i not in picked]  # a case that waits may come as a new one, too
+        trainer.extra["taught"] = waiting + list(dict.fromkeys(i for i, yes in zip(picked, taught) if yes))
         groups = [group for group, yes in zip(played, taught) if yes]
         everything, units = ([unit for group in some for unit in group] for some in (played, groups))
         log = {**summary(everything), "kl_coef": beta.value, "learned_from": len(groups) / config.prompts, "replayed": len(again) / config.prompts}
@@ -928,7 +929,7 @@ def train(run):
             log["reward_new"] = summary(everything[len(again) * config.samples:])["reward"]
         if units:
             with trainer.autocast():
-                fixed = toolplay.shared_out(units, lambda own: actor.old_and_reference(own) if own else [])
+                fixed = toolplay.shared_out(units, actor.old_and_reference)
             for unit, numbers in zip(units, fixed):
                 unit.update(numbers)
             log.update(compute_advantages(config, units, beta.value, run.device))

@@ -1,7 +1,7 @@
 """
 ppo_breakdown.py - where the time of a PPO round goes: rollout, reference and old log-probs, update
 
-Runs some rounds of a PPO config as it stands, with a clock around the three parts. The first round is warm-up. The share of
+Runs some rounds of a PPO config as it stands, with a clock around the three parts; "other" is the reward, the log and the checkpoint. The first round is warm-up. The share of
 the matmul peak is that of the update alone; how FLOPs are counted: common.py.
 
     .venv/bin/python benchmarks/ppo_breakdown.py --config configs/ppo.json --start-from RUN
@@ -41,6 +41,7 @@ def ours(folder, options):
         return made
     toolplay.prepare_model = kept
     clocked(toolplay, "rollout", "rollout")
+    clocked(ppo.ActorCritic, "old_and_reference", "reference")
     step = toolplay.train_step
 
     def train_step(trainer, units, *args, **kwargs):
@@ -70,10 +71,10 @@ def ours(folder, options):
 
 def text(sides):
     us = sides["ours"]
-    mean = {key: statistics.mean(r.get(key, 0.0) for r in us["rounds"][1:]) for key in ("rollout", "update", "whole", "tokens")}
-    mean["reference, old log-probs, reward"] = mean["whole"] - mean["rollout"] - mean["update"]
-    parts = ("rollout", "reference, old log-probs, reward", "update", "whole")
-    lines = [f"{part:<36}{mean[part]:>8.2f} s{mean[part] / mean['whole']:>7.0%}" for part in parts]
+    mean = {key: statistics.mean(r.get(key, 0.0) for r in us["rounds"][1:]) for key in ("rollout", "reference", "update", "whole", "tokens")}
+    mean["other"] = mean["whole"] - mean["rollout"] - mean["reference"] - mean["update"]
+    parts = ("rollout", "reference", "update", "other", "whole")
+    lines = [f"{part:<12}{mean[part]:>8.2f} s{mean[part] / mean['whole']:>7.0%}" for part in parts]
     return [*lines, f"{us['episodes']} episodes, {mean['tokens']:.0f} sampled tokens a round; the update reaches {us['share_of_peak']:.0%} of the matmul peak "
             f"({us['matmul_peak_gflops']:.0f} GFLOP/s)"], {"seconds": mean, "share_of_matmul_peak": us["share_of_peak"]}
 

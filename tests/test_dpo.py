@@ -261,7 +261,7 @@ def train(config, resume=False):
 @pytest.mark.parametrize("variant", dpo.VARIANTS)
 def test_a_run(tmp_path, variant, capsys):
     lines = train(config(tmp_path, variant=variant))
-    assert "times fewer" in capsys.readouterr().err
+    assert "times fewer" in capsys.readouterr().err and lines[0]["trie_saving"] > 1 and "trie_saving" not in lines[1]
     first = {"sigmoid": math.log(2), "robust": math.log(2), "ipo": 25, "hinge": 1}
     if variant in first:  # the policy starts as its reference
         assert lines[0]["loss"] == pytest.approx(first[variant], abs=1e-5) and lines[0]["rewards/margin"] == pytest.approx(0, abs=1e-5)
@@ -579,6 +579,29 @@ def test_given_pairs_are_read_where_others_are_sampled(tmp_path, capsys):
     assert "line 4: a pair is an object" in capsys.readouterr().err
     assert [pair.why for pair in dpo.sampled_pairs(model, tok, read, c)][0] == "given" and len(read) == 3
     assert [pair.why for pair in dpo.sampled_pairs(model, tok, read[:1], c)] == ["given"]
+
+
+def test_a_turn_that_is_not_to_be_learned_is_no_gold_answer():
+    """OpenAI's "weight": 0. Without a trained token on the chosen side only the rejected one would be learned from."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2 + 2"}}]}
+    messages = [{"role": "user", "content": "2 + 2?"}, {**call, "weight": 0}, {"role": "tool", "content": '{"result": 4}'}, {"role": "assistant", "content": "4."}]
+    gold = data.check_conversation({"messages": messages, "tools": ["calculator", "weather"]})
+    tok = toolplay.load_model("tiny")[1]
+    found = {name: dpo.corrupted_pairs([gold], tok, 0, "signature", [name]) for name in dpo.CORRUPTIONS}
+    assert {name for name, pairs in found.items() if pairs} == {"ignores_result", "endless"}  # of the last turn alone
+    given = dpo.read_pair({"prompt": "2 + 2?", "chosen": messages[1:], "rejected": "5.", "tools": ["calculator"]}, tok)
+    assert sum(given.chosen[1]) == sum(given.rejected[1])  # "4." and its end, as "5." and its end
+
+
+def test_an_answer_without_a_token_is_no_rejected_one(monkeypatch):
+    """A prompt as long as the context leaves no room for one."""
+    net, tok = toolplay.load_model("tiny")
+    c = toolplay.load_config({"method": "dpo", "model": "tiny", "pairs": "sampled", "chosen": "gold", "max_turns": 1, "min_best": 1.0, "max_tokens": 9000, "max_new_tokens": 3,
+                              "reward_weights": {"right_tool": 1.0, "right_answer": 0.0}}, [])
+    long = {"messages": [{"role": "user", "content": "a " * 2200}, {"role": "assistant", "content": "ok"}], "tools": []}
+    for length, pairs in ((2200, 0), (20, 1)):
+        talk = data.check_conversation({**long, "messages": [{"role": "user", "content": "a " * length}, long["messages"][1]]})
+        assert len(dpo.sampled_pairs(net, tok, [talk], c)) == pairs
 
 
 def test_an_argument_that_may_be_missing_is_no_fault():
