@@ -89,7 +89,7 @@ def is_chatml(tokenizer):
 
 @functools.lru_cache(16)
 def example_of(tokenizer, template):
-    """Two turns as the template lays them out, or "" if it refuses them."""
+    """Two turns as the template (here the cache's key only) lays them out, or "" if it refuses them."""
     for chat in ([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], [{"role": "user", "content": "U"}]):
         with contextlib.suppress(Exception):  # templates raise what they like
             return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -224,8 +224,7 @@ def encode(conversation, tokenizer, style="signature", generation=False):
 
 def continuation(results, tokenizer):
     """Ids from the end of an assistant turn, over its tool results, to the header of the next turn: all mask 0."""
-    stub = [("system", SYSTEM), ("user", "."), ("assistant", ".")]
-    parts = pieces(stub + [("tool", "\n".join(format_result(r) for r in results))], tokenizer, generation=True)
+    parts = pieces([("system", SYSTEM), ("user", "."), ("assistant", "."), ("tool", "\n".join(map(format_result, results)))], tokenizer, generation=True)
     last = max(i for i, (_, trained) in enumerate(parts) if trained)
     return [i for ids, _ in parts[last + 1:] for i in ids]
 
@@ -424,8 +423,7 @@ def colour(value):
 @functools.lru_cache(maxsize=None)
 def taken_pairs():
     """Pairs of numbers in the examples that are written out in full: these are in the train split."""
-    texts = [e["prompt"] for e in corpus("canonical.json")["examples"]]
-    numbers = [[float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", text)] for text in texts]
+    numbers = [[float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", e["prompt"])] for e in corpus("canonical.json")["examples"]]
     return {frozenset(pair) for found in numbers for pair in itertools.combinations(found, 2) if pair[0] != pair[1]}
 
 
@@ -447,10 +445,10 @@ def draw_values(slots, split, rng, expression=""):
     owner = lambda value: next((name for name, colours in ALONE.items() if colour(value) in colours), "train")  # noqa: E731
 
     def fits(value):
-        if split == "train" and colour(value) in constants or len(slots) == 1 and owner(value) != split:
+        if split == "train" and colour(value) in constants:
             return False
         if len(slots) == 1:
-            return True
+            return owner(value) == split
         if split == "train":
             kept = [float(a) in kept_constants() and owner(b) != "train" for v in values.values() for a, b in ((v, value), (value, v))]
             return colour(value) not in map(colour, values.values()) and not any(kept)
@@ -910,8 +908,7 @@ def binding(expression):
 def holds(test, values):
     """'a > b' or 'a >= 3' between slots and numbers."""
     left, sign, right = test.split()
-    value = lambda x: values[x] if x in values else float(x)  # noqa: E731
-    a, b = value(left), value(right)
+    a, b = (values[x] if x in values else float(x) for x in (left, right))
     return {">": a > b, "<": a < b, ">=": a >= b, "<=": a <= b, "!=": a != b}[sign]
 
 
@@ -1181,7 +1178,7 @@ class ApiWriter:
     def listed(self, parameter, n):
         """-> (up to n different values of a parameter, how they are written)."""
         items = []
-        for _ in range(9 * n):
+        for _ in range(9 * n):  # a short list may not hold n different ones
             if len(items) == n:
                 break
             value, said = self.value(parameter["values"])
@@ -1330,7 +1327,7 @@ def api_conversation(kind, split, rng):
         made_up = getattr(Writer(split, rng), ask)()
         if made_up is None:
             return None
-        text, wanted, family, facts = made_up
+        text, wanted, family, _ = made_up
         if any((wanted[0].name if wanted else "none") in d.get("near", ()) for d, _, _ in writer.offered):
             return None
         prompts, reply = [text], rng.choice(answers["api"]["none"])
@@ -1452,7 +1449,7 @@ def toolbench_api(api):
     properties, required = {}, []
     for key in ("required_parameters", "optional_parameters"):
         for p in api.get(key) or []:
-            if (name := standard_name(p["name"])) and name not in properties:  # of two of a name, the first
+            if (name := standard_name(p["name"]) or p["name"]) not in properties:  # of two of a name, the first
                 properties[name] = {"type": API_TYPES.get(str(p.get("type")).upper(), "string"), **({"description": p["description"]} if p.get("description") else {})}
                 required += [name] if key == "required_parameters" else []
     return {"name": f"{standard_name(api['api_name'])}_for_{standard_name(api['tool_name'], ())}"[-64:], "description": (api.get("api_description") or "").strip(),
@@ -1469,12 +1466,15 @@ def toolbench_function(function):
         kept = {key: given[key] for key in known if given.get(key) is not None and given[key] != []}
         if "type" in kept and not isinstance(kept["type"], list) and kept["type"] not in TYPES:
             kept["type"] = API_TYPES.get(str(kept["type"]).upper(), "string")
+        for key, value in kept.items():  # numbers may be written as text, as in arguments
+            if key == "default" or key == "enum" and isinstance(value, list):
+                kept[key] = [toolbench_typed(x, kept.get("type")) for x in value] if key == "enum" else toolbench_typed(value, kept.get("type"))
         return kept
     known_as = {name: standard_name(name) or name for name in parameters.get("properties") or {}}
     properties = {known_as[name]: field(given) for name, given in reversed((parameters.get("properties") or {}).items())}  # of two of a name, the first
     properties = {name: properties[name] for name in known_as.values()}
     name = function["name"] if re.fullmatch(r"\w{64}", function["name"]) else standard_name(function["name"])[-64:]  # one of 64 characters is the end of a longer one
-    return {"name": name, "description": text, "parameters": {"type": "object", "properties": properties, "required": [known_as[name] for name in parameters.get("required") or [] if name in known_as]}}
+    return {"name": name, "description": text, "parameters": {"type": "object", "properties": properties, "required": list(dict.fromkeys(known_as[name] for name in parameters.get("required") or [] if name in known_as))}}
 
 
 def toolbench_items(text, name):
@@ -1529,17 +1529,19 @@ def toolbench_steps(shape, item):
         return [toolbench_api(api) for api in item["api_list"]], [("user", item["query"], None)]
     if shape == "answer tree":
         answer = item["answer_generation"]
-        if not isinstance(answer["train_messages"], list):
+        messages = answer.get("train_messages", [])
+        if not isinstance(messages, list):
             raise TypeError("train_messages is no list")
-        if not answer["train_messages"]:
+        if not messages:
             raise Unusable("no train_messages: the search found no answer")
         # Cumulative: one list a step. The longest one holds them all.
         functions, steps = answer["function"], [(m["role"], m.get("content") or "", (m["function_call"]["name"], m["function_call"].get("arguments") or "{}") if m.get("function_call") else None)
-                                                for m in max(answer["train_messages"], key=len)]
+                                                for m in max(messages, key=len)]
     else:
         functions = toolbench_functions(next((turn["value"] for turn in item["conversations"] if turn["from"] == "system"), ""))
         steps = [(turn["from"], *(toolbench_action(turn["value"]) if turn["from"] == "assistant" else (turn["value"], None))) for turn in item["conversations"]]
-    return [toolbench_function(function) for function in functions if function["name"] != "Finish"], steps  # Finish is the answer, not a tool
+    functions = [toolbench_function(function) for function in functions if function["name"] != "Finish"]  # which is the answer, not a tool
+    return [function for function in functions if function["name"]], steps  # of a name in another script nothing stays
 
 
 def toolbench_arguments(text):
@@ -1561,21 +1563,23 @@ def toolbench_arguments(text):
     return None
 
 
+def toolbench_typed(value, kind):
+    """A value as the type `kind` has it, where that can be: "5" -> 5, 5 -> "5", 5.0 -> 5."""
+    if kind == "string" and not isinstance(value, (str, type(None))):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) and kind in ("integer", "number", "boolean", "array", "object"):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = _loads(value.lower() if kind == "boolean" else value)
+    return int(value) if kind == "integer" and isinstance(value, float) and value.is_integer() else value
+
+
 def toolbench_repaired(arguments, tool):
-    """Arguments of the types that the schema asks for ("5" -> 5, 5 -> "5", 5.0 -> 5), unknown ones and empty optional ones left out; None if
+    """Arguments of the types that the schema asks for, unknown ones and empty optional ones (but texts) left out; None if
     they do not fit all the same, or none is known. NUMBER has become integer, as in ToolBench, where fractions are numbers too: then the schema says so."""
     fields, required = tool["parameters"]["properties"], tool["parameters"]["required"]
-
-    def typed(value, kind):
-        if kind == "string" and not isinstance(value, (str, type(None))):
-            return json.dumps(value, ensure_ascii=False)
-        if isinstance(value, str) and kind in ("integer", "number", "boolean", "array", "object"):
-            with contextlib.suppress(ValueError, RecursionError):
-                value = _loads(value.lower() if kind == "boolean" else value)
-        return int(value) if kind == "integer" and isinstance(value, float) and value.is_integer() else value
     names = {standard_name(name): name for name in reversed(fields)}
     arguments = {key if key in fields else names.get(standard_name(key), key): value for key, value in sorted(arguments.items(), key=lambda pair: pair[0] in fields)}  # exact names win
-    made = {key: typed(value, fields[key].get("type")) for key, value in arguments.items() if key in fields and (key in required or value is not None and (value != "" or fields[key].get("type") == "string"))}
+    made = {key: toolbench_typed(value, fields[key].get("type")) for key, value in arguments.items() if key in fields and (key in required or value is not None and (value != "" or fields[key].get("type") == "string"))}
     for key in [key for key, value in made.items() if isinstance(value, float) and fields[key].get("type") == "integer"]:
         fields[key] = {**fields[key], "type": "number"}
     return None if arguments and not set(arguments) & set(fields) or any(_problems(made, tool["parameters"])) else made
@@ -1908,16 +1912,13 @@ class Batches:
     """How a run goes through its rows: batches(step) are the indices of a step's batch, batches.total is the number of steps."""
 
     def __init__(self, rows, config):
-        self.rows, self.config = rows, config
-        self.per_epoch = -(-len(rows) // config.batch_size)
+        self.size, self.per_epoch = config.batch_size, -(-len(rows) // config.batch_size)
         self.total = config.steps or max(1, round(config.epochs * self.per_epoch))
-        self.epoch, self.order = None, []
+        self.order = functools.lru_cache(1)(lambda epoch: epoch_order(rows, config.seed, epoch, config.group))
 
     def __call__(self, step):
         epoch, at = divmod(step, self.per_epoch)
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, epoch_order(self.rows, self.config.seed, epoch, self.config.group)
-        return self.order[at * self.config.batch_size:(at + 1) * self.config.batch_size]
+        return self.order(epoch)[at * self.size:(at + 1) * self.size]
 
 
 def epoch_order(rows, seed, epoch, group):

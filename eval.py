@@ -186,7 +186,7 @@ def numbers(text):
 IN_WORDS = re.compile(r"\b(?:a (?=hundred|thousand|million))?(?:{0})(?: (?:{0}))*\b".format("|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"])))
 
 
-BELOW = r"(?:^|[.,:;!?(=]|\b(?:is|are|was|at|be|to|of|about|in|by|has|have|had|with|leaves?|becomes?|makes?|gives?|gets?|equals?|it's|that's)|[*_\"“])\s*(?:minus|negative) |\bnegative "  # no sign: "10 minus 3"
+BELOW = r"(?:^|[.,:;!?(=]|\b(?:is|are|was|at|be|to|of|about|in|by|has|have|had|with|leaves?|becomes?|makes?|gives?|gets?|equals?|it's|that's)|[*_\"“])\s*(?:minus|negative) |\bnegative "  # behind these "minus" is a sign; in "10 minus 3" it is none
 
 
 def states(text, answer, known, guesses=2):
@@ -459,7 +459,7 @@ def compare(groups, draws=2000):
     for name in METRICS:
         at = {label: np.array([value([seeds[s] for s in choice], name, pick) for choice, pick in zip(chosen[label], picks)]) for label, seeds in tables.items()}
         for label, values in at.items():
-            low, high, d_low, d_high = (end for x in (values, values - at[first]) for end in ([np.nan] * 2 if np.isnan(x[1:]).all() else np.nanpercentile(x[1:], [2.5, 97.5])))
+            (low, high), (d_low, d_high) = ([np.nan] * 2 if np.isnan(x[1:]).all() else np.nanpercentile(x[1:], [2.5, 97.5]) for x in (values, values - at[first]))
             out[label][name] = {"value": values[0], "low": low, "high": high, "difference": values[0] - at[first][0], "d_low": d_low, "d_high": d_high,
                                 "n": int((~np.isnan(tables[label][0][0][name])).sum()), "seeds": len(tables[label])}
     return out
@@ -536,8 +536,7 @@ def talk_loss(model, tokenizer, split="test", n=100):
     To be compared with the untrained model's, which is not zero.
     """
     talks = data.of_split(data.corpus("talk_replies.jsonl")[1:], split)[:n]
-    chats = [[{"role": "user", "content": talk["prompt"]}, {"role": "assistant", "content": talk["reply"]}] for talk in talks]
-    rows = [data.encode({"messages": chat}, tokenizer) for chat in chats]
+    rows = [data.encode({"messages": [{"role": "user", "content": talk["prompt"]}, {"role": "assistant", "content": talk["reply"]}]}, tokenizer) for talk in talks]
     with torch.no_grad():
         logp = toolplay.token_logprobs(model.eval(), rows, budget=4096)
     return -float(logp.sum()) / sum(sum(mask) for _, mask in rows)
@@ -547,7 +546,7 @@ def talk_loss(model, tokenizer, split="test", n=100):
 
 # The Berkeley Function-Calling Leaderboard (Patil et al. 2025), for judging only: nothing here is ever trained on. The
 # verdicts are those of the package's own ast_checker for Python. Where that raises an exception (a value that it cannot
-# compare, a function that is not described), the calls are wrong here.
+# compare, a function that is not described), the calls are wrong here, unless another of the answer's values fits.
 BFCL = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance", "live_simple", "live_multiple")
 BFCL_TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict, "any": str}
 plain = lambda x: re.sub(r"[ ,./\-_*^]", "", x).lower().replace("'", '"') if type(x) is str else x  # noqa: E731
@@ -666,7 +665,7 @@ def bfcl_cases(suite, folder=None, n=None):
                 tools = dict(reversed(tools.items()))  # of two of a name the first, as in bfcl_valid
                 cases.append({"category": category, "id": item["id"], "functions": item["function"], "answers": answers,
                               "conversation": data.check_conversation({"messages": item["question"][0], "tools": list(tools.values())})})
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{Path(folder) / file}: cannot be read as BFCL's ({type(error).__name__}: {error})") from None
     return cases
 
@@ -720,7 +719,7 @@ def command(args):
         raise UserError(f"--out {args.out}: there is a folder of that name" if Path(args.out).is_dir() else f"--out {args.out}: there is no folder {Path(args.out).parent}")
 
     def keep(name, result):
-        for path in [args.out] * bool(args.out) + [f"{args.run}/{name}"] * bool(args.run):
+        for path in filter(None, [args.out, args.run and f"{args.run}/{name}"]):
             toolplay.write_json(path, result)
     if args.data and args.suite is not None or args.bfcl and args.suite is None:
         raise UserError("--data with --suite: give one of the two" if args.data else "--bfcl FOLDER goes with --suite bfcl:...")

@@ -60,13 +60,12 @@ def train(run):
     train_rows, held_out = data.dataset(config, tokenizer)
     train_rows = weigh(train_rows, config.decision_weight, config.call_weight, tokenizer.encode('{"name": "', add_special_tokens=False))
     batches = data.Batches(train_rows, config)
-    total = batches.total
 
     # 2. model: base weights are frozen, adapters trained (or every weight, with lora_r = 0)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     # 3. optimizer
-    trainer = toolplay.Trainer(config, trained, total)
+    trainer = toolplay.Trainer(config, trained, batches.total)
     run.start(trainer, [train_rows, held_out])
 
     def loss(rows):
@@ -81,12 +80,12 @@ def train(run):
         return float(total / info["tokens"])
 
     # 4. loop
-    for step in run.steps(trainer, total):
+    for step in run.steps(trainer, batches.total):
         model.train()
         batch = [train_rows[i] for i in batches(step)]
         info = toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1]))
         info.pop("tokens")
-        if held_out and (trainer.step == total or config.eval_every and trainer.step % config.eval_every == 0):
+        if held_out and (trainer.step == batches.total or config.eval_every and trainer.step % config.eval_every == 0):
             info["eval_loss"] = evaluate()
             if info["eval_loss"] < trainer.extra.get("best", float("inf")) or not config.keep_best:
                 trainer.extra["best"] = info["eval_loss"]

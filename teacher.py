@@ -124,7 +124,7 @@ def read_call(text, tools):
     """"calculator(18 + 27)]..." -> Call, or None if it does not end, or names no tool.
 
     What stands between the brackets are the required arguments, or the first, with commas between them; "name=value" as in Python
-    names any. Behind a number, which holds no comma, optional ones may follow.
+    names any. Behind a number optional ones may follow; it holds no comma: 1,000 is refused. Lists and objects cannot be written so.
     """
     from tools import Call  # here, so that this file alone gives the losses
     found = re.match(r"\s*([^\s<>\"(),\[\]]+)\(([^\[\]\n]*?)\)\s*(?:\]|->)", text)
@@ -136,7 +136,7 @@ def read_call(text, tools):
         return Call(found[1], {}) if not required else None
     if not (order := list({**dict.fromkeys(required), **fields})):
         return None
-    numeric = [name for name in fields if fields[name].get("type") in ("integer", "number", "boolean")]
+    numeric = [name for name in fields if {"integer", "number", "boolean"} & set(kind if isinstance(kind := fields[name].get("type"), list) else [kind])]
     choices = {name: fields[name]["enum"] for name in fields if name not in required and isinstance(fields[name].get("enum"), list)}
     anywhere = "|".join(map(re.escape, order))
     parts = re.split(rf"(?:^|,)\s*({anywhere})\s*=(?!=)", found[2])  # before the first name, name, value, name, value, ...
@@ -150,6 +150,8 @@ def read_call(text, tools):
         if order[0] in named:
             return None  # given twice, by its place and by its name
         if wanted[-1] in numeric and first.count(",") >= len(wanted):
+            if re.search(r"\d,\d{3}\b", first):
+                return None
             wanted = free
         named |= zip(wanted, first.split(",", len(wanted) - 1))
     if order[0] not in named:
@@ -337,14 +339,10 @@ def losses(model, tokenizer, units, budget):
     import toolplay
     if not units:
         return []
-    rows, starts = [], []
-    for ids, (i, call, result) in units:
-        text = ids[:i + 5]
-        for prefix in ([], ids_of(tokenizer, call_text(call).lstrip()), ids_of(tokenizer, call_text(call, result).lstrip())):
-            rows.append((prefix + text, [0] * (len(prefix) + i) + [1] * (len(text) - i)))
-            starts.append(len(prefix) + i)
+    rows = [(prefix + ids[:i + 5], [0] * (len(prefix) + i) + [1] * len(ids[i:i + 5])) for ids, (i, call, result) in units
+            for prefix in ([], ids_of(tokenizer, call_text(call).lstrip()), ids_of(tokenizer, call_text(call, result).lstrip()))]
     logp = toolplay.token_logprobs(model, rows, budget=budget).cpu()
-    found = [weighted_loss(row[:len(ids)], start) for row, (ids, _), start in zip(logp, rows, starts)]
+    found = [weighted_loss(row[:len(ids)], mask.count(0)) for row, (ids, mask) in zip(logp, rows)]
     return list(zip(found[::3], found[1::3], found[2::3]))
 
 
@@ -574,6 +572,17 @@ def train(run):
     run.finish()
 
 
+def read_augmented(path):
+    """The lines of augmented.jsonl. UserError, if one is damaged."""
+    import toolplay
+    from tools import UserError
+    lines = toolplay.read_lines(path, ["text", "ids", "candidates"])
+    for number, line in enumerate(lines, 1):
+        if not all(isinstance(c, dict) and {"position", "offset", "call", "result", "gain", "kept"} <= set(c) for c in line["candidates"]):
+            raise UserError(f"{path}, line {number}: it is damaged")
+    return lines
+
+
 def annotated_texts(run, model, tokenizer, texts, tools):
     """The lines of augmented.jsonl, one a text, made now or before: {"text", "kind", "ids", "candidates", "left_out", "augmented"}."""
     from tqdm import tqdm
@@ -581,7 +590,7 @@ def annotated_texts(run, model, tokenizer, texts, tools):
     import toolplay
     from tools import UserError
     config, path, n = run.config, run.folder / "augmented.jsonl", run.config.texts_at_once
-    lines = toolplay.gathered(toolplay.read_lines(path, ["text", "ids", "candidates"])[:len(texts)])[0]
+    lines = toolplay.gathered(read_augmented(path)[:len(texts)])[0]
     if len(lines) < len(texts):
         del lines[len(lines) // n * n:]  # whole groups only: a killed run may have left a part of one
     if any(line["text"] != item["text"] for line, item in zip(lines, texts)):
@@ -642,7 +651,7 @@ def main(argv=None):
     if argv[:1] != ["--show"]:
         return toolplay.main(["train", *argv])
     with toolplay.one_line_errors():
-        lines = toolplay.read_lines(Path(*argv[1:2]) / "augmented.jsonl", ["text", "ids", "candidates"])
+        lines = read_augmented(Path(*argv[1:2]) / "augmented.jsonl")
         if not lines:
             raise UserError(f"{''.join(argv[1:2]) or '--show'}: no augmented.jsonl; name a teacher run that has begun: python teacher.py --show RUN")
         print(funnel_text(lines))

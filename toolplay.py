@@ -167,6 +167,8 @@ def load_config(source, overrides=()):
         raise UserError(f'{origin["lora_targets"]}: lora_targets = []: name at least one layer or pattern, or set lora_r = 0')
     if wrong := [t for t in config.tools if not isinstance(t, dict)]:
         raise UserError(f'{origin["tools"]}: tools: {json.dumps(wrong[0])}: must be an object with name, description, parameters and function (the built-in tools are there anyway)')
+    if method == "teacher" and (config.source, config.path, config.mix, config.fallback) != ("manual", "", {}, ""):
+        raise UserError(f'{name}: the teacher annotates texts, no conversations: source (data), path, mix and fallback are for other methods; "text" names a file of texts')
     if config.source == "toolbench" and not config.path:
         data.stand_in(config, "no path to ToolBench's files is given")
     reads = config.source in ("jsonl", "toolbench", "teacher")
@@ -198,7 +200,7 @@ def _overrides(items):
     whole, typed = [], {}
     for item in items:
         apart = whole and "=" not in whole[-1] and not item.startswith("--")
-        whole[-1:] = [f"{whole[-1]}={item}"] if apart else [*whole[-1:], item]
+        whole.append(f"{whole.pop()}={item}" if apart else item)
     for item in whole:
         key, sign, text = item.removeprefix("--").partition("=")
         if not item.startswith("--") or not sign:
@@ -229,9 +231,7 @@ def _wrong(value, hint):
         return None if value in get_args(hint) else "must be one of " + ", ".join(map(str, get_args(hint)))
     kind = get_origin(hint) or hint
     name = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list", dict: "an object"}[kind]
-    if kind is bool or isinstance(value, bool):
-        return None if kind is bool and isinstance(value, bool) else f"must be {name}"
-    if not isinstance(value, (int, float) if kind is float else kind) or value != value:
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind) or value != value:
         return f"must be {name}"
     if kind is list and get_args(hint) and not all(isinstance(x, get_args(hint)[0]) for x in value):
         return "must be a list of strings"
@@ -312,8 +312,7 @@ def load_model(name="smollm2-135m", device="cpu"):
 def _tiny(transformers):
     """A random two-layer Llama with a byte-level tokenizer, built in code: for tests and for reading along."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML)
@@ -482,7 +481,7 @@ def takes_trie(model):
         found[kind] = set(types or ["full_attention"]) == {"full_attention"} and not (window or softcap or by_length) and agree(
             model, 1e-3, lambda: _logprobs(model, rows)["logp"], lambda: torch.cat([F.pad(_logprobs(model, [r])["logp"], (0, 4 - len(r[0]))) for r in rows]))
         if not found[kind]:
-            print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend on a row's length, a special kernel); "
+            print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend on a row's length, a special kernel, NVIDIA_TF32_OVERRIDE); "
                   "falling back to one sequence per forward: exact, but slower", file=sys.stderr)
     return found[kind]
 
@@ -490,8 +489,9 @@ def takes_trie(model):
 @torch.no_grad()
 def agree(model, most, one, other):
     """Whether two ways to compute the same differ by less than `most` on a model, in eval mode and full precision (half is too coarse to tell)."""
-    training = model.training
+    training, products = model.training, torch.get_float32_matmul_precision()
     model.eval()
+    torch.set_float32_matmul_precision("highest")  # TF32, too
     try:
         with torch.autocast(model.device.type, enabled=False):
             return bool((one() - other()).abs().max() < most)
@@ -501,6 +501,7 @@ def agree(model, most, one, other):
         return False
     finally:
         model.train(training)
+        torch.set_float32_matmul_precision(products)
 
 
 def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=()):
@@ -750,9 +751,9 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
         conversation = data.check_conversation({**conversation, "tools": list(tools.values() if isinstance(tools, dict) else tools)} if tools is not None else conversation)
         ids, _ = data.encode(conversation, tokenizer, style, generation=True)
         own = seed[n] if isinstance(seed, list) else seed
-        copy = seen[own, tuple(ids)] = seen.get((own, tuple(ids)), -1) + 1
+        nth = seen[own, tuple(ids)] = seen.get((own, tuple(ids)), -1) + 1
         episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)), {tool.name: tool for tool in conversation["tools"]},
-                         np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(repr((own, ids, copy)).encode()).digest()[:8], "big")))))
+                         np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(repr((own, ids, nth)).encode()).digest()[:8], "big")))))
     limits = Limits(max_new_tokens, max_turns, context_of(model), constrained)
     fitting = [row for row in episodes if row[0].prompt < limits.context]
     for episode, _, _ in episodes:
@@ -1008,8 +1009,8 @@ def gathered(own):
 def shared_out(items, work):
     """work(the items of one rank) -> a result for each; -> the results of all, in the items' order, on every rank."""
     rank, world = world_rank()
-    results = [None] * len(items)
-    for r, part in enumerate(gathered(work(items[rank::world]))):
+    own, results = items[rank::world], [None] * len(items)
+    for r, part in enumerate(gathered(work(own) if own else [])):
         results[r::world] = part
     return results
 
@@ -1100,14 +1101,12 @@ class Run:
             if not resume:
                 raise UserError(f"{self.folder} already holds a run: continue it with --resume, or choose another place with --run_dir=...")
             before = dataclasses.asdict(load_config(old))
+            free = ["run_dir", "wandb", "device", "micro_tokens"] + ["constrained"] * (config.method != "ppo")  # nothing that is trained or logged depends on these
+            free += ["tau_f"] * (not newest_checkpoint(self.folder))  # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
             for key in flat:
                 if key in ("source", "mix") and before["fallback"] or key in ("lora_r", "lora_alpha", "lora_rslora") and config.start_from:
                     setattr(config, key, before[key])  # what stood in when it began; the adapter's own
-                elif key == "tau_f" and not newest_checkpoint(self.folder):
-                    pass  # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
-                elif key == "constrained" and config.method != "ppo":
-                    pass  # nothing that is trained or logged depends on it
-                elif flat[key] != before[key] and key not in ("run_dir", "wandb", "device", "micro_tokens"):
+                elif flat[key] != before[key] and key not in free:
                     raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(before[key])}, now {json.dumps(flat[key])}; "
                                     f"go on with the run's own config (python toolplay.py train {self.folder} --resume), or start a new run with --run_dir=...")
             began, now = read_json(old, lambda value: value | {}, "start a new run").get("provenance"), provenance(config.seed)
@@ -1241,7 +1240,9 @@ class Run:
                 file.writelines(json.dumps({"step": step, **line}, ensure_ascii=False) + "\n" for line in lines)
 
     def checkpoint(self, trainer):
-        rng = rng_state()
+        name, keys, *rest = np.random.get_state()
+        rng = gathered({"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                        "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)})  # every generator's, of each rank
         if self.rank:
             return
         path = self.folder / "checkpoint" / f"step-{trainer.step:08d}"
@@ -1344,14 +1345,6 @@ def open_wandb(config, folder):
         print(f"wandb: the package {'' if error.name == 'wandb' else error.name + ' '}is not installed (pip install {error.name}); going on without it", file=sys.stderr)
     except Exception as error:  # no login, no network, a wrong key: its own errors have many types
         print(f"wandb: cannot start ({first_line(error)}); going on without it (WANDB_MODE=offline needs no login)", file=sys.stderr)
-
-
-def rng_state():
-    """The state of every random number generator, of each rank."""
-    name, keys, *rest = np.random.get_state()
-    own = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-           "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    return gathered(own)
 
 
 def save_checkpoint(folder, trainer, rng):

@@ -369,8 +369,7 @@ def _docstring(function):
     """A docstring in Google's, NumPy's or reST's style -> (description, {parameter: {"description": text}})."""
     text = re.sub(rf"^({SECTIONS})\n-{{3,}}$", r"\1:", (inspect.getdoc(function) or "").expandtabs(4), flags=re.MULTILINE)  # NumPy's headings as Google's
     text, *fields = re.split(r"^:(?=\w)", text, flags=re.MULTILINE)  # reST's ":param city: where"
-    notes = [re.match(r"param (?:\S+ )?(\w+):(.*)", field, re.DOTALL) for field in fields]
-    notes = [found.groups() for found in notes if found]
+    notes = [found.groups() for field in fields if (found := re.match(r"param (?:\S+ )?(\w+):(.*)", field, re.DOTALL))]
     description, *sections = re.split(rf"^({SECTIONS}): *$", text, flags=re.MULTILINE)
     for title, lines in zip(sections[::2], sections[1::2]):
         if title.startswith(("Arg", "Param", "Other")):

@@ -582,7 +582,7 @@ def test_what_cannot_be_generated_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_template_that_ignores_add_generation_prompt_has_a_header_all_the_same():
-    tok = small.tokenizer()
+    tok = toolplay.load_model("tiny")[1]  # its own: the other tests share theirs
     tok.chat_template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
     chat = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
     ids, mask = data.encode(chat, tok)

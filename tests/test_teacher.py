@@ -54,6 +54,19 @@ def test_read_call(text, call):
     assert teacher.read_call(text, BUILTIN) == call
 
 
+def test_a_damaged_line_is_one_line(tmp_path, capsys):
+    (tmp_path / "augmented.jsonl").write_text('{"text": "a", "ids": [1], "candidates": [{}]}\n')
+    with pytest.raises(SystemExit) as stop:
+        teacher.main(["--show", str(tmp_path)])
+    assert stop.value.code == 2 and "line 1: it is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [{"source": "jsonl", "path": "x.jsonl"}, {"source": "toolbench"}, {"mix": {"weather": 1}}, {"data": "synthetic"}])
+def test_conversations_are_nothing_for_the_teacher(more):
+    with pytest.raises(UserError, match='"text" names a file'):
+        toolplay.load_config({"method": "teacher", **more}, [])
+
+
 def test_lines_of_json_under_another_name_are_no_prose(tmp_path):
     (tmp_path / "a.txt").write_text('{"text": "one"}\n{"text": "two"}\n')
     with pytest.raises(UserError, match="jsonl"):
@@ -79,6 +92,7 @@ def test_arguments_by_place_and_by_name(text, arguments):
     call = teacher.read_call(text, tools)
     assert call.arguments == arguments and list(call.arguments) == list(arguments)
     assert teacher.read_call(teacher.call_text(call, start=""), tools) == call  # what is written into the text is what was tried
+    assert teacher.read_call("convert(1,000)]", tools) is None  # one number, or a number and a currency?
     for text in ("convert(5, amount=3)]", "convert(currency=GBP)]", "convert(" + '{"a":' * 3000 + ")]"):
         assert (made := teacher.read_call(text, tools)) is None or not execute(made, tools).ok
 

@@ -115,7 +115,8 @@ def test_broken_and_made_up_calls_are_never_trained_on(tmp_path):
 
 @pytest.mark.parametrize("item, why", [
     (tree(end=finish(kind="give_up_and_restart")), "gives up"), (tree(end=call("Finish", "{broken")), "gives up"), (tree(end=finish("  ")), "gives up"),
-    (tree(end={"role": "assistant", "content": "No Finish."}), "no Finish"), (tree(train_messages=[]), "train_messages"), (tree(function=None), "damaged"),
+    (tree(end={"role": "assistant", "content": "No Finish."}), "no Finish"), (tree(train_messages=[]), "train_messages"),
+    ({"answer_generation": {"valid_data": False, "finish_type": "give_up", "function": FUNCTIONS, "query": "Find Emma."}}, "no train_messages"), (tree(train_messages={}), "damaged"), (tree(function=None), "damaged"),
     (dialogue(LLAMA_END, functions=[]) | {"conversations": [{"from": "system", "value": "no list"}]}, "functions cannot be read"),
     (tree(call("find_book_for_library", '{"title": "Emma"'), result("?")), "all its calls are broken"), (dialogue(("gpt", "Hi."), LLAMA_END), "unknown role"),
     (dialogue(LLAMA_END) | {"conversations": "x"}, "damaged"), (INSTRUCTION, "instruction"), ({"other": 1}, "none of ToolBench"), (7, "none of ToolBench")])
@@ -277,6 +278,21 @@ def test_names_and_types_of_answers_are_standardised(tmp_path):
 def test_arguments_that_can_be_mended(tmp_path, text, arguments):
     c, report = one(tmp_path, tree(call("find_book_for_library", text), result("?")))
     assert c["messages"][1]["tool_calls"][0]["arguments"] == arguments and report["calls_left_out"] == 0
+
+
+def test_functions_without_a_letter_of_the_alphabet_cost_nothing_but_themselves(tmp_path):
+    foreign = [{"name": name, "description": "x", "parameters": {"type": "object", "properties": {"한국": {"type": "string"}}, "required": ["한국", "한국"]}} for name in ("한국", "日本 ✓", "!?", "g")]
+    c, _ = one(tmp_path, tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"), call("한국", "{}"), result("?"), function=[*foreign, *FUNCTIONS]))
+    assert [t.name for t in c["tools"]][-2:] == ["g", "find_book_for_library"] and sum("tool_calls" in m for m in c["messages"]) == 1
+    assert c["tools"][-2].parameters["required"] == ["한국"]
+
+
+def test_choices_of_numbers_may_be_texts(tmp_path):
+    function = {"name": "pick", "description": "x", "parameters": {"type": "object", "properties": {"size": {"type": "NUMBER", "enum": ["1", "2"], "default": "1"}}, "required": ["size"]}}
+    for argument in ("2", '"2"'):
+        c, _ = one(tmp_path, tree(call("pick", f'{{"size": {argument}}}'), result("x"), function=[function, *FUNCTIONS]))
+        assert c["messages"][1]["tool_calls"] == [{"name": "pick", "arguments": {"size": 2}}]
+        assert c["tools"][0].parameters["properties"]["size"] == {"type": "integer", "enum": [1, 2], "default": 1}
 
 
 def test_a_number_may_be_a_fraction(tmp_path):
