@@ -45,6 +45,9 @@ def dpo():
                                       label_smoothing=smoothing, use_weighting=False, _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0)
             inputs = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask, "ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
             losses[f"{variant} {smoothing} {beta}"] = float(DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False))
+        for smoothing, beta in ((0.1, 0.1), (0.3, 0.7)):  # conservative DPO: only CPOTrainer smooths, of log-probs; here of log-ratios, of which the loss is the same function
+            trainer = SimpleNamespace(accelerator=accelerator, beta=beta, loss_type="sigmoid", label_smoothing=smoothing, alpha=0.0)
+            losses[f"sigmoid {smoothing} {beta}"] = float(CPOTrainer.cpo_loss(trainer, chosen - ref_chosen, rejected - ref_rejected)[0].mean())
         mean = (logp * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)
         for beta, gamma in ((2.0, 0.5), (2.5, 1.4)):
             trainer = SimpleNamespace(accelerator=accelerator, beta=beta, loss_type="simpo", simpo_gamma=gamma, label_smoothing=0.0, alpha=0.0)
