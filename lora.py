@@ -144,6 +144,23 @@ def attach(model, names, seed=None, **settings):
         setattr(model.get_submodule(name.rpartition(".")[0]), last(name), layer)
 
 
+def layer_numbers(names, skip):
+    """Names of modules or parameters -> ({name: number of its transformer layer}, the number of the first one above the lowest `skip` share, rounded down)."""
+    numbers = {n: int(m[1]) for n in names if (m := re.search(r"\.(\d+)\.", n))}
+    return numbers, int(skip * (max(numbers.values(), default=-1) + 1))
+
+
+def freeze_lowest(model, skip):
+    """Full fine-tuning of the upper layers alone: freeze the lowest `skip` share of the transformer layers, and all that belongs to
+    none, such as embeddings and head. The backward pass ends above them."""
+    parameters = dict(model.named_parameters())
+    numbers, lowest = layer_numbers(parameters, skip)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(numbers.get(name, -1) >= lowest)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError(f"skip = {skip} leaves no layer to train; lower it")
+
+
 def add_lora(model, targets, r, alpha, dropout=0.0, rslora=False, seed=None, skip=0.0):
     """Give adapters to the linear layers that `targets` names; freeze all else; return their names.
 
@@ -160,8 +177,7 @@ def add_lora(model, targets, r, alpha, dropout=0.0, rslora=False, seed=None, ski
     found = {t: all_linear(model) if t == "all-linear" else [n for n in linears if fnmatch.fnmatchcase(n, t) or last(n) == t]
              for t in targets}
     names = [n for n in linears if any(n in some for some in found.values())]  # in the model's order
-    numbers = {n: int(m[1]) for n in linears if (m := re.search(r"\.(\d+)\.", n))}  # of the transformer layers
-    lowest = int(skip * (max(numbers.values(), default=-1) + 1))
+    numbers, lowest = layer_numbers(linears, skip)
     if not all(found.values()) or not names:
         raise ValueError(f"no linear layer matches {', '.join(t for t in found if not found[t]) or 'an empty list'}; "
                          f"the model has: {', '.join(sorted(set(map(last, linears)))) or 'none'}")

@@ -91,7 +91,7 @@ class Config:
     lora_dropout: Part = 0.0             # dropout on the adapter's input (sft, teacher)
     lora_rslora: bool = False            # scale by alpha / sqrt(r) instead
     lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names or patterns
-    lora_skip: Part = 0.0                # share of the lowest layers without adapters: backward ends above them
+    lora_skip: Part = 0.0                # share of the lowest layers without adapters: backward ends above them (lora_r = 0: they and the embeddings are frozen)
     # data (data.py)
     source: Literal["manual", "synthetic", "jsonl", "toolbench", "teacher"] = "manual"  # templates; invented functions; what `path` holds (also "data")
     path: str = ""                       # JSONL file of training conversations; ToolBench's files: one, a folder or a glob; a teacher run
@@ -1410,6 +1410,8 @@ def prepare_model(config, device):
         elif config.lora_r:
             lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, dropout=config.lora_dropout, rslora=config.lora_rslora, seed=config.seed % 2 ** 63,
                           skip=config.lora_skip)
+        elif config.lora_skip:
+            lora.freeze_lowest(model, config.lora_skip)
     except ValueError as error:
         raise UserError(f"{'start_from' if config.start_from else 'lora_targets, lora_skip'}: {error}") from None
     return model, tokenizer

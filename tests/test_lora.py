@@ -20,7 +20,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import lora  # noqa: E402
-from lora import (LoRALinear, add_lora, load_adapter, lora_disabled, lora_parameters, lora_state, merge, merged,  # noqa: E402
+from lora import (LoRALinear, add_lora, freeze_lowest, load_adapter, lora_disabled, lora_parameters, lora_state, merge, merged,  # noqa: E402
                   save_adapter, unmerge)
 
 LLAMA_TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -171,6 +171,15 @@ def test_the_lowest_layers_can_be_left_out():
     assert add_lora(toy(), "all-linear", r=1, alpha=1, skip=0.49) == every  # a share is rounded down to whole layers
     with pytest.raises(ValueError, match="leaves no layer"):
         add_lora(toy(), "all-linear", r=1, alpha=1, skip=1.0)
+
+
+def test_without_adapters_the_lowest_layers_can_be_frozen():
+    model = toy()
+    for skip, frozen in ((0.5, ("blocks.1.",)), (0.49, ("blocks.0.", "blocks.1."))):
+        freeze_lowest(model, skip)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if n.startswith(frozen)}
+    with pytest.raises(ValueError, match="leaves no layer"):
+        freeze_lowest(model, 1.0)
 
 
 @pytest.mark.parametrize("kwargs, words", [

@@ -126,7 +126,7 @@ def test_killed_in_a_container(zygote, uninterrupted, config, kills):
     assert got == uninterrupted(config())
 
 
-@pytest.mark.parametrize("more", [{"lora_r": 0, "lr": 1e-3}, {"keep_best": False}, {"eval_every": 0}, {"precision": "fp16"},
+@pytest.mark.parametrize("more", [{"lora_r": 0, "lr": 1e-3}, {"lora_r": 0, "lora_skip": 0.5}, {"keep_best": False}, {"eval_every": 0}, {"precision": "fp16"},
                                   {"schedule": "linear", "warmup": 0.5, "weight_decay": 0.1}, {"steps": 0, "epochs": 2.5}], ids=str)
 def test_other_kinds_of_runs_resume_too(zygote, uninterrupted, config, more):
     got, _ = killed_then_resumed(zygote, config(**more), ("inside the checkpoint", 2))
