@@ -247,7 +247,7 @@ def check_conversation(conversation):
     messages = [_check_message(message, n) for n, message in enumerate(conversation["messages"])]
     if late := [n for n, message in enumerate(messages) if n and message["role"] == "system"]:
         raise UserError(f"message {late[0]}: a system message can only be the first")
-    tools = conversation.get("tools") or conversation.get("functions") or []  # the older name
+    tools = offered_in(conversation) or []
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) or []
@@ -1824,8 +1824,8 @@ def dataset(config, tokenizer):
     """
     def trained(item):
         conversation = check_conversation(item)
-        if all(m["role"] != "assistant" for m in conversation["messages"]):
-            raise UserError("it has no assistant message, so nothing in it is trained")
+        if all(m["role"] != "assistant" or m.get("weight", 1) == 0 for m in conversation["messages"]):
+            raise UserError("it has no assistant message (or only such of weight 0), so nothing in it is trained")
         for role, text in turns(conversation):
             if role == "assistant" and (broken := parse_calls(text)[1]):
                 raise UserError(f"an assistant turn holds a call that cannot be read ({broken[0].reason})")
@@ -1861,13 +1861,18 @@ def conversations(config, split, tokenizer, line=check_conversation, offered=())
 
 def with_tools(item, extra, offered=()):
     """A line or a conversation, with the `extra` tools (a config's own) beside its tools, or beside those `offered` where it names none."""
-    own = item.get("tools") if isinstance(item, dict) else ()
+    own = offered_in(item) if isinstance(item, dict) else ()
     own = list(offered) if own is None else own
     with contextlib.suppress(ValueError):  # what is no JSON is said where it is read
         own = json.loads(own) or [] if isinstance(own, str) else own
     if not extra or not isinstance(own, list):
         return item
     return {**item, "tools": [*(t for t in own if tool_name(t) not in [x.name for x in extra]), *extra]}
+
+
+def offered_in(item):
+    """The tools that a line or conversation names, under their name or the older one; None where it names none."""
+    return item.get("functions") if item.get("tools") is None else item["tools"]
 
 
 def tool_name(tool):

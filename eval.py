@@ -65,10 +65,13 @@ from tools import BUILTIN, STOP_WORDS, Call, Tool, UserError, _cities, _city_fil
 
 METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "execution", "response_quality", "response_f1", "overall")
 FORGED = re.compile(r"</?tool_response|<\|\w+\|>")
-NUMBER = re.compile(r"(?<![^\W_])(?<!\.)(?<!\d,)([-−]?)[$€£]?((?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(e[-+]?\d+)?", re.ASCII)
-CANNOT = re.compile(r"n['’]t (?:\w+ ){0,2}(?:have|know|check|see|search|look|find|work|calculate|do|tell|include|available|help|fit)|\b(?:cannot|can not|unable|not able|without|"
-                    r"no \w+ ?(?:tool|here|in this chat|report)|have no|no \w+ is available|need a|have nothing|is no)\b", re.IGNORECASE)
-DENIAL = re.compile(r"n['’]t\b|\b(no|not|nothing|none|cannot|without|unable|unknown|undefined|sorry|error|afraid|wrong|refused|empty)\b", re.I)
+NUMBER = re.compile(r"(?<![^\W_])(?<!\.)(?<!\d,)([-−–]?)[$€£]?((?:\d{1,3}(?:[,'’\u00a0\u2009\u202f]\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+MEANS = r"(?:\w+ ){0,2}(?:tool|function|calculator|search|access|way|means|data|report|forecast|service|information)s?"
+CANNOT = re.compile(rf"n['’]t (?:\w+ ){{0,2}}(?:have(?! to\b)|know|check|see|search|look|find|work|calculate|tell|include|available|help|fit|cover|got|do (?:that|this|it)\b)|\b(?:cannot|can not|unable|not able|unavailable|"
+                    rf"lack|have nothing|no \w+ is available|(?:without|no|need an?|missing) {MEANS})\b", re.IGNORECASE)
+PHRASES = re.compile(r"\bno (problem|doubt|worries|need|clouds?|rain|snow|wind)\b|\bnot (bad|at all)\b", re.IGNORECASE)  # these deny nothing
+SKIES = set("sunny rainy raining cloudy overcast snowy snowing windy foggy stormy degrees warm cold hot mild".split())
+DENIAL = re.compile(r"n['’]t\b|\b(no|not|nothing|none|cannot|without|unable|unknown|undefined|sorry|error|afraid|wrong|refused|empty|impossible|invalid|unavailable|lacks?|missing)\b", re.I)
 
 
 # --------------------------------------------------------------------------- 1. cases
@@ -83,7 +86,7 @@ def as_case(item):
     """A conversation in training form, or a prompt with an expectation -> Case; UserError with the reason."""
     if not isinstance(item, dict) or not isinstance(item.get("expected"), (dict, type(None))):
         raise UserError('a case is an object with "messages" or "prompt", and perhaps "expected", an object')
-    messages, tools = data.messages_of(item), item.get("tools")
+    messages, tools = data.messages_of(item), data.offered_in(item)
     conversation = data.check_conversation({"messages": messages, "tools": list(BUILTIN) if tools is None else tools})
     messages, expected = conversation["messages"], item.get("expected")
     if unknown := set(expected or ()) - {"calls", "final", "answer"}:
@@ -179,14 +182,17 @@ def same_calls(gold, got, tools={}):
 
 def numbers(text):
     """The numbers in a text -> {value: digits after the point}; commas, currency signs and units do not matter."""
-    return {float(sign.replace("−", "-") + digits.replace(",", "") + power): len(digits.partition(".")[2])
+    return {float(re.sub("[−–]", "-", sign) + re.sub(r"[^\d.]", "", digits) + power): len(digits.partition(".")[2])
             for sign, digits, power in NUMBER.findall(text)}
 
 
 IN_WORDS = re.compile(r"\b(?:a (?=hundred|thousand|million))?(?:{0})(?: (?:{0}))*\b".format("|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"])))
 
 
-BELOW = r"(?:^|[.,:;!?(=]|\b(?:is|are|was|at|be|to|of|about|in|by|has|have|had|with|leaves?|becomes?|makes?|gives?|gets?|equals?|it's|that's)|[*_\"“])\s*(?:minus|negative) |\bnegative "  # behind these "minus" is a sign; in "10 minus 3" it is none
+BELOW = r"(?:^|[.,:;!?(=]|\b(?:is|are|was|at|be|to|of|about|in|by|has|have|had|with|leaves?|becomes?|makes?|gives?|gets?|equals?|it's|that's|currently|around|about|now|only|just|reads?|like|as|roughly|nearly|almost|chilly|cold|frosty)|[*_\"“])\s*(?:minus|negative) |\bnegative "  # behind these "minus" is a sign; in "10 minus 3" it is none
+
+
+NOT = r"(?:\bnot|n't|\bnever|\bneither|\banything but)\s+(?:(?:think|believe|say|possibly|really|exactly|quite|it|that|this|is|be|the answer)\s+){0,4}(?:\w+\s+)?"  # before a number
 
 
 def states(text, answer, known, guesses=2):
@@ -194,13 +200,13 @@ def states(text, answer, known, guesses=2):
     text = re.sub(rf"({BELOW})(?=[$€£]?\d)", lambda m: m[1].rstrip().rpartition(" ")[0] + " -", text.replace("’", "'"), flags=re.IGNORECASE)
     shown, spelled, exact = numbers(text), in_words(text), answer == round(answer) and abs(answer) < 1e15
     right = {value for value, places in shown.items() if value == answer or not exact and (
-        near(value, answer, 0.005) or near(value, answer, 0.05) and near(value, round(answer, places), 1e-9))}
+        near(value, answer, 0.005) or near(value, answer, 0.05) and abs(value - answer) <= 0.5 * 10 ** -places * (1 + 1e-9))}  # a half may go up or down
     if not right and exact and answer in spelled:  # "eight legs"
         right = {answer}
-    denied = re.findall(rf"(?:\bnot|n't|\bnever)\s+(?:\w+\s+)?({NUMBER.pattern})|({NUMBER.pattern})[%°.,;:!)*\"]{{0,3}}\s+(?:is|was|would be) (?:wrong|incorrect|not|false)\b", text, re.IGNORECASE | re.ASCII)
+    denied = re.findall(rf"{NOT}({NUMBER.pattern})|({NUMBER.pattern})[%°.;:!)*\"]{{0,3}}\s+(?:(?:is|was|would be) (?:wrong|incorrect|false)|(?:is|was|would be)(?:n't| not) (?:right|correct|true|it|what|the))\b", text, re.IGNORECASE | re.ASCII)
     if any({answer, *right} & set(numbers(found[0] or found[4])) for found in denied):
         return False
-    if any(answer in in_words(found) for found in re.findall(rf"(?:\bnot|n't|\bnever) (?:\w+ )?({IN_WORDS.pattern})", text.lower())):
+    if any(answer in in_words(found) for found in re.findall(rf"{NOT}({IN_WORDS.pattern})", text.lower())):
         return False
     others = {x for x in (set(shown) | spelled) - right - {1} if not {x, -x} & known}
     return bool(right) and len(others) <= guesses
@@ -209,6 +215,7 @@ def states(text, answer, known, guesses=2):
 def in_words(text):
     """The whole numbers that a text spells out ("minus twelve") -> set."""
     plain, found = " ".join(re.sub(r"-|\band\b|(?<=thousand),|(?<=million),", " ", text.lower()).split()), set()
+    plain = re.sub(r"\b(no|some|any|every|that|which) one\b|\bone (moment|second|sec|another)\b", " . ", plain)  # no numbers
     for phrase in IN_WORDS.finditer(plain):
         sign = -1 if re.search(BELOW + "$", plain[max(phrase.start() - 30, 0):phrase.start()]) else 1
         found |= {sign * x for x in data.numbers_in(phrase[0])} | ({0} if "zero" in phrase[0].split() else set())
@@ -225,9 +232,10 @@ def describes(text, weather, known):
     return (not units or any(unit[0] == weather["unit"][0] for unit in units)) and (weather["city"] in text or not others)
 
 
-def declines(text, reference, known):
-    """Whether the text says that it cannot be done, and does not make up a number."""
-    return not set(numbers(text)) - known and bool(DENIAL.search(text) or f1(text, reference or "") >= 0.2)
+def declines(text, reference, known, told):
+    """Whether the text says that it cannot be done, and makes up no number and no weather (what was not `told`)."""
+    made_up = (set(numbers(text)) | in_words(text)) - known - in_words(reference or "") - {1} or SKIES & (set(_normal(text).split()) - set(_normal(f"{told} {reference}").split()))
+    return not made_up and bool(DENIAL.search(PHRASES.sub("", text)) or f1(text, reference or "") >= 0.2)
 
 
 def converses(text, prompt):
@@ -257,8 +265,9 @@ def judge(case, episode):
     first = episode.turns[0] if episode.turns else ""
     calls, errors = parse_calls(first)
     names = "|".join(map(re.escape, {tool.name for tool in case.conversation["tools"]} or {"tool_call"}))
-    bare = rf'</?tool_call|"name"\s*:.*"arguments"\s*:|\b({names})\((\s*\w+\s*=|\s*["\'{{\d])'  # with or without tags
-    calling = bool(calls or errors or re.search(bare, first, re.DOTALL))
+    keys = [rf'["\']{key}["\']\s*:' for key in ("name", "(arguments|parameters|args)")]  # with or without tags, in the spellings of other models
+    bare = rf'</?tool_call|{keys[0]}.*{keys[1]}|{keys[1]}.*{keys[0]}|\b({names})\((\s*\w+\s*[=:]|\s*["\'{{\d])|<function=|\bAction:\s*({names})\b'
+    calling = bool(calls or errors or re.search(bare, first, re.DOTALL | re.IGNORECASE))
     due = None if case.calls is None else bool(case.calls)
     tools = load_tools(case.conversation["tools"])
     gold, gold_results = Counter(c.name for c in case.calls or []), [execute(call, tools) for call in case.calls or []]
@@ -314,18 +323,19 @@ def response(case, episode, gold_results):
     def fact(result):
         value, builtin = result.value, shape_of(result)
         if not result.ok and result.error_type != "not_executable":
-            return declines(final, reference, known)
+            return declines(final, reference, known, asked)
         if builtin == "weather":
             return states(final, value["temperature"], known) and describes(final, value, " ".join(texts))
         if builtin == "search":
-            return any(map(like, [reference] if reference else [hit["text"] for hit in value])) or not value and declines(final, reference, known)
+            right = any(map(like, [reference] if reference else [hit["text"] for hit in value])) and not set(numbers(final)) - known - set(numbers(reference or ""))
+            return right or not value and declines(final, reference, known, asked)
         if is_number(value):
             return states(final, value, known)
         # Of a tool of one's own: something that it said, and not the user; where it gives numbers, no other ones.
         said = [str(x) for x in leaves(value) if f" {_normal(str(x))} " not in asked]
         if not said and not reference:
             return None
-        made_up = any(map(is_number, leaves(value))) and set(numbers(final)) - known - set(numbers(reference or ""))
+        made_up = any(map(is_number, leaves(value))) and (set(numbers(final)) | in_words(final)) - known - {1} - set(numbers(reference or ""))
         return not made_up and bool(reference and like(reference) or any(re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said))
     if (case.calls or case.answer is not None) and (final.lstrip()[:1] in ("{", "[") or re.search(r'\{\s*"(result|error)"\s*:', final)):
         return False  # a tool's result as it came
@@ -343,7 +353,7 @@ def response(case, episode, gold_results):
     if not converses(final, messages[-1]["content"]) and case.kind in data.KINDS:
         return False
     if case.kind in ("missing_tool", "api_none"):
-        return bool(CANNOT.search(final)) and declines(final, reference, known)
+        return bool(CANNOT.search(PHRASES.sub("", final))) and declines(final, reference, known, asked)
     if case.kind == "api_ask":  # what is missing is asked for
         return bool(re.search(r"\?|\b(need|please|tell me|let me know)\b", final, re.IGNORECASE))
     if reference and case.kind not in data.KINDS and len(words := _normal(re.sub("['’]", " ", reference)).split()) <= 3:  # "Paris", "4": a fact, that talk around it must hold

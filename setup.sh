@@ -12,7 +12,17 @@ case "${1:-}" in
   *) echo "setup.sh: unknown option $1; there is only --test" >&2; exit 2 ;;
 esac
 stamp=".venv/toolplay-installed"
-have() { [ -f "$stamp" ] && .venv/bin/python -c "" && for f in $want; do grep -qxF "$f $(cksum < "$f")" "$stamp" || return 1; done; }
+have() { [ -f "$stamp" ] && for f in $want; do grep -qxF "$f $(cksum < "$f")" "$stamp" || return 1; done && .venv/bin/python - $want 2> /dev/null << 'EOF'
+import importlib.metadata, sys
+from pip._vendor.packaging.requirements import Requirement
+for name in sys.argv[1:]:
+    for line in open(name):
+        if line := line.partition("#")[0].strip():
+            wanted = Requirement(line)
+            if wanted.marker is None or wanted.marker.evaluate():  # a package that went, or changed, is installed again
+                assert wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
+EOF
+}
 have && exit 0
 
 fits() { command -v "$1" > /dev/null && "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; }
@@ -27,7 +37,7 @@ fi
 [ -n "$python" ] || { echo "setup.sh: no Python 3.10 to 3.13 found; install one, or name it: PYTHON=/path/to/python3.12 ./setup.sh" >&2; exit 2; }
 
 # A .venv without pip was interrupted, or made where venv is missing: start it afresh.
-.venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv || {
+{ .venv/bin/python -m pip --version > /dev/null 2>&1 && fits .venv/bin/python; } || "$python" -m venv --clear .venv || {
   echo "setup.sh: cannot make .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 for f in $want; do
   echo "setup.sh: installing $f"

@@ -304,6 +304,8 @@ def load_model(name="smollm2-135m", device="cpu"):
         except UserError:
             raise
         except Exception as error:  # a damaged or foreign file raises a dozen types
+            if name in OWN or name.endswith(".gguf"):
+                raise UserError(f"model {name!r} cannot be loaded ({first_line(error, 200)}); if {source} is damaged, remove it: it is made anew") from None
             raise UserError(f"model {name!r} cannot be loaded ({first_line(error, 200)}); it must be smollm2-135m, tiny, a folder with a "
                             "transformers model, a .gguf file, or a hub name that this machine can reach") from None
     return model.to(device).eval(), tokenizer
@@ -1094,6 +1096,7 @@ class Run:
         self.device = pick_device(config.device)
         flat = dataclasses.asdict(config)
         old, before = self.folder / "config.json", None
+        self.new = not old.exists()
         ours = ("checkpoint", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "adapter", "model")
         if not old.exists() and (foreign := [name for name in ours if (self.folder / name).exists()]):
             raise UserError(f"{self.folder}: it holds {foreign[0]}, but no config.json, so it is no run of Toolplay's; choose another place with --run_dir=...")
@@ -1140,7 +1143,7 @@ class Run:
         if isinstance(error, KeyboardInterrupt):
             if self.folder.exists():  # config.json is enough to go on from
                 raise Interrupted(str(self.folder)) from None
-        elif error and self.rank == 0 and not self.resume and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb", ".lock"}:
+        elif error and self.rank == 0 and self.new and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb", ".lock"}:
             if self.made:
                 shutil.rmtree(self.folder)
             else:  # a link, a mounted volume, a folder with an older run's wandb/
@@ -1167,7 +1170,10 @@ class Run:
                 self.write_config()  # what stood in for unusable data, and an adapter's rank and scale, are known now
             for path in (self.folder / f"{name}.jsonl" for name in ("metrics", "timing", "samples")):
                 if path.exists():
-                    write_lines(path, [x for x in read_lines(path, ["step"]) if x["step"] <= trainer.step])
+                    lines = read_lines(path, ["step"])
+                    if not all(isinstance(x["step"], int) for x in lines):
+                        raise UserError(f"{path}: a step is no number, the file is damaged")
+                    write_lines(path, [x for x in lines if x["step"] <= trainer.step])
             if self.config.wandb:
                 self.wandb = open_wandb(self.config, self.folder)
 
@@ -1501,7 +1507,9 @@ def predict(args):
     def check(item):
         if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item or isinstance(item["id"], float) and not math.isfinite(item["id"]):
             raise UserError('a line is an object with "id" and "prompt" (or "messages")')
-        key, messages, own = item["id"], data.messages_of(item), item.get("tools")
+        key, messages, own = item["id"], data.messages_of(item), data.offered_in(item)
+        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is said by check_conversation
+            own = json.loads(own) if isinstance(own, str) else own
         if isinstance(own, list):  # a name, or a schema of that name, means the tool that is at hand
             own = [tools[x] if isinstance(x, str) and x in tools else data.without_function(x) for x in own]
             if all(isinstance(x, (dict, Tool)) for x in own):
@@ -1535,6 +1543,7 @@ def predict(args):
             file.flush()
             bar.update(len(batch))
     there = f"; {len(items) - len(todo)} of them were there before, and are kept: for others choose another --output" if len(todo) < len(items) else ""
+    there += f"; it also holds {strange} of other prompts" if (strange := len(finished) - len(items) + len(todo)) else ""
     print(f"{len(items)} answers in {output}{there}", file=sys.stderr if stream else sys.stdout)
 
 
@@ -1558,7 +1567,9 @@ def chat(args):
                           max_new_tokens=args.max_new_tokens, style=config.tool_style, constrained=config.constrained)[0]
         results = iter(episode.results)
         for turn in episode.turns:  # the whole episode is remembered, calls and results too
-            calls = [one for part in parse_calls(turn) for one in part]  # malformed ones last
+            calls, errors = parse_calls(turn)
+            for error in reversed(errors):  # each where it stands in the text, as the results
+                calls.insert(len(parse_calls(turn[:error.position])[0]), error)
             own = [next(results) for _ in calls]
             messages += [{"role": "assistant", "content": turn}, *({"role": "tool", "content": format_result(result)} for result in own)]
             if own:
@@ -1590,7 +1601,8 @@ def trie(args):
     totals = np.zeros(4)
     for n, batch in enumerate(batches):
         tokens, padded = sum(len(ids) for ids, _ in batch), len(batch) * max(len(ids) for ids, _ in batch)
-        nodes, heads = len(Trie([list(ids) for ids, _ in batch])), sum(sum(mask[1:]) for _, mask in batch)
+        made = Trie([list(ids) for ids, _ in batch])
+        nodes, heads = len(made), len({made.path[b][t - 1] for b, (ids, mask) in enumerate(batch) for t in range(1, len(ids)) if mask[t]})
         totals += (tokens, padded, nodes, heads)
         if n < 5:
             print(f"{n:5d}{len(batch):7d}{tokens:9d}{padded:9d}{nodes:8d}{heads:13d}{tokens / nodes:15.2f}")
@@ -1657,6 +1669,8 @@ def validate(args):
 def demo(args):
     """Ten minutes on a laptop: score the untrained model, teach it three tools, score it again."""
     config = load_config(ROOT / "configs" / "sft_demo.json", args.overrides)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("the demo runs in one process; under torchrun take train configs/sft_demo.json")
     if not args.resume and not any(o.startswith("--run_dir") for o in args.overrides):  # a second demo gets its own folder
         folders = (config.run_dir + f"-{n}" * (n > 1) for n in itertools.count(1))
         config.run_dir = next(folder for folder in folders if not Path(folder).exists())
@@ -1670,7 +1684,7 @@ def demo_steps(run, n):
     import eval as evaluation
     import sft
     config, begin, before_file = run.config, time.time(), run.folder / "before.json"
-    before = json.loads(before_file.read_text(encoding="utf-8")) if before_file.exists() else None
+    before = read_json(before_file, lambda kept: kept["report"]["n"] + len(kept["records"]), "remove it: it is made anew") if before_file.exists() else None
     n = before["report"]["n"] if before else n  # a resumed demo goes on with the same prompts
     cases = [evaluation.as_case(c) for c in data.generate("test", n, config.seed, config.mix)]
     print("1. The untrained model on prompts of the test split (no phrasing, city or number pair of it is in the training data)")

@@ -1,6 +1,7 @@
 """The command line, from outside: verbs, one-line errors, resumable predict, Ctrl-C, the guided tour, W&B offline."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 import toolplay
 from tools import UserError
 
@@ -202,13 +204,32 @@ def test_tools_of_a_line_by_name(run, tmp_path, capsys, monkeypatch):
     assert [json.loads(x)["id"] for x in (tmp_path / "out.jsonl").read_text().splitlines()] == [1] and "nosuch" in out.err
 
 
+def test_tools_of_a_line_in_other_spellings(run, tmp_path, capsys, monkeypatch):
+    """The older key, and JSON text; what is offered is what the line says, and run is what is at hand."""
+    offered, dial = [], {"name": "dial", "description": "Dial.", "parameters": {"type": "object", "properties": {}}}
+    monkeypatch.setattr(toolplay, "rollout", lambda model, tokenizer, chats, **more: [offered.append([(t.name, t.function is not None) for t in c["tools"]]) or
+                                                                                        toolplay.Episode([], [], [], 0, turns=["x"], final="x", stop="end") for c in chats])
+    lines = [{"id": 1, "prompt": "a", "functions": [dial]}, {"id": 2, "prompt": "a", "tools": json.dumps([dial, "calculator"])}, {"id": 3, "prompt": "a", "tools": None, "functions": []}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    cli("predict", "--run", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", capsys=capsys)
+    assert offered == [[("dial", False)], [("dial", False), ("calculator", True)], []]
+    import eval as evaluation
+    expected = {"calls": [{"name": "dial", "arguments": {}}]}
+    assert evaluation.as_case({"prompt": "a", "functions": [dial], "expected": expected}).calls[0].name == "dial"
+    assert [t if isinstance(t, str) else t["name"] for t in data.with_tools(lines[0], [toolplay.Tool("convert", "", {}, None)])["tools"][:1]] == ["dial"]
+    (tmp_path / "in.jsonl").write_text('{"id": 9, "prompt": "a"}')
+    assert "3 of other prompts" in cli("predict", "--run", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", capsys=capsys).out
+
+
 def test_a_corpus_that_is_not_there_is_the_users_to_know(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TOOLPLAY_SEARCH", str(tmp_path / "nope.jsonl"))
     assert "nope.jsonl" in cli("predict", "--model", "tiny", "--input", "x", "--output", "y", code=2, capsys=capsys).err
 
 
 def test_trie_and_validate(capsys):
-    assert "times fewer" in cli("trie", ROOT / "configs" / "sft_tiny.json", "--examples=24", capsys=capsys).out
+    out = cli("trie", ROOT / "configs" / "sft_tiny.json", "--examples=24", capsys=capsys).out
+    nodes, heads = map(int, re.search(r"are (\d+) nodes.*runs on (\d+) of them", out).groups())
+    assert "times fewer" in out and 0 < heads < nodes
     assert "everything is in order" in cli("validate", "--model", "tiny", capsys=capsys).out
 
 
@@ -279,6 +300,29 @@ def test_calls_are_held_to_the_schemas_where_the_run_or_the_user_says_so(run, tm
         assert verb == "predict" or json.loads((tmp_path / "r.json").read_text())["constrained"] is expected
 
 
+def test_weights_that_are_gone_are_saved_again(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "x")
+    shutil.rmtree(tmp_path / "x" / "adapter")
+    cli("train", tmp_path / "x", "--resume", capsys=capsys)
+    assert (tmp_path / "x" / "adapter").is_dir()
+
+
+def test_damage_in_a_run_folder_is_one_line(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "x")
+    (tmp_path / "x" / "metrics.jsonl").write_text('{"step": "x"}\n')
+    assert "damaged" in cli("train", tmp_path / "x", "--resume", code=2, capsys=capsys).err
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "before.json").write_text('{"report": {}}')
+    assert "before.json" in cli("demo", f"--run_dir={tmp_path / 'd'}", *TINY, "--model=tiny", "--resume", code=2, capsys=capsys).err
+
+
+def test_lines_that_are_not_to_be_learned_are_skipped(tmp_path, capsys):
+    """OpenAI's weight 0 on every answer of a line."""
+    lines = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho", "weight": n}]} for n in (1, 0)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "line 2: it has no assistant message (or only such of weight 0)" in cli("trie", ROOT / "configs" / "sft_tiny.json", "--source=jsonl", f"--path={tmp_path / 'm.jsonl'}", capsys=capsys).err
+
+
 def test_full_fine_tuning_saves_a_model(tmp_path, capsys):
     cli("train", ROOT / "configs" / "sft_tiny.json", *TINY, "--lora_r=0", "--lr=0.0001", f"--run_dir={tmp_path / 'x'}", capsys=capsys)
     model, tokenizer, _ = toolplay.load_run(tmp_path / "x")
@@ -327,8 +371,9 @@ def test_a_run_that_did_not_begin_leaves_no_folder(tmp_path, capsys):
     """A mistake that shows only with the data or the model: the mended config is not told to resume."""
     where = tmp_path / "run"
     for wrong in ("--max_tokens=3", "--start_from=nowhere"):
-        cli("train", ROOT / "configs" / "sft_tiny.json", f"--run_dir={where}", wrong, code=2, capsys=capsys)
-        assert not where.exists()
+        for more in ([], ["--resume"]):
+            cli("train", ROOT / "configs" / "sft_tiny.json", f"--run_dir={where}", wrong, *more, code=2, capsys=capsys)
+            assert not where.exists()
     cli("train", ROOT / "configs" / "sft_tiny.json", f"--run_dir={where}", "--steps=1", capsys=capsys)
 
 

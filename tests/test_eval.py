@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -300,7 +301,7 @@ def test_every_written_refusal_is_recognised():
     answers = data.corpus("answers.json")
     for text in answers["search_empty"] + [t for kind in ("unknown_city", "division_by_zero") for t in answers["error"][kind]] + \
             [t for kind in answers["missing"].values() for t in kind]:
-        assert evaluation.declines(text, text, set()), text
+        assert evaluation.declines(text, text, set(), ""), text
     missed = [t for kind in answers["missing"].values() for t in kind if not evaluation.DENIAL.search(t)]
     assert len(missed) <= 4, missed
 
@@ -522,6 +523,48 @@ def test_a_call_without_tags_is_still_a_call():
     for text in ('{"name": "calculator", "arguments": {"expression": "1+1"}}', "calculator(expression='2+2')"):
         assert verdicts(TALK, text)["tool_accuracy"] is False
     assert verdicts(TALK, "A calculator (or your head) does that.")["tool_accuracy"] is True
+
+
+@pytest.mark.parametrize("text, answer, right", [
+    ("391 isn't the answer", 391, False), ("391 wasn't right", 391, False), ("I don't think it is 391.", 391, False), ("It can't possibly be 391.", 391, False), ("It's neither 391 nor 392", 391, False),
+    ("Anything but 391", 391, False), ("391 is not a lot", 391, True), ("It is 391, isn't it?", 391, True), ("Don't worry, it is 391", 391, True), ("If you do not tip, the bill is 391", 391, True),
+    ("about 63", 62.5, True), ("about 62", 62.5, True), ("$0.13", 0.125, True), ("7.3", 7.25, True), ("7.4", 7.25, False), ("In Oslo it's –3°C.", 3, False), ("In Oslo it's –3°C.", -3, True),
+    ("It's currently minus 3°C", 3, False), ("It's currently minus 3°C", -3, True), ("That works out as minus 12", -12, True), ("10 minus 3 is 7", 7, True), ("No one knows.", 1, False),
+    ("One moment, please.", 1, False), ("There is only one left.", 1, True), ("12'345", 12345, True), ("1\u202f234", 1234, True), ("3.91E2", 391, True), ("3–5 degrees", 5, True)])
+def test_how_people_say_a_number_or_deny_it(text, answer, right):
+    assert evaluation.states(text, answer, set()) is right
+
+
+@pytest.mark.parametrize("text, right", [
+    ("There is no rain in Oslo today, it's sunny.", False), ("You need a coat in Oslo, it is not warm.", False), ("I have no doubt you will like it.", False), ("It's eighty-four, no doubt; there is no trick.", False),
+    ("I lack the tool for that.", True), ("My tools don't cover the weather.", True), ("Weather data is unavailable.", True), ("I haven't got a forecast.", True), ("I would need a weather service for that.", True)])
+def test_a_refusal_is_no_guess(text, right):
+    asked = case("weather in Oslo?", [], final="I have no weather tool here.", kind="missing_tool", tools=[])
+    assert verdicts(asked, text)["response_quality"] is right
+
+
+@pytest.mark.parametrize("text, right", [("Not bad at all: sunny!", False), ("No problem! It is sunny in Atlantis.", False), ("It's sunny with no clouds", False), ("No problem: it is twenty-one degrees in Atlantis.", False),
+                                         ("Atlantis is missing from my list.", True), ("The city is invalid.", True), ("I can't find Atlantis.", True)])
+def test_an_error_is_no_weather(text, right):
+    call = Call("weather", {"city": "Atlantis"})
+    assert verdicts(case("weather in Atlantis", [call], kind="tool_error"), format_call(call), text)["response_quality"] is right
+
+
+def test_a_search_is_not_retold_with_other_numbers(tmp_path, monkeypatch):
+    hit = "The Eiffel Tower in Paris was built from 1887 to 1889 and is 330 metres tall."
+    (tmp_path / "pages.jsonl").write_text(json.dumps({"title": "Eiffel Tower", "text": hit}))
+    monkeypatch.setenv("TOOLPLAY_SEARCH", str(tmp_path / "pages.jsonl"))
+    call = Call("search", {"query": "Eiffel Tower"})
+    asked = case("How tall is the Eiffel Tower?", [call], kind="search")
+    assert verdicts(asked, format_call(call), hit)["overall"] is True
+    assert verdicts(asked, format_call(call), re.sub(r"\d+", lambda m: str(int(m[0]) + 137), hit))["overall"] is False
+
+
+@pytest.mark.parametrize("text", ['{"name": "weather", "parameters": {"city": "Paris"}}', '{"arguments": {"city": "Paris"}, "name": "weather"}', "{'name': 'weather', 'arguments': {'city': 'Paris'}}", 'weather(city: "Paris")',
+                                  '<function=weather>{"city": "Paris"}</function>', 'Action: weather\nAction Input: {"city": "Paris"}', '<Tool_Call>{"city": "Paris"}', 'Weather(city="Paris")'])
+def test_a_call_in_another_models_spelling_is_a_call(text):
+    asked = case("What does the word weather mean?", [], final="The state of the air.")
+    assert verdicts(asked, text)["tool_accuracy"] is False and verdicts(asked, text)["format"] is False
 
 
 def test_missing_tool_needs_more_than_a_negative_word():
