@@ -176,20 +176,21 @@ def _template_pieces(messages, tokenizer, generation):
         text, end = render(upto), tokenizer.eos_token
         return text.removesuffix(end) if end and text.endswith(end) and not render(upto, header=True).startswith(text) else text
 
+    def begun(upto):
+        """The turns, and what any answer to them begins with."""
+        return os.path.commonprefix([render([*upto, {"role": "assistant", "content": x}]) for x in "ab"])
+
     def asked(upto):
         """The turns and the assistant's header. A template that ignores add_generation_prompt has it all the same: what any answer begins with."""
         text = render(upto, header=True)
-        if text == render(upto):
-            answered = os.path.commonprefix([render([*upto, {"role": "assistant", "content": x}]) for x in "ab"])
-            if answered.startswith(text) and answered[len(text):].strip():
-                return answered
+        if text == render(upto) and (answered := begun(upto)).startswith(text) and answered[len(text):].strip():
+            return answered
         return text
 
     def opening(upto, after):
         """The turns, and the header of the assistant's next, as far as `after` has it (a thinking model's template opens a thought)."""
         text = asked(upto)
-        same = os.path.commonprefix([text, after])
-        return same if same == text else same[:same.rfind("\n") + 1]
+        return text if after.startswith(text) else os.path.commonprefix([begun(upto), text, after])
     # Some templates refuse a lone system message, or fold it into the first user turn: then these two are one piece.
     first = 1 if lost else pair
     before = settled(chat[:first])

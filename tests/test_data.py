@@ -160,6 +160,18 @@ PHI = ("{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}<|{{ m
 THINKS = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}"
 
 
+@pytest.mark.parametrize("template", [
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}",
+    "{% for m in messages %}{% if m.role == 'assistant' %}<A>{{ m.content }}<e>{% else %}<U>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<A><think>\n{% endif %}"])
+def test_a_thought_may_open_on_the_line_of_the_header(template):
+    """The header is what any answer begins with: nothing of it is trained."""
+    tok = toolplay.load_model("tiny")[1]
+    tok.chat_template = template
+    ids, mask = data.encode({"messages": [{"role": role, "content": text} for role, text in (("user", "U"), ("assistant", "one"), ("user", "V"), ("assistant", "two"))]}, tok)
+    said = tok.decode([i for i, m in zip(ids, mask) if m])
+    assert said.startswith("one") and "two" in said and not [x for x in ("<A>", "assistant", "U", "V", "think") if x in said]
+
+
 @pytest.mark.parametrize("template, opens", [(PHI, "<|assistant|>\n"), (THINKS, "<|assistant|>\n<think>\n")])
 def test_templates_that_leave_out_the_system_text_end_the_whole_or_open_a_thought(template, opens):
     tokenizer = plain_tokenizer(template)
