@@ -45,6 +45,7 @@ Beta(yes + 1/2, no + 1/2), or Wilson where there is one side.
     python eval.py --model smollm2-135m --data cases.jsonl --out result.json
 """
 import argparse
+import ast
 import contextlib
 import csv
 import io
@@ -61,7 +62,7 @@ from tqdm import tqdm
 
 import data
 import toolplay
-from tools import BUILTIN, STOP_WORDS, Call, Tool, UserError, _cities, _city_file, _normal, _same, _terms, execute, load_tools, parse_calls, tool_from_schema
+from tools import BUILTIN, STOP_WORDS, Call, Tool, ToolError, UserError, _cities, _city_file, _normal, _same, _terms, execute, load_tools, parse_calls, parse_expression, tool_from_schema
 
 METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "execution", "response_quality", "response_f1", "overall")
 FORGED = re.compile(r"</?tool_response|<\|\w+\|>")
@@ -128,12 +129,23 @@ def near(a, b, tolerance):
     return a == b or max(abs(a), abs(b)) < 1e300 and abs(a - b) <= tolerance * abs(b)
 
 
+def literals(expression):
+    """The numbers that are written in an expression, but for what a product or sum is divided by: nobody writes a guess there."""
+    try:
+        tree = parse_expression(expression)
+    except ToolError:
+        return list(numbers(expression))
+    under = [node.right for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.left, ast.BinOp)]
+    return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and is_number(node.value) and node not in under]
+
+
 def same_expression(gold, got):
     """Equal value or the same error; and not just a literal where the gold computes something."""
     bare = [re.fullmatch(r"[-+]*[\d.,]+(e[-+]?\d+)?(%|percent)?", re.sub(r"[\s()$€£=?]", "", x), re.IGNORECASE) for x in (gold, got)]
     a, b = [execute(Call("calculator", {"expression": x}), BUILTIN) for x in (gold, got)]
-    given = [abs(x) * factor for x in numbers(gold) for factor in (1, 100)] + [100] * bool(re.search(r"%|per ?cent|(?<!\d)0?\.\d", gold, re.IGNORECASE))  # 0.15 is 15 percent
-    if a.ok and any(near(abs(n), abs(a.value), 1e-6) and not any(near(abs(n), g, 1e-9) for g in given) for n in numbers(got)):
+    written, percent = literals(gold), re.search(r"%|per ?cent|(?<!\d)0?\.\d", gold, re.IGNORECASE)
+    given = [abs(x) for x in written] + [100 * abs(x) for x in written if percent or abs(x) < 1] + [100] * bool(percent)  # 0.15 is 15 percent
+    if a.ok and any(near(abs(n), abs(a.value), 1e-6) and not any(near(abs(n), g, 1e-9) for g in given) for n in literals(got)):
         return False  # "391 * 1" for 17 * 23, or "0 - 3" for 5 - 8: the answer was guessed, not computed
     return (near(b.value, a.value, 1e-6) if a.ok and b.ok else a.message == b.message) and not (bare[1] and not bare[0])
 
@@ -149,7 +161,8 @@ def same_argument(tool, key, gold, got):
         return gold == got or a == b != "" or city == other != "" and (not region or not other_region or region == other_region)
     if (tool, key) == ("search", "query"):  # other filler words, but not another thing, and not another year
         x, y = Counter(_terms(gold)), Counter(_terms(got))
-        return gold == got or a == b != "" or f1(gold, got, _terms) >= 0.75 and not (x - y and y - x) and set(numbers(gold)) == set(numbers(got))
+        denied = [set(re.findall(r"\b(?:not|no|never|cannot|without)\b|n't\b", text.lower().replace("’", "'"))) for text in (gold, got)]
+        return gold == got or a == b != "" or f1(gold, got, _terms) >= 0.75 and not (x - y and y - x) and set(numbers(gold)) == set(numbers(got)) and denied[0] == denied[1]
     signs = re.compile(r"[+#<>*/=%$@&]|(?<!\w)-|-(?=\d)|(?<=\d)\.(?=\d)")
     return gold == got or a == b != "" and signs.findall(gold) == signs.findall(got)
 

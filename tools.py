@@ -283,10 +283,18 @@ def _new_problems(value, schema, where, root, part, known):
             yield "missing_argument", f"missing argument {prefix + key!r}"
 
 
+def _multiple(value, of):
+    if type(value) is type(of) is int:
+        return value % of == 0
+    with contextlib.suppress(OverflowError):
+        return math.isclose(value / of, round(value / of), rel_tol=1e-9, abs_tol=1e-9)
+    return False
+
+
 BOUNDS = {"minimum": ((int, float), lambda v, b: v >= b), "maximum": ((int, float), lambda v, b: v <= b),
           "exclusiveMinimum": ((int, float), lambda v, b: v > b), "exclusiveMaximum": ((int, float), lambda v, b: v < b),
           "minLength": ((str,), lambda v, b: len(v) >= b), "maxLength": ((str,), lambda v, b: len(v) <= b),
-          "multipleOf": ((int, float), lambda v, b: not b or math.isclose(v / b, round(v / b), rel_tol=1e-9, abs_tol=1e-9)),
+          "multipleOf": ((int, float), lambda v, b: not b or _multiple(v, b)),
           "minItems": ((list,), lambda v, b: len(v) >= b), "maxItems": ((list,), lambda v, b: len(v) <= b)}
 
 

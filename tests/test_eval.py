@@ -535,6 +535,17 @@ def test_how_people_say_a_number_or_deny_it(text, answer, right):
     assert evaluation.states(text, answer, set()) is right
 
 
+@pytest.mark.parametrize("gold, got, same", [
+    ("17 * 23", "1x391", False), ("17 * 23", "39.1E1*1", False), ("17 * 23", "1/(1/391)", False), ("100 * 1.15", "115 * 1", False), ("100 * 2", "200 * 1", False), ("80 * 1.25", "80 * 125 / 100", True),
+    ("80 * 1.25", "80 + 80 * 25 / 100", True), ("400 / 4", "400 * 25 / 100", True), ("0.5 * 120", "120 * 30 / 60", True), ("15% of 100", "100 * 0.15", True), ("200 * 0.5", "200 * 50 / 100", True)])
+def test_a_guess_in_an_expression(gold, got, same):
+    assert evaluation.same_expression(gold, got) is same
+
+
+def test_a_negation_makes_another_question():
+    assert not evaluation.same_argument("search", "query", "foods cats can eat", "foods cats can not eat")
+
+
 @pytest.mark.parametrize("text, right", [
     ("There is no rain in Oslo today, it's sunny.", False), ("You need a coat in Oslo, it is not warm.", False), ("I have no doubt you will like it.", False), ("It's eighty-four, no doubt; there is no trick.", False),
     ("I lack the tool for that.", True), ("My tools don't cover the weather.", True), ("Weather data is unavailable.", True), ("I haven't got a forecast.", True), ("I would need a weather service for that.", True)])
