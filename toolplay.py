@@ -106,7 +106,7 @@ class Config:
     tools: list = field(default_factory=list)                    # further tools: {"name", "description", "parameters", "function": "package.module:name"}
     group: Positive = 8                  # examples in a row that share a system prompt (what the trie shares)
     # optimisation (train_step)
-    lr: Rate = 1e-3                      # AdamW step size; 1e-3 suits LoRA on a small model, 2e-5 full fine-tuning
+    lr: Rate = 1e-3                      # AdamW step size; 1e-3 suits LoRA on a small model, 3e-4 all its weights, 2e-5 those of a large one
     batch_size: Positive = 16            # examples per optimizer step
     micro_tokens: Positive = 1024        # trie nodes per forward: bounds memory, changes no gradient
     epochs: Annotated[float, "> 0"] = 1.0                        # passes over the examples
