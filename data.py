@@ -1467,9 +1467,10 @@ def toolbench_function(function):
         kept = {key: given[key] for key in known if given.get(key) is not None and given[key] != []}
         if "type" in kept and not isinstance(kept["type"], list) and kept["type"] not in TYPES:
             kept["type"] = API_TYPES.get(str(kept["type"]).upper(), "string")
-        for key, value in kept.items():  # numbers may be written as text, as in arguments
-            if key == "default" or key == "enum" and isinstance(value, list):
-                kept[key] = [toolbench_typed(x, kept.get("type")) for x in value] if key == "enum" else toolbench_typed(value, kept.get("type"))
+        if "default" in kept:  # numbers may be written as text, as in arguments
+            kept["default"] = toolbench_typed(kept["default"], kept.get("type"))
+        if isinstance(kept.get("enum"), list):
+            kept["enum"] = [toolbench_typed(x, kept.get("type")) for x in kept["enum"]]
         return kept
     known_as = {name: standard_name(name) or name for name in parameters.get("properties") or {}}
     properties = {known_as[name]: field(given) for name, given in reversed((parameters.get("properties") or {}).items())}  # of two of a name, the first
