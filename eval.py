@@ -93,14 +93,12 @@ def as_case(item):
     if unknown := set(expected or ()) - {"calls", "final", "answer"}:
         raise UserError(f'"expected" has an unknown key {min(unknown)!r}; it may hold "calls", "final" and "answer"')
     tools, later = {tool.name: tool for tool in conversation["tools"]}, None
-    if expected is not None and "answer" not in expected and item.get("answer") is not None:
-        expected = {**expected, "answer": item["answer"]}
     if expected is None:
         start = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
         messages, gold = messages[:start], list(itertools.takewhile(lambda m: m["role"] != "user", messages[start:]))
         replies = [m["content"] for m in gold if m["role"] == "assistant" and not m.get("tool_calls")]  # words beside a call are no answer
         later = sum(len(m.get("tool_calls", [])) for m in gold[1:]) if replies else None  # it ends in an answer
-        expected = {"calls": gold[0].get("tool_calls", []) if gold else None, "final": "".join(replies[-1:]), "answer": item.get("answer")}
+        expected = {"calls": gold[0].get("tool_calls", []) if gold else None, "final": "".join(replies[-1:])}
     turn = {"role": "assistant", "content": expected.get("final") or "", "tool_calls": expected.get("calls")}
     turn, conversation = data.check_conversation({"messages": [turn]})["messages"][0], {"messages": messages, "tools": list(tools.values())}
     calls = None if expected.get("calls") is None else [Call(**call) for call in turn.get("tool_calls", [])]
@@ -108,7 +106,7 @@ def as_case(item):
         raise UserError("the prompt must end with a message of the user or of a tool")
     if missing := {call.name for call in calls or []} - set(tools):
         raise UserError(f"the expected call names tool {min(missing)!r}, which is not offered")
-    if (answer := expected.get("answer")) is not None and not is_number(answer):
+    if (answer := expected.get("answer", item.get("answer"))) is not None and not is_number(answer):
         raise UserError(f'"answer" must be a number or null, not {str(answer)[:40]!r}')
     return Case(conversation, calls, answer, turn["content"] or None, str(item.get("kind") or item.get("part") or "all"), item.get("id"), later)
 
