@@ -386,11 +386,14 @@ def estimate(values, z=1.96):
     return {"value": mean, "n": n, "low": max(float(centre - half), 0.0), "high": min(float(centre + half), 1.0)}
 
 
+def listed(verdict):
+    """A verdict as a list: of none where the metric does not apply, of one a call in execution."""
+    return verdict if isinstance(verdict, list) else [] if verdict is None else [verdict]
+
+
 def measure(records):
     """Records -> {metric: {"value", "n", "low", "high"}}."""
-    columns = {name: [r["verdicts"][name] for r in records if r["verdicts"][name] is not None] for name in METRICS}
-    columns["execution"] = [ok for calls in columns["execution"] for ok in calls]
-    out = {name: estimate(column) for name, column in columns.items()}
+    out = {name: estimate([x for r in records for x in listed(r["verdicts"][name])]) for name in METRICS}
     sides = [[r["verdicts"]["overall"] for r in records if r["due"] is due] for due in (True, False)]
     if all(sides):
         rng = np.random.default_rng(0)
@@ -448,11 +451,12 @@ def format_report(report, title, records=None, show_failures=10):
 
 # --------------------------------------------------------------------------- 6. runs against each other
 
-def columns_of(records):
-    """Records -> {metric: one number per case, nan where it does not apply} and which cases have a call due."""
-    columns = {name: np.array([np.nan if r["verdicts"][name] in (None, []) else float(np.mean(r["verdicts"][name])) for r in records]) for name in METRICS}
-    columns["calls"] = np.array([float(len(r["verdicts"]["execution"] or [])) for r in records])  # the weights of execution, which is a share of all calls
-    return columns, np.array([bool(r["due"]) for r in records])
+def totals_of(records):
+    """Records -> {metric: [2, cases]}: the sum of each case's verdicts, and their number; "due" and "none due" are the two sides of overall."""
+    verdicts = {name: [listed(r["verdicts"][name]) for r in records] for name in METRICS}
+    totals = {name: np.array([list(map(sum, lists)), list(map(len, lists))], dtype=float) for name, lists in verdicts.items()}
+    due = np.array([bool(r["due"]) for r in records])
+    return {**totals, "due": totals["overall"] * due, "none due": totals["overall"] * ~due}
 
 
 def compare(groups, draws=2000):
@@ -462,27 +466,28 @@ def compare(groups, draws=2000):
     several, seeds (fixed seed of its own). The difference is to the first label on the same drawn cases: paired.
     """
     rng = np.random.default_rng(0)
-    tables = {label: [columns_of(records) for records in seeds] for label, seeds in groups.items()}
-    cases = len(next(iter(groups.values()))[0])
-    picks = [np.arange(cases)] + [rng.integers(0, cases, cases) for _ in range(draws)]
-    chosen = {label: [np.arange(len(seeds))] + [rng.integers(0, len(seeds), len(seeds)) for _ in range(draws)] for label, seeds in tables.items()}
+    totals = {label: [totals_of(records) for records in seeds] for label, seeds in groups.items()}
 
-    def value(tables, name, pick):
-        if name != "overall":
-            found, calls = (np.concatenate([columns[column][pick] for columns, _ in tables]) for column in (name, "calls"))
-            there = ~np.isnan(found)
-            return float(np.average(found[there], weights=calls[there] if name == "execution" else None)) if there.any() else np.nan
-        sides = [np.concatenate([columns[name][pick][due[pick] == side] for columns, due in tables]) for side in (True, False)]
-        sides = [side[~np.isnan(side)] for side in sides]
-        rates = [float(side.mean()) for side in sides if len(side)]
-        return float(np.prod(rates) ** (1 / len(rates))) if rates else np.nan
+    def drawn(n):
+        """[draws + 1, n]: how often each of n is in a draw with replacement; in the first row each is once."""
+        return np.array([np.ones(n)] + [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(draws)])
+    cases = drawn(len(next(iter(groups.values()))[0]))
+    seeds = {label: drawn(len(totals[label])) for label in groups}
+
+    def rates(label, name):
+        """A metric in each draw; nan where no case in it has one."""
+        if name == "overall":
+            due, none = rates(label, "due"), rates(label, "none due")
+            return np.sqrt(np.where(np.isnan(due), none, due) * np.where(np.isnan(none), due, none))  # of one side alone: its rate
+        summed, counted = np.einsum("ds,skc,dc->kd", seeds[label], [seed[name] for seed in totals[label]], cases)
+        return np.divide(summed, counted, out=np.full(draws + 1, np.nan), where=counted > 0)
     out, first = {label: {} for label in groups}, next(iter(groups))
     for name in METRICS:
-        at = {label: np.array([value([seeds[s] for s in choice], name, pick) for choice, pick in zip(chosen[label], picks)]) for label, seeds in tables.items()}
+        at = {label: rates(label, name) for label in groups}
         for label, values in at.items():
             (low, high), (d_low, d_high) = ([np.nan] * 2 if np.isnan(x[1:]).all() else np.nanpercentile(x[1:], [2.5, 97.5]) for x in (values, values - at[first]))
             out[label][name] = {"value": values[0], "low": low, "high": high, "difference": values[0] - at[first][0], "d_low": d_low, "d_high": d_high,
-                                "n": int((~np.isnan(tables[label][0][0][name])).sum()), "seeds": len(tables[label])}
+                                "n": int((totals[label][0][name][1] > 0).sum()), "seeds": len(totals[label])}
     return out
 
 
