@@ -546,12 +546,16 @@ def compare_command(args):
 
 # --------------------------------------------------------------------------- 7. with a model
 
-def evaluate(model, tokenizer, cases, batch_size=128, max_new_tokens=256, style="signature", constrained=False, progress=True):
+def greedy(model, tokenizer, conversations, what, progress=True, batch_size=128, **settings):
+    """Greedy episodes of the conversations, under a bar called `what`; settings: toolplay.rollout's."""
+    with tqdm(total=len(conversations), desc=what, unit="case", disable=not progress, dynamic_ncols=True) as bar:
+        return toolplay.rollout(model, tokenizer, conversations, temperature=0.0, batch_size=batch_size, progress=bar.update, **settings)
+
+
+def evaluate(model, tokenizer, cases, max_new_tokens=256, **settings):
     """Greedy rollouts of the cases (Case objects, or what as_case takes) -> (report, records in the order of the cases)."""
     cases = [case if isinstance(case, Case) else as_case(case) for case in cases]
-    with tqdm(total=len(cases), desc="eval", unit="case", disable=not progress, dynamic_ncols=True) as bar:
-        episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in cases], temperature=0.0, max_new_tokens=max_new_tokens,
-                                    batch_size=batch_size, style=style, constrained=constrained, progress=bar.update)
+    episodes = greedy(model, tokenizer, [case.conversation for case in cases], "eval", max_new_tokens=max_new_tokens, **settings)
     records = [judge(case._replace(id=n if case.id is None else case.id), episode) for n, (case, episode) in enumerate(zip(cases, episodes))]
     return summarise(records), records
 
@@ -696,14 +700,12 @@ def bfcl_cases(suite, folder=None, n=None):
     return cases
 
 
-def bfcl(model, tokenizer, cases, style="signature", constrained=False, batch_size=128, max_new_tokens=512):
+def bfcl(model, tokenizer, cases, **settings):
     """Greedy first turns -> (table, {category: {"value", "low", "high", "n", "too_long"}}, records). A prompt beyond the context is wrong.
 
     Judged are the calls that tools.parse_calls reads; what is malformed is no call. Behind its last call a turn ends (see rollout).
     """
-    with tqdm(total=len(cases), desc="bfcl", unit="case", dynamic_ncols=True) as bar:
-        episodes = toolplay.rollout(model, tokenizer, [case["conversation"] for case in cases], temperature=0.0, max_turns=1,
-                                    max_new_tokens=max_new_tokens, batch_size=batch_size, style=style, constrained=constrained, progress=bar.update)
+    episodes = greedy(model, tokenizer, [case["conversation"] for case in cases], "bfcl", max_turns=1, max_new_tokens=512, **settings)
     records, report = [], {}
     for case, episode in zip(cases, episodes):
         calls, too_long = [(c.name, c.arguments) for c in episode.calls], episode.stop == "length" and not sum(episode.mask)
@@ -754,7 +756,7 @@ def command(args):
     stands_in = " (trained on invented functions, which stood in for ToolBench)" if config.fallback and config.source == "synthetic" else ""
     trained_on = config.source + stands_in if args.run else None
     if suite:
-        text, report, records = bfcl(model, tokenizer, suite, config.tool_style, config.constrained)
+        text, report, records = bfcl(model, tokenizer, suite, style=config.tool_style, constrained=config.constrained)
         print(f"## {args.run or args.model}{stands_in}\n\n{text}")
         return keep("bfcl.json", {"data": args.suite, "trained_on": trained_on, "constrained": config.constrained, "report": report, "records": records})
     extra = [tool_from_schema(t) for t in config.tools]
