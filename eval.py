@@ -71,7 +71,6 @@ MEANS = r"(?:\w+ ){0,2}(?:tool|function|calculator|search|access|way|means|data|
 CANNOT = re.compile(rf"n['’]t (?:\w+ ){{0,2}}(?:have(?! to\b)|know|check|see|search|look|find|work|calculate|tell|include|available|help|fit|cover|got|do (?:that|this|it)\b)|\b(?:cannot|can not|unable|not able|unavailable|"
                     rf"lack|have nothing|no \w+ is available|(?:without|no|need an?|missing) {MEANS})\b", re.IGNORECASE)
 PHRASES = re.compile(r"\bno (problem|doubt|worries|need|clouds?|rain|snow|wind)\b|\bnot (bad|at all)\b", re.IGNORECASE)  # these deny nothing
-SKIES = set("sunny rainy raining cloudy overcast snowy snowing windy foggy stormy degrees warm cold hot mild".split())
 DENIAL = re.compile(r"n['’]t\b|\b(no|not|nothing|none|cannot|without|unable|unknown|undefined|sorry|error|afraid|wrong|refused|empty|impossible|invalid|unavailable|lacks?|missing)\b", re.I)
 
 
@@ -233,19 +232,17 @@ def in_words(text):
     return found
 
 
-ORDINARY = {"Nice", "Sandy", "Bath", "Reading", "Split", "Mobile", "Cork", "Tours"}  # cities whose names begin sentences
-
-
 def describes(text, weather, known):
     """Whether a text about the weather keeps to the unit and the city; it need not repeat them."""
     units = {unit.lower() for unit in re.findall(r"\d\s*(?:°|degrees)?\s*(C|F|celsius|fahrenheit)\b", text, re.IGNORECASE)}
-    others = [city for city in _cities(_city_file())[0].values() if city in text and city not in known and city not in ORDINARY and re.search(rf"\b{re.escape(city)}\b", text)]
+    named = [city for city in _cities(_city_file())[0].values() if city in text and re.search(rf"\b{re.escape(city)}\b", text)]
+    others = [city for city in named if city not in known and city not in data.corpus("verdicts.json")["ordinary"]]
     return (not units or any(unit[0] == weather["unit"][0] for unit in units)) and (weather["city"] in text or not others)
 
 
 def declines(text, reference, known, told):
     """Whether the text says that it cannot be done, and makes up no number and no weather (what was not `told`)."""
-    made_up = (set(numbers(text)) | in_words(text)) - known - in_words(reference or "") - {1} or SKIES & (set(_normal(text).split()) - set(_normal(f"{told} {reference}").split()))
+    made_up = (set(numbers(text)) | in_words(text)) - known - in_words(reference or "") - {1} or set(_normal(text).split()) & set(data.corpus("verdicts.json")["skies"]) - set(_normal(f"{told} {reference}").split())
     return not made_up and bool(DENIAL.search(PHRASES.sub("", text)) or f1(text, reference or "") >= 0.2)
 
 
@@ -257,7 +254,8 @@ def converses(text, prompt):
     return bool(words) and not loop and 2 * sum(map(str.isalpha, solid)) >= len(solid) and not echo
 
 
-POLITE = frozenset("hello hi hey bye goodbye thanks thank welcome sure yes no okay ok sorry great good nice happy not don but if you he she fine wonderful amazing awesome perfect cool sweet cheers congratulations congrats enjoy maybe absolutely definitely".split())
+def common_words():
+    return STOP_WORDS.union(data.corpus("verdicts.json")["polite"])
 
 
 def worded(text, known):
@@ -266,7 +264,7 @@ def worded(text, known):
     words = set(_normal(re.sub("['’]", " ", text)).split())  # I'm
     if not re.search("[a-z]", _normal(text)):
         return bool(words)
-    return bool(words - STOP_WORDS) and (bool(words & (STOP_WORDS | POLITE)) or f1(text, known) > 0)
+    return bool(words - STOP_WORDS) and (bool(words & common_words()) or f1(text, known) > 0)
 
 
 # --------------------------------------------------------------------------- 3. one episode
@@ -369,7 +367,7 @@ def response(case, episode, gold_results):
         return bool(re.search(r"\?|\b(need|please|tell me|let me know)\b", final, re.IGNORECASE))
     if reference and case.kind not in data.KINDS and len(words := _normal(re.sub("['’]", " ", reference)).split()) <= 3:  # "Paris", "4": a fact, that talk around it must hold
         facts = set(numbers(reference)) - known
-        return all(states(final, x, known | facts) for x in facts) and {w for w in words if len(w) > 2 or w.isdigit()} - STOP_WORDS - POLITE <= set(_normal(re.sub("['’]", " ", final)).split())
+        return all(states(final, x, known | facts) for x in facts) and {w for w in words if len(w) > 2 or w.isdigit()} - common_words() <= set(_normal(re.sub("['’]", " ", final)).split())
     talk = " ".join([reference or "", *(m["content"] for m in messages)])
     return converses(final, messages[-1]["content"]) and worded(final, talk)
 
