@@ -116,7 +116,12 @@ def is_number(value):
 
 # --------------------------------------------------------------------------- 2. when are two things equal?
 
-def f1(a, b, words=lambda text: _normal(text).split()):
+def words_of(text, apart=False):
+    """The words of a text in lower case and without accents; `apart`: "I'm" is two."""
+    return _normal(re.sub("['’]", " ", text) if apart else text).split()
+
+
+def f1(a, b, words=words_of):
     """Harmonic mean of precision and recall of the words of two texts, as multisets."""
     a, b = Counter(words(a)), Counter(words(b))
     return 2 * (a & b).total() / max(a.total() + b.total(), 1)
@@ -242,13 +247,14 @@ def describes(text, weather, known):
 
 def declines(text, reference, known, told):
     """Whether the text says that it cannot be done, and makes up no number and no weather (what was not `told`)."""
-    made_up = (set(numbers(text)) | in_words(text)) - known - in_words(reference or "") - {1} or set(_normal(text).split()) & set(data.corpus("verdicts.json")["skies"]) - set(_normal(f"{told} {reference}").split())
-    return not made_up and bool(DENIAL.search(PHRASES.sub("", text)) or f1(text, reference or "") >= 0.2)
+    made_up = (set(numbers(text)) | in_words(text)) - known - in_words(reference or "") - {1}
+    weather = set(data.corpus("verdicts.json")["skies"]).intersection(words_of(text)).difference(words_of(f"{told} {reference}"))
+    return not made_up and not weather and bool(DENIAL.search(PHRASES.sub("", text)) or f1(text, reference or "") >= 0.2)
 
 
 def converses(text, prompt):
     """Whether this is a reply at all: mostly letters, no loop, no echo (of "Thank you!" one word more is none). No judgement of what it says."""
-    words, asked, solid = _normal(text).split(), _normal(prompt).split(), "".join(text.split())
+    words, asked, solid = words_of(text), words_of(prompt), "".join(text.split())
     loop = max(Counter(zip(words, words[1:], words[2:], words[3:])).values(), default=0) >= 4
     echo = set(words) == set(asked) or f1(text, prompt) >= 0.8 and len(asked) >= 4
     return bool(words) and not loop and 2 * sum(map(str.isalpha, solid)) >= len(solid) and not echo
@@ -261,7 +267,7 @@ def common_words():
 def worded(text, known):
     """Whether a text has a word that everybody uses, or one of the `known` texts ("asdf qwer" has none), and not only such as "the".
     Other scripts than the Latin are not judged."""
-    words = set(_normal(re.sub("['’]", " ", text)).split())  # I'm
+    words = set(words_of(text, apart=True))
     if not re.search("[a-z]", _normal(text)):
         return bool(words)
     return bool(words - STOP_WORDS) and (bool(words & common_words()) or f1(text, known) > 0)
@@ -365,9 +371,10 @@ def response(case, episode, gold_results):
         return bool(CANNOT.search(PHRASES.sub("", final))) and declines(final, reference, known, asked)
     if case.kind == "api_ask":  # what is missing is asked for
         return bool(re.search(r"\?|\b(need|please|tell me|let me know)\b", final, re.IGNORECASE))
-    if reference and case.kind not in data.KINDS and len(words := _normal(re.sub("['’]", " ", reference)).split()) <= 3:  # "Paris", "4": a fact, that talk around it must hold
+    if reference and case.kind not in data.KINDS and len(words := words_of(reference, apart=True)) <= 3:  # "Paris", "4": a fact, that talk around it must hold
         facts = set(numbers(reference)) - known
-        return all(states(final, x, known | facts) for x in facts) and {w for w in words if len(w) > 2 or w.isdigit()} - common_words() <= set(_normal(re.sub("['’]", " ", final)).split())
+        names = {word for word in words if len(word) > 2 or word.isdigit()} - common_words()
+        return all(states(final, x, known | facts) for x in facts) and names <= set(words_of(final, apart=True))
     talk = " ".join([reference or "", *(m["content"] for m in messages)])
     return converses(final, messages[-1]["content"]) and worded(final, talk)
 
