@@ -238,32 +238,20 @@ CACHED = 2 ** 15  # tokens of a cache's own: with more, prompts are sampled from
 def sample_calls(model, tokenizer, prompts, config, seed):
     """c ~ p(. | P(x), x_<i, open) (sec. 2): rows of ids that end in OPEN -> the text that the model writes after each, until the call ends."""
     import toolplay
-    out, part = [], []
-    for prompt in prompts:
-        together = [*part, prompt]
-        own = max(map(len, together)) - toolplay.common_prefix(together[0], prompt)
-        if part and len(together) * own > CACHED:
-            out += _sample_calls(model, tokenizer, part, config, seed, len(out))
-            together = [prompt]
-        part = together
-    return out + (_sample_calls(model, tokenizer, part, config, seed, len(out)) if part else [])
-
-
-def _sample_calls(model, tokenizer, prompts, config, seed, first):
-    import toolplay
-    streams = [random.Random(f"{seed} {first + n}") for n in range(len(prompts))]
-    cache = toolplay.prompt_cache(model, [p[:-1] for p in prompts])
-    said, alive = [[] for _ in prompts], list(range(len(prompts)))
-    for _ in range(config.call_tokens):
-        logits = cache.step([said[r][-1:] or prompts[r][-1:] for r in alive]).float()
-        tokens, _ = toolplay.sample(logits, [streams[r].random() for r in alive], 1.0, 1.0)
-        for token, r in zip(tokens, alive):
-            said[r].append(token)
-        going = [n for n, r in enumerate(alive) if not re.search(r"[\]\n]|->", tokenizer.decode(said[r][-3:]))]
-        alive = [alive[n] for n in going]
-        cache.keep(going)
-        if not alive:
-            break
+    streams, said = [random.Random(f"{seed} {r}") for r in range(len(prompts))], [[] for _ in prompts]
+    shared = min((toolplay.common_prefix(prompts[0], prompt) for prompt in prompts), default=0)
+    size = CACHED // max([1, *(len(prompt) - shared for prompt in prompts)]) or 1  # prompts at once
+    for start in range(0, len(prompts), size):
+        alive = list(range(len(prompts)))[start:start + size]
+        cache = toolplay.prompt_cache(model, [prompts[r][:-1] for r in alive])
+        while alive:
+            logits = cache.step([said[r][-1:] or prompts[r][-1:] for r in alive]).float()
+            tokens, _ = toolplay.sample(logits, [streams[r].random() for r in alive], 1.0, 1.0)
+            for token, r in zip(tokens, alive):
+                said[r].append(token)
+            going = [n for n, r in enumerate(alive) if len(said[r]) < config.call_tokens and not re.search(r"[\]\n]|->", tokenizer.decode(said[r][-3:]))]
+            alive = [alive[n] for n in going]
+            cache.keep(going)
     return [tokenizer.decode(ids) for ids in said]
 
 
