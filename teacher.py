@@ -132,10 +132,9 @@ def read_call(text, tools):
         return None
     parameters = tools[found[1]].parameters
     required, fields = parameters.get("required") or [], parameters.get("properties") or {}
-    if not found[2].strip():
-        return Call(found[1], {}) if not required else None
-    if not (order := list({**dict.fromkeys(required), **fields})):
-        return None
+    order = list({**dict.fromkeys(required), **fields})
+    if not order or not found[2].strip():
+        return None if required or found[2].strip() else Call(found[1], {})
     numeric = [name for name in fields if {"integer", "number", "boolean"} & set(kind if isinstance(kind := fields[name].get("type"), list) else [kind])]
     choices = {name: fields[name]["enum"] for name in fields if name not in required and isinstance(fields[name].get("enum"), list)}
     anywhere = "|".join(map(re.escape, order))
@@ -158,12 +157,9 @@ def read_call(text, tools):
         return None  # the first is written without its name
 
     def typed(name, text):
-        if name not in numeric:
-            return text
-        try:
-            return json.loads(text.lower())
-        except (ValueError, RecursionError):
-            return text  # execute says what is wrong with it
+        with contextlib.suppress(ValueError, RecursionError):  # execute says what is wrong with it
+            return json.loads(text.lower()) if name in numeric else text
+        return text
 
     def bare(text):
         text = text.strip()
