@@ -136,13 +136,9 @@ def read_call(text, tools):
     if not order or not found[2].strip():
         return None if required or found[2].strip() else Call(found[1], {})
     numeric = [name for name in fields if {"integer", "number", "boolean"} & set(kind if isinstance(kind := fields[name].get("type"), list) else [kind])]
-    choices = {name: fields[name]["enum"] for name in fields if name not in required and isinstance(fields[name].get("enum"), list)}
     anywhere = "|".join(map(re.escape, order))
     parts = re.split(rf"(?:^|,)\s*({anywhere})\s*=(?!=)", found[2])  # before the first name, name, value, name, value, ...
     named, first = dict(zip(parts[1::2], parts[2::2])), parts[0].rstrip(", ")
-    before, comma, last = first.rpartition(",")
-    if comma and before.strip() and (chosen := next((name for name in choices if name not in named and last.strip(" \"'") in choices[name]), None)):  # weather(Paris, fahrenheit)
-        first, named[chosen] = before, last
     free = [name for name in order if name not in named]
     wanted = [name for name in free if name in required] or free[:1]
     if first.strip():
