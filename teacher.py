@@ -213,7 +213,7 @@ def few_shot(tool, tokenizer):
 
 
 def open_logprobs(model, tokenizer, rows, heads, config):
-    """p_i (sec. 2): log p(open | P(x), x_<i) before each token of each text -> [T] a text; -inf inside a character, where no text can part."""
+    """p_i (sec. 2): log p(open | P(x), x_<i) before each token of each text, P(x) its head -> [T] a text; -inf inside a character, where no text can part."""
     import toolplay
     open_id, = ids_of(tokenizer, opening(tokenizer))
     whole = [(head + ids, [0] * len(head) + [1] * len(ids)) for head, ids in zip(heads, rows)]
@@ -459,19 +459,18 @@ def text_loss(model, tokenizer, rows, tools, config):
     """Mean loss of the texts' own tokens; with tools, the model's best call (p(open) > SURE) is executed and inserted first. Not `call_top`, as
     in `complete`: the text is given, so what counts is where the model itself would put its one call."""
     import toolplay
-    budget, (open_id,) = config.micro_tokens * 4, ids_of(tokenizer, opening(tokenizer))
     pairs = [(ids, [1] * len(ids)) for ids in rows]
     if tools:
-        scored = toolplay.token_logprobs(model, pairs, budget=budget, also=(open_id,))["also"]
-        places = [best_positions(scored[n, :len(ids), 0], SURE, 1) for n, ids in enumerate(rows)]
-        asked = [n for n, place in enumerate(places) if place]
-        written = complete(model, tokenizer, [rows[n][:places[n][0]] + [open_id] for n in asked], {}, most=config.call_tokens) if asked else []
-        for n, (text, _) in zip(asked, written):
+        opens = open_logprobs(model, tokenizer, rows, [[]] * len(rows), config)
+        places = [(n, i) for n, logp in enumerate(opens) for i in best_positions(logp, SURE, 1)]
+        begun = [rows[n][:i] + ids_of(tokenizer, opening(tokenizer)) for n, i in places]
+        written = complete(model, tokenizer, begun, {}, most=config.call_tokens) if places else []
+        for (n, i), (text, _) in zip(places, written):
             call, result = asked_tool(text, tools)
             if result is not None:
-                i, extra = places[n][0], ids_of(tokenizer, call_text(call, result, opening(tokenizer)))
+                extra = ids_of(tokenizer, call_text(call, result, opening(tokenizer)))
                 pairs[n] = (rows[n][:i] + extra + rows[n][i:], [1] * i + [0] * len(extra) + [1] * (len(rows[n]) - i))
-    logp = toolplay.token_logprobs(model, pairs, budget=budget)
+    logp = toolplay.token_logprobs(model, pairs, budget=config.micro_tokens * 4)
     return -float(logp.sum()) / sum(sum(mask[1:]) for _, mask in pairs)
 
 
