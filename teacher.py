@@ -42,7 +42,7 @@ import random
 import re
 import sys
 import zlib
-from collections import Counter, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -205,11 +205,11 @@ def insert(ids, calls, tokenizer):
 def few_shot(tool, tokenizer):
     """P(x) up to where x is to be written with its calls -> (ids before x, ids between x and its annotated form)."""
     import data
-    prompt = data.corpus("teacher_prompts.json")["tools"].get(tool.name)
-    task = prompt["task"] if prompt else f"Add calls to {tool.name} to the text, where they help to complete it. {tool.description} A call looks like [{tool.name}(...)]."
+    task = f"Add calls to {tool.name} to the text, where they help to complete it. {tool.description} A call looks like [{tool.name}(...)]."
+    prompt = data.corpus("teacher_prompts.json")["tools"].get(tool.name, {"task": task, "examples": []})
     # Texts begin a line, so that their first words are the same tokens here and alone.
-    shots = "".join(f"Text:\n{x}\nWith calls:\n{y}\n\n" for x, y in (prompt["examples"] if prompt else ()))
-    return ids_of(tokenizer, f"{task}\n\n{shots}Text:\n"), ids_of(tokenizer, "\nWith calls:\n")
+    shots = "".join(f"Text:\n{x}\nWith calls:\n{y}\n\n" for x, y in prompt["examples"])
+    return ids_of(tokenizer, f"{prompt['task']}\n\n{shots}Text:\n"), ids_of(tokenizer, "\nWith calls:\n")
 
 
 def open_logprobs(model, tokenizer, rows, heads, config):
@@ -612,10 +612,8 @@ def annotated_texts(run, model, tokenizer, texts, tools):
 
 def funnel_text(lines, n=10):
     """The funnel, and the n best and worst calls."""
-    total = Counter(dict.fromkeys(FUNNEL, 0))
-    for line in lines:
-        total.update(line.get("funnel", {}))
-    out = [f"{len(lines)} texts: " + " -> ".join(f"{value} {key}" for key, value in total.items()) + f"; {sum(any(c['kept'] for c in x['candidates']) for x in lines)} texts have a call now"]
+    funnel = " -> ".join(f"{sum(line.get('funnel', {}).get(key, 0) for line in lines)} {key}" for key in FUNNEL)
+    out = [f"{len(lines)} texts: {funnel}; {sum(any(c['kept'] for c in line['candidates']) for line in lines)} texts have a call now"]
     every = sorted(((c["gain"], line, c) for line in lines for c in line["candidates"]), key=lambda x: -x[0])
     for title, some in ((f"best {n}", every[:n]), (f"worst {n}", every[n:][-n:])):
         out.append(f"{title} (L- minus L+, in nats):")
