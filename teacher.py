@@ -336,32 +336,25 @@ def prose(split, n, seed=0):
     share = {"train": range(7), "dev": range(7, 8), "test": range(8, 10)}[split]
     articles = [a for a in data.corpus("search.jsonl")[1:] if zlib.crc32(a["title"].encode()) % 10 in share]
     while len(out) < n:
-        kind = rng.choices(["calculator", "weather", "search", "plain"], [55, 15, 15, 15])[0]
-        item = {"kind": kind}
-        if kind == "search":
-            text = rng.choice(articles)["text"]
-        else:
-            family = rng.choice(data.pool("prose.json", kind, split))
-            text, words = rng.choice(family["texts"]), {}
-            if kind == "calculator":
-                values = data.draw_values(family["slots"], split, rng)
-                if values is None or not all(data.holds(test, values) for test in family.get("where", [])):
-                    continue
-                words = {k: str(v) for k, v in values.items()}
-                value = calculate(data.fill(family["expression"], words))
-                if value <= 0 or family.get("whole") and value != int(value):
-                    continue
-                item |= {"prompt": data.fill(text.partition("{answer}")[0].rstrip(), words), "answer": value}
-                words["answer"] = str(value)
-            elif kind == "weather":
-                city = rng.choice(data.pool("cities.json", "cities", split))["name"]
-                words = {"city": city, **{k: str(v) for k, v in execute(Call("weather", {"city": city}), BUILTIN).value.items() if k in ("temperature", "condition")}}
-            text = data.fill(text, words)
+        kind, words = rng.choices(["calculator", "weather", "search", "plain"], [55, 15, 15, 15])[0], {}
+        family = {} if kind == "search" else rng.choice(data.pool("prose.json", kind, split))
+        text = rng.choice(family["texts"]) if family else rng.choice(articles)["text"]
+        if kind == "calculator":
+            values = data.draw_values(family["slots"], split, rng)
+            if values is None or not all(data.holds(test, values) for test in family.get("where", [])):
+                continue
+            words = {k: str(v) for k, v in values.items()}
+            answer = calculate(data.fill(family["expression"], words))
+            if answer <= 0 or family.get("whole") and answer != int(answer):
+                continue
+            words["answer"] = str(answer)
+        elif kind == "weather":
+            city = rng.choice(data.pool("cities.json", "cities", split))["name"]
+            words = {k: str(v) for k, v in execute(Call("weather", {"city": city}), BUILTIN).value.items()} | {"city": city}
         if kind != "plain" and rng.random() < 0.4:
-            lead = rng.choice(rng.choice(data.pool("prose.json", "plain", split))["texts"])
-            text = f"{lead} {text}"
-            item |= {"prompt": f'{lead} {item["prompt"]}'} if "prompt" in item else {}
-        out.append({"text": text, **item})
+            text = f'{rng.choice(rng.choice(data.pool("prose.json", "plain", split))["texts"])} {text}'
+        asked = {"prompt": data.fill(text.partition("{answer}")[0].rstrip(), words), "answer": answer} if kind == "calculator" else {}
+        out.append({"text": data.fill(text, words), "kind": kind, **asked})
     return out
 
 
