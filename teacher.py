@@ -367,8 +367,9 @@ def read_texts(path, n):
     from tools import UserError
     if str(path).lower().endswith((".jsonl", ".ndjson", ".json")):
         def check(item):
-            item = {"text": item} if isinstance(item, str) else item
-            found = [item.get(key) for key in next(([key] for key in ("text", "content") if key in item), ["question", "answer"])] if isinstance(item, dict) else [None]
+            item = item if isinstance(item, dict) else {"text": item}
+            keys = ["text"] if "text" in item else ["content"] if "content" in item else ["question", "answer"]
+            found = [item.get(key) for key in keys]
             if not all(isinstance(text, str) and text.strip() for text in found):
                 raise UserError('a line is a text, or an object with "text" (or "content"), or with "question" and "answer"')
             text, asked = found[0].strip(), {}
@@ -388,10 +389,7 @@ def read_texts(path, n):
         raise UserError(f"{path}: cannot read it as text ({error})") from None
     if not lines:
         raise UserError(f"{path}: the file is empty")
-    first = None
-    with contextlib.suppress(ValueError, RecursionError):
-        first = json.loads(lines[0])
-    if isinstance(first, dict):
+    if re.match(r'\{\s*"\w+"\s*:', lines[0]):
         raise UserError(f'{path}: its lines are JSON objects; to have the "text" of each read, let its name end in .jsonl')
     return [{"text": line, "kind": "text"} for line in lines[:n]]
 
