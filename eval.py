@@ -304,15 +304,6 @@ def judge(case, episode):
             "results": [json.loads(r.text()) for r in episode.results], "final": episode.final, "stop": episode.stop, "verdicts": verdicts}
 
 
-def shape_of(result):
-    """"weather" or "search", if a result is what the built-in tool of that name gives: a tool of one's own may have its name."""
-    value = result.value
-    if (result.name == "weather" and isinstance(value, dict) and is_number(value.get("temperature")) and value.get("unit") in ("celsius", "fahrenheit")
-            and isinstance(value.get("city"), str)):
-        return "weather"
-    return "search" if result.name == "search" and isinstance(value, list) and all(isinstance(hit, dict) and isinstance(hit.get("text"), str) for hit in value) else ""
-
-
 def leaves(value):
     """The texts and numbers in a result."""
     if isinstance(value, (dict, list, tuple)):
@@ -327,14 +318,15 @@ def response(case, episode, gold_results):
     told = [m["content"] for m in messages] + [str(c.arguments) for c in case.calls or []]
     texts, asked = told + [r.text() for r in (episode.results if case.calls is None else gold_results)], f" {_normal(' '.join(told))} "
     known, like = set(numbers(" ".join(texts))) | in_words(" ".join(texts)), lambda text: f1(final, text) >= 0.5
+    functions = {tool.name: tool.function for tool in case.conversation["tools"]}
 
     def fact(result):
-        value, builtin = result.value, shape_of(result)
+        value, function = result.value, functions.get(result.name)  # a tool of one's own may have the name of a built-in one
         if not result.ok and result.error_type != "not_executable":
             return declines(final, reference, known, asked)
-        if builtin == "weather":
+        if function is BUILTIN["weather"].function:
             return states(final, value["temperature"], known) and describes(final, value, " ".join(texts))
-        if builtin == "search":
+        if function is BUILTIN["search"].function:
             right = any(map(like, [reference] if reference else [hit["text"] for hit in value])) and not set(numbers(final)) - known - set(numbers(reference or ""))
             return right or not value and declines(final, reference, known, asked)
         if is_number(value):

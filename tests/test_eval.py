@@ -67,8 +67,9 @@ TALK = case("tell me a joke about cats", [], final="Why did the cat sit down? It
 def test_a_weather_tool_of_one_s_own_has_results_of_its_own():
     """They are judged as those of any tool: by the numbers and texts in them."""
     for more in ({"unit": None}, {"unit": ""}, {"unit": "C"}, {"unit": "celsius", "city": {"name": "Oslo"}}):
-        assert evaluation.shape_of(Result("weather", True, {"temperature": 12, "city": "Oslo", **more})) == ""
-    assert evaluation.shape_of(execute(Call("weather", {"city": "Paris"}), load_tools(["weather"]))) == "weather"
+        mine = Tool("weather", "", {"type": "object", "properties": {"x": {"type": "string"}}}, lambda x, more=more: {"temperature": 12, "city": "Oslo", **more}, isolated=False)
+        asked = SUM._replace(conversation={"messages": [{"role": "user", "content": "x?"}], "tools": [mine]}, calls=[Call("weather", {"x": "?"})], answer=None, reference=None)
+        assert [verdicts(asked, format_call(Call("weather", {"x": "?"})), final)["response_quality"] for final in ("It is 12 there.", "It is 13 there.")] == [True, False]
 
 
 def test_answers_as_people_write_them():
