@@ -425,9 +425,9 @@ def compare_table(reports):
 def format_report(report, title, records=None, show_failures=10):
     """The report as Markdown; with `records` also the first failures: what was asked, expected and got."""
     parts = [f"## {title} ({report['n']} cases)", compare_table({"value [95 % interval]": report})]
-    if len(report["kinds"]) > 1:
-        known = [of["call_accuracy"]["value"] for of in report["kinds"].values() if of["call_accuracy"]["n"]]
-        parts.append(f"call_accuracy, mean over {len(known)} kinds: {np.mean(known):.3f}" if known else "")
+    known = [of["call_accuracy"]["value"] for of in report["kinds"].values() if of["call_accuracy"]["n"]]
+    if len(known) > 1:
+        parts.append(f"call_accuracy, mean over {len(known)} kinds: {np.mean(known):.3f}")
     for key in ("kinds", "tools"):
         rows = [[name, of["format"]["n"], *(cell(metric, full=False) for metric in of.values())] for name, of in report[key].items()]
         shown = sorted(sorted(rows, key=lambda row: -row[1])[:MOST_ROWS])
