@@ -68,7 +68,7 @@ METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "exe
 FORGED = re.compile(r"</?tool_response|<\|\w+\|>")
 NUMBER = re.compile(r"(?<![^\W_])(?<!\.)(?<!\d,)([-−–]?)[$€£]?((?:\d{1,3}(?:[,'’\u00a0\u2009\u202f]\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 MEANS = r"(?:\w+ ){0,2}(?:tool|function|calculator|search|access|way|means|data|report|forecast|service|information)s?"
-CANNOT = re.compile(rf"n['’]t (?:\w+ ){{0,2}}(?:have(?! to\b)|know|check|see|search|look|find|work|calculate|tell|include|available|help|fit|cover|got|do (?:that|this|it)\b)|\b(?:cannot|can not|unable|not able|unavailable|"
+CANNOT = re.compile(rf"(?:n['’]t|\bnot) (?:\w+ ){{0,2}}(?:have(?! to\b)|know|check|see|search|look|find|work|calculate|tell|include|available|help|fit|cover|got|do (?:that|this|it)\b)|\b(?:cannot|can not|unable|not able|unavailable|"
                     rf"lack|have nothing|no \w+ is available|(?:without|no|need an?|missing) {MEANS})\b", re.IGNORECASE)
 PHRASES = re.compile(r"\bno (problem|doubt|worries|need|clouds?|rain|snow|wind)\b|\bnot (bad|at all)\b", re.IGNORECASE)  # these deny nothing
 DENIAL = re.compile(r"n['’]t\b|\b(no|not|nothing|none|cannot|without|unable|unknown|undefined|sorry|error|afraid|wrong|refused|empty|impossible|invalid|unavailable|lacks?|missing)\b", re.I)

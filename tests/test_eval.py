@@ -549,7 +549,7 @@ def test_a_negation_makes_another_question():
 
 @pytest.mark.parametrize("text, right", [
     ("There is no rain in Oslo today, it's sunny.", False), ("You need a coat in Oslo, it is not warm.", False), ("I have no doubt you will like it.", False), ("It's eighty-four, no doubt; there is no trick.", False),
-    ("I lack the tool for that.", True), ("My tools don't cover the weather.", True), ("Weather data is unavailable.", True), ("I haven't got a forecast.", True), ("I would need a weather service for that.", True)])
+    ("I lack the tool for that.", True), ("I do not have a weather tool.", True), ("My tools don't cover the weather.", True), ("Weather data is unavailable.", True), ("I haven't got a forecast.", True), ("I would need a weather service for that.", True)])
 def test_a_refusal_is_no_guess(text, right):
     asked = case("weather in Oslo?", [], final="I have no weather tool here.", kind="missing_tool", tools=[])
     assert verdicts(asked, text)["response_quality"] is right
