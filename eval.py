@@ -359,7 +359,8 @@ def response(case, episode, gold_results):
     if reference and case.kind not in data.KINDS and len(words := words_of(reference, apart=True)) <= 3:  # "Paris", "4": a fact, that talk around it must hold
         facts = set(numbers(reference)) - known
         names = {word for word in words if len(word) > 2 or word.isdigit()} - common_words()
-        return all(states(final, x, known | facts) for x in facts) and names <= set(words_of(final, apart=True))
+        if facts or names:  # "Sure!" has none, and is talk
+            return all(states(final, x, known | facts) for x in facts) and names <= set(words_of(final, apart=True))
     talk = " ".join([reference or "", *(m["content"] for m in messages)])
     return converses(final, messages[-1]["content"]) and worded(final, talk)
 
