@@ -448,15 +448,9 @@ class Trie:
         return attention
 
 
-def common_prefix(a, b):
-    """Length of the longest common prefix of two id lists."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while high - low > 1:  # a[:low] == b[:low] always, a[:high] != b[:high] always
-        middle = (low + high) // 2
-        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle)
-    return low
+def common_prefix(*rows):
+    """Length of the longest common prefix of id lists."""
+    return len(os.path.commonprefix(rows))  # takes lists of anything that compares, not only paths
 
 
 def planned_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -612,7 +606,7 @@ class SharedPrefixCache:
         # A forward calls past_key_values.update(k, v, layer) once a layer; the reader only keeps what passes.
         reader = SimpleNamespace(update=lambda k, v, layer, *_: nodes.setdefault(layer, (k, v)))
         model.base_model(past_key_values=reader, **{**trie.inputs(self.device), "use_cache": True})  # the transformer without its head
-        self.shared = min(common_prefix(prompts[0], p) for p in prompts)
+        self.shared = common_prefix(*prompts)
         own = [trie.path[b][self.shared:] for b in range(len(prompts))]
         width = max(map(len, own))
         index = torch.tensor([[0] * (width - len(o)) + o for o in own], dtype=torch.long, device=self.device)
