@@ -16,7 +16,6 @@ Five ideas carry it (each method file states only its own loss):
 """
 from __future__ import annotations
 
-import bisect
 import contextlib
 import copy
 import dataclasses
@@ -377,29 +376,22 @@ class Trie:
     """
 
     def __init__(self, rows):
-        order = sorted(range(len(rows)), key=lambda b: rows[b])  # sorted rows are in depth-first order
-        self.path, self.ids, self.depth, parent, line, before = [None] * len(rows), [], [], [], [], []
-        starts = {0}
-        for b in order:
-            row = rows[b]
+        self.path, self.ids, self.depth = [None] * len(rows), [], []
+        line, before, starts, end = [], [], {0}, {}
+        for b in sorted(range(len(rows)), key=lambda b: rows[b]):  # sorted rows are in depth-first order
+            row, fresh = rows[b], len(self.ids)
             shared = common_prefix(before, row)
             if shared < len(line):  # the old branch leaves here: what hangs below it is a segment of its own
-                starts |= {len(self.ids), line[shared]}
-            line = line[:shared] + list(range(len(self.ids), len(self.ids) + len(row) - shared))
+                starts |= {fresh, line[shared]}
             self.ids += row[shared:]
             self.depth += range(shared, len(row))
-            parent += ([-1] + line)[shared:len(row)]
-            self.path[b], before = line, row
-        n = len(self.ids)
-        self.end = list(range(1, n + 1))
-        for i in range(n - 1, -1, -1):
-            if parent[i] >= 0:
-                self.end[parent[i]] = max(self.end[parent[i]], self.end[i])
+            self.path[b] = line = line[:shared] + list(range(fresh, len(self.ids)))
+            end |= dict.fromkeys(line, len(self.ids))  # the subtrees of the row's nodes reach up to here
+            before = row
+        self.end = list(end.values())
         self.starts = sorted(starts)
-        self.ancestors = []  # for each segment: the segments above it, root first
-        for i in self.starts:
-            above = bisect.bisect_right(self.starts, parent[i]) - 1  # the segment that holds the parent; -1 at a root
-            self.ancestors.append(self.ancestors[above] + [above] if above >= 0 else [])
+        # For each segment: the segments above it, root first. They are those whose first node's subtree holds this one's.
+        self.ancestors = [[a for a, j in enumerate(self.starts[:s]) if self.end[j] > i] for s, i in enumerate(self.starts)]
 
     def __len__(self):
         return len(self.ids)
