@@ -399,12 +399,8 @@ class Trie:
     def inputs(self, device):
         """Model inputs for one forward over all nodes: ids [1, N], attention_mask, position_ids [1, N]. The mask is [1, 1, N, N], or one
         element that carries the attention by segments, which reads no mask."""
-        if torch.device(device).type == "cpu" or len(self) > 4096:
-            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-            mask.attend = self.plan(device)  # transformers hands the mask to the attention function untouched: what hangs on it arrives there
-        else:  # a small trie on a GPU: one dense product beats many small launches
-            mask = self.mask(device)
-        return dict(input_ids=torch.tensor([self.ids], device=device), attention_mask=mask,
+        small = torch.device(device).type != "cpu" and len(self) <= 4096  # on a GPU one dense product beats many small launches
+        return dict(input_ids=torch.tensor([self.ids], device=device), attention_mask=self.mask(device) if small else carrying(self.plan(device), device),
                     position_ids=torch.tensor([self.depth], device=device), use_cache=False)
 
     def mask(self, device):
@@ -416,7 +412,6 @@ class Trie:
         """The same attention, segment by segment: the N x N matrix is mostly empty, its blocks are dense."""
         bounds = self.starts + [len(self)]
         sizes = [b - a for a, b in zip(bounds, bounds[1:])]
-        above = [sum(sizes[a] for a in self.ancestors[s]) for s in range(len(sizes))]
         masks = {}
 
         def attention(module, q, k, v, scaling):
@@ -427,12 +422,10 @@ class Trie:
             out, ks, vs = [], k.split(sizes, 2), v.split(sizes, 2)
             with torch.autocast("cpu", enabled=False) if half else contextlib.nullcontext():
                 for s, q_s in enumerate(q.split(sizes, 2)):
-                    size, context = sizes[s], above[s]
+                    k_s, v_s = (torch.cat([x[a] for a in (*self.ancestors[s], s)], 2) for x in (ks, vs))
+                    size, context = sizes[s], k_s.shape[2]  # its own nodes; these and its ancestors'
                     if (s, groups) not in masks:
-                        allowed = torch.ones(size, context + size, dtype=torch.bool, device=device).tril(context)
-                        masks[s, groups] = allowed.repeat(groups, 1)
-                    k_s = torch.cat([ks[a] for a in self.ancestors[s]] + [ks[s]], 2)
-                    v_s = torch.cat([vs[a] for a in self.ancestors[s]] + [vs[s]], 2)
+                        masks[s, groups] = torch.ones(size, context, dtype=torch.bool, device=device).tril(context - size).repeat(groups, 1)
                     folded = q_s.reshape(1, k.shape[1], groups * size, q.shape[3])
                     o = F.scaled_dot_product_attention(folded, k_s, v_s, attn_mask=masks[s, groups], scale=scaling)
                     out.append(o.reshape(1, q.shape[1], size, v.shape[3]))
@@ -443,6 +436,13 @@ class Trie:
 def common_prefix(*rows):
     """Length of the longest common prefix of id lists."""
     return len(os.path.commonprefix(rows))  # takes lists of anything that compares, not only paths
+
+
+def carrying(attend, device):
+    """A mask of one element that carries an attention of our own: transformers hands it to the attention function untouched."""
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    mask.attend = attend
+    return mask
 
 
 def planned_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -639,10 +639,8 @@ class SharedPrefixCache:
         B, m = len(ids), len(ids[0])
         causal = torch.ones(m, m, dtype=torch.bool, device=self.device).tril().expand(B, m, m)
         self.mask = torch.cat([self.valid[:, None].expand(B, m, self.used), causal], 2)
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        mask.attend = self.attention
         positions = self.lengths[:, None] + torch.arange(m, device=self.device)
-        logits = self.model(input_ids=torch.tensor(ids, device=self.device), attention_mask=mask, position_ids=positions,
+        logits = self.model(input_ids=torch.tensor(ids, device=self.device), attention_mask=carrying(self.attention, self.device), position_ids=positions,
                             past_key_values=self, use_cache=True, logits_to_keep=1).logits[:, -1]
         self.valid = torch.cat([self.valid, self.valid.new_ones(B, m)], 1)
         self.used += m
