@@ -590,33 +590,27 @@ class SharedPrefixCache:
     """
 
     def __init__(self, model, prompts):
-        if not takes_trie(model):  # asked here, for it is what lends the model our attention
-            raise ValueError(f"{type(model).__name__} takes no mask of our own: sample from it one row at a time")
         self.model, self.device = model, model.get_input_embeddings().weight.device
-        trie = Trie(prompts)
-        nodes = {}  # layer -> (k, v), each [1, heads, N, d]
+        trie, nodes = Trie(prompts), {}  # nodes: layer -> (k, v), each [1, heads, N, d]
         # A forward calls past_key_values.update(k, v, layer) once a layer; the reader only keeps what passes.
         reader = SimpleNamespace(update=lambda k, v, layer, *_: nodes.setdefault(layer, (k, v)))
         model.base_model(past_key_values=reader, **{**trie.inputs(self.device), "use_cache": True})  # the transformer without its head
-        self.shared = common_prefix(*prompts)
-        own = [trie.path[b][self.shared:] for b in range(len(prompts))]
+        self.shared = common_prefix(*prompts)  # the trie's first nodes
+        own = [path[self.shared:] for path in trie.path]
         width = max(map(len, own))
         index = torch.tensor([[0] * (width - len(o)) + o for o in own], dtype=torch.long, device=self.device)
-        self.valid = torch.tensor([[False] * (width - len(o)) + [True] * len(o) for o in own], dtype=torch.bool, device=self.device).reshape(len(prompts), width)
-        head = trie.path[0][:self.shared]
-        self.prefix = {n: (k[:, :, head], v[:, :, head]) for n, (k, v) in nodes.items()}
+        self.valid = torch.arange(width, device=self.device) >= torch.tensor([[width - len(o)] for o in own], device=self.device)  # [B, columns]
+        self.prefix = {n: [x[:, :, :self.shared].contiguous() for x in kv] for n, kv in nodes.items()}
         self.own = {n: [x[0][:, index].transpose(0, 1).contiguous() for x in kv] for n, kv in nodes.items()}
-        self.used = width
-        self.lengths = torch.tensor([len(p) for p in prompts], device=self.device)
 
     def update(self, k, v, layer, *_):
         """What transformers calls in each layer: new keys and values [B, heads, m, d] -> all of the rows' own so far."""
-        store = self.own[layer]
+        store, stop = self.own[layer], self.valid.shape[1]
+        start = stop - k.shape[2]
         for n, new in enumerate((k, v)):
-            if store[n].shape[2] < self.used + new.shape[2]:
-                store[n] = torch.cat([store[n][:, :, :self.used], new.new_empty(*new.shape[:2], 64 + new.shape[2], new.shape[3])], 2)
-            store[n][:, :, self.used:self.used + new.shape[2]] = new
-        stop = self.used + k.shape[2]
+            if store[n].shape[2] < stop:
+                store[n] = torch.cat([store[n][:, :, :start], new.new_empty(*new.shape[:2], 64 + new.shape[2], new.shape[3])], 2)
+            store[n][:, :, start:stop] = new
         return store[0][:, :, :stop], store[1][:, :, :stop]
 
     def attention(self, module, q, k, v, scaling):
@@ -637,20 +631,17 @@ class SharedPrefixCache:
     def step(self, ids):
         """Feed ids [B][m]; -> logits [B, V] after the last of them."""
         B, m = len(ids), len(ids[0])
-        causal = torch.ones(m, m, dtype=torch.bool, device=self.device).tril().expand(B, m, m)
-        self.mask = torch.cat([self.valid[:, None].expand(B, m, self.used), causal], 2)
-        positions = self.lengths[:, None] + torch.arange(m, device=self.device)
-        logits = self.model(input_ids=torch.tensor(ids, device=self.device), attention_mask=carrying(self.attention, self.device), position_ids=positions,
-                            past_key_values=self, use_cache=True, logits_to_keep=1).logits[:, -1]
+        positions = self.shared + self.valid.sum(1, keepdim=True) + torch.arange(m, device=self.device)
         self.valid = torch.cat([self.valid, self.valid.new_ones(B, m)], 1)
-        self.used += m
-        self.lengths = self.lengths + m
-        return logits
+        columns = self.valid.shape[1]
+        self.mask = self.valid[:, None] & torch.ones(m, columns, dtype=torch.bool, device=self.device).tril(columns - m)  # [B, m, columns]
+        return self.model(input_ids=torch.tensor(ids, device=self.device), attention_mask=carrying(self.attention, self.device), position_ids=positions,
+                          past_key_values=self, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def keep(self, rows):
         """Only these rows go on; a row that is named twice goes on twice."""
         rows = torch.tensor(rows, device=self.device)
-        self.valid, self.lengths = self.valid[rows], self.lengths[rows]
+        self.valid = self.valid[rows]
         self.own = {n: [x[rows] for x in kv] for n, kv in self.own.items()}
 
 

@@ -274,6 +274,7 @@ def test_a_call_begins_where_its_token_is_among_the_most_probable_ones(monkeypat
 
 def test_a_cache_without_a_shared_prefix():
     model = small.model("llama")
+    toolplay.takes_trie(model)  # lends the model our attention
     cache = toolplay.SharedPrefixCache(model, [[1, 2, 3], [4, 5]])
     with torch.no_grad():
         got = cache.step([[6], [7]])
