@@ -505,15 +505,13 @@ def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=())
         raise UserError("token_logprobs: the batch is empty")
     if any(not ids or len(ids) != len(mask) for ids, mask in batch):
         raise UserError("token_logprobs: a row is (ids, mask), two lists of one length, at least 1")
-    learned = not getattr(model.config.get_text_config(), "rope_parameters", None)  # GPT-2's positions end; rotary ones go on, though no row so long was learned
-    if learned and (longest := max(len(ids) for ids, _ in batch)) > context_of(model):
+    longest = max(len(ids) for ids, _ in batch)
+    if longest > context_of(model) and not getattr(model.config.get_text_config(), "rope_parameters", None):  # rotary positions go on, though none so far was learned
         raise UserError(f"a row has {longest} tokens, the model knows {context_of(model)} positions: lower max_tokens")
     groups = micro_batches([[row] for row in batch], budget) if takes_trie(model) else [[b] for b in range(len(batch))]
     parts = [_logprobs(model, [batch[b] for b in group], temperature, want, also) for group in groups]
-    out = parts[0]
-    if groups != [list(range(len(batch)))]:
-        width, back = max(len(ids) for ids, _ in batch), torch.tensor([b for group in groups for b in group]).argsort()
-        out = {k: torch.cat([F.pad(p[k], (0, 0) * (p[k].dim() - 2) + (0, width - p[k].shape[1])) for p in parts])[back] for k in out}
+    back = torch.tensor([b for group in groups for b in group]).argsort()  # to the batch's own order
+    out = {k: torch.cat([F.pad(p[k], (0, 0) * (p[k].dim() - 2) + (0, longest - p[k].shape[1])) for p in parts])[back] for k in parts[0]}
     return out if want or also else out["logp"]
 
 
@@ -552,12 +550,11 @@ def micro_batches(units, budget=None):
     """
     if budget is None:
         return [list(range(len(units)))]
-    groups, size, before = [], 0, []
+    groups, size, before = [], math.inf, []
     for u in sorted(range(len(units)), key=lambda u: list(units[u][0][0])):
-        rows, fresh = sorted(list(ids) for ids, _ in units[u]), 0
-        for last, row in zip([before] + rows, rows):
-            fresh += len(row) - common_prefix(last, row)
-        if not groups or size + fresh > budget:
+        rows = sorted(list(ids) for ids, _ in units[u])
+        fresh = sum(len(row) - common_prefix(last, row) for last, row in zip([before] + rows, rows))
+        if size + fresh > budget:
             groups.append([])
             size, fresh = 0, len(Trie(rows))
         groups[-1].append(u)
