@@ -523,12 +523,9 @@ def _logprobs(model, batch, temperature=1.0, want=(), also=()):
     shape = (len(batch), max(len(ids) for ids, _ in batch))
     predicts = [trie.path[b][t - 1] for b, t in where]            # the node that predicts row b's token t
     nodes, row = torch.tensor(predicts, dtype=torch.long, device=device).unique(return_inverse=True)
-    seen = []
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0])) if "hidden" in want else contextlib.nullcontext()
-    with hook:  # the head runs only on the nodes that predict a trained token
-        logits = model(**inputs, logits_to_keep=nodes if predicts else nodes.new_zeros(1)).logits[0]                       # [n, V]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is too coarse for a softmax
+    # The head runs only on the nodes that predict a trained token.
+    read = model(**inputs, logits_to_keep=nodes if predicts else nodes.new_zeros(1), output_hidden_states="hidden" in want)
+    logits = read.logits[0].to(torch.promote_types(read.logits.dtype, torch.float32))  # [n, V]; half precision is too coarse for a softmax
     log_p = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
     target = torch.tensor([batch[b][0][t] for b, t in where], dtype=torch.long, device=device)
     b, t = torch.tensor(where, dtype=torch.long, device=device).reshape(-1, 2).T
@@ -539,7 +536,7 @@ def _logprobs(model, batch, temperature=1.0, want=(), also=()):
     if "entropy" in want:
         out["entropy"] = spread(-(log_p.exp() * log_p).sum(-1)[row])
     if "hidden" in want:
-        out["hidden"] = spread(seen[0][0].float()[row])
+        out["hidden"] = spread(read.hidden_states[-1][0, nodes].float()[row])
     return out
 
 
