@@ -455,23 +455,22 @@ def planned_attention(module, query, key, value, attention_mask, scaling=None, d
 
 
 def takes_trie(model):
-    """Whether the model's attention takes an arbitrary mask. Tried once per model and kind of attention, on three short rows."""
-    import transformers
-    transformers.AttentionInterface.register("sdpa", planned_attention)
-    config = model.config.get_text_config()
-    kind, found = getattr(config, "_attn_implementation", None), model.__dict__.setdefault("_takes_trie", {})  # kind of attention -> whether
-    if kind not in found:
+    """Whether the model's attention takes an arbitrary mask. Tried once per model, on three short rows."""
+    if not hasattr(model, "_takes_trie"):
+        import transformers
+        transformers.AttentionInterface.register("sdpa", planned_attention)
+        config = model.config.get_text_config()
         types = getattr(config, "layer_types", None)
         window = not types and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-        softcap = getattr(config, "attn_logit_softcapping", None)
-        by_length = re.search(r"'(rope_)?type': '(dynamic|longrope)'", str([getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]))  # angles depend on the longest position
+        by_length = re.search(r"'(rope_)?type': '(dynamic|longrope)'",  # angles depend on the longest position
+                              str([getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]))
         rows = [([1, 2, 3, 4], [0, 1, 1, 1]), ([1, 2, 5, 6], [0, 0, 1, 1]), ([2, 3], [0, 1])]
-        found[kind] = set(types or ["full_attention"]) == {"full_attention"} and not (window or softcap or by_length) and agree(
+        model._takes_trie = set(types or ["full_attention"]) == {"full_attention"} and not (window or by_length) and agree(
             model, 1e-3, lambda: _logprobs(model, rows)["logp"], lambda: torch.cat([F.pad(_logprobs(model, [r])["logp"], (0, 4 - len(r[0]))) for r in rows]))
-        if not found[kind]:
-            print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend on a row's length, a special kernel, NVIDIA_TF32_OVERRIDE); "
-                  "falling back to one sequence per forward: exact, but slower", file=sys.stderr)
-    return found[kind]
+        if not model._takes_trie:
+            print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend on a row's length, a special kernel, "
+                  "NVIDIA_TF32_OVERRIDE); falling back to one sequence per forward: exact, but slower", file=sys.stderr)
+    return model._takes_trie
 
 
 @torch.no_grad()
@@ -690,10 +689,9 @@ def shares_prefix(model):
     """Whether a model that takes the trie takes our cache too (not where it keeps something else than keys and values). Tried once."""
     if not takes_trie(model):
         return False
-    if getattr(model, "_shares_prefix", None) is None:
-        device = model.get_input_embeddings().weight.device
+    if not hasattr(model, "_shares_prefix"):
         model._shares_prefix = agree(model, 1e-2, lambda: SharedPrefixCache(model, [[1, 2, 3], [1, 2]]).step([[4], [5]]),
-                                     lambda: torch.cat([model(input_ids=torch.tensor([ids], device=device)).logits[:, -1] for ids in ([1, 2, 3, 4], [1, 2, 5])]))
+                                     lambda: torch.cat([model(input_ids=torch.tensor([ids], device=model.device)).logits[:, -1] for ids in ([1, 2, 3, 4], [1, 2, 5])]))
         if not model._shares_prefix:
             print(f"{type(model).__name__}: it keeps something else than keys and values; sampling row by row: exact, but slower", file=sys.stderr)
     return model._shares_prefix
