@@ -338,8 +338,7 @@ def _convert_gguf(path, transformers):
     folder = cache / f"{path.stem}-{stamp}"
     if not folder.exists():
         print(f"first use of {path.name}: converting it to safetensors in {folder} (about half a minute, once)", file=sys.stderr)
-        kwargs = dict(gguf_file=path.name)
-        config = transformers.AutoConfig.from_pretrained(str(path.parent), **kwargs)
+        config = transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # the weights are plain fp32 from here on
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -348,20 +347,13 @@ def _convert_gguf(path, transformers):
         if missing or ("lm_head.weight" not in tensors and not config.tie_word_embeddings):
             raise UserError(f"{path}: the file lacks weights ({sorted(missing)[:3]})")
         model.tie_weights()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), **kwargs)
-        aside = cache / f"{folder.name}.{os.getpid()}"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         try:
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-            try:
-                aside.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was first: its folder is as good
-                    raise
+            cache.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder, lambda aside: (model.save_pretrained(aside), tokenizer.save_pretrained(aside)))
         except Exception as error:  # a full disk has its own type in every library
-            raise UserError(f"{cache}: the converted weights cannot be written ({first_line(error)}); set TOOLPLAY_CACHE to a folder with 600 MB free") from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(f"{cache}: the converted weights cannot be written ({first_line(error)}); "
+                            "set TOOLPLAY_CACHE to a folder with 600 MB free") from None
     return str(folder)
 
 
