@@ -273,7 +273,6 @@ def load_model(name="smollm2-135m", device="cpu"):
     """
     name = str(name)
     try:
-        import tokenizers  # noqa: F401
         import transformers  # for base weights, tokenizers, and its models' attention
     except ImportError as error:
         raise UserError(f"model {name!r}: {first_line(error)}; run ./setup.sh") from None
@@ -303,10 +302,9 @@ def load_model(name="smollm2-135m", device="cpu"):
         except UserError:
             raise
         except Exception as error:  # a damaged or foreign file raises a dozen types
-            if name in OWN or name.endswith(".gguf"):
-                raise UserError(f"model {name!r} cannot be loaded ({first_line(error, 200)}); if {source} is damaged, remove it: it is made anew") from None
-            raise UserError(f"model {name!r} cannot be loaded ({first_line(error, 200)}); it must be smollm2-135m, tiny, a folder with a "
-                            "transformers model, a .gguf file, or a hub name that this machine can reach") from None
+            remedy = (f"if {source} is damaged, remove it: it is made anew" if name in OWN or name.endswith(".gguf") else
+                      "it must be smollm2-135m, tiny, a folder with a transformers model, a .gguf file, or a hub name that this machine can reach")
+            raise UserError(f"model {name!r} cannot be loaded ({first_line(error, 200)}); {remedy}") from None
     return model.to(device).eval(), tokenizer
 
 
