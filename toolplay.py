@@ -302,7 +302,7 @@ def load_model(name="smollm2-135m", device="cpu"):
         except UserError:
             raise
         except Exception as error:  # a damaged or foreign file raises a dozen types
-            remedy = (f"if {source} is damaged, remove it: it is made anew" if name in OWN or name.endswith(".gguf") else
+            remedy = (f"if {source} is damaged, remove it: it is made anew" if source != name and not source.endswith(".gguf") else
                       "it must be smollm2-135m, tiny, a folder with a transformers model, a .gguf file, or a hub name that this machine can reach")
             raise UserError(f"model {name!r} cannot be loaded ({first_line(error, 200)}); {remedy}") from None
     return model.to(device).eval(), tokenizer
