@@ -225,23 +225,24 @@ def _no_duplicates(pairs):
 
 def _wrong(value, hint):
     """None when `value` fits the type hint, else what is allowed."""
-    hint, limit = get_args(hint) if get_origin(hint) is Annotated else (hint, None)
-    if get_origin(hint) is Literal:
-        return None if value in get_args(hint) else "must be one of " + ", ".join(map(str, get_args(hint)))
-    kind = get_origin(hint) or hint
+    hint, limit = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind is Literal:
+        return None if value in inner else "must be one of " + ", ".join(inner)
     name = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list", dict: "an object"}[kind]
+    allowed = f"must be {name} {limit}".rstrip()
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind) or value != value:
-        return f"must be {name}"
-    if kind is list and get_args(hint) and not all(isinstance(x, get_args(hint)[0]) for x in value):
+        return allowed
+    if inner and not all(isinstance(x, inner) for x in value):
         return "must be a list of strings"
-    if kind is str:
-        return "must be a string without NUL characters and half characters" if re.search("[\0\ud800-\udfff]", value) else None
+    if kind is str and re.search("[\0\ud800-\udfff]", value):
+        return "must be a string without NUL characters and half characters"
     if kind is float and value and not 1e-30 <= abs(value) <= 1e12:  # beyond, sums and quotients of settings overflow
-        return f"must be {name} {limit or ''}".strip() + ", its size from 1e-30 to 1e12"
+        return f"{allowed}, its size from 1e-30 to 1e12"
     if kind is int and abs(value) >= 2 ** 63:
-        return f"must be {name} {limit or ''}".strip() + ", below 2^63"
-    fits = {"0 to below 1": lambda: 0 <= value < 1, "> 0": lambda: value > 0, ">= 0": lambda: value >= 0, "0 to 1": lambda: 0 <= value <= 1, None: lambda: True}
-    return None if fits[limit]() else f"must be {name} {limit}"
+        return f"{allowed}, below 2^63"
+    fits = {"0 to below 1": lambda: 0 <= value < 1, "> 0": lambda: value > 0, ">= 0": lambda: value >= 0, "0 to 1": lambda: 0 <= value <= 1, "": lambda: True}
+    return None if fits[limit]() else allowed
 
 
 def config_reference():
