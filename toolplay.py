@@ -210,10 +210,10 @@ def _overrides(items):
 
 def _parsed(text):
     """What was typed for a value: JSON, a number as people write it (.001), or the text itself."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return float(text) if re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?", text, re.IGNORECASE) else text
+    for read in (json.loads, float):
+        with contextlib.suppress(ValueError, RecursionError):
+            return read(text)
+    return text
 
 
 def _no_duplicates(pairs):
