@@ -904,7 +904,7 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
     """
     rank, world = world_rank()
     units, sums = units[rank::world], {}
-    terms = all_sum(sum(map(size, units)), trainer.device)
+    terms = sum(gathered(sum(map(size, units))))
     if terms == 0:
         raise UserError(f"step {trainer.step + 1}: no token of this batch is trained (every mask is 0); check the data")
     trainer.scaler.scale(torch.zeros((), device=trainer.device))  # a rank without a unit must know its scale too
@@ -918,8 +918,8 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
     parameters = list(trainer.parameters.values())
     if world > 1:
         sum_gradients(parameters)
-        names = set().union(*gathered(sorted(sums)))  # a rank without a unit has no names of its own
-        sums = {name: all_sum(sums.get(name, 0.0), trainer.device) for name in sorted(names)}
+        parts = gathered(sums)  # a rank without a unit has no names of its own
+        sums = {name: sum(other.get(name, 0.0) for other in parts) for part in parts for name in part}
     if all(p.grad is None for p in parameters):
         raise UserError("no gradient reached any trained parameter: the Trainer must be given the model's own parameters, not copies")
     trainer.scaler.unscale_(trainer.optimizer)
@@ -939,14 +939,6 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
 def world_rank():
     """(rank, number of ranks) under torchrun, else (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def all_sum(value, device):
-    if world_rank()[1] == 1:
-        return value
-    total = torch.tensor(float(value), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.item()
 
 
 def gathered(own):
@@ -1145,7 +1137,7 @@ class Run:
                 position = trainer.step
                 yield position
                 self.bar.update(trainer.step - position)
-                stopping = bool(all_sum(len(stop), self.device))
+                stopping = any(gathered(bool(stop)))
                 every = self.config.save_every
                 if trainer.step // every > position // every or trainer.step >= total or stopping:
                     self.checkpoint(trainer)
