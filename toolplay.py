@@ -252,7 +252,7 @@ def config_reference():
         for line in inspect.getsource(module.Config).splitlines():
             key, meaning = line.split(":")[0].strip(), line.partition("  # ")[2].strip()
             if key in hints and meaning:
-                hint, limit = (get_args(hints[key]) + ("",))[:2] if get_origin(hints[key]) is Annotated else (hints[key], "")
+                hint, limit = get_args(hints[key]) if get_origin(hints[key]) is Annotated else (hints[key], "")
                 allowed = ", ".join(get_args(hint)) if get_origin(hint) is Literal else f"{(get_origin(hint) or hint).__name__} {limit}"
                 rows.append(f"| `{key}` | {allowed.strip()} | `{json.dumps(getattr(defaults, key))}` | {meaning} |")
     return "\n".join(rows) + "\n"
@@ -816,10 +816,9 @@ def ran_on(tokenizer, turn):
     """Whether a complete call is followed by something that cannot become another call."""
     if ">" not in tokenizer.decode(turn[-12:]) and len(turn) % 8:  # cheap test first; long run-ons are caught a little later
         return False
-    text = tokenizer.decode(turn)
-    rest = text[text.rfind("</tool_call>") + 12:] if "</tool_call>" in text else ""
+    _, call, rest = tokenizer.decode(turn).rpartition("</tool_call>")
     word = rest.strip()
-    return not word.startswith("<tool_call>"[:len(word)]) or not word and len(rest) > 8  # it may well write blanks for ever
+    return bool(call) and (not "<tool_call>".startswith(word[:11]) or not word and len(rest) > 8)  # it may well write blanks for ever
 
 
 def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
