@@ -441,7 +441,7 @@ def planned_attention(module, query, key, value, attention_mask, scaling=None, d
 
 
 def takes_trie(model):
-    """Whether the model's attention takes an arbitrary mask. Tried once per model, on three short rows."""
+    """Whether the model's attention takes an arbitrary mask, and our cache of keys and values. Tried once per model, on short rows."""
     if not hasattr(model, "_takes_trie"):
         import transformers
         transformers.AttentionInterface.register("sdpa", planned_attention)
@@ -452,10 +452,12 @@ def takes_trie(model):
                               str([getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]))
         rows = [([1, 2, 3, 4], [0, 1, 1, 1]), ([1, 2, 5, 6], [0, 0, 1, 1]), ([2, 3], [0, 1])]
         model._takes_trie = set(types or ["full_attention"]) == {"full_attention"} and not (window or by_length) and agree(
-            model, 1e-3, lambda: _logprobs(model, rows)["logp"], lambda: torch.cat([F.pad(_logprobs(model, [r])["logp"], (0, 4 - len(r[0]))) for r in rows]))
+            model, 1e-3, lambda: _logprobs(model, rows)["logp"], lambda: torch.cat([F.pad(_logprobs(model, [r])["logp"], (0, 4 - len(r[0]))) for r in rows])
+        ) and agree(model, 1e-2, lambda: SharedPrefixCache(model, [[1, 2, 3], [1, 2]]).step([[4], [5]]),
+                    lambda: torch.cat([model(input_ids=torch.tensor([ids], device=model.device)).logits[:, -1] for ids in ([1, 2, 3, 4], [1, 2, 5])]))
         if not model._takes_trie:
             print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend on a row's length, a special kernel, "
-                  "NVIDIA_TF32_OVERRIDE); falling back to one sequence per forward: exact, but slower", file=sys.stderr)
+                  "something else kept than keys and values, NVIDIA_TF32_OVERRIDE); falling back to one sequence per forward: exact, but slower", file=sys.stderr)
     return model._takes_trie
 
 
@@ -664,19 +666,7 @@ class EqualRows:
 
 def prompt_cache(model, prompts):
     """The cache that suits the model's attention, filled with B prompts (lists of ids): step(ids [B][m]) -> logits [B, V], keep(rows)."""
-    return EqualRows(SharedPrefixCache if shares_prefix(model) else RowCaches, model, prompts)
-
-
-def shares_prefix(model):
-    """Whether a model that takes the trie takes our cache too (not where it keeps something else than keys and values). Tried once."""
-    if not takes_trie(model):
-        return False
-    if not hasattr(model, "_shares_prefix"):
-        model._shares_prefix = agree(model, 1e-2, lambda: SharedPrefixCache(model, [[1, 2, 3], [1, 2]]).step([[4], [5]]),
-                                     lambda: torch.cat([model(input_ids=torch.tensor([ids], device=model.device)).logits[:, -1] for ids in ([1, 2, 3, 4], [1, 2, 5])]))
-        if not model._shares_prefix:
-            print(f"{type(model).__name__}: it keeps something else than keys and values; sampling row by row: exact, but slower", file=sys.stderr)
-    return model._shares_prefix
+    return EqualRows(SharedPrefixCache if takes_trie(model) else RowCaches, model, prompts)
 
 
 def context_of(model):

@@ -166,7 +166,7 @@ class Script:
         for name in ("SharedPrefixCache", "RowCaches"):
             patch.setattr(toolplay, name, self.follow(getattr(toolplay, name)))
         patch.setattr(toolplay, "sample", self.sample)
-        patch.setattr(toolplay, "shares_prefix", toolplay.takes_trie)  # its trial reads logits as they are
+        patch.setattr(toolplay, "agree", lambda *trial: True)  # the trial reads logits as they are
 
     def follow(script, base):  # noqa: N805
         class Followed(base):

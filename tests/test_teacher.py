@@ -236,7 +236,7 @@ def continued(script, text):
 def test_calls_are_executed_while_the_text_is_written(monkeypatch):
     script = ["2 pairs of 3: [calculator(2 * 3) -> 6] 6 shoes", "In Nowhere: [weather(Nowhere) -> ] fog", "No call: [what] is this", "Open: [calculator(1 + 1 + 1 + 1 + 1 + 1"]
     monkeypatch.setattr(toolplay, "SharedPrefixCache", Scripted)
-    monkeypatch.setattr(toolplay, "shares_prefix", toolplay.takes_trie)  # its trial reads logits as they are
+    monkeypatch.setattr(toolplay, "agree", lambda *trial: True)  # the trial reads logits as they are
     monkeypatch.setattr(Scripted, "follow", staticmethod(lambda text: continued(script, text)))
     prompts = [teacher.ids_of(TOK, line[:line.index(":") + 2]) for line in script]
     said = teacher.complete(small.model("llama"), TOK, prompts, BUILTIN, most=12, call_tokens=30)
@@ -249,7 +249,7 @@ def test_calls_are_executed_while_the_text_is_written(monkeypatch):
 def test_calls_that_fail_come_to_an_end(monkeypatch):
     script = ["So: " + "[weather(Nowhere) -> ] " * 9]
     monkeypatch.setattr(toolplay, "SharedPrefixCache", Scripted)
-    monkeypatch.setattr(toolplay, "shares_prefix", toolplay.takes_trie)  # its trial reads logits as they are
+    monkeypatch.setattr(toolplay, "agree", lambda *trial: True)  # the trial reads logits as they are
     monkeypatch.setattr(Scripted, "follow", staticmethod(lambda text: continued(script, text)))
     (text, calls), = teacher.complete(small.model("llama"), TOK, [teacher.ids_of(TOK, "So: ")], BUILTIN, most=12)
     assert calls == [] and "[" not in text and len(text) <= 12
@@ -265,7 +265,7 @@ def test_a_call_begins_where_its_token_is_among_the_most_probable_ones(monkeypat
             logits[:, open_id] = logits[:, open_id].clamp(min=1.5)  # always the second best
             return logits
     monkeypatch.setattr(toolplay, "SharedPrefixCache", Second)
-    monkeypatch.setattr(toolplay, "shares_prefix", toolplay.takes_trie)  # its trial reads logits as they are
+    monkeypatch.setattr(toolplay, "agree", lambda *trial: True)  # the trial reads logits as they are
     said = lambda call_top: teacher.complete(small.model("llama"), TOK, [teacher.ids_of(TOK, "So: ")] * 2, BUILTIN, most=8, call_top=call_top)  # noqa: E731
     monkeypatch.setattr(Second, "follow", staticmethod(lambda text: continued(["So: two", "So: [calculator(2 * 3) -> 6] 6 it is"], text)))
     assert said(1) == [("two", [])] * 2
