@@ -322,8 +322,6 @@ def _tiny(transformers):
 def _convert_gguf(path, transformers):
     """De-quantise a GGUF once into a cached safetensors folder; -> that folder."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
     with open(path, "rb") as file:  # known by its size, beginning and end, wherever it lies
         size, ends = path.stat().st_size, [file.read(2 ** 20)]
         file.seek(max(0, size - 2 ** 20))
@@ -333,12 +331,11 @@ def _convert_gguf(path, transformers):
     if not folder.exists():
         print(f"first use of {path.name}: converting it to safetensors in {folder} (about half a minute, once)", file=sys.stderr)
         config = transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the weights are plain fp32 from here on
+        vars(config).pop("quantization_config", None)  # the weights are plain fp32 from here on
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-        missing = set(model.load_state_dict(tensors, strict=False).missing_keys) - {"lm_head.weight"}
-        if missing or ("lm_head.weight" not in tensors and not config.tie_word_embeddings):
+        missing = set(model.load_state_dict(tensors, strict=False).missing_keys) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+        if missing:
             raise UserError(f"{path}: the file lacks weights ({sorted(missing)[:3]})")
         model.tie_weights()
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
@@ -718,8 +715,7 @@ Limits = namedtuple("Limits", "new_tokens turns context constrained")  # per tur
 def stop_ids(model, tokenizer):
     """Ids that end a turn: the template's own, and whatever else the model was made to end with."""
     others = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    others = others if isinstance(others, (list, tuple)) else [others]
-    return {data.end_of_turn(tokenizer), tokenizer.eos_token_id, *others} - {None}
+    return {data.end_of_turn(tokenizer), tokenizer.eos_token_id, *(others if isinstance(others, (list, tuple)) else [others])} - {None}
 
 
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
