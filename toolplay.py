@@ -720,7 +720,7 @@ def stop_ids(model, tokenizer):
 
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
     stops = stop_ids(model, tokenizer)
-    closing = stops | {n for n in tokenizer.all_special_ids if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")} if limits.constrained else stops
+    closing = stops | {n for n in tokenizer.all_special_ids if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")}  # not inside a call
     queues = [[e.ids[-1]] for e, _, _ in rows]  # ids not yet fed to the model
     turns = [[] for _ in rows]                  # ids of the turn under way
     cache = prompt_cache(model, [e.ids[:-1] for e, _, _ in rows])
@@ -747,11 +747,10 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
                 queues[r] += finish_turn(tokenizer, episode, tools, turns[r], ended, cut, limits)
                 turns[r] = []
         going = [n for n, r in enumerate(alive) if not rows[r][0].stop]
-        if len(going) < len(alive):
-            cache.keep(going)
-            if progress:
-                progress(len(alive) - len(going))
-            alive = [alive[n] for n in going]
+        cache.keep(going)
+        if progress:
+            progress(len(alive) - len(going))
+        alive = [alive[n] for n in going]
 
 
 def extend(episode, ids, mask, logp=0.0):
