@@ -453,8 +453,8 @@ def takes_trie(model):
         ) and agree(model, 1e-2, lambda: SharedPrefixCache(model, [[1, 2, 3], [1, 2]]).step([[4], [5]]),
                     lambda: torch.cat([model(input_ids=torch.tensor([ids], device=model.device)).logits[:, -1] for ids in ([1, 2, 3, 4], [1, 2, 5])]))
         if not model._takes_trie:
-            print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend on a row's length, a special kernel, "
-                  "something else kept than keys and values, NVIDIA_TF32_OVERRIDE); falling back to one sequence per forward: exact, but slower", file=sys.stderr)
+            print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend on a row's length, a special kernel, a cache "
+                  "of its own, NVIDIA_TF32_OVERRIDE); falling back to one sequence per forward: exact, but slower", file=sys.stderr)
     return model._takes_trie
 
 
@@ -486,7 +486,8 @@ def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=())
     if any(not ids or len(ids) != len(mask) for ids, mask in batch):
         raise UserError("token_logprobs: a row is (ids, mask), two lists of one length, at least 1")
     longest = max(len(ids) for ids, _ in batch)
-    if longest > context_of(model) and not getattr(model.config.get_text_config(), "rope_parameters", None):  # rotary positions go on, though none so far was learned
+    rotary = getattr(model.config.get_text_config(), "rope_parameters", None)  # such positions go on, though no row so long was learned; GPT-2's end
+    if longest > context_of(model) and not rotary:
         raise UserError(f"a row has {longest} tokens, the model knows {context_of(model)} positions: lower max_tokens")
     groups = micro_batches([[row] for row in batch], budget) if takes_trie(model) else [[b] for b in range(len(batch))]
     parts = [_logprobs(model, [batch[b] for b in group], temperature, want, also) for group in groups]
