@@ -77,7 +77,7 @@ Part = Annotated[float, "0 to below 1"]
 @dataclass
 class Config:
     """The keys that every method shares. A method's own keys stand in its file (`sft.Config`, ...)."""
-    method: Literal["sft", "dpo", "ppo", "teacher"] = "sft"      # which file trains
+    method: Literal[METHODS] = "sft"     # which file trains
     model: str = "smollm2-135m"          # smollm2-135m (installed by setup.sh), tiny, a hub name, a folder or a .gguf file
     start_from: str = ""                 # run folder whose adapter training goes on in (its rank and targets hold); empty: the base model
     run_dir: str = ""                    # where results go; empty: runs/<name of the config file>
