@@ -327,16 +327,16 @@ def _check_call(call, n):
     return {"name": call["name"], "arguments": arguments}
 
 
-def read_jsonl(path, check=check_conversation, report=None):
+def read_jsonl(path, check=check_conversation):
     """Read a JSONL file of conversations. Bad lines are reported by number and skipped; no good line is an error."""
     good, bad = [], 0
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
-    with contextlib.suppress(ValueError, RecursionError):
-        if lines and lines[0].decode("utf-8-sig").lstrip().startswith("[") and isinstance(items := json.loads(b"\n".join(lines).decode("utf-8-sig")), list):
-            lines = [json.dumps(item).encode() for item in items]  # one JSON array
+    with contextlib.suppress(ValueError, RecursionError):  # what is no single JSON value are lines
+        if isinstance(items := json.loads(b"\n".join(lines).decode("utf-8-sig")), list):
+            lines = [json.dumps(item).encode() for item in items]
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -347,9 +347,9 @@ def read_jsonl(path, check=check_conversation, report=None):
             good.append(check(item))
         except (ValueError, RecursionError) as error:  # UserError, bad JSON and bad UTF-8 are all ValueErrors
             bad += 1
-            if report or bad <= 20:
-                print(f"{path}, line {number}: {error or type(error).__name__}; skipped", file=report or sys.stderr)
-    if bad > 20 and not report:
+            if bad <= 20:
+                print(f"{path}, line {number}: {error or type(error).__name__}; skipped", file=sys.stderr)
+    if bad > 20:
         print(f"{path}: and {bad - 20} more lines skipped", file=sys.stderr)
     if not good:
         raise UserError(f"{path}: no usable line ({bad} bad)" if bad else f"{path}: the file is empty")

@@ -1,5 +1,4 @@
 """data.py: the one mask, the splits, the templates, JSONL."""
-import io
 import json
 import os
 import random
@@ -223,16 +222,15 @@ def test_malformed_conversations_say_why(bad, reason):
         data.check_conversation(bad)
 
 
-def test_bad_jsonl_lines_are_reported_by_number_and_skipped(tmp_path):
+def test_bad_jsonl_lines_are_reported_by_number_and_skipped(tmp_path, capsys):
     path = tmp_path / "x.jsonl"
     good = json.dumps(CHAT)
     path.write_bytes(b"\xef\xbb\xbf" + good.encode() + b"\n\n{broken\n\xff\xfe\n[1]\n" + good.encode() + b"\n" + b"[" * 100000 + b"\n")
-    report = io.StringIO()
-    assert len(data.read_jsonl(path, report=report)) == 2
-    assert [int(n) for n in re.findall(r"line (\d+):", report.getvalue())] == [3, 4, 5, 7]
+    assert len(data.read_jsonl(path)) == 2
+    assert [int(n) for n in re.findall(r"line (\d+):", capsys.readouterr().err)] == [3, 4, 5, 7]
     path.write_text("{}\n")
     with pytest.raises(UserError, match="no usable line"):
-        data.read_jsonl(path, report=io.StringIO())
+        data.read_jsonl(path)
     with pytest.raises(UserError, match="cannot read"):
         data.read_jsonl(tmp_path / "absent.jsonl")
 

@@ -3,7 +3,6 @@ import argparse
 import csv
 import dataclasses
 import functools
-import io
 import json
 import math
 import re
@@ -451,11 +450,11 @@ def test_a_bad_case_has_a_reason(item):
         evaluation.as_case(item)
 
 
-def test_bad_lines_are_reported_by_number(tmp_path):
-    path, report = tmp_path / "cases.jsonl", io.StringIO()
+def test_bad_lines_are_reported_by_number(tmp_path, capsys):
+    path = tmp_path / "cases.jsonl"
     path.write_text('{"prompt": "hi"}\nnot json\n{"prompt": "a", "expected": 1}\n{"prompt": "\\ud800"}\n{"prompt": "bye"}\n', encoding="utf-8")
-    assert len(data.read_jsonl(path, evaluation.as_case, report)) == 2
-    assert [line.split(":")[0][-6:] for line in report.getvalue().splitlines()] == ["line 2", "line 3", "line 4"]
+    assert len(data.read_jsonl(path, evaluation.as_case)) == 2
+    assert [line.split(":")[0][-6:] for line in capsys.readouterr().err.splitlines()] == ["line 2", "line 3", "line 4"]
 
 
 # with a model
