@@ -249,14 +249,8 @@ def check_conversation(conversation):
     if late := [n for n, message in enumerate(messages) if n and message["role"] == "system"]:
         raise UserError(f"message {late[0]}: a system message can only be the first")
     tools = offered_in(conversation) or []
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) or []
-        except ValueError:
-            raise UserError('"tools" must be a list, or its JSON text') from None
-    if isinstance(tools, list):  # each as JSON text of its own
-        with contextlib.suppress(ValueError):  # what is none is said by load_tools
-            tools = [json.loads(t) if isinstance(t, str) and t.lstrip().startswith("{") else t for t in tools]
+    with contextlib.suppress(ValueError):  # what is no JSON text is said by load_tools
+        tools = json.loads(tools) or [] if isinstance(tools, str) else tools
     tools = load_tools([without_function(t) for t in tools] if isinstance(tools, (list, tuple)) else tools)
     checked = {**conversation, "messages": _in_call_order(messages), "tools": list(tools.values())}
     try:
@@ -309,12 +303,13 @@ def _in_call_order(messages):
 
 
 def without_function(schema):
-    """A tool schema from a data file, without its "function" path: data never decides which code is imported."""
+    """A tool schema from a data file (or its JSON text), without its "function" path: data never decides which code is imported."""
+    with contextlib.suppress(ValueError):  # what is no JSON text is said by load_tools
+        schema = json.loads(schema) if isinstance(schema, str) and schema.lstrip().startswith("{") else schema
     if not isinstance(schema, dict):
         return schema
-    if isinstance(inner := schema.get("function"), dict):
-        return {**schema, "function": without_function(inner)}
-    return {k: v for k, v in schema.items() if k != "function"}
+    inner = schema.get("function")
+    return {**schema, "function": without_function(inner)} if isinstance(inner, dict) else {k: v for k, v in schema.items() if k != "function"}
 
 
 def _check_call(call, n):
