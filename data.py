@@ -266,8 +266,7 @@ def _check_message(message, n):
     role, content, calls = {"developer": "system", "function": "tool"}.get(message["role"], message["role"]), message.get("content"), message.get("tool_calls") or []
     if not calls and isinstance(message.get("function_call"), dict):  # OpenAI's first spelling
         calls = [message["function_call"]]
-    weight = 1 if message.get("weight") is None else message["weight"]
-    if weight not in (0, 1) or not weight and role != "assistant":
+    if message.get("weight") not in (None, 0, 1) or message.get("weight") == 0 and role != "assistant":
         raise UserError(f'message {n}: "weight" is 0 or 1, of an assistant message')
     parts = isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
     if parts and (role != "tool" or content and all(part.get("type") == "text" for part in content)):  # a tool's list may be its result
@@ -279,27 +278,23 @@ def _check_message(message, n):
         raise UserError(f'message {n}: "content" ' + ("is missing" if content is None else f"holds a part of type {other!r}; only text can be read" if other else "must be a string"))
     if not isinstance(calls, list) or calls and role != "assistant":
         raise UserError(f'message {n}: "tool_calls" is a list in an assistant message')
-    clean = {"role": role, "content": content or "", **({} if weight else {"weight": 0})}
+    clean = {"role": role, "content": content or "", "id": message.get("tool_call_id"), **({"weight": 0} if message.get("weight") == 0 else {})}
     if calls:
-        clean["tool_calls"] = [_check_call(call, n) for call in calls]
-        clean["ids"] = [call.get("id") for call in calls]
-    return {**clean, "id": message.get("tool_call_id")} if role == "tool" else clean
+        clean |= {"tool_calls": [_check_call(call, n) for call in calls], "ids": [call.get("id") for call in calls]}
+    return clean
 
 
 def _in_call_order(messages):
     """Tool results that name their calls, in the order of these; the ids go."""
     for n, message in enumerate(messages):
-        ids = message.pop("ids", [])
-        order = list(map(str, ids))
-        if not ids or None in ids or len(set(order)) < len(order):
-            continue
+        ids = message.get("ids", [])
         results = list(itertools.takewhile(lambda m: m["role"] == "tool", messages[n + 1:]))
-        answered = [str(m["id"]) for m in results if m["id"] is not None]
-        if len(answered) == len(results) and results:
+        order, answered = list(map(str, ids)), [str(m["id"]) for m in results]
+        if ids and results and len(set(order)) == len(order) and None not in [*ids, *(m["id"] for m in results)]:
             if sorted(answered) != sorted(order):
                 raise UserError(f"message {n}: its calls have the ids {', '.join(order)[:80]}, the results behind it answer {', '.join(answered)[:80]}")
             messages[n + 1:n + 1 + len(ids)] = sorted(results, key=lambda m: order.index(str(m["id"])))
-    return [{key: value for key, value in m.items() if key != "id"} for m in messages]
+    return [{key: value for key, value in m.items() if key not in ("id", "ids")} for m in messages]
 
 
 def without_function(schema):
