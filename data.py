@@ -157,12 +157,13 @@ def _template_pieces(messages, tokenizer, generation):
             return tokenizer.apply_chat_template(upto, tokenize=False, add_generation_prompt=header)
         except Exception as error:  # templates raise what they like
             raise UserError(f"the tokenizer's chat template refuses the turns {', '.join(m['role'] for m in upto)} ({str(error)[:80]})") from None
-    pair = 1 + any(m["role"] == "user" for m in chat[1:2])  # the system text and, if the user begins, the first turn
-    lost = len(chat) > 1
+    # Some templates refuse a lone system message, or fold it into the first user turn: then these two are one piece.
+    first = 1 + any(m["role"] == "user" for m in chat[1:2])
+    shown = ""
     with contextlib.suppress(UserError):
-        lost = lost and chat[0]["content"].strip() not in render(chat[:2])
-    if lost:  # many know no system role, and refuse it (Gemma's) or leave it out: it joins the first user turn
-        chat = [{"role": "user", "content": "\n\n".join(m["content"] for m in chat[:pair])}, *chat[pair:]]
+        shown = render(chat[:2])
+    if len(chat) > 1 and chat[0]["content"].strip() not in shown:  # many know no system role, and refuse it (Gemma's) or leave it out: it joins the first user turn
+        chat, first = [{"role": "user", "content": "\n\n".join(m["content"] for m in chat[:first])}, *chat[first:]], 1
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
 
     def rest(text, before):
@@ -191,22 +192,20 @@ def _template_pieces(messages, tokenizer, generation):
         """The turns, and the header of the assistant's next, as far as `after` has it (a thinking model's template opens a thought)."""
         text = asked(upto)
         return text if after.startswith(text) else os.path.commonprefix([begun(upto), text, after])
-    # Some templates refuse a lone system message, or fold it into the first user turn: then these two are one piece.
-    first = 1 if lost else pair
     before = settled(chat[:first])
     out = [(ids(before), 0)]
     for i in range(first, len(chat)):
         after = settled(chat[:i + 1])
-        header = opening(chat[:i], after) if chat[i]["role"] == "assistant" else before
-        opened, body = rest(header, before), rest(after, header)
         if chat[i]["role"] == "assistant":
-            tail = len(body) - len(body.rstrip("\n "))  # what stands behind the end-of-turn token is layout
-            said = ids(body[:len(body) - tail])
+            header = opening(chat[:i], after)
+            body = rest(after, header)
+            words = body.rstrip("\n ")  # what stands behind the end-of-turn token is layout
+            said = ids(words)
             if said and tokenizer.eos_token_id is not None and not is_token_of_its_own(said[-1], tokenizer):
                 said.append(tokenizer.eos_token_id)  # a template without an end of turn: else the model would never learn to stop
-            out += [(ids(opened), 0), (said, 1), (ids(body[len(body) - tail:]), 0)]
+            out += [(ids(rest(header, before)), 0), (said, 1), (ids(body[len(words):]), 0)]
         else:
-            out.append((ids(body), 0))
+            out.append((ids(rest(after, before)), 0))
         before = after
     return out + ([(ids(rest(asked(chat), before)), 0)] if generation else [])
 
