@@ -601,7 +601,7 @@ class Writer:
             values = draw_values(slots, self.split, self.rng, family["expression"])
             if values is None or not all(holds(test, values) for test in family.get("where", [])):
                 continue
-            numbers = {k: f"{v:.2f}" if slots[k].startswith("money") else str(v) for k, v in values.items()}
+            numbers = {k: f"{v:.2f}" if slots[k].startswith("money") else v for k, v in values.items()}
             expression = fill(family["expression"], numbers)
             try:
                 result = calculate(expression)
@@ -853,7 +853,7 @@ class Writer:
         if self.rng.random() < 0.25:
             template, _ = self.register(self.pick("extra.json", "zero")["text"])
             a = self.rng.choice([n for n in range(2, 1000) if n % 7 in {"train": range(5), "dev": [5], "test": [6]}[self.split]])
-            return fill(template, {"a": str(a)}), [Call("calculator", {"expression": f"{a} / 0"})], "zero", {}
+            return fill(template, {"a": a}), [Call("calculator", {"expression": f"{a} / 0"})], "zero", {}
         family = self.pick("weather.json", "families")
         template, lower = self.register(self.rng.choice(family["texts"]))
         town = self.rng.choice(self.pick("extra.json", "towns")["names"])
@@ -903,7 +903,7 @@ def holds(test, values):
 
 
 def fill(template, words):
-    return re.sub(r"\{(\w+)\}", lambda m: words[m.group(1)] if m.group(1) in words else m.group(), template)
+    return re.sub(r"\{(\w+)\}", lambda m: str(words.get(m[1], m[0])), template)
 
 
 def decapitalise(text, calls=()):
@@ -939,16 +939,14 @@ def final_answer(call, result, rng, story=False):
     answers = corpus("answers.json")
     if not result.ok:
         kind = "unknown_city" if "unknown city" in result.message else "division_by_zero" if "zero" in result.message else "other"
-        return fill(rng.choice(answers["error"][kind]), {"city": str(call.arguments.get("city")), "message": result.message})
+        return fill(rng.choice(answers["error"][kind]), {**call.arguments, "message": result.message})
     if call.name == "calculator":
-        return fill(rng.choice(answers["calculator_story" if story else "calculator"]),
-                    {"result": str(result.value), "expression": call.arguments["expression"]})
+        return fill(rng.choice(answers["calculator_story" if story else "calculator"]), {**call.arguments, "result": result.value})
     if call.name == "weather":
-        return fill(rng.choice(answers["weather"]), {"city": result.value["city"], "temperature": str(result.value["temperature"]),
-                    "unit_symbol": "°F" if result.value["unit"] == "fahrenheit" else "°C", "condition": result.value["condition"]})
+        return fill(rng.choice(answers["weather"]), {**result.value, "unit_symbol": "°F" if result.value["unit"] == "fahrenheit" else "°C"})
     if result.value:
         return fill(rng.choice(answers["search"]), result.value[0])
-    return fill(rng.choice(answers["search_empty"]), {"query": call.arguments["query"]})
+    return fill(rng.choice(answers["search_empty"]), call.arguments)
 
 
 def converse(kind, split, rng):
