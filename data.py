@@ -594,33 +594,34 @@ class Writer:
 
     # Each writer of a kind returns (prompt, calls, its family's id, extra facts about the example), or None when the draw did not fit.
 
-    def number_request(self, family, spoken=False):
-        """A request from a family with number slots -> (prompt, expression, slot values). spoken: its whole numbers are words."""
+    def calculator_call(self, family, spoken=False):
+        """A request from a family with number slots. spoken: its whole numbers are words."""
+        slots = family["slots"]
+        kinds = {k: slot.split()[0] for k, slot in slots.items()}
+        whole = family.get("whole", "steps" in family and set(kinds.values()) <= {"num", "int", "pct", "year", "word"})
         for _ in range(300):
-            slots = family.get("slots", {})
             values = draw_values(slots, self.split, self.rng, family["expression"])
             if values is None or not all(holds(test, values) for test in family.get("where", [])):
                 continue
-            numbers = {k: f"{v:.2f}" if slots[k].startswith("money") else v for k, v in values.items()}
+            numbers = {k: f"{v:.2f}" if kinds[k] == "money" else v for k, v in values.items()}
             expression = fill(family["expression"], numbers)
             try:
                 result = calculate(expression)
             except Exception as error:
                 raise UserError(f'corpus family {family["id"]}: {expression}: {error}') from None
-            whole = family.get("whole", all(s.split()[0] in ("num", "int", "pct", "year", "word") for s in slots.values()) and "steps" in family)
             if (result > 0 or family.get("negative")) and not (whole and result != int(result)):
                 break
         else:
             return None
         template, lower = self.register(self.rng.choice(family["texts"]), rambling=len(family["texts"][0]) < 90)
-        kinds = {k: slots[k].split()[0] for k in values}
         if spoken and not SYMBOLS.search(template):  # a whole request as one says it
             kinds.update({k: "word" for k, v in values.items() if kinds[k] in ("num", "int") and v < 10000})
         style = self.rng.random()
         written = {k: write_value(v, kinds[k], self.rng, style) for k, v in values.items()}
         expression = fill(in_order(family["expression"], template, slots), numbers)
         prompt = fill(template, {**written, **self.story_words(family, lower)})
-        return self.capital(prompt, template, lower) if family.get("said") else prompt, expression, values
+        prompt = self.capital(prompt, template, lower) if family.get("said") else prompt
+        return prompt, [Call("calculator", {"expression": expression})], family["id"], values
 
     def capital(self, text, template, lower):
         """What begins with a slot begins with a capital half of the time."""
@@ -638,10 +639,6 @@ class Writer:
         found = [f for f in pool(name, "families", self.split) if wanted(f)]
         family, = self.rng.choices(found, [f.get("weight", 1) for f in found])  # a weight: what people ask for often, or hardly ever
         return self.calculator_call(family, spoken=self.rng.random() < spoken)
-
-    def calculator_call(self, family, spoken=False):
-        made = self.number_request(family, spoken)
-        return made and (made[0], [Call("calculator", {"expression": made[1]})], family["id"], made[2])
 
     def arithmetic(self):
         """One operation, or several: drawn first, so that the many wordings of one do not crowd out the others."""
