@@ -494,14 +494,11 @@ def write_value(value, kind, rng, style=None):
 @functools.lru_cache(maxsize=None)
 def corpus(name):
     """A corpus of configs/corpora by file name, read once."""
-    path = CORPORA / name
+    text = (CORPORA / name).read_text(encoding="utf-8")
     try:
-        text = path.read_text(encoding="utf-8")
         return json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it ({error.strerror}); restore it from the repository") from None
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(f"{CORPORA / name}: not valid JSON ({error})") from None
 
 
 def of_split(items, split):
