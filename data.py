@@ -950,10 +950,9 @@ def converse(kind, split, rng):
     prompt, calls, family, facts = made
     needed, answer = sorted({c.name for c in calls}), None
     if kind == "missing_tool":
-        missing, offered = needed[0], writer.tools(without=needed[0])
-        city = calls[0].arguments.get("city", "that place")
-        facts = {**facts, "withheld": {"name": missing, "arguments": calls[0].arguments}}  # what would be right if the tool were offered
-        reply, calls = fill(rng.choice(corpus("answers.json")["missing"][missing]), {"city": city}), []
+        call, offered = calls[0], writer.tools(without=needed[0])
+        facts = {**facts, "withheld": {"name": call.name, "arguments": call.arguments}}  # what would be right if the tool were offered
+        reply, calls = fill(rng.choice(corpus("answers.json")["missing"][call.name]), call.arguments), []
     else:
         offered, reply = writer.tools(needed), facts.pop("reply", None)
     tools = load_tools(offered)
@@ -963,14 +962,13 @@ def converse(kind, split, rng):
         if kind != "tool_error" and os.environ.get("TOOLPLAY_CITIES") and (unknown := [r.message for r in results if r.message.startswith("unknown city")]):
             raise UserError(f"TOOLPLAY_CITIES = {os.environ['TOOLPLAY_CITIES']}: {unknown[0]}, but the templates ask for it; unset it while data are generated")
         finals = [final_answer(c, r, rng, story=kind in ("word_problem", "one_step", "two_steps")) for c, r in zip(calls, results)]
-        reply = finals[0] if len(finals) == 1 else fill(rng.choice(corpus("answers.json")["two"]), {"first": finals[0], "second": finals[1]})
-        if len(finals) > 2:
-            reply = " ".join(finals)
+        two = "{first}" if len(finals) == 1 else rng.choice(corpus("answers.json")["two"])
+        reply = " ".join(finals) if len(finals) > 2 else fill(two, {"first": finals[0], "second": finals[-1]})
         messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
         messages += [{"role": "tool", "content": format_result(r)} for r in results]
         if calls[0].name == "calculator" and len(calls) == 1 and results[0].ok:
             answer = results[0].value
-    found = kind == "search" and results[0].ok and results[0].value  # to retell a text takes more practice than to report a number
+    found = kind == "search" and results[0].value  # to retell a text takes more practice than to report a number
     if split == "train" and calls and (kind not in ("two_calls", "tool_error") or family == "several_cities") and rng.random() < (0.6 if found else 0.8):
         del messages[2:]  # the call is the harder lesson: most of the time is better spent on one more of them
     else:
