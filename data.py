@@ -40,10 +40,9 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from tools import (BUILTIN, TYPES, Call, Result, UserError, _given, _loads, _problems, calculate, check_corpora, execute, format_call, format_result, load_tools,
-                   one_line_errors, parse_calls, render_tools, tool_from_schema)
+from tools import (BUILTIN, CORPORA, TYPES, Call, Result, UserError, _given, _loads, _problems, calculate, check_corpora, execute, format_call, format_result,
+                   load_tools, one_line_errors, parse_calls, render_tools, tool_from_schema)
 
-CORPORA = Path(__file__).parent / "configs" / "corpora"
 SYSTEM = "You are a helpful assistant."
 TOOL_RULES = ('Call a tool only when it is needed, else just answer. A call looks like this: '
               '<tool_call>{"name": "...", "arguments": {...}}</tool_call>')
@@ -162,7 +161,7 @@ def _template_pieces(messages, tokenizer, generation):
     shown = ""
     with contextlib.suppress(UserError):
         shown = render(chat[:2])
-    if len(chat) > 1 and chat[0]["content"].strip() not in shown:  # many know no system role, and refuse it (Gemma's) or leave it out: it joins the first user turn
+    if len(chat) > 1 and chat[0]["content"].strip() not in shown:  # many refuse a system role (Gemma's) or leave it out: it joins the first user turn
         chat, first = [{"role": "user", "content": "\n\n".join(m["content"] for m in chat[:first])}, *chat[first:]], 1
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
 
@@ -363,8 +362,7 @@ def number_words(n):
             return f"{number_words(n // size)} {name}" + (f"{' and ' if n % size < 100 else ' '}{number_words(n % size)}" if n % size else "")
 
 
-NUMBER = r"\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+"
-WITH_COMMAS = r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|" + NUMBER
+NUMBER = r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+"  # with or without commas
 
 
 def numbers_in(text):
@@ -374,7 +372,7 @@ def numbers_in(text):
     scales = {"hundred": 100, "thousand": 1000, "million": 1000000}
     found, total, current, before = [], 0, None, ""  # of the words of one number: its finished thousands, and what follows them
     text = re.sub(r"(?<=\d)(k|m)\b", lambda m: {"k": " thousand", "m": " million"}[m[1]], str(text).lower())  # 57k
-    for word in [*re.findall(WITH_COMMAS + r"|[a-z]+|(?<!thousand),", text, re.ASCII), ""]:
+    for word in [*re.findall(NUMBER + r"|[a-z]+|(?<!thousand),", text, re.ASCII), ""]:
         if word in scales and before[:1].isdigit():
             found.append(found[-1] * scales[word])
         elif word == "hundred" and current and current > 100:  # "three hundred and one hundred" are two
@@ -579,7 +577,7 @@ class Writer:
 
     def tools(self, needed=(), without=None):
         """The offered tools in random order: three, two, one or none of them, always with the needed; some in other words."""
-        names, rng = ["calculator", "weather", "search"], self.rng
+        names, rng = list(BUILTIN), self.rng
         if without is not None or rng.random() >= 0.55:
             free = [n for n in names if n not in needed and n != without]
             names = list(needed) + rng.sample(free, rng.choices([len(free), max(len(free) - 1, 0), 0], [6, 3, 2])[0])
