@@ -814,13 +814,7 @@ class Writer:
 
     def two_calls(self):
         if self.rng.random() < 0.4:
-            if self.split == "train" and self.rng.random() < 0.7:
-                return self.several_cities()
-            template, lower = self.register(self.pick("extra.json", "two_cities")["text"])
-            a, b = self.place(lower), self.place(lower)
-            if a == b:
-                return None
-            return fill(template, {"city": a, "city2": b}), [Call("weather", {"city": a}), Call("weather", {"city": b})], "two_cities", {"city": [a, b]}
+            return self.several_cities("several_cities" if self.split == "train" and self.rng.random() < 0.7 else "two_cities")
         first, second = self.rng.sample([self.arithmetic, self.weather, self.search, self.arithmetic], 2)
         one, two = first(), second()
         if not one or not two:
@@ -828,14 +822,17 @@ class Writer:
         prompt = fill(self.pick("extra.json", "joiners")["text"], {"x": end_sentence(one[0]), "y": decapitalise(two[0], two[1])})
         return prompt, one[1] + two[1], "joined", {}
 
-    def several_cities(self):
-        """Three to five at once: what is practised is to copy names, whose first token is often another one behind a quotation mark."""
-        template, lower = self.register(self.pick("extra.json", "several_cities")["text"])
-        cities = [self.place(lower) for _ in range(self.rng.choice([3, 3, 4, 5]))]
+    def several_cities(self, family):
+        """Two, or three to five at once: what is practised is to copy names, whose first token is often another one behind a quotation mark."""
+        template, lower = self.register(self.pick("extra.json", family)["text"])
+        cities = [self.place(lower) for _ in range(2 if family == "two_cities" else self.rng.choice([3, 3, 4, 5]))]
         if len(set(cities)) < len(cities):
             return None
-        comma, last = self.rng.choice([(", ", " and "), (", ", ", and "), (", ", ", "), (" and ", " and "), (" / ", " / "), ("\n", "\n"), (", ", " & "), ("; ", "; ")])
-        return fill(template, {"cities": comma.join(cities[:-1]) + last + cities[-1]}), [Call("weather", {"city": city}) for city in cities], "several_cities", {"city": cities}
+        words = {"city": cities[0], "city2": cities[1]}
+        if family == "several_cities":
+            comma, last = self.rng.choice(corpus("extra.json")["between_cities"])
+            words = {"cities": comma.join(cities[:-1]) + last + cities[-1]}
+        return fill(template, words), [Call("weather", {"city": city}) for city in cities], family, {"city": cities}
 
     def tool_error(self):
         if self.rng.random() < 0.25:

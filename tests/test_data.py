@@ -579,7 +579,7 @@ def test_numbers_that_are_written_short():
 
 def test_several_cities_at_once():
     for seed in range(60):
-        if made := data.Writer("train", random.Random(seed)).several_cities():
+        if made := data.Writer("train", random.Random(seed)).several_cities("several_cities"):
             assert 3 <= len(made[1]) <= 5 and all(call.arguments["city"] in made[0] for call in made[1])
 
 
