@@ -943,7 +943,7 @@ def converse(kind, split, rng):
     if made is None:
         return None
     prompt, calls, family, facts = made
-    needed, answer = sorted({c.name for c in calls}), None
+    needed = sorted({c.name for c in calls})
     if kind == "missing_tool":
         call, offered = calls[0], writer.tools(without=needed[0])
         facts = {**facts, "withheld": {"name": call.name, "arguments": call.arguments}}  # what would be right if the tool were offered
@@ -951,9 +951,8 @@ def converse(kind, split, rng):
     else:
         offered, reply = writer.tools(needed), facts.pop("reply", None)
     tools = load_tools(offered)
-    messages = [{"role": "user", "content": prompt}]
+    messages, results = [{"role": "user", "content": prompt}], [execute(call, tools) for call in calls]
     if calls:
-        results = [execute(call, tools) for call in calls]
         if kind != "tool_error" and os.environ.get("TOOLPLAY_CITIES") and (unknown := [r.message for r in results if r.message.startswith("unknown city")]):
             raise UserError(f"TOOLPLAY_CITIES = {os.environ['TOOLPLAY_CITIES']}: {unknown[0]}, but the templates ask for it; unset it while data are generated")
         finals = [final_answer(c, r, rng, story=kind in ("word_problem", "one_step", "two_steps")) for c, r in zip(calls, results)]
@@ -961,8 +960,7 @@ def converse(kind, split, rng):
         reply = " ".join(finals) if len(finals) > 2 else fill(two, {"first": finals[0], "second": finals[-1]})
         messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
         messages += [{"role": "tool", "content": format_result(r)} for r in results]
-        if calls[0].name == "calculator" and len(calls) == 1 and results[0].ok:
-            answer = results[0].value
+    answer = results[0].value if [c.name for c in calls] == ["calculator"] else None
     found = kind == "search" and results[0].value  # to retell a text takes more practice than to report a number
     if split == "train" and calls and (kind not in ("two_calls", "tool_error") or family == "several_cities") and rng.random() < (0.6 if found else 0.8):
         del messages[2:]  # the call is the harder lesson: most of the time is better spent on one more of them
