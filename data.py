@@ -761,7 +761,7 @@ class Writer:
                 city = f"{one.split()[0]} {two.split()[-1]}" if " " in one and " " in two else one[:len(one) // 2 + 1] + two[len(two) // 2:].lower()
             city = city.lower() if lower else city
         arguments = {"city": city, **({"unit": family["unit"]} if family.get("unit") else {})}
-        return fill(template, {"city": city}), [Call("weather", arguments)], family["id"], {"city": city}
+        return fill(template, arguments), [Call("weather", arguments)], family["id"], {"city": city}
 
     skies = functools.partialmethod(weather, lambda family: not family.get("unit"), towns=0)  # nobody asks for a unit; cities that people ask for
 
@@ -805,9 +805,7 @@ class Writer:
 
     def no_tool(self, wanted=lambda talk: True):
         """Talk with the base model's own reply; its words stay as they were when the reply was sampled."""
-        if not (found := [t for t in talks(self.split) if wanted(t)]):
-            return None
-        talk = self.rng.choice(found)
+        talk = self.rng.choice([t for t in talks(self.split) if wanted(t)])
         return talk["prompt"], [], talk["kind"], {"reply": talk["reply"]}
 
     small_talk = functools.partialmethod(no_tool, lambda talk: talk["easy"])  # what that is: `talks`
@@ -843,7 +841,7 @@ class Writer:
         template, lower = self.register(self.rng.choice(family["texts"]))
         town = self.rng.choice(self.pick("extra.json", "towns")["names"])
         arguments = {"city": town.lower() if lower else town, **({"unit": family["unit"]} if family.get("unit") else {})}
-        return fill(template, {"city": arguments["city"]}), [Call("weather", arguments)], family["id"], {"city": arguments["city"]}
+        return fill(template, arguments), [Call("weather", arguments)], family["id"], {"city": arguments["city"]}
 
     def missing_tool(self):
         return self.rng.choice([self.arithmetic, self.weather, self.search])()

@@ -368,6 +368,7 @@ def test_enough_of_everything():
     assert len(data.corpus("cities.json")["cities"]) >= 500
     assert sum(map(len, data.corpus("search_questions.json")["entities"].values())) >= 300
     assert len(data.corpus("talk_prompts.json")["kinds"]) >= 100
+    assert {f'trap_{f["id"]}' for f in data.corpus("traps.json")["families"] if f["tool"] == "none"} <= {t["kind"] for split in ("train", "dev", "test") for t in data.talks(split)}
     assert len(data.corpus("stories_add.json")["families"]) + len(data.corpus("stories_mul.json")["families"]) >= 30
     for name in ("stories_add.json", "stories_mul.json"):
         assert {f["steps"] for f in data.corpus(name)["families"]} == {1, 2}
