@@ -23,7 +23,6 @@ no pair of numbers drawn for a template (constants such as percent's 100 stand i
     python data.py --split test --n 500 --out test.jsonl
     python data.py --sample-replies             (once) the base model's own replies to the no-tool talk
 """
-from __future__ import annotations
 
 import argparse
 import ast
