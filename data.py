@@ -159,8 +159,9 @@ def _template_pieces(messages, tokenizer, generation):
     first = 1 + any(m["role"] == "user" for m in chat[1:2])
     shown = ""
     with contextlib.suppress(UserError):
-        shown = render(chat[:2])
-    if len(chat) > 1 and chat[0]["content"].strip() not in shown:  # many refuse a system role (Gemma's) or leave it out: it joins the first user turn
+        shown = render([*chat[:first], {"role": "assistant", "content": "."}])
+    # Many refuse a system role (Gemma's), leave it out, or show it in the last turn only (Mistral's): it joins the first user turn.
+    if len(chat) > 1 and chat[0]["content"].strip() not in shown:
         chat, first = [{"role": "user", "content": "\n\n".join(m["content"] for m in chat[:first])}, *chat[first:]], 1
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
 

@@ -70,6 +70,8 @@ class Template:
     GEMMA = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
              "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
              "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+    MISTRAL = ("{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% endif %}"
+               "{{ m['content'] }}[/INST]{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% endif %}{% endfor %}")  # the system text stands in the last turn
     REWRITES = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] if loop.last else '...' }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 
 
@@ -83,7 +85,8 @@ def plain_tokenizer(template):
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", chat_template=template)
 
 
-@pytest.mark.parametrize("template,first,end", [(Template.LLAMA2, " Let me see.", "</s>"), (Template.GEMMA, "Let me see.", "<end_of_turn>")])
+@pytest.mark.parametrize("template,first,end", [(Template.LLAMA2, " Let me see.", "</s>"), (Template.GEMMA, "Let me see.", "<end_of_turn>"),
+                                                (Template.MISTRAL, " Let me see.", "</s>")])
 def test_any_chat_template(template, first, end):
     tokenizer = plain_tokenizer(template)
     ids, mask = data.encode(CHAT, tokenizer)
