@@ -157,12 +157,12 @@ def _template_pieces(messages, tokenizer, generation):
             raise UserError(f"the tokenizer's chat template refuses the turns {', '.join(m['role'] for m in upto)} ({str(error)[:80]})") from None
     # Some templates refuse a lone system message, or fold it into the first user turn: then these two are one piece.
     first = 1 + any(m["role"] == "user" for m in chat[1:2])
-    shown = ""
+    shown = None
     with contextlib.suppress(UserError):
         shown = render([*chat[:first], {"role": "assistant", "content": "."}])
     # Many refuse a system role (Gemma's), leave it out, or show it in the last turn only (Mistral's): it joins the first user turn.
-    if len(chat) > 1 and chat[0]["content"].strip() not in shown:
-        chat, first = [{"role": "user", "content": "\n\n".join(m["content"] for m in chat[:first])}, *chat[first:]], 1
+    if len(chat) > 1 and (shown is None or chat[0]["content"].strip() not in shown):
+        chat, first = [{"role": "user", "content": "\n\n".join(m["content"] for m in chat[:first] if m["content"])}, *chat[first:]], 1
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
 
     def rest(text, before):

@@ -70,8 +70,10 @@ class Template:
     GEMMA = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
              "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
              "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
-    MISTRAL = ("{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% endif %}"
-               "{{ m['content'] }}[/INST]{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% endif %}{% endfor %}")  # the system text stands in the last turn
+    # The system text stands in the last turn, if that is the user's.
+    MISTRAL = ("{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if loop.last and messages[0]['role'] == 'system' %}"
+               "{{ messages[0]['content'] }}\n\n{% endif %}{{ m['content'] }}[/INST]"
+               "{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% endif %}{% endfor %}")
     REWRITES = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] if loop.last else '...' }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 
 
@@ -105,6 +107,13 @@ def test_an_assistant_may_begin(template):
     ids, mask = data.encode({"messages": said}, tokenizer)
     trained = tokenizer.decode([i for i, m in zip(ids, mask) if m])
     assert "Hi, I am Bo." in trained and trained.count("y") == 1 and "x" not in trained
+
+
+def test_an_empty_system_text_may_be_refused_too():
+    tokenizer = plain_tokenizer(Template.GEMMA)
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    text = tokenizer.decode(data.encode({"messages": [{"role": "system", "content": ""}, *chat]}, tokenizer)[0])
+    assert text.startswith("<start_of_turn>user\nx<end_of_turn>")
 
 
 def test_data_that_python_makes_import_no_code_either():
@@ -371,7 +380,8 @@ def test_enough_of_everything():
     assert len(data.corpus("cities.json")["cities"]) >= 500
     assert sum(map(len, data.corpus("search_questions.json")["entities"].values())) >= 300
     assert len(data.corpus("talk_prompts.json")["kinds"]) >= 100
-    assert {f'trap_{f["id"]}' for f in data.corpus("traps.json")["families"] if f["tool"] == "none"} <= {t["kind"] for split in ("train", "dev", "test") for t in data.talks(split)}
+    answered = {t["kind"] for split in ("train", "dev", "test") for t in data.talks(split)}
+    assert {f'trap_{f["id"]}' for f in data.corpus("traps.json")["families"] if f["tool"] == "none"} <= answered
     assert len(data.corpus("stories_add.json")["families"]) + len(data.corpus("stories_mul.json")["families"]) >= 30
     for name in ("stories_add.json", "stories_mul.json"):
         assert {f["steps"] for f in data.corpus(name)["families"]} == {1, 2}
