@@ -402,32 +402,32 @@ def read_pair(line, tokenizer, style="signature"):
     if not chosen or not rejected:
         raise UserError(f'"{"rejected" if chosen else "chosen"}" is empty')
 
-    prompt_tools = {"tools": line.get("tools") or []}
+    tools = line.get("tools") or []
 
     def spelled(messages):  # in one spelling, or the same would differ
-        checked = data.check_conversation({"messages": messages, **prompt_tools})["messages"] if messages else []
-        return [{key: m[key] for key in ("role", "content", "tool_calls", "weight") if key in m} for m in checked]
+        return data.check_conversation({"messages": messages, "tools": tools})["messages"] if messages else []
 
-    def holds_prompt(part):
-        whole = isinstance(part[0], dict) and part[0].get("role") in ("system", "user")
-        return whole and spelled(part)[:len(prompt)] == spelled(prompt) or part[:len(prompt)] == prompt or isinstance(line.get("prompt"), str) and whole
-    half_said = prompt and all(not holds_prompt(part) and part[0].get("role") == "assistant" for part in (chosen, rejected) if isinstance(part[0], dict))
-    if half_said and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
-        raise UserError('"prompt" ends with an assistant message; end it with the user\'s, and let chosen and rejected hold all of the answer')
-    chosen, rejected = (spelled([*([] if holds_prompt(part) else prompt), *part]) for part in (chosen, rejected))
-    if isinstance(line.get("prompt"), str) and line["prompt"].strip() and not all(any(m["content"].strip() == line["prompt"].strip() for m in part) for part in (chosen, rejected)):
-        raise UserError('"prompt" is another text than the conversation in "chosen" and "rejected" begins with')
-    if chosen == rejected:
-        raise UserError("chosen and rejected are the same")
+    def complete(answer):
+        """The whole conversation: the prompt and the answer, unless this repeats the prompt."""
+        own, before = spelled(answer), spelled(prompt)
+        whole = isinstance(line.get("prompt"), str) and own[0]["role"] in ("system", "user")
+        if whole and line["prompt"].strip() not in ["", *(m["content"].strip() for m in own)]:
+            raise UserError('"prompt" is another text than the conversation in "chosen" and "rejected" begins with')
+        if whole or own[:len(before)] == before:
+            return own
+        if own[0]["role"] == before[-1]["role"] == "assistant":
+            raise UserError('"prompt" ends with an assistant message; end it with the user\'s, and let chosen and rejected hold all of the answer')
+        return spelled([*prompt, *answer])
+    chosen, rejected = complete(chosen), complete(rejected)
     shared = next((n for n, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1])) if a != b), min(len(chosen), len(rejected)) - 1)
     if not shared:
         raise UserError('the pair has no "prompt", and chosen and rejected have no messages in common that could be it')
     # What both share is prompt: in mean log-probs (ipo, simpo) it would not cancel.
-    pair = pair_of({"messages": chosen[:shared], **prompt_tools}, chosen[shared:], rejected[shared:], tokenizer, style, GIVEN)
+    pair = pair_of({"messages": chosen[:shared], "tools": tools}, chosen[shared:], rejected[shared:], tokenizer, style, GIVEN)
     if not all(any(mask) for _, mask in pair[:2]):
         raise UserError("chosen and rejected must each hold an assistant message")
     if len({tuple(i for i, m in zip(ids, mask) if m) for ids, mask in pair[:2]}) == 1:
-        raise UserError("chosen and rejected differ in what a user or a tool says alone: there is nothing of the model's to prefer")
+        raise UserError("chosen and rejected are the same in all that the model says: there is nothing to prefer")
     return pair
 
 
