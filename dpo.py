@@ -184,7 +184,7 @@ Unit = namedtuple("Unit", "chosen rejected ref_chosen ref_rejected")  # the same
 def wrong_tool(conversation, rng):
     """Another of the offered tools, with arguments that the message suggests."""
     at, calls = first_call(conversation)
-    others = [name for name in names_of(conversation) if calls and name != calls[0]["name"]]
+    others = [name for name in tools_of(conversation) if calls and name != calls[0]["name"]]
     return until(conversation, at, tool_calls=[tempting_call(rng.choice(others), conversation), *calls[1:]]) if others else None
 
 
@@ -238,9 +238,9 @@ def changed_text(key, value, rng):
 def missing_argument(conversation, rng):
     """A call without the first argument that its tool requires; without an optional one it might be as right."""
     at, calls = first_call(conversation)
-    if not calls or calls[0]["name"] not in names_of(conversation):
+    if not calls or calls[0]["name"] not in (tools := tools_of(conversation)):
         return None
-    required = tool_named(calls[0]["name"], conversation).parameters.get("required", [])
+    required = tools[calls[0]["name"]].parameters.get("required", [])
     gone = next((name for name in calls[0]["arguments"] if name in required), None)
     arguments = {name: value for name, value in calls[0]["arguments"].items() if name != gone}
     return until(conversation, at, tool_calls=[{**calls[0], "arguments": arguments}, *calls[1:]]) if gone else None
@@ -255,7 +255,8 @@ def call_left_out(conversation, rng):
 def call_too_many(conversation, rng):
     """Behind the calls that are due one more."""
     at, calls = first_call(conversation)
-    return until(conversation, at, tool_calls=[*calls, tempting_call(rng.choice(names_of(conversation)), conversation)]) if calls and names_of(conversation) else None
+    names = list(tools_of(conversation))
+    return until(conversation, at, tool_calls=[*calls, tempting_call(rng.choice(names), conversation)]) if names and calls else None
 
 
 def missing_call(conversation, rng):
@@ -269,7 +270,7 @@ def missing_call(conversation, rng):
 def needless_call(conversation, rng):
     """A call although the message asks for none."""
     at, calls = first_call(conversation)
-    names = names_of(conversation)
+    names = list(tools_of(conversation))
     return until(conversation, at, tool_calls=[tempting_call(rng.choice(names), conversation)]) if names and not calls else None
 
 
@@ -312,19 +313,15 @@ def until(conversation, at, content=None, tool_calls=None):
     return conversation["messages"][:at] + [{"role": "assistant", "content": content, **({"tool_calls": tool_calls} if tool_calls else {})}]
 
 
-def names_of(conversation):
-    from data import tool_name  # here, so that this file alone gives the losses
-    return [tool_name(t) for t in conversation.get("tools") or []]
-
-
-def tool_named(name, conversation):
-    import data  # here, so that this file alone gives the losses
-    return next(tool for tool in data.check_conversation(conversation)["tools"] if tool.name == name)
+def tools_of(conversation):
+    """{name: Tool} of what it offers."""
+    from tools import load_tools  # here, so that this file alone gives the losses
+    return load_tools(conversation.get("tools") or [])
 
 
 def tempting_call(name, conversation):
     """A call such as a model makes that looks at single words: the numbers, the capitalised word, the whole message."""
-    tool = tool_named(name, conversation)
+    tool = tools_of(conversation)[name]
     first = next(iter([*tool.parameters.get("required", []), *tool.parameters.get("properties", {})]), "query")
     text = next(m["content"] for m in conversation["messages"] if m["role"] == "user")
     numbers, capital = re.findall(r"\d[\d.]*", text), re.findall(r"(?<!^)\b[A-Z]\w+", text)
@@ -580,7 +577,7 @@ def withheld(conversation):
     facts = conversation.get("facts")
     call = facts.get("withheld") if isinstance(facts, dict) else None
     fits = isinstance(call, dict) and set(call) == {"name", "arguments"} and isinstance(call["arguments"], dict) and call["name"] in list(BUILTIN)
-    return call if fits and call["name"] not in names_of(conversation) else None
+    return call if fits and call["name"] not in tools_of(conversation) else None
 
 
 def twin(conversation, call, tokenizer, style, rng):

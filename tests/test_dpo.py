@@ -140,7 +140,7 @@ def test_corruptions(gold, name):
         assert better[:-1] == worse[:-1] and better[-1] != worse[-1] and worse[-1]["role"] == "assistant"
         gold_calls, calls = better[-1].get("tool_calls"), worse[-1].get("tool_calls")
         if name == "wrong_tool":
-            assert calls[0]["name"] != gold_calls[0]["name"] and calls[0]["name"] in dpo.names_of(c)
+            assert calls[0]["name"] != gold_calls[0]["name"] and calls[0]["name"] in dpo.tools_of(c)
         elif name == "malformed":
             assert parse_calls(worse[-1]["content"])[1] and gold_calls
         elif name in ("wrong_argument", "missing_argument"):
@@ -150,7 +150,7 @@ def test_corruptions(gold, name):
         elif name == "call_left_out":
             assert calls == gold_calls[:-1] and calls
         elif name == "call_too_many":
-            assert calls[:-1] == gold_calls and calls[-1]["name"] in dpo.names_of(c)
+            assert calls[:-1] == gold_calls and calls[-1]["name"] in dpo.tools_of(c)
         elif name == "needless_call":
             assert not gold_calls and calls
         else:
