@@ -211,28 +211,26 @@ def wrong_argument(conversation, rng):
     if not changeable:
         return None
     key, value = rng.choice(changeable)
-    if isinstance(value, bool):
-        changes = [not value]
-    elif isinstance(value, (int, float)):
-        changes = [value + rng.randint(1, 9)]
-    elif isinstance(value, list):
-        changes = [value[:-1]]
-    else:
-        changes = changed_text(key, value, rng)
-    worse = [{**calls[0], "arguments": {**calls[0]["arguments"], key: c}} for c in changes]
+    worse = [{**calls[0], "arguments": {**calls[0]["arguments"], key: c}} for c in changes(key, value, rng)]
     worse = [call for call in worse if not same_call(Call(**calls[0]), Call(**call))]  # a filler word less is no fault
     return until(conversation, at, tool_calls=[rng.choice(worse), *calls[1:]]) if worse else None
 
 
-def changed_text(key, value, rng):
-    """What a text argument may be mistaken for; some of it may be the same still."""
+def changes(key, value, rng):
+    """What an argument may be mistaken for; some of it may be the same still."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, (int, float)):
+        return [value + rng.randint(1, 9)]
+    if isinstance(value, list):
+        return [value[:-1]]
     words = value.split()
     left_out = rng.randrange(max(len(words), 1))
-    changes = [re.sub(r"\d(?=\D*$)", lambda m: str((int(m.group()) + rng.randint(1, 9)) % 10), value, count=1),
-               value.translate(str.maketrans("+-*/", "-+/*")) if key == "expression" else value,
-               " ".join(w for i, w in enumerate(words) if i != left_out) if len(words) > 1 else value[:-2],
-               {"celsius": "fahrenheit", "fahrenheit": "celsius"}.get(value, value)]
-    return [change for change in changes if change.strip()]
+    texts = [re.sub(r"\d(?=\D*$)", lambda m: str((int(m.group()) + rng.randint(1, 9)) % 10), value, count=1),
+             value.translate(str.maketrans("+-*/", "-+/*")) if key == "expression" else value,
+             " ".join(w for i, w in enumerate(words) if i != left_out) if len(words) > 1 else value[:-2],
+             {"celsius": "fahrenheit", "fahrenheit": "celsius"}.get(value, value)]
+    return [text for text in texts if text.strip()]
 
 
 def missing_argument(conversation, rng):
