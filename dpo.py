@@ -572,10 +572,9 @@ def sampled_pairs(model, tokenizer, conversations, config):
 def withheld(conversation):
     """The call that would be right if its tool were offered ("facts" of a conversation of the templates), or None."""
     from tools import BUILTIN
-    facts = conversation.get("facts")
-    call = facts.get("withheld") if isinstance(facts, dict) else None
-    fits = isinstance(call, dict) and set(call) == {"name", "arguments"} and isinstance(call["arguments"], dict) and call["name"] in list(BUILTIN)
-    return call if fits and call["name"] not in tools_of(conversation) else None
+    match conversation:
+        case {"facts": {"withheld": {"name": str(name), "arguments": dict()} as call}} if name in BUILTIN and name not in tools_of(conversation):
+            return call
 
 
 def twin(conversation, call, tokenizer, style, rng):
