@@ -260,8 +260,7 @@ def call_too_many(conversation, rng):
 def missing_call(conversation, rng):
     """An answer out of the blue where a tool should have been asked."""
     at, calls = first_call(conversation)
-    guess = rng.choice([f"The answer is {rng.randint(2, 999)}.", f"It is about {rng.randint(2, 40)}.", f"That comes to {rng.randint(10, 5000)}.",
-                        f"It's {rng.randint(-5, 35)}°C and sunny.", f"It happened in {rng.randint(1500, 2020)}.", f"I think it is {rng.randint(2, 90)}, more or less."])
+    guess = out_of_the_blue("guesses", rng)
     return until(conversation, at, content=guess) if calls else None
 
 
@@ -279,7 +278,7 @@ def ignores_result(conversation, rng):
         return None
     other = re.sub(r"\d{1,4000}", lambda m: str(int(m.group()) + rng.randint(1, 30)), text)
     if other == text or '"error"' in conversation["messages"][at - 1]["content"]:  # nothing found, or an error: made up instead
-        other = rng.choice([f"It is {rng.randint(2, 400)}.", f"It's {rng.randint(-5, 35)}°C there and sunny.", f"That was in {rng.randint(1500, 2020)}."])
+        other = out_of_the_blue("made_up", rng)
     return until(conversation, at, content=other)
 
 
@@ -302,6 +301,12 @@ def final_answer(conversation):
     """-> (index, text) of the answer that follows a tool result, or (None, "")."""
     messages = conversation["messages"]
     return (len(messages) - 1, messages[-1]["content"]) if messages[-1]["role"] == "assistant" and messages[-2]["role"] == "tool" else (None, "")
+
+
+def out_of_the_blue(kind, rng):
+    """One of a kind of made-up answers, with a random number in it."""
+    from data import corpus  # here, so that this file alone gives the losses
+    return rng.choice([text.format(n=rng.randint(low, high)) for text, low, high in corpus("faults.json")[kind]])
 
 
 def until(conversation, at, content=None, tool_calls=None):
