@@ -130,27 +130,24 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
     -> (loss summed over the pairs, info: sums over the pairs of rewards, margin, accuracy and log-probs).
     Raises ValueError for an unknown variant, for a beta or a smoothing that makes the loss meaningless, and without a reference that is needed.
     """
-    policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp = (  # half precision cannot tell 760 from 761
-        x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp))
     if not beta > 0:
         raise ValueError(f"beta = {beta}: must be above 0")
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}: must be one of {', '.join(VARIANTS)}")
-    if variant not in FREE and (ref_chosen_logp is None or ref_rejected_logp is None):
+    if variant in FREE:
+        ref_chosen_logp = ref_rejected_logp = torch.zeros(())
+    elif ref_chosen_logp is None or ref_rejected_logp is None:
         raise ValueError(f"variant {variant!r} needs the reference's log-probs")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing = {label_smoothing}: must be in [0, 0.5); from there on the judgements say nothing, or the reverse")
-    if variant in FREE:
-        chosen, rejected = policy_chosen_logp, policy_rejected_logp                            # [B]
-    else:
-        chosen, rejected = policy_chosen_logp - ref_chosen_logp, policy_rejected_logp - ref_rejected_logp
+    policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp = (  # half precision cannot tell 760 from 761
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp))
+    chosen, rejected = policy_chosen_logp - ref_chosen_logp, policy_rejected_logp - ref_rejected_logp                  # [B]
     more = {"margin": simpo_margin} if variant == "simpo" else {}
-    losses = VARIANTS[variant](chosen, rejected, beta, label_smoothing, **more)                 # [B]
-    with torch.no_grad():
-        info = {"rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected, "rewards/margin": beta * (chosen - rejected),
-                "rewards/accuracy": (chosen > rejected).float(), "logp/chosen": policy_chosen_logp, "logp/rejected": policy_rejected_logp}
-        info = {name: value.sum() for name, value in info.items()}
-    return losses.sum(), info
+    losses = VARIANTS[variant](chosen, rejected, beta, label_smoothing, **more)                                        # [B]
+    info = {"rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected, "rewards/margin": beta * (chosen - rejected),
+            "rewards/accuracy": (chosen > rejected).float(), "logp/chosen": policy_chosen_logp, "logp/rejected": policy_rejected_logp}
+    return losses.sum(), {name: value.detach().sum() for name, value in info.items()}
 
 
 def nll_loss(chosen_logp, chosen_mask):
