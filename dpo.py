@@ -465,7 +465,7 @@ def train(run):
     pairs, held_out = datasets(config, tokenizer) if config.pairs == "corrupted" else sampled_datasets(run, model, tokenizer)
     pairs, held_out = [[parted(pair, config.parting) for pair in part] for part in (pairs, held_out)]
     tokens = sum(len(ids) for pair in pairs for ids, _ in pair[:2])
-    nodes = sum(len(toolplay.Trie([list(ids) for ids, _ in pair[:2]])) for pair in pairs)
+    nodes = sum(len(toolplay.Trie([ids for ids, _ in pair[:2]])) for pair in pairs)
     if run.rank == 0:
         print(f"{len(pairs)} pairs: {tokens} tokens, {nodes} trie nodes, {tokens / nodes:.2f} times fewer for sharing the prompt within a pair alone", file=sys.stderr)
 
@@ -483,30 +483,27 @@ def train(run):
     batches = data.Batches([pair.chosen for pair in pairs], config)
     trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, batches.total)
     reference = reference_logp(run, pairs + held_out, lambda group: answers(*tokens_of(group)), trainer.autocast)
-    units, held_out = ([Unit(*pair[:2], *ref) for pair, ref in zip(part, refs)] for part, refs in ((pairs, reference), (held_out, reference[len(pairs):])))
+    units = [Unit(*pair[:2], *logp) for pair, logp in zip(pairs + held_out, reference)]
+    units, held_out = units[:len(pairs)], units[len(pairs):]
 
     # 3. optimizer
     run.start(trainer, [pairs, held_out])
 
     def loss(group):
-        ref_chosen, ref_rejected = (torch.tensor([getattr(unit, key) for unit in group], dtype=torch.float64, device=run.device) for key in ("ref_chosen", "ref_rejected"))   # [B]
+        reference = torch.tensor([unit[2:] for unit in group], dtype=torch.float64, device=run.device).T  # [2, B]
         logp, mask = tokens_of(group)
-        total, info = dpo_loss(*answers(logp, mask), ref_chosen, ref_rejected, config.beta, config.variant, config.label_smoothing, config.simpo_margin)
+        total, info = dpo_loss(*answers(logp, mask), *reference, config.beta, config.variant, config.label_smoothing, config.simpo_margin)
         nll = nll_loss(logp[::2], mask[::2])
         return total + config.nll_coef * nll, {**info, "nll/chosen": nll.detach()}
-
-    @torch.no_grad()
-    def evaluate():
-        with trainer.autocast():
-            total, info = loss(held_out)
-        return {"eval_loss": float(total) / len(held_out), "eval_accuracy": float(info["rewards/accuracy"]) / len(held_out)}
 
     # 4. loop
     for step in run.steps(trainer, batches.total):  # always in eval mode: with dropout the policy would not be compared with its reference alone
         batch = [units[i] for i in batches(step)]
-        info = toolplay.train_step(trainer, batch, loss, rows=lambda unit: list(unit[:2]))
+        info = toolplay.train_step(trainer, batch, loss, rows=lambda unit: unit[:2])
         if held_out and (trainer.step == batches.total or config.eval_every and trainer.step % config.eval_every == 0):
-            info.update(evaluate())
+            with torch.no_grad(), trainer.autocast():
+                total, sums = loss(held_out)
+            info |= {"eval_loss": float(total) / len(held_out), "eval_accuracy": float(sums["rewards/accuracy"]) / len(held_out)}
         if step == 0:
             info["trie_saving"] = tokens / nodes
         run.log(trainer.step, info, tokens=sum(len(ids) for unit in batch for ids, _ in unit[:2]))
