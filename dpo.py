@@ -559,8 +559,9 @@ def sampled_pairs(model, tokenizer, conversations, config):
         if config.chosen == "gold":
             turn = len(case.conversation["messages"]) + 1
             chosen, earned, rival = data.encode({**conversation, "messages": conversation["messages"][:turn]}, tokenizer, config.tool_style), config.min_best, "the example's"
-        if earned >= config.min_best and earned - scores[worst] >= config.min_gap and any(chosen[1][tries[worst].prompt:]) and any(tries[worst].mask):  # a line with "expected" has no gold turn; a prompt as long as the context, no answer
-            pairs.append(Pair(tuple(chosen), (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against {rival}"))
+        said = any(chosen[1][tries[worst].prompt:]) and any(tries[worst].mask)  # a line with "expected" has no gold turn; a prompt as long as the context, no answer
+        if earned >= config.min_best and earned - scores[worst] >= config.min_gap and said:
+            pairs.append(Pair(chosen, (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against {rival}"))
             if config.twins and config.chosen == "gold" and tries[worst].calls and (call := withheld(conversation)):
                 pairs.append(twin(conversation, call, tokenizer, config.tool_style, random.Random(f"{config.seed} twin {n}")))
         elif config.pairs == "both" and len(conversation["messages"]) > len(case.conversation["messages"]):  # it has an answer, which is kept up
@@ -623,16 +624,13 @@ def sampled_datasets(run, model, tokenizer):
               "without one are prompts whose answers earn alike, or too little", file=sys.stderr)
         if not out[0]:
             raise UserError("no prompt gave a pair: raise temperature or samples, or start_from a run that gets some prompts right")
-        if run.rank:
-            return out
-        toolplay.write_json(path, out)
+        if run.rank == 0:
+            toolplay.write_json(path, out)
+        return out
 
-    def shape(kept):
-        train, dev = kept
-        if not train or not all(len(ids) == len(mask) and why + "" for part in (train, dev) for *rows, why in part for ids, mask in rows):
-            raise ValueError
-    kept = toolplay.read_json(path, shape, "remove it (the pairs are sampled anew), and start a new run")
-    return [[Pair(*map(tuple, pair[:2]), pair[2]) for pair in part] for part in kept]
+    def as_pairs(kept):
+        return [[Pair(tuple(chosen), tuple(rejected), why) for chosen, rejected, why in part] for part in kept]
+    return as_pairs(toolplay.read_json(path, as_pairs, "remove it (the pairs are sampled anew), and start a new run"))
 
 
 def reference_logp(run, pairs, answers, autocast):
