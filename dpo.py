@@ -559,8 +559,8 @@ def sampled_pairs(model, tokenizer, conversations, config):
         if config.chosen == "gold":
             turn = len(case.conversation["messages"]) + 1
             chosen, earned, rival = data.encode({**conversation, "messages": conversation["messages"][:turn]}, tokenizer, config.tool_style), config.min_best, "the example's"
-        said = any(chosen[1][tries[worst].prompt:]) and any(tries[worst].mask)  # a line with "expected" has no gold turn; a prompt as long as the context, no answer
-        if earned >= config.min_best and earned - scores[worst] >= config.min_gap and said:
+        answered = any(chosen[1][tries[worst].prompt:]) and any(tries[worst].mask)  # a line with "expected" has no gold turn; a prompt as long as the context, no answer
+        if earned >= config.min_best and earned - scores[worst] >= config.min_gap and answered:
             pairs.append(Pair(chosen, (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against {rival}"))
             if config.twins and config.chosen == "gold" and tries[worst].calls and (call := withheld(conversation)):
                 pairs.append(twin(conversation, call, tokenizer, config.tool_style, random.Random(f"{config.seed} twin {n}")))
@@ -670,17 +670,16 @@ def show(n, config):
     if not pairs:
         raise UserError(f"no pair among the answers to {4 * n} prompts: show more, or raise temperature or samples")
     for pair in pairs[:n]:
-        start = toolplay.common_prefix(*(list(ids) for ids, _ in pair[:2]))
-        start = min([start, *(list(mask).index(1) for _, mask in pair[:2])])  # where they part, or an answer begins
-        texts = [printable(tokenizer.decode(ids[start:]).rstrip("\n")) for ids, _ in pair[:2]]
-        words = [re.findall(r"\w+|\s+|[^\w\s]", text) for text in texts]
+        (ids, mask), (other, other_mask), why = pair
+        start = min(toolplay.common_prefix(ids, other), mask.index(1), other_mask.index(1))  # where they part, or an answer begins
+        words = [re.findall(r"\w+|\s+|[^\w\s]", printable(tokenizer.decode(row[start:]).rstrip("\n"))) for row in (ids, other)]
         marked = ["", ""]
         for tag, a, b, c, d in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
-            for side, (low, high) in enumerate(((a, b), (c, d))):
-                piece = "".join(words[side][low:high])
-                marked[side] += piece if tag == "equal" or not piece else f"\033[{(32, 31)[side]};1m{piece}\033[0m"
-        prompt = printable(tokenizer.decode(pair.chosen[0][:start]).split("<|im_start|>user\n")[-1].replace("<|im_end|>\n<|im_start|>assistant\n", "\n").rstrip("\n")).replace("\n", "\n            ")
-        print(f"--- {pair.why}\n  prompt    {prompt}\n  chosen    {marked[0]}\n  rejected  {marked[1]}")
+            for side, (colour, piece) in enumerate(((32, words[0][a:b]), (31, words[1][c:d]))):
+                marked[side] += "".join(piece) if tag == "equal" or not piece else f"\033[{colour};1m{''.join(piece)}\033[0m"
+        prompt = tokenizer.decode(ids[:start]).split("<|im_start|>user\n")[-1].replace("<|im_end|>\n<|im_start|>assistant\n", "\n")
+        prompt = printable(prompt.rstrip("\n")).replace("\n", "\n            ")
+        print(f"--- {why}\n  prompt    {prompt}\n  chosen    {marked[0]}\n  rejected  {marked[1]}")
 
 
 def main(argv=None):
