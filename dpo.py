@@ -686,8 +686,6 @@ def main(argv=None):
     import toolplay
     from tools import UserError
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] and argv[0].startswith("--show="):
-        argv = ["--show", argv[0].partition("=")[2], *argv[1:]]
     if argv[:1] != ["--show"]:
         return toolplay.main(["train", *argv])
     with toolplay.one_line_errors():
