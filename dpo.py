@@ -306,11 +306,11 @@ def out_of_the_blue(kind, rng):
     return rng.choice([text.format(n=rng.randint(low, high)) for text, low, high in corpus("faults.json")[kind]])
 
 
-def until(conversation, at, content=None, tool_calls=None):
+def until(conversation, at, content=None, tool_calls=()):
     """The messages before `at`, and one assistant message in its place. Calls in the place of calls keep the thought beside them."""
     gold = conversation["messages"][at]
     content = content if content is not None else (gold.get("content") or "") if gold.get("tool_calls") else ""
-    return conversation["messages"][:at] + [{"role": "assistant", "content": content, **({"tool_calls": tool_calls} if tool_calls else {})}]
+    return [*conversation["messages"][:at], {"role": "assistant", "content": content, "tool_calls": tool_calls}]
 
 
 def tools_of(conversation):
@@ -334,7 +334,7 @@ def corrupted_pairs(conversations, tokenizer, seed=0, style="signature", faults=
     pairs = []
     for n, conversation in enumerate(conversations):
         roles = [m["role"] for m in conversation["messages"]]
-        if "user" not in roles[:roles.index("assistant") if "assistant" in roles else 0]:
+        if "assistant" not in roles or "user" not in roles[:roles.index("assistant")]:
             continue  # nothing to spoil: no answer to a request
         rng, names = random.Random(f"{seed} pair {n}"), list(faults or CORRUPTIONS)
         for name in rng.sample(names, len(names)):
@@ -519,8 +519,8 @@ def datasets(config, tokenizer):
     from tools import UserError
     out = []
     for split in ("train", "dev"):
-        made = data.conversations(config, split, tokenizer, lambda line: data.check_conversation(line) if isinstance(line, dict) and "messages" in line and not is_pair(line) else
-                                  read_pair(line, tokenizer, config.tool_style))
+        made = data.conversations(config, split, tokenizer,
+                                  lambda line: read_pair(line, tokenizer, config.tool_style) if is_pair(line) else data.check_conversation(line))
         pairs = [x for x in made if isinstance(x, Pair)]
         pairs += corrupted_pairs([x for x in made if not isinstance(x, Pair)], tokenizer, config.seed, config.tool_style, config.faults)
         fit = fitting(pairs, config, f"{split} pairs")
