@@ -270,19 +270,19 @@ def needless_call(conversation, rng):
 
 def ignores_result(conversation, rng):
     """A final answer whose numbers, or whose content, are not what the tool said."""
-    at, text = final_answer(conversation)
-    if at is None:
+    text = final_answer(conversation)
+    if not text:
         return None
     other = re.sub(r"\d{1,4000}", lambda m: str(int(m.group()) + rng.randint(1, 30)), text)
-    if other == text or '"error"' in conversation["messages"][at - 1]["content"]:  # nothing found, or an error: made up instead
+    if other == text or '"error"' in conversation["messages"][-2]["content"]:  # nothing found, or an error: made up instead
         other = out_of_the_blue("made_up", rng)
-    return until(conversation, at, content=other)
+    return until(conversation, -1, content=other)
 
 
 def endless(conversation, rng):
     """A final answer that repeats itself and does not end (`pair_of` takes its end token away)."""
-    at, text = final_answer(conversation)
-    return until(conversation, at, content=" ".join([text] * 3)) if at is not None else None
+    text = final_answer(conversation)
+    return until(conversation, -1, content=" ".join([text] * 3)) if text else None
 
 
 CORRUPTIONS = {f.__name__: f for f in (wrong_tool, malformed, wrong_argument, missing_argument, call_left_out, call_too_many, missing_call, needless_call, ignores_result, endless)}
@@ -295,9 +295,9 @@ def first_call(conversation):
 
 
 def final_answer(conversation):
-    """-> (index, text) of the answer that follows a tool result, or (None, "")."""
-    messages = conversation["messages"]
-    return (len(messages) - 1, messages[-1]["content"]) if messages[-1]["role"] == "assistant" and messages[-2]["role"] == "tool" else (None, "")
+    """The text of the answer that follows a tool result and ends the conversation, or ""."""
+    *_, before, last = conversation["messages"]
+    return last["content"] if before["role"] == "tool" and last["role"] == "assistant" and not last.get("tool_calls") else ""
 
 
 def out_of_the_blue(kind, rng):
