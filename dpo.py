@@ -75,8 +75,8 @@ class Config:
 
 # --------------------------------------------------------------------------- 1. the losses
 
-VARIANTS = {}                                # name -> loss, as a config may name it
-MEAN, FREE, SMOOTHED = set(), set(), set()   # log-probs are means over the trained tokens, not sums; no reference is needed; label_smoothing has an effect
+VARIANTS = {}               # name -> loss, as a config may name it
+MEAN, FREE = set(), set()   # log-probs are means over the trained tokens, not sums; no reference is needed
 
 
 def variant(*traits):
@@ -89,14 +89,14 @@ def variant(*traits):
     return add
 
 
-@variant(SMOOTHED)
+@variant()
 def sigmoid(chosen, rejected, beta, label_smoothing):
     """DPO, eq. 7; with label smoothing the conservative one (Mitchell 2023, ericmitchell.ai/cdpo.pdf, eq. 3)."""
     h = chosen - rejected                                                                      # [B]
     return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
-@variant(SMOOTHED)
+@variant()
 def robust(chosen, rejected, beta, label_smoothing):
     """rDPO, unbiased when a share of the judgements is flipped (Chowdhury et al. 2024, arXiv:2403.00409, the loss "rDPO")."""
     h = chosen - rejected
@@ -115,7 +115,7 @@ def hinge(chosen, rejected, beta, label_smoothing):
     return torch.relu(1 - beta * (chosen - rejected))
 
 
-@variant(MEAN, FREE, SMOOTHED)
+@variant(MEAN, FREE)
 def simpo(chosen, rejected, beta, label_smoothing, margin):
     """SimPO: no reference, mean log-probs, a target margin (Meng et al. 2024, arXiv:2405.14734, eq. 6)."""
     h = beta * (chosen - rejected) - margin
@@ -438,10 +438,6 @@ def check_settings(config):
         raise UserError(f"lora_dropout = {config.lora_dropout}: must be 0 for dpo, whose reference is the same model")
     if config.label_smoothing >= 0.5:
         raise UserError(f"label_smoothing = {config.label_smoothing}: must be below 0.5; from there on the judgements say nothing, or the reverse")
-    if config.label_smoothing and config.variant not in SMOOTHED:
-        print(f"label_smoothing = {config.label_smoothing} changes nothing: {config.variant} has none (sigmoid, robust and simpo do)", file=sys.stderr)
-    if config.twins and (config.pairs == "corrupted" or config.chosen != "gold"):
-        print('twins change nothing: they go with sampled pairs and chosen = "gold"', file=sys.stderr)
     if unknown := [fault for fault in config.faults if fault not in list(CORRUPTIONS)]:
         raise UserError(f"faults: {unknown[0]!r} is none of {', '.join(CORRUPTIONS)}")
     if config.pairs != "corrupted":
