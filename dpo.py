@@ -20,8 +20,7 @@ stands without SLiC's regularisation term. Both answers and all pairs of a micro
 computed once, and so are the turns that the two answers share.
 
 What to watch: `logp/chosen` often falls, although it should rise; the loss only asks that `logp/rejected` falls faster
-(Pal et al. 2024, arXiv:2402.13228). A fall to nothing means a beta too small or a step too large; `nll_coef` adds the
-chosen answer's own loss, which holds it up (Pang et al. 2024, arXiv:2404.19733, eq. 1).
+(Pal et al. 2024, arXiv:2402.13228). A fall to nothing means a beta too small or a step too large.
 
 For tools the wish is not "this text rather than that one" but "call rather than talk, this tool, one call more": one token each
 time. Over whole answers (7) also pushes down all that follows the wrong token, which is what right calls are made of, and soon
@@ -70,7 +69,6 @@ class Config:
     beta: Annotated[float, "> 0"] = 0.1  # strength of the tie to the reference; 0.1 as in the paper
     label_smoothing: Annotated[float, "0 to 1"] = 0.0            # share of judgements taken to be wrong, below 0.5 (sigmoid, robust, simpo)
     simpo_margin: Annotated[float, ">= 0"] = 0.5                 # SimPO's gamma; its beta is 2 to 2.5 in the paper
-    nll_coef: Annotated[float, ">= 0"] = 0.0                     # weight of the chosen answer's own loss, see nll_loss; 1 in the paper
 
 
 # --------------------------------------------------------------------------- 1. the losses
@@ -148,14 +146,6 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
     info = {"rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected, "rewards/margin": beta * (chosen - rejected),
             "rewards/accuracy": (chosen > rejected).float(), "logp/chosen": policy_chosen_logp, "logp/rejected": policy_rejected_logp}
     return losses.sum(), {name: value.detach().sum() for name, value in info.items()}
-
-
-def nll_loss(chosen_logp, chosen_mask):
-    """The chosen answers' next-token loss, a mean over each one's trained tokens (Pang et al. 2024, arXiv:2404.19733, eq. 1).
-
-    chosen_logp, chosen_mask: [B, T] -> scalar, a sum over the pairs.
-    """
-    return -sequence_logp(chosen_logp, chosen_mask, mean=True).sum()
 
 
 def sequence_logp(logp, mask, mean=False):
@@ -465,20 +455,16 @@ def train(run):
     if run.rank == 0:
         print(f"{len(pairs)} pairs: {tokens} tokens, {nodes} trie nodes, {tokens / nodes:.2f} times fewer for sharing the prompt within a pair alone", file=sys.stderr)
 
-    def tokens_of(group):
-        """Log-probs of the answers' tokens, chosen and rejected by turns, and their masks -> [2 B, T], [2 B, T]."""
-        rows = [row for pair in group for row in pair[:2]]
-        return toolplay.token_logprobs(model, rows, budget=None if torch.is_grad_enabled() else config.micro_tokens), pad_mask(rows, run.device)
-
-    def answers(logp, mask):
-        """Log-probs of the chosen answers [B], of the rejected ones [B]."""
-        logp = sequence_logp(logp, mask, config.variant in MEAN)
-        return logp[::2], logp[1::2]
+    def answers(group):
+        """Log-probs of the chosen answers and of the rejected ones: [2, B]."""
+        rows = [row for pair in group for row in pair[:2]]  # by turns
+        logp = toolplay.token_logprobs(model, rows, budget=None if torch.is_grad_enabled() else config.micro_tokens)
+        return sequence_logp(logp, pad_mask(rows, run.device), config.variant in MEAN).reshape(-1, 2).T
 
     # 2. reference: under the trainer's precision, or the first log-ratios would not be 0
     batches = data.Batches([pair.chosen for pair in pairs], config)
     trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, batches.total)
-    reference = reference_logp(run, pairs + held_out, lambda group: answers(*tokens_of(group)), trainer.autocast)
+    reference = reference_logp(run, pairs + held_out, answers, trainer.autocast)
     units = [Unit(*pair[:2], *logp) for pair, logp in zip(pairs + held_out, reference)]
     units, held_out = units[:len(pairs)], units[len(pairs):]
 
@@ -487,10 +473,7 @@ def train(run):
 
     def loss(group):
         reference = torch.tensor([unit[2:] for unit in group], dtype=torch.float64, device=run.device).T  # [2, B]
-        logp, mask = tokens_of(group)
-        total, info = dpo_loss(*answers(logp, mask), *reference, config.beta, config.variant, config.label_smoothing, config.simpo_margin)
-        nll = nll_loss(logp[::2], mask[::2])
-        return total + config.nll_coef * nll, {**info, "nll/chosen": nll.detach()}
+        return dpo_loss(*answers(group), *reference, config.beta, config.variant, config.label_smoothing, config.simpo_margin)
 
     # 4. loop
     for step in run.steps(trainer, batches.total):  # always in eval mode: with dropout the policy would not be compared with its reference alone
@@ -643,8 +626,8 @@ def reference_logp(run, pairs, answers, autocast):
         if kept["data_sha256"] != key or len(kept["logp"]) != len(pairs):
             raise UserError(f"{path}: these log-probs are of other pairs or another model; the data has changed since the run began. Start a new run")
         return kept["logp"]
-    with torch.no_grad(), autocast():
-        logp = toolplay.shared_out(pairs, lambda own: torch.stack(answers(own), 1).tolist()) if run.config.variant not in FREE else [(0.0, 0.0)] * len(pairs)  # kept for the hash
+    with torch.no_grad(), autocast():  # without a reference: kept for the hash
+        logp = [(0.0, 0.0)] * len(pairs) if run.config.variant in FREE else toolplay.shared_out(pairs, lambda own: answers(own).T.tolist())
     if run.rank == 0:
         toolplay.write_json(path, {"data_sha256": key, "logp": logp})
     return logp
