@@ -69,15 +69,8 @@ def train(run):
     run.start(trainer, [train_rows, held_out, *toolplay.start_hashes(config)])
 
     def loss(rows):
-        return sft_loss(toolplay.token_logprobs(model, rows), pad_mask(rows, run.device))
-
-    @torch.no_grad()
-    def evaluate():
-        model.eval()
-        with trainer.autocast():
-            logp = toolplay.token_logprobs(model, held_out, budget=config.micro_tokens)
-        total, info = sft_loss(logp, pad_mask(held_out, run.device))
-        return float(total / info["tokens"])
+        logp = toolplay.token_logprobs(model, rows, budget=None if torch.is_grad_enabled() else config.micro_tokens)
+        return sft_loss(logp, pad_mask(rows, run.device))
 
     # 4. loop
     for step in run.steps(trainer, batches.total):
@@ -86,7 +79,10 @@ def train(run):
         info = toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1]))
         info.pop("tokens")
         if held_out and (trainer.step == batches.total or config.eval_every and trainer.step % config.eval_every == 0):
-            info["eval_loss"] = evaluate()
+            model.eval()
+            with torch.no_grad(), trainer.autocast():
+                total, sums = loss(held_out)
+            info["eval_loss"] = float(total / sums["tokens"])
             if info["eval_loss"] < trainer.extra.get("best", float("inf")) or not config.keep_best:
                 trainer.extra["best"] = info["eval_loss"]
                 run.save_model(model, tokenizer)
