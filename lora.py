@@ -203,14 +203,11 @@ def lora_parameters(model):
 @contextlib.contextmanager
 def lora_disabled(model):
     """`with lora_disabled(model):` computes with the base model, bit for bit. May be nested."""
-    before = {layer: layer.enabled for layer in require_layers(model, merged=False).values()}
-    try:
-        for layer in before:
+    with contextlib.ExitStack() as stack:
+        for layer in require_layers(model, merged=False).values():
+            stack.callback(setattr, layer, "enabled", layer.enabled)
             layer.enabled = False
         yield model
-    finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled
 
 
 class SharedWeight(ValueError):
