@@ -94,16 +94,6 @@ def test_what_makes_no_loss_is_refused(more, words):
         dpo.dpo_loss(**{"policy_chosen_logp": PC, "policy_rejected_logp": PR, "ref_chosen_logp": RC, "ref_rejected_logp": RR, **more})
 
 
-def test_a_new_variant_is_one_function():
-    def squared(chosen, rejected, beta, label_smoothing):
-        return (beta * (chosen - rejected)) ** 2
-    try:
-        dpo.VARIANTS["squared"] = squared
-        assert dpo.dpo_loss(PC, PR, RC, RR, 2.0, "squared")[0].item() == pytest.approx(sum(4 * h * h for h in H))
-    finally:
-        del dpo.VARIANTS["squared"]
-
-
 def test_sequence_logp():
     logp, mask = torch.tensor([[-1.0, -2.0, -4.0], [-1.0, -1.0, -1.0]]), torch.tensor([[0, 1, 1], [0, 0, 0]])
     assert dpo.sequence_logp(torch.where(mask.bool(), logp, math.nan), mask).tolist() == [-6, 0]  # whatever stands where nothing is trained
