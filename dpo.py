@@ -389,7 +389,7 @@ def read_pair(line, tokenizer, style="signature"):
     if not chosen or not rejected:
         raise UserError(f'"{"rejected" if chosen else "chosen"}" is empty')
 
-    tools = line.get("tools") or []
+    tools = data.offered_in(line) or []
 
     def spelled(messages):  # in one spelling, or the same would differ
         return data.check_conversation({"messages": messages, "tools": tools})["messages"] if messages else []
