@@ -538,7 +538,8 @@ def sampled_pairs(model, tokenizer, conversations, config):
         if config.chosen == "gold":
             turn = len(case.conversation["messages"]) + 1
             chosen, earned, rival = data.encode({**conversation, "messages": conversation["messages"][:turn]}, tokenizer, config.tool_style), config.min_best, "the example's"
-        answered = any(chosen[1][tries[worst].prompt:]) and any(tries[worst].mask)  # a line with "expected" has no gold turn; a prompt as long as the context, no answer
+        # A line with "expected" has no gold turn; a prompt as long as the context has no answer.
+        answered = any(chosen[1][tries[worst].prompt:]) and any(tries[worst].mask)
         if earned >= config.min_best and earned - scores[worst] >= config.min_gap and answered:
             pairs.append(Pair(chosen, (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against {rival}"))
             if config.twins and config.chosen == "gold" and tries[worst].calls and (call := withheld(conversation)):

@@ -179,6 +179,7 @@ def test_pairs_as_trl_writes_them():
     assert pair == dpo.read_pair({key: value[0] for key, value in lists.items()}, tokenizer())  # a message is a list of one
     tool = {"name": "f", "description": "Do.", "parameters": {"type": "object", "properties": {}}}
     assert dpo.read_pair({**text, "tools": [tool]}, tokenizer()) == dpo.read_pair({**text, "tools": [json.dumps(tool)]}, tokenizer()) == dpo.read_pair({**text, "tools": json.dumps([tool])}, tokenizer())
+    assert dpo.read_pair({**text, "tools": [tool]}, tokenizer()) == dpo.read_pair({**text, "functions": [tool]}, tokenizer()) != pair
     assert pair == dpo.read_pair({**whole, "prompt": "2+2"}, tokenizer()) == dpo.read_pair({**whole, "prompt": lists["prompt"]}, tokenizer())  # UltraFeedback: the prompt is there twice
 
 
@@ -446,6 +447,12 @@ def test_digits_without_end_make_a_pair_too():
                 {"role": "tool", "content": '{"result": 4}'}, {"role": "assistant", "content": "9" * 5000}]
     made = dpo.ignores_result({"messages": messages, "tools": ["calculator"]}, random.Random(0))
     assert made and made[-1]["content"] != "9" * 5000
+
+
+def test_a_call_behind_a_result_is_no_final_answer():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2 + 2"}}]}
+    gold = {"messages": [{"role": "user", "content": "2 + 2, doubled?"}, call, {"role": "tool", "content": '{"result": 4}'}, call], "tools": ["calculator"]}
+    assert dpo.corrupted_pairs([gold], tokenizer(), faults=["endless", "ignores_result"]) == []
 
 
 def test_what_makes_no_pair_is_corrupted(monkeypatch):
