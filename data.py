@@ -247,8 +247,6 @@ def check_conversation(conversation):
     if late := [n for n, message in enumerate(messages) if n and message["role"] == "system"]:
         raise UserError(f"message {late[0]}: a system message can only be the first")
     tools = offered_in(conversation) or []
-    with contextlib.suppress(ValueError):  # what is no JSON text is said by load_tools
-        tools = json.loads(tools) or [] if isinstance(tools, str) else tools
     tools = load_tools([without_function(t) for t in tools] if isinstance(tools, (list, tuple)) else tools)
     checked = {**conversation, "messages": _in_call_order(messages), "tools": list(tools.values())}
     try:
@@ -1828,16 +1826,17 @@ def with_tools(item, extra, offered=()):
     """A line or a conversation, with the `extra` tools (a config's own) beside its tools, or beside those `offered` where it names none."""
     own = offered_in(item) if isinstance(item, dict) else ()
     own = list(offered) if own is None else own
-    with contextlib.suppress(ValueError):  # what is no JSON is said where it is read
-        own = json.loads(own) or [] if isinstance(own, str) else own
     if not extra or not isinstance(own, list):
         return item
-    return {**item, "tools": [*(t for t in own if tool_name(t) not in [x.name for x in extra]), *extra]}
+    return {**item, "tools": [*(t for t in map(without_function, own) if tool_name(t) not in [x.name for x in extra]), *extra]}
 
 
 def offered_in(item):
-    """The tools that a line or conversation names, under their name or the older one; None where it names none."""
-    return item.get("functions") if item.get("tools") is None else item["tools"]
+    """The tools that a line or conversation names, under their name or the older one, perhaps as JSON text; None where it names none."""
+    tools = item.get("functions") if item.get("tools") is None else item["tools"]
+    with contextlib.suppress(ValueError, RecursionError):  # what is no JSON text is said by load_tools
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    return tools
 
 
 def tool_name(tool):

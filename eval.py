@@ -174,7 +174,8 @@ def same_call(gold, got, tools={}):
     defaults = {"unit": "celsius"} if gold.name == "weather" else {}
     if gold.name in tools:
         fields, required = (tools[gold.name].parameters.get(key) or {} for key in ("properties", "required"))
-        defaults = {**{key: None for key in fields if key not in required}, **defaults, **{key: field["default"] for key, field in fields.items() if isinstance(field, dict) and "default" in field}}
+        stated = {key: field["default"] for key, field in fields.items() if isinstance(field, dict) and "default" in field}
+        defaults = {key: value for key, value in {**dict.fromkeys(fields), **defaults, **stated}.items() if key not in required or key in stated}
     # null for what may be left out is leaving it out, as in `execute`
     a, b = [{k: v for k, v in call.arguments.items() if k not in defaults or v is not None and not same_argument(gold.name, k, defaults[k], v)} for call in (gold, got)]
     return gold.name == got.name and set(a) == set(b) and all(same_argument(gold.name, key, a[key], b[key]) for key in a)
@@ -357,8 +358,8 @@ def response(case, episode, gold_results):
     if case.kind == "api_ask":  # what is missing is asked for
         return bool(re.search(r"\?|\b(need|please|tell me|let me know)\b", final, re.IGNORECASE))
     if reference and case.kind not in data.KINDS and len(words := words_of(reference, apart=True)) <= 3:  # "Paris", "4": a fact, that talk around it must hold
-        facts = set(numbers(reference)) - known
-        names = {word for word in words if len(word) > 2 or word.isdigit()} - common_words()
+        facts = (set(numbers(reference)) | in_words(reference)) - known
+        names = {word for word in words if (len(word) > 2 or word.isdigit()) and not facts & (set(numbers(word)) | in_words(word))} - common_words()
         if facts or names:  # "Sure!" has none, and is talk
             return all(states(final, x, known | facts) for x in facts) and names <= set(words_of(final, apart=True))
     talk = " ".join([reference or "", *(m["content"] for m in messages)])

@@ -548,7 +548,7 @@ def read_augmented(path):
     from tools import UserError
     lines = toolplay.read_lines(path, ["text", "ids", "candidates"])
     for number, line in enumerate(lines, 1):
-        if not all(isinstance(c, dict) and {"position", "offset", "call", "result", "gain", "kept"} <= set(c) for c in line["candidates"]):
+        if not isinstance(line["candidates"], list) or not all(isinstance(c, dict) and {"position", "offset", "call", "result", "gain", "kept"} <= set(c) for c in line["candidates"]):
             raise UserError(f"{path}, line {number}: it is damaged")
     return lines
 

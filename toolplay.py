@@ -901,12 +901,12 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
         for name, value in {"loss": total, **info}.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach() if torch.is_tensor(value) else value)
     parameters = list(trainer.parameters.values())
+    if not any(gathered(any(p.grad is not None for p in parameters))):
+        raise UserError("no gradient reached any trained parameter: the Trainer must be given the model's own parameters, not copies")
     if world > 1:
         sum_gradients(parameters)
         parts = gathered(sums)  # a rank without a unit has no names of its own
         sums = {name: sum(other.get(name, 0.0) for other in parts) for part in parts for name in part}
-    if all(p.grad is None for p in parameters):
-        raise UserError("no gradient reached any trained parameter: the Trainer must be given the model's own parameters, not copies")
     trainer.scaler.unscale_(trainer.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.config.max_grad_norm)
     means = {name: value / terms for name, value in sums.items()}
@@ -1434,8 +1434,6 @@ def predict(args):
         if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item or isinstance(item["id"], float) and not math.isfinite(item["id"]):
             raise UserError('a line is an object with "id" and "prompt" (or "messages")')
         key, messages, own = item["id"], data.messages_of(item), data.offered_in(item)
-        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is said by check_conversation
-            own = json.loads(own) if isinstance(own, str) else own
         if isinstance(own, list):  # a name, or a schema of that name, means the tool that is at hand
             own = [tools[x] if isinstance(x, str) and x in tools else data.without_function(x) for x in own]
             if all(isinstance(x, (dict, Tool)) for x in own):
