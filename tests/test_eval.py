@@ -654,7 +654,7 @@ def test_an_invented_success_is_wrong_where_nothing_fits_or_something_is_missing
             assert not verdicts(given, one["messages"][0]["content"])["response_quality"]
 
 
-@pytest.mark.parametrize("reference, final, right", [("Paris", "I like cats.", False), ("Paris", "It is Paris, of course.", True), ("4", "It is 5.", False), ("4", "2 + 2 = 4.", True), ("\U0001F44D", "\U0001F44D", True),
+@pytest.mark.parametrize("reference, final, right", [("Paris", "I like cats.", False), ("Paris", "It is Paris, of course.", True), ("4", "It is 5.", False), ("4", "2 + 2 = 4.", True), ("4", "It is four.", True), ("It is 4.", "Four.", True), ("\U0001F44D", "\U0001F44D", True),
                                                      ("You're welcome!", "No problem at all.", True), *[("Sure!", text, False) for text in ("", "zzq zzq", "and the capital of France?")]])
 def test_a_short_reference_is_a_fact(reference, final, right):
     assert verdicts(case("and the capital of France?", [], final=reference), final)["response_quality"] is right
