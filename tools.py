@@ -107,7 +107,7 @@ class Tool:
         if inspect.isgeneratorfunction(self.function):
             raise UserError(f"tool {self.name}: it is a generator; return a list instead")
         try:  # what can not be written, or breaks the check of an empty call, is no schema
-            _check_refs(self.parameters), self.signature(), _dumps(self.schema()), _problems({}, self.parameters)
+            self.signature(), _dumps(self.schema()), _problems({}, self.parameters)
         except Exception as error:
             raise UserError(f"tool {self.name!r}: parameters: not a JSON schema that can be used ({type(error).__name__}: {error})") from None
 
@@ -154,16 +154,6 @@ def _resolved(schema, root):
         except (KeyError, IndexError, TypeError, ValueError):
             raise ValueError(f"$ref {ref!r} names no schema") from None
     raise ValueError("a $ref leads in a circle")
-
-
-def _check_refs(root):
-    """Raises what a reference to nothing, or in a circle, raises."""
-    waiting = [root]
-    while waiting:
-        node = waiting.pop()
-        waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-        if isinstance(node, dict) and isinstance(node.get("$ref"), str):
-            _resolved(node, root)
 
 
 def _parts(schema, root, words=COMBINED, seen=()):
