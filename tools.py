@@ -158,13 +158,27 @@ def _resolved(schema, root):
 
 def _parts(schema, root, words=COMBINED, seen=()):
     """The schemas that are combined into one, it first. `seen`: those that led here, for one may be its own part."""
+    schema = _resolved(schema, root)
     return [schema, *(part for word in words for item in schema.get(word, []) if isinstance(item, dict) and not any(item is x for x in seen)
-                      for part in _parts(_resolved(item, root), root, words, (*seen, item)))]
+                      for part in _parts(item, root, words, (*seen, item)))]
+
+
+def _properties(schema, root, part=False):
+    """-> ({name: schema} of what a schema names, itself or by what it is combined of; whether there may be others, or their schema).
+
+    A schema that names nothing takes anything, and so does a `part` of a combined one: other names may be another part's.
+    """
+    parts, named = _parts(schema, root), {}
+    for inner in parts:
+        named |= {**inner.get("properties", {}), **named}  # of two of a name, the first
+    closed = named or "properties" in parts[0]
+    return named, "patternProperties" in parts[0] or parts[0].get("additionalProperties", part or not closed)  # patterns are not read
 
 
 def _required(schema, root):
-    """Names that a schema requires, itself or by what it is combined of."""
-    return [name for part in _parts(schema, root, ("allOf",)) for name in _own_required(part)]
+    """Names that a schema requires, itself or by what it is combined of. Anything but a list (draft 3 had true and false) requires nothing."""
+    lists = [part["required"] for part in _parts(schema, root, ("allOf",)) if isinstance(part.get("required"), list)]
+    return [name for names in lists for name in names if isinstance(name, str)]
 
 
 def _whole(parameters):
@@ -172,19 +186,10 @@ def _whole(parameters):
     return {**({"type": "object"} if {"$ref", *COMBINED} & set(parameters) else {"type": "object", "properties": {}}), **parameters}
 
 
-def _own_required(schema):
-    """The names under "required"; anything else there (draft 3 had true and false) requires nothing."""
-    return [name for name in schema["required"] if isinstance(name, str)] if isinstance(schema.get("required"), list) else []
-
-
 def _fields(schema, style, root, path=("#",)):
     """The properties of a schema in a line; `path`: the references that led here."""
-    schema, properties, fields = _resolved(schema, root), {}, []
-    required = _required(schema, root)
-    for part in _parts(schema, root):
-        for name, field in part.get("properties", {}).items():
-            properties.setdefault(name, field)
-    for name, field in properties.items():
+    required, fields = _required(schema, root), []
+    for name, field in _properties(schema, root)[0].items():
         whole = _resolved(field, root)
         default = "" if whole.get("default") is None else f" = {_dumps(whole['default'])}"
         about = "" if style == "signature" else " ".join(str(whole.get("description") or "").split())
@@ -224,8 +229,7 @@ def _types(schema):
 def _problems(value, schema, where="", root=None, part=False, known=None):
     """[(error type, message)] for each way in which `value` breaks `schema`.  No coercion.
 
-    Arguments that a schema does not name are unknown to it, unless it says otherwise; to a `part` of a combined one
-    (allOf, anyOf, oneOf) they may be another part's.  `known`: what was found before, so that no schema is asked twice
+    `part`: of a combined schema (allOf, anyOf, oneOf), see `_properties`.  `known`: what was found before, so that no schema is asked twice
     of one place: a schema of alternatives that holds itself would be asked 2^depth times.
     """
     root, known = schema if root is None else root, {} if known is None else known
@@ -261,16 +265,16 @@ def _new_problems(value, schema, where, root, part, known):
         for index, item in enumerate(value):
             yield from _problems(item, schema["items"], f"{where}[{index}]", root, False, known)
     elif isinstance(value, dict):
-        own, elsewhere = schema.get("properties", {}), {key for inner in _parts(schema, root)[1:] for key in inner.get("properties", {})}
-        others = "patternProperties" in schema or schema.get("additionalProperties", part or not own and not elsewhere and "properties" not in schema)  # patterns are not read
+        named, others = _properties(schema, root, part)
         for key, item in value.items():
-            inner = own.get(key, key in elsewhere or others)
+            inner = schema.get("properties", {}).get(key, key in named or others)
             if inner is False:
-                yield "unknown_argument", f"unknown argument {prefix + key[:100]!r}{_nearest(key, own)}"
+                yield "unknown_argument", f"unknown argument {prefix + key[:100]!r}{_nearest(key, named)}"
             elif inner is not True:
                 yield from _problems(item, inner, prefix + key, root, False, known)
-        for key in (key for key in _own_required(schema) if key not in value):
-            yield "missing_argument", f"missing argument {prefix + key!r}"
+        for key in _required(schema, root):
+            if key not in value:
+                yield "missing_argument", f"missing argument {prefix + key!r}"
 
 
 def _multiple(value, of):
@@ -448,7 +452,7 @@ def load_tools(items=None, known=None) -> dict:
 def _narrows(fields, parameters):
     """Whether the fields are some of a tool's, the required ones among them, with no value that it does not know."""
     known = parameters.get("properties", {})
-    return set(_own_required(parameters)) <= set(fields) <= set(known) and all(
+    return set(_required(parameters, parameters)) <= set(fields) <= set(known) and all(
         "enum" not in known[key] or set(map(str, field.get("enum", known[key]["enum"]))) <= set(map(str, known[key]["enum"])) for key, field in fields.items())
 
 
@@ -720,8 +724,7 @@ class _CallReader:
 
     def object(self, schema, root):
         """Each property at most once, in any order; it closes when none is missing that is required."""
-        properties = {name: inner for part in reversed(_parts(schema, root)) for name, inner in part.get("properties", {}).items()}
-        others = "patternProperties" in schema or schema.get("additionalProperties", not properties and "properties" not in schema)
+        properties, others = _properties(schema, root)
         free, required, seen = others is not False, set(_required(schema, root)), set()
         if not free:
             required &= properties.keys()  # what nobody can give
@@ -836,10 +839,9 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
             return failed("not_executable", f"{name} can be shown but not run: it has no function")
         schema, arguments = _whole(tool.parameters), call.arguments
         if isinstance(arguments, dict):  # null for what may be left out: it is left out
-            fields = schema.get("properties", {})
-            may_be_null = {key for key, field in fields.items() if not _problems(None, field, root=schema)}
+            may_be_left_out = {key: field for key, field in _properties(schema, schema)[0].items() if key not in _required(schema, schema)}
             arguments = {key: value for key, value in arguments.items()
-                         if value is not None or key in may_be_null or key in _own_required(schema) or key not in fields}
+                         if value is not None or key not in may_be_left_out or not _problems(None, may_be_left_out[key], root=schema)}
         own = BUILTIN.get(name)
         schemas = [schema, own.parameters] if own and tool.function is own.function else [schema]  # a built-in in other words has its own needs
         for problem in itertools.chain.from_iterable(_problems(arguments, s) for s in schemas):
