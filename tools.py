@@ -644,20 +644,34 @@ class _CallReader:
         self.at = found.end()
         return found[0]
 
-    def value(self, schema, root):
-        """A value of the schema's kind. No schema is asked twice of one place: alternatives that hold themselves would never end."""
+    def value(self, root, *schemas):
+        """A value of one of these schemas' kinds, the longest that is one."""
         self.peek()
-        key = self.at, id(schema)
-        if key not in self.known:
-            self.known[key] = ValueError  # what begins with itself
+        end = max(self.end(schema, root) for schema in schemas)
+        if end == math.inf:
+            raise _Unfinished
+        if end < 0:
+            raise ValueError
+        self.at = end
+
+    def end(self, schema, root):
+        """Where a value of the schema's kind ends that begins here: -1 if there is none, inf if it may go on behind the text.
+        No schema is asked twice of one place: alternatives that hold themselves would never end."""
+        start = self.at
+        if (start, id(schema)) not in self.known:
+            end = self.known[start, id(schema)] = -1  # what begins with itself
+            self.depth += 1
             try:
-                self.new_value(_resolved(schema, root), root)
-                self.known[key] = self.at
-            except (_Unfinished, ValueError) as error:
-                self.known[key] = type(error)
-        if not isinstance(self.known[key], int):
-            raise self.known[key]
-        self.at = self.known[key]
+                if self.depth < MAX_DEPTH:  # else it could not be read again (`_clean`); each choice between alternatives counts, too
+                    self.new_value(_resolved(schema, root), root)
+                    end = self.at
+            except _Unfinished:
+                end = math.inf
+            except ValueError:
+                pass
+            self.depth -= 1
+            self.at, self.known[start, id(schema)] = start, end
+        return self.known[start, id(schema)]
 
     def new_value(self, schema, root):
         for part in reversed(schema.get("allOf", [])):
@@ -672,53 +686,26 @@ class _CallReader:
             self.word(["null"])
         elif choices := [x for x in [*schema.get("enum", []), *([schema["const"]] if "const" in schema else [])] if type(x) in types]:
             self.word({text for x in choices for text in (_dumps(x), json.dumps(x, ensure_ascii=False), *([str(int(x))] if type(x) is float and x.is_integer() else []))})
-        elif words := [word for word in ("anyOf", "oneOf") if schema.get(word) and "properties" not in schema]:
-            self.one_of(schema[words[0]], root)
+        elif "properties" not in schema and (alternatives := schema.get("anyOf") or schema.get("oneOf")):
+            self.value(root, *alternatives)
         elif first == '"' and str in types:
             self.match(*self.STRING)
         elif first == "[" and list in types:
-            self.inside(self.array, schema.get("items"), root)
+            self.array(schema.get("items"), root)
         elif first == "{" and dict in types:
-            self.inside(self.object, schema, root)
+            self.object(schema, root)
         elif first in "-0123456789" and int in types:
             if not math.isfinite(float(self.match(*(self.NUMBER if float in types else self.INTEGER)))):
                 raise ValueError
         else:
             self.word(["true", "false"] * (bool in types))
 
-    def inside(self, read, schema, root):
-        """A list or an object, which can be read again (`_clean`) only if it is not too deep."""
-        self.depth += 1
-        try:
-            if self.depth >= MAX_DEPTH:
-                raise ValueError
-            read(schema, root)
-        finally:
-            self.depth -= 1
-
-    def one_of(self, schemas, root):
-        start, ends = self.at, []
-        for schema in schemas:
-            self.at = start
-            try:
-                self.value(schema, root)
-                ends.append(self.at)
-            except _Unfinished:
-                ends.append(math.inf)
-            except ValueError:
-                continue
-        if not ends:
-            raise ValueError
-        if max(ends) == math.inf:
-            raise _Unfinished
-        self.at = max(ends)
-
     def array(self, items, root):
         self.word("[")
         if self.peek() == "]":
             return self.word("]")
         while True:
-            self.value(items if isinstance(items, dict) else ANYTHING, root)
+            self.value(root, items if isinstance(items, dict) else ANYTHING)
             if self.word("],") == "]":
                 return
 
@@ -742,10 +729,10 @@ class _CallReader:
                 raise ValueError
             seen.add(name)
             self.word(":")
-            if self.peek() == "n" and self.depth == 1 and name in properties and name not in required:
+            if self.peek() == "n" and self.depth == 0 and name in properties and name not in required:
                 self.word(["null"])  # which leaves it out
             else:
-                self.value(properties.get(name, others if isinstance(others, dict) else ANYTHING), root)
+                self.value(root, properties.get(name, others if isinstance(others, dict) else ANYTHING))
             if self.word(["}"] * (required <= seen) + [","] * (free or len(left) > 1)) == "}":
                 return
             self.peek()
