@@ -277,18 +277,10 @@ def _new_problems(value, schema, where, root, part, known):
                 yield "missing_argument", f"missing argument {prefix + key!r}"
 
 
-def _multiple(value, of):
-    if type(value) is type(of) is int:
-        return value % of == 0
-    with contextlib.suppress(OverflowError):
-        return math.isclose(value / of, round(value / of), rel_tol=1e-9, abs_tol=1e-9)
-    return False
-
-
-BOUNDS = {"minimum": ((int, float), lambda v, b: v >= b), "maximum": ((int, float), lambda v, b: v <= b),
-          "exclusiveMinimum": ((int, float), lambda v, b: v > b), "exclusiveMaximum": ((int, float), lambda v, b: v < b),
+BOUNDS = {"minimum": ((int, float), operator.ge), "maximum": ((int, float), operator.le),
+          "exclusiveMinimum": ((int, float), operator.gt), "exclusiveMaximum": ((int, float), operator.lt),
+          "multipleOf": ((int, float), lambda v, b: not b or Fraction(str(v)) % Fraction(str(b)) == 0),  # as decimals: 0.3 is three times 0.1
           "minLength": ((str,), lambda v, b: len(v) >= b), "maxLength": ((str,), lambda v, b: len(v) <= b),
-          "multipleOf": ((int, float), lambda v, b: not b or _multiple(v, b)),
           "minItems": ((list,), lambda v, b: len(v) >= b), "maxItems": ((list,), lambda v, b: len(v) <= b)}
 
 
