@@ -102,10 +102,8 @@ class Tool:
             raise UserError(f"tool {self.name!r}: the name must be one word without quotes, brackets or commas")
         if self.function is not None and not callable(self.function):
             raise UserError(f"tool {self.name!r}: {self.function!r:.60} cannot be called; name a function")
-        if inspect.iscoroutinefunction(self.function) or inspect.isasyncgenfunction(self.function):
-            raise UserError(f"tool {self.name}: it is async; wrap it in a plain function that calls asyncio.run")
-        if inspect.isgeneratorfunction(self.function):
-            raise UserError(f"tool {self.name}: it is a generator; return a list instead")
+        if any(is_late(self.function) for is_late in (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)):
+            raise UserError(f"tool {self.name}: it is async or a generator; wrap it in a plain function that returns the value (asyncio.run, list)")
         try:  # what can not be written, or breaks the check of an empty call, is no schema
             self.signature(), _dumps(self.schema()), _problems({}, self.parameters)
         except Exception as error:
