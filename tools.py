@@ -314,27 +314,28 @@ def tool(function=None, *, isolated=True, name=None):
         hints, parameters = typing.get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     except (NameError, SyntaxError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"tool {name}: {error}, in a type hint") from None
-    properties, required = {}, []
     if next(iter(parameters), "") in ("self", "cls"):
         raise UserError(f"tool {name}: it is a method; a tool is a plain function, which may call one")
+    properties, required = {}, []
     for key, parameter in parameters.items():
+        where, hint, default, said = f"tool {name}: parameter {key}", hints.get(key, typing.Any), parameter.default, {}
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise UserError(f"tool {name}: parameter {key}: arguments come by name; * and / have no JSON form")
-        said = {}
-        if typing.get_origin(hints.get(key)) is typing.Annotated:  # Annotated[int, "how many"]
-            hints[key], *more = typing.get_args(hints[key])
+            raise UserError(f"{where}: arguments come by name; * and / have no JSON form")
+        if typing.get_origin(hint) is typing.Annotated:  # Annotated[int, "how many"]
+            hint, *more = typing.get_args(hint)
             said = {"description": text for text in more if isinstance(text, str)}
-        properties[key] = {**_hint_schema(hints.get(key, typing.Any), f"tool {name}: parameter {key}"), **said, **notes.get(key, {})}
-        if parameter.default is not parameter.empty:
-            try:
-                _dumps(parameter.default)
-            except (TypeError, ValueError):
-                raise UserError(f"tool {name}: parameter {key}: its default {parameter.default!r:.60} has no JSON form") from None
-            properties[key].update({} if parameter.default is None else {"default": parameter.default, **({"nullable": True} if type(None) in typing.get_args(hints.get(key)) else {})})
-        elif type(None) in typing.get_args(hints.get(key)):
-            function = functools.partial(function, **{key: None})  # Optional without a default
-        else:
+        properties[key] = {**_hint_schema(hint, where), **said, **notes.get(key, {})}
+        optional = type(None) in typing.get_args(hint)
+        if default is parameter.empty and optional:
+            function = functools.partial(function, **{key: None})
+        elif default is parameter.empty:
             required.append(key)
+        elif default is not None:
+            try:
+                _dumps(default)
+            except (TypeError, ValueError):
+                raise UserError(f"{where}: its default {default!r:.60} has no JSON form") from None
+            properties[key] |= {"default": default} | ({"nullable": True} if optional else {})
     return Tool(name, description, {"type": "object", "properties": properties, "required": required}, function, isolated)
 
 
