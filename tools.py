@@ -381,17 +381,19 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
     inner = schema["function"] if isinstance(schema, dict) and isinstance(schema.get("function"), dict) else schema
     if not isinstance(inner, dict) or "name" not in inner:
         raise UserError(f"tool schema {schema!r:.80}: must be an object with name, description and parameters")
-    path = inner.get("function") if function is None else function
-    if "parameters" not in inner and not isinstance(path, str) and (other := [key for key, value in inner.items() if isinstance(value, dict) and difflib.get_close_matches(key, ["parameters", "input_schema", "inputSchema"], 1)]):
-        raise UserError(f'tool {inner["name"]}: its parameters stand under {other[0]!r}; the key is "parameters"')
-    function, parameters, description = path, inner.get("parameters"), inner.get("description") or ""
-    if isinstance(path, str):
+    where, function = f"tool {inner['name']}", inner.get("function") if function is None else function
+    parameters, description = inner.get("parameters"), inner.get("description") or ""
+    if isinstance(function, str):
         if unknown := sorted(set(inner) - {"name", "description", "parameters", "function", "type", "strict"}):
-            raise UserError(f'tool {inner["name"]}: unknown key {unknown[0]!r}; it may have name, description, parameters and function')
-        function = import_by_name(path, f'tool {inner["name"]}')
+            raise UserError(f"{where}: unknown key {unknown[0]!r}; it may have name, description, parameters and function")
+        function = import_by_name(function, where)
         if parameters is None:  # then the function says what they are
             function = function if isinstance(function, Tool) else tool(function)
             parameters, description = function.parameters, description or function.description
+    elif "parameters" not in inner:
+        for key, value in inner.items():
+            if isinstance(value, dict) and difflib.get_close_matches(key, ["parameters", "input_schema", "inputSchema"], 1):
+                raise UserError(f'{where}: its parameters stand under {key!r}; the key is "parameters"')
     function = getattr(function, "function", function)  # that of a Tool
     return Tool(inner["name"], description, without_nulls(parameters) or {"type": "object", "properties": {}}, function)
 
