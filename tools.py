@@ -84,6 +84,7 @@ TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [
 JSON_TYPES = {kind for kinds in TYPES.values() for kind in kinds}
 HINTS = {str: {"type": "string"}, int: {"type": "integer"}, float: {"type": "number"}, bool: {"type": "boolean"},
          list: {"type": "array"}, dict: {"type": "object"}, type(None): {"type": "null"}, typing.Any: {}}
+UNIONS = typing.Union, types.UnionType  # Optional[int], int | str
 
 
 @dataclass(frozen=True)
@@ -311,21 +312,21 @@ def tool(function=None, *, isolated=True, name=None):
         raise UserError(f"tool {name}: {function!r:.60} is no plain function; write one that calls it, with type hints and a docstring")
     description, notes = _docstring(function)
     try:
-        hints, parameters = typing.get_type_hints(function, include_extras=True), inspect.signature(function).parameters
+        hints, said = typing.get_type_hints(function), typing.get_type_hints(function, include_extras=True)  # Annotated[int, "how many"]
+        parameters = inspect.signature(function).parameters
     except (NameError, SyntaxError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"tool {name}: {error}, in a type hint") from None
     if next(iter(parameters), "") in ("self", "cls"):
         raise UserError(f"tool {name}: it is a method; a tool is a plain function, which may call one")
     properties, required = {}, []
     for key, parameter in parameters.items():
-        where, hint, default, said = f"tool {name}: parameter {key}", hints.get(key, typing.Any), parameter.default, {}
+        where, hint, default = f"tool {name}: parameter {key}", hints.get(key, typing.Any), parameter.default
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise UserError(f"{where}: arguments come by name; * and / have no JSON form")
-        if typing.get_origin(hint) is typing.Annotated:  # Annotated[int, "how many"]
-            hint, *more = typing.get_args(hint)
-            said = {"description": text for text in more if isinstance(text, str)}
-        properties[key] = {**_hint_schema(hint, where), **said, **notes.get(key, {})}
-        optional = type(None) in typing.get_args(hint)
+        if optional := typing.get_origin(hint) in UNIONS and type(None) in typing.get_args(hint):  # it may be left out; what is given has one of the other types
+            hint = typing.Union[tuple(part for part in typing.get_args(hint) if part is not type(None))]
+        described = {"description": text for text in getattr(said.get(key), "__metadata__", ()) if isinstance(text, str)}
+        properties[key] = {**_hint_schema(hint, where), **described, **notes.get(key, {})}
         if default is parameter.empty and optional:
             function = functools.partial(function, **{key: None})
         elif default is parameter.empty:
@@ -339,19 +340,16 @@ def tool(function=None, *, isolated=True, name=None):
     return Tool(name, description, {"type": "object", "properties": properties, "required": required}, function, isolated)
 
 
-def _hint_schema(hint, where, inside=False):
-    kind = typing.get_origin(hint) or hint
-    inner = [part for part in typing.get_args(hint) if part is not type(None)]
-    if type(None) in typing.get_args(hint) and len(inner) == 1 and not inside:  # Optional[X]: the argument may be left out
-        return _hint_schema(inner[0], where)
-    if kind in (typing.Union, types.UnionType):
-        return {"anyOf": [_hint_schema(part, where, True) for part in typing.get_args(hint)]}
+def _hint_schema(hint, where):
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in UNIONS:
+        return {"anyOf": [_hint_schema(part, where) for part in inner]}
     if kind is typing.Literal:
-        return {**(HINTS.get(type(inner[0]), {}) if len(set(map(type, inner))) == 1 else {}), "enum": inner}
+        return {**(HINTS.get(type(inner[0]), {}) if len(set(map(type, inner))) == 1 else {}), "enum": list(inner)}
     if kind not in HINTS:
         raise UserError(f"{where}: type {hint} has no JSON form; use str, int, float, bool, dict, list[...] or Literal")
     if kind in (list, dict) and inner:  # list[X], dict[str, X]
-        return {**HINTS[kind], "items" if kind is list else "additionalProperties": _hint_schema(typing.get_args(hint)[-1], where, True)}
+        return {**HINTS[kind], "items" if kind is list else "additionalProperties": _hint_schema(inner[-1], where)}
     return {**HINTS[kind]}
 
 
