@@ -60,17 +60,21 @@ def run(function, arguments=None, **options):
     ("15% of 200", 30), ("15%", 0.15), ("200 + 10%", 200.1), ("15 / 100 * 200", 30), ("100 / 5%", 2000),
     ("(5 + 5)%", 0.1), ("50% - 10%", 0.4), ("17 % (3)", 2), ("17 % sqrt(9)", 2), ("15% x 200", 30), ("$12.50 + €3", 15.5),
     ("2 + 2 =", 4), ("2 + 2 = ?", 4), ("2+2=?  ", 4), ("3 x 4", 12), ("3x4", 12), ("3 x -4", -12), ("2 x sqrt(9)", 6),
-    ("max(1,000, 2,000)", 2000), ("max(1,000 , 2,000)", 2000), ("min(2,500 ,3,000)", 2500), ("max(1,000,\n2,000)", 2000), ("max(12,500, 3,000)", 12500), ("min(12,500, 13)", 13), ("max(1,500, 900) + 2", 1502), ("round(1,234.6)", 1235), ("round(1,234.567,1)", 1234.6), ("min(1,234)", 1), ("sqrt(1,000,000)", 1000), ("abs(-1,234)", 1234), ("round(1,234.567, 1)", 1234.6),
+    ("max(1,000, 2,000)", 2000), ("max(1,000 , 2,000)", 2000), ("min(2,500 ,3,000)", 2500), ("max(1,000,\n2,000)", 2000), ("max(12,500, 3,000)", 12500), ("min(12,500, 13)", 13), ("max(1,500, 900) + 2", 1502), ("round(1,234.6)", 1235), ("round(1,234.567,1)", 1234.6), ("sqrt(1,000,000)", 1000), ("abs(-1,234)", 1234), ("round(1,234.567, 1)", 1234.6),
     ("1.0x5", 5), ("max(√16, 3)", 4), ("min(sqrt 9, 2)", 2), ("sqrt 1,600", 40), ("20percent of 50", 10), ("20 percent of 50", 10), ("5\xa0+\xa03", 8), ("√16", 4), ("5 — 3", 2), ("2 • 3", 6), ("¥500 * 2", 1000), ("15 % -4", -1), ("5% - 3", -2.95), ("0.1 + 0.2", 0.3), ("6/2", 3),
     ("1/3", 0.3333333333), ("1/3*3", 1), ("0.5 + 0.5", 1), (".5 * 4", 2), ("5.", 5), ("007 + 1", 8), ("1e3", 1000),
     ("round(2.567, 2)", 2.57), ("round(3.7)", 4), ("sqrt(2) ** 2", 2), ("8 ** (1/3)", 2), ("1000 * 1.05 ** 30", 4321.942375),
-    ("1000 * 1.00041666 ** 360", None), ("12345678.905 + 0", 12345678.905), ("100000000000 / 3", 33333333333.33),
+    ("1000 * 1.00041666 ** 360", 1161.795159), ("12345678.905 + 0", 12345678.905), ("100000000000 / 3", 33333333333.33),
     ("1 ** 99999999999", 1), ("0 * 5", 0), ("2 ** 200", 2 ** 200), ("10 ** 20 + 1", 10 ** 20 + 1), ("7.5 % 2", 1.5),
+    ("2(3+4)", 14), ("(1+2)(3+4)", 21), ("2√9", 6), ("2 sqrt(16)", 8), ("８＋２", 10), ("6－2", 4), ("8∕2", 4), ("8⁄2", 4), ("1 000 + 2", 1002),
+    ("1\xa0000 + 2", 1002), ("12 345 678 * 1", 12345678), ("7 mod 3", 1), ("=2+2", 4), ("₹5 * 2", 10), ("3 plus 4", 7), ("10 divided by 4", 2.5),
+    ("3 times 4 minus 2", 10), ("max(1,000, 2)", 1000), ("max(1,000,2)", 1000), ("round(2.5)", 2), ("min(5, 10, 15)", 5),
+    ("max($1,200,$900)", 1200), ("1,000 + 007", 1007), ("$1,234", 1234), ("2³²", 2 ** 32), ("10²³", 10 ** 23), ("10⁻² * 5", 0.05), ("100 / 10% of 50", 20),
+    ("2^50% of 4", 4), ("2 / 50% of 2^2", 1), ("20% of 50^2", 500), ("√1e4", 100), ("sqrt 1e4", 100),
 ])
 def test_calculate(expression, value):
     result = calculate(expression)
-    if value is not None:
-        assert result == value and type(result) is type(value)
+    assert result == value and type(result) is type(value)
 
 
 @pytest.mark.parametrize("expression", [
@@ -81,6 +85,7 @@ def test_calculate(expression, value):
     "round(1, 0.5)", "round(1, 999999999)", "1,23 + 1", "1.2.3", "1j", "pi", "(1, 2)", "2 ** 1e300", ".", "٣+١",
     "3x + 52", "3x-4", "①", "\x00", "1\ud8002", "1;2", "x", "of", "x x x", "%", "5 of", "**", "1**" * 333, "2**" * 300 + "2", "1" + "%" * 999 + "x",
     "9e999**9", "round(9e400*9e400*9e400, 100)", "1e" + "9" * 900, "eval(1)", "1_000", "abs(1", "abs)1(", "🙂", None, 5, b"1",
+    "1 2", "12 34", "1 0000", "3 4 + 2", "log2(8)", "x(3)", "2(", "mod 3", "0,125 * 8", "0,500 + 1", "3€50", "(16).sqrt", "(4).abs",
 ])
 def test_calculate_refuses_quickly(expression):
     start = time.monotonic()
@@ -118,7 +123,8 @@ def test_call_round_trip():
 
 @pytest.mark.parametrize("body, arguments", [
     ('{"name": "f", "arguments": {"a": 1}}', {"a": 1}), ('\n{\n "name": "f",\n "arguments": {\n"a": 1}\n}\n', {"a": 1}),
-    ('{"name": "f"}', {}), ('{"name": "f", "arguments": "{\\"a\\": 1}"}', {"a": 1}), ('{"arguments": {}, "name": "f"}', {}),
+    ('{"name": "f"}', {}), *(('{"name": "f", "arguments": ' + nothing + "}", {}) for nothing in ("null", '""', '" "', "{}")),
+    ('{"name": "f", "arguments": "{\\"a\\": 1}"}', {"a": 1}), ('{"arguments": {}, "name": "f"}', {}),
     ('{"name": "f", "arguments": {"a": [1, 2, ], }, }', {"a": [1, 2]}),
     ('{"name": "f", "arguments": {"a": ",}", "b": "x,]\\",}",},}', {"a": ",}", "b": 'x,]",}'}),
 ])
@@ -138,6 +144,7 @@ def test_parse_accepts(body, arguments):
     tagged('{"name": "search", "arguments": {"query": "</tool_call>"}}'), tagged('{"name": "f", , }'), tagged('{,}'),
     tagged('{"name": "search", "arguments": {"query": "<tool_call>{\\"name\\": \\"f\\"}</tool_call>"}}'),
     tagged('{"name": "f", "arguments": {"a": ' + "9" * 9000 + "}}"), tagged('{"name": "f", "arguments": {"a": "' + "x" * 200_000 + '"}}'),
+    *(tagged('{"name": "f", "arguments": ' + arguments + "}") for arguments in ("{,}", '{"a": [,]}', '{"a": [1,,]}', '{"\\ud800": 1, "\\ud801": 2}')),
 ])
 def test_parse_refuses(text):
     calls, errors = parse_calls(text)
@@ -784,11 +791,6 @@ def test_a_module_that_exits_is_one_line(tmp_path, monkeypatch):
         tool_from_schema({"name": "x", "function": "leaves:f"})
 
 
-def test_hexadecimal_is_no_product_with_zero():
-    with pytest.raises(ToolError, match="0x10"):
-        calculate("0x10 + 1")
-
-
 # ---------------------------------------------------------------- schemas of several parts, and references
 
 def problems(parameters, arguments):
@@ -831,17 +833,6 @@ def test_a_tool_may_run_tools():
     def agent(q: str) -> int:
         return execute(Call("add", {"a": 1, "b": 2}), [add]).value
     assert execute(Call("agent", {"q": "x"}), [agent]).value == 3
-
-
-@pytest.mark.parametrize("expression, value", [("max($1,200,$900)", 1200), ("$12.50 + €3", 15.5), ("1,000 + 007", 1007), ("$1,234", 1234)])
-def test_currency_signs_separate(expression, value):
-    assert calculate(expression) == value
-
-
-@pytest.mark.parametrize("expression", ["0,125 * 8", "0,500 + 1", "3€50", "(16).sqrt", "(4).abs"])
-def test_what_is_no_arithmetic_is_not_guessed(expression):
-    with pytest.raises(ToolError):
-        calculate(expression)
 
 
 def test_hints_of_several_types_and_sections_of_other_names():
@@ -953,13 +944,7 @@ def test_signatures_of_combined_and_odd_schemas(parameters, shown):
     assert Tool("f", "Half \ud800.", parameters).signature() == f"f({shown}) - Half \ufffd."
 
 
-@pytest.mark.parametrize("expression, value", [("2³²", 2 ** 32), ("10²³", 10 ** 23), ("10⁻² * 5", 0.05), ("100 / 10% of 50", 20), ("2^50% of 4", 4), ("2 / 50% of 2^2", 1),
-                                               ("20% of 50^2", 500), ("√1e4", 100), ("sqrt 1e4", 100)])
-def test_superscripts_and_percents_of_something(expression, value):
-    assert calculate(expression) == value
-
-
-@pytest.mark.parametrize("expression, message", [("100 / 10% of (20 + 30)", "brackets around '10% of"), ("sqrt(1, 2)", "sqrt does not take 2 numbers"), ("min()", "min does not take 0"),
+@pytest.mark.parametrize("expression, message", [("0x10 + 1", "0x10"), ("100 / 10% of (20 + 30)", "brackets around '10% of"), ("sqrt(1, 2)", "sqrt does not take 2 numbers"), ("min()", "min does not take 0"),
                                                  ("sqrt(-1)", "negative number has no such root"), ("(-8)**0.5", "negative number has no such root"), (" ", "is empty")])
 def test_what_the_calculator_says(expression, message):
     assert message in execute(Call("calculator", {"expression": expression}), BUILTIN).message
@@ -1074,12 +1059,6 @@ def test_schemas_as_they_are_found():
         made(properties={"x": {"$ref": "#/$defs/C"}})
 
 
-@pytest.mark.parametrize("arguments", ["{,}", '{"a": [,]}', '{"a": [1,,]}', '{"\\ud800": 1, "\\ud801": 2}'])
-def test_what_is_no_trailing_comma(arguments):
-    calls, errors = parse_calls(f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>')
-    assert not calls and len(errors) == 1
-
-
 # ---------------------------------------------------------------- constrained decoding
 
 ODD = [tool_from_schema({"name": name, "description": "d", "parameters": parameters}) for name, parameters in {
@@ -1167,30 +1146,11 @@ def test_one_schema_asked_twice_of_one_place():
     assert not tools._problems({"t": {"a": 1}}, own) and tools._problems({"t": {"a": "x"}}, own)
 
 
-@pytest.mark.parametrize("expression, value", [("2(3+4)", 14), ("(1+2)(3+4)", 21), ("2√9", 6), ("８＋２", 10), ("6－2", 4), ("8∕2", 4), ("8⁄2", 4), ("1 000 + 2", 1002), ("1\xa0000 + 2", 1002), ("12 345 678 * 1", 12345678),
-                                               ("7 mod 3", 1), ("=2+2", 4), ("₹5 * 2", 10), ("3 plus 4", 7), ("10 divided by 4", 2.5), ("3 times 4 minus 2", 10), ("max(1,000, 2)", 1000), ("max(1,000,2)", 1000),
-                                               ("round(2.5)", 2), ("min(5, 10, 15)", 5), ("2 sqrt(16)", 8)])
-def test_more_spellings(expression, value):
-    assert calculate(expression) == value
-
-
-@pytest.mark.parametrize("expression", ["1 2", "12 34", "1 0000", "3 4 + 2", "log2(8)", "x(3)", "2(", "mod 3"])
-def test_what_is_no_spelling(expression):
-    with pytest.raises(ToolError):
-        calculate(expression)
-
-
 @pytest.mark.parametrize("kind, good, bad", [("STRING", "x", 1), ("str", "x", 1), ("int", 3, "x"), ("bool", True, "x"), ("list", [1], 1), ("Double", 1.5, "x")])
 def test_types_as_people_write_them(kind, good, bad):
     made = tool_from_schema({"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": kind}}}}, lambda a: "ok")
     assert execute(Call("f", {"a": good}), [made]).ok and execute(Call("f", {"a": bad}), [made]).error_type == "wrong_type"
     assert call_state('<tool_call>{"name": "f", "arguments": {"a": ' + json.dumps(good) + "}}</tool_call>", [made]) == "outside"
-
-
-def test_arguments_that_are_null_or_nothing():
-    for written in ("null", '""', '" "', "{}"):
-        assert parse_calls('<tool_call>{"name": "f", "arguments": ' + written + "}</tool_call>") == ([Call("f", {})], [])
-    assert parse_calls('<tool_call>{"name": "f", "arguments": []}</tool_call>')[1]
 
 
 def test_a_decorated_function_is_still_a_function():
