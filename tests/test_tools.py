@@ -2,6 +2,7 @@
 
 Wall-clock bounds stand only where hanging is the failure, and are generous.
 """
+import contextlib
 import dataclasses
 import faulthandler
 import functools
@@ -96,18 +97,11 @@ def test_calculate_refuses_quickly(expression):
 
 def test_calculate_only_gives_finite_numbers():
     pieces = ["9", "1.5", "**", "-", "%", "(", ")", "sqrt(", "/", "1e99", ",", "round(", " x ", "0", "//", "max("]
-    state = 1
+    rng = random.Random(1)
     for _ in range(3000):
-        expression = ""
-        for _ in range(8):
-            state = state * 6364136223846793005 % 2 ** 64
-            expression += pieces[state >> 60]
-        try:
-            value = calculate(expression)
-        except ToolError:
-            continue
-        assert type(value) in (int, float) and abs(value) < float("inf")
-        json.dumps(value)
+        with contextlib.suppress(ToolError):
+            value = calculate("".join(rng.choices(pieces, k=8)))
+            assert type(value) in (int, float) and abs(value) < float("inf")
 
 
 # reading and writing calls
@@ -286,10 +280,6 @@ def test_tool_decorator():
         return [x, y]
     assert tool(bare).signature() == "bare(x: any, y?: integer)"
     assert run(bare, {"x": 1}).value == [1, None]
-
-    def odd(x: set): ...
-    with pytest.raises(UserError, match="odd.*x"):
-        tool(odd)
 
 
 def test_signature_of_nested_types():
@@ -699,18 +689,25 @@ def test_null_for_what_may_be_left_out():
     assert execute(Call("weather", {"city": "Paris", "sky": None}), BUILTIN).error_type == "unknown_argument"
 
 
-def test_functions_that_cannot_be_tools():
-    async def later(x: int) -> int:
-        return x
-
-    def star(*numbers: int):
-        return 0
-
-    def unknown(x: "NoSuchType"):  # noqa: F821
-        return 0
-    for function in (later, star, unknown):
-        with pytest.raises(UserError, match=function.__name__):
+def test_what_cannot_be_a_tool_says_why():
+    async def later(x: int): ...
+    def primes(n: int): yield n
+    def star(*numbers: int): ...
+    def method(self, x: int): ...
+    def painted(x=object()): ...
+    def odd(x: set): ...
+    def unknown(x: "NoSuchType"): ...  # noqa: F821
+    def broken(x: "in t"): ...  # noqa: F722
+    def absent(x: "os.nope"): ...
+    for function, message in ((later, "later: it is async"), (primes, "primes: it is .* a generator"), (star, "star: parameter numbers: arguments come by name"),
+                              (method, "method: it is a method"), (painted, "painted: parameter x: its default .* has no JSON form"),
+                              (odd, "odd: parameter x: type .*set.* has no JSON form"), *((f, f"{f.__name__}: .*in a type hint") for f in (unknown, broken, absent)),
+                              *((f, "is no plain function") for f in (functools.partial(print), max, dict, tool(lambda: 1, name="t"), 5))):
+        with pytest.raises(UserError, match=message):
             tool(function)
+    with pytest.raises(UserError, match="stand under 'paramters'; the key is \"parameters\""):
+        tool_from_schema({"name": "f", "paramters": {"type": "object", "properties": {}}})
+    assert tool_from_schema({"name": "f", "returns": {"type": "object", "properties": {"x": {"type": "integer"}}}}).parameters["properties"] == {}
 
 
 def test_a_built_in_offered_with_fewer_parameters_runs_and_with_other_values_does_not():
@@ -757,20 +754,6 @@ def test_search_says_nothing_rather_than_something_else():
     for query in ("which city is the capital of Nigeria", "why do we celebrate Christmas", "largest ocean", "is lavender toxic to dogs"):
         assert real(query) == [], query
     assert [real(query)[0]["title"] for query in ("Eiffel Tower height", "who painted the Mona Lisa")] == ["Eiffel Tower", "Mona Lisa"]
-
-
-@pytest.mark.parametrize("function", [functools.partial(print), max, dict, tool(lambda: 1, name="t"), 5])
-def test_what_is_no_plain_function_is_refused(function):
-    with pytest.raises(UserError, match="is no plain function"):
-        tool(function)
-
-
-@pytest.mark.parametrize("hint", ["in t", "math.nope"])
-def test_hints_that_are_none(hint):
-    def odd(x): pass
-    odd.__annotations__["x"] = hint
-    with pytest.raises(UserError, match="in a type hint"):
-        tool(odd)
 
 
 def test_a_docstring_may_begin_with_its_arguments():
@@ -847,10 +830,6 @@ def test_hints_of_several_types_and_sections_of_other_names():
     assert pick.parameters["properties"]["x"] == {"anyOf": [{"type": "integer"}, {"type": "string"}], "description": "which one"}
     assert execute(Call("pick", {"x": "a", "y": None}), [pick]).value == "a None" and execute(Call("pick", {"x": 1}), [pick]).value == "1 5"
     assert execute(Call("pick", {"x": [1]}), [pick]).error_type == "wrong_type"
-    with pytest.raises(UserError, match="generator"):
-        @tool
-        def primes(n: int):
-            yield n
 
 
 @pytest.mark.parametrize("field, good, bad", [
@@ -972,23 +951,6 @@ def test_hints_inside_lists_and_dicts():
         return 1
     assert execute(Call("f", {"x": [1, None], "y": {"a": 1}}), {"f": f}).ok
     assert execute(Call("f", {"x": [1], "y": {"a": "b"}}), {"f": f}).message == "argument 'y.a' must be integer, not \"b\""
-
-
-def test_what_cannot_be_decorated_says_why():
-    class Colour:
-        red = object()
-
-    def painted(x=Colour.red):
-        """Paint."""
-
-    def method(self, x: int):
-        """A method."""
-    for function, message in ((painted, "parameter x: its default .* has no JSON form"), (method, "it is a method")):
-        with pytest.raises(UserError, match=message):
-            tool(function)
-    with pytest.raises(UserError, match="stand under 'paramters'; the key is \"parameters\""):
-        tool_from_schema({"name": "f", "paramters": {"type": "object", "properties": {}}})
-    assert tool_from_schema({"name": "f", "returns": {"type": "object", "properties": {"x": {"type": "integer"}}}}).parameters["properties"] == {}
 
 
 NUMPY = """Add two numbers.
