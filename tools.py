@@ -586,18 +586,18 @@ class _CallReader:
     STRING = tuple(re.compile(r'"(?:[^"\\<\x00-\x1f]|<(?!/?tool_call>)|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*' + end) for end in ('"', r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?"))
 
     def __init__(self, text):
-        self.text, self.at, self.known, self.depth = text, 0, {}, 0
+        self.text, self.at, self.root, self.known, self.depth = text, 0, ANYTHING, {}, 0
 
     def call(self, tools):
         if not tools:
             raise ValueError
         names = {_dumps(name): tool for name, tool in tools.items()}
         self.words("{", '"name"', ":")
-        schema = _whole(names[self.word(names)].parameters)
+        self.root = _whole(names[self.word(names)].parameters)
         self.words(",", '"arguments"', ":")
         if self.peek() != "{":
             raise ValueError
-        self.new_value(_resolved(schema, schema), schema)
+        self.new_value(self.root)
         self.words("}", "</tool_call>")
 
     def peek(self):
@@ -635,17 +635,17 @@ class _CallReader:
         self.at = found.end()
         return found[0]
 
-    def value(self, root, *schemas):
+    def value(self, *schemas):
         """A value of one of these schemas' kinds, the longest that is one."""
         self.peek()
-        end = max(self.end(schema, root) for schema in schemas)
+        end = max(map(self.end, schemas))
         if end == math.inf:
             raise _Unfinished
         if end < 0:
             raise ValueError
         self.at = end
 
-    def end(self, schema, root):
+    def end(self, schema):
         """Where a value of the schema's kind ends that begins here: -1 if there is none, inf if it may go on behind the text.
         No schema is asked twice of one place: alternatives that hold themselves would never end."""
         start = self.at
@@ -654,7 +654,7 @@ class _CallReader:
             self.depth += 1
             try:
                 if self.depth < MAX_DEPTH:  # else it could not be read again (`_clean`); each choice between alternatives counts, too
-                    self.new_value(_resolved(schema, root), root)
+                    self.new_value(schema)
                     end = self.at
             except _Unfinished:
                 end = math.inf
@@ -664,12 +664,13 @@ class _CallReader:
             self.at, self.known[start, id(schema)] = start, end
         return self.known[start, id(schema)]
 
-    def new_value(self, schema, root):
+    def new_value(self, schema):
+        schema = _resolved(schema, self.root)
         for part in reversed(schema.get("allOf", [])):
-            schema = {**_resolved(part, root), **schema}
+            schema = {**_resolved(part, self.root), **schema}
         types = _types(schema)
         if types is None:
-            types = {dict} if any("properties" in part for part in _parts(schema, root)) else JSON_TYPES
+            types = {dict} if any("properties" in part for part in _parts(schema, self.root)) else JSON_TYPES
         if schema.get("nullable") is True:
             types = types | {type(None)}
         first = self.text[self.at]
@@ -678,32 +679,32 @@ class _CallReader:
         elif choices := [x for x in [*schema.get("enum", []), *([schema["const"]] if "const" in schema else [])] if type(x) in types]:
             self.word({text for x in choices for text in (_dumps(x), json.dumps(x, ensure_ascii=False), *([str(int(x))] if type(x) is float and x.is_integer() else []))})
         elif "properties" not in schema and (alternatives := schema.get("anyOf") or schema.get("oneOf")):
-            self.value(root, *alternatives)
+            self.value(*alternatives)
         elif first == '"' and str in types:
             self.match(*self.STRING)
         elif first == "[" and list in types:
-            self.array(schema.get("items"), root)
+            self.array(schema.get("items"))
         elif first == "{" and dict in types:
-            self.object(schema, root)
+            self.object(schema)
         elif first in "-0123456789" and int in types:
             if not math.isfinite(float(self.match(*(self.NUMBER if float in types else self.INTEGER)))):
                 raise ValueError
         else:
             self.word(["true", "false"] * (bool in types))
 
-    def array(self, items, root):
+    def array(self, items):
         self.word("[")
         if self.peek() == "]":
             return self.word("]")
         while True:
-            self.value(root, items if isinstance(items, dict) else ANYTHING)
+            self.value(items if isinstance(items, dict) else ANYTHING)
             if self.word("],") == "]":
                 return
 
-    def object(self, schema, root):
+    def object(self, schema):
         """Each property at most once, in any order; it closes when none is missing that is required."""
-        properties, others = _properties(schema, root)
-        free, required, seen = others is not False, set(_required(schema, root)), set()
+        properties, others = _properties(schema, self.root)
+        free, required, seen = others is not False, set(_required(schema, self.root)), set()
         if not free:
             required &= properties.keys()  # what nobody can give
         self.word("{")
@@ -723,7 +724,7 @@ class _CallReader:
             if self.peek() == "n" and self.depth == 0 and name in properties and name not in required:
                 self.word(["null"])  # which leaves it out
             else:
-                self.value(root, properties.get(name, others if isinstance(others, dict) else ANYTHING))
+                self.value(properties.get(name, others if isinstance(others, dict) else ANYTHING))
             if self.word(["}"] * (required <= seen) + [","] * (free or len(left) > 1)) == "}":
                 return
             self.peek()
