@@ -671,10 +671,8 @@ class _CallReader:
         types = _types(schema)
         if types is None:
             types = {dict} if any("properties" in part for part in _parts(schema, self.root)) else JSON_TYPES
-        if schema.get("nullable") is True:
-            types = types | {type(None)}
         first = self.text[self.at]
-        if first == "n" and type(None) in types:
+        if first == "n" and schema.get("nullable") is True:
             self.word(["null"])
         elif choices := [x for x in [*schema.get("enum", []), *([schema["const"]] if "const" in schema else [])] if type(x) in types]:
             self.word({text for x in choices for text in (_dumps(x), json.dumps(x, ensure_ascii=False), *([str(int(x))] if type(x) is float and x.is_integer() else []))})
@@ -690,7 +688,7 @@ class _CallReader:
             if not math.isfinite(float(self.match(*(self.NUMBER if float in types else self.INTEGER)))):
                 raise ValueError
         else:
-            self.word(["true", "false"] * (bool in types))
+            self.word(["true", "false"] * (bool in types) + ["null"] * (type(None) in types))
 
     def array(self, items):
         self.word("[")

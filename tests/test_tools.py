@@ -1075,6 +1075,12 @@ def test_what_cannot_become_a_call(text):
     assert call_state("<tool_call>" + text[:-1], ODD) == "inside" or text.endswith(("</tool_call>", "<tool_call>"))
 
 
+@pytest.mark.parametrize("field", [{"enum": ["a", "b"]}, {"const": "a"}, {"anyOf": [{"type": "integer"}, {"type": "string"}]}, {"type": ["string", "null"], "enum": ["a"]}])
+def test_null_is_written_only_where_it_fits(field):
+    made = tool_from_schema({"name": "f", "parameters": {"type": "object", "properties": {"x": field}, "required": ["x"]}}, lambda x: 1)
+    assert call_state('<tool_call>{"name": "f", "arguments": {"x": n', [made]) == "invalid" and execute(Call("f", {"x": None}), [made]).error_type == "wrong_type"
+
+
 def test_call_state_is_quick_and_never_raises():
     start = time.monotonic()
     for text in ("[" * 30000, "[" * 100, '["' * 300, "-" * 9999, '{"x": ' * 5000):
