@@ -756,17 +756,6 @@ def test_search_says_nothing_rather_than_something_else():
     assert [real(query)[0]["title"] for query in ("Eiffel Tower height", "who painted the Mona Lisa")] == ["Eiffel Tower", "Mona Lisa"]
 
 
-def test_a_docstring_may_begin_with_its_arguments():
-    def odd(x: int, y: str = "a"):
-        """Args:
-            x: how many
-                of them
-            y: the word
-        """
-    fields = tool(odd).parameters["properties"]
-    assert (fields["x"]["description"], fields["y"]["description"]) == ("how many of them", "the word")
-
-
 def test_a_module_that_exits_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -987,23 +976,17 @@ GOOGLE = """Add two numbers.
     """
 
 
-@pytest.mark.parametrize("text", [NUMPY, REST, GOOGLE])
-def test_docstrings_of_three_styles(text):
+SHOWN = "add(x: integer (The first, and more.), y?: integer = 1 (The second.))"
+
+
+@pytest.mark.parametrize("text, shown", [*((text, SHOWN + " - Add two numbers.") for text in (NUMPY, REST, GOOGLE)),
+                                         (GOOGLE.removeprefix("Add two numbers.\n\n"), SHOWN),  # it begins with its arguments
+                                         (GOOGLE.replace("Add two numbers.", "Formula:\n    x + y"), SHOWN + " - Formula: x + y")])  # which is no section
+def test_docstrings_of_three_styles(text, shown):
     def add(x: int, y: int = 1):
         return x + y
     add.__doc__ = text
-    assert tool(add).signature("described") == "add(x: integer (The first, and more.), y?: integer = 1 (The second.)) - Add two numbers."
-
-
-def test_a_word_with_a_colon_is_no_section():
-    def f(x: int):
-        """Formula:
-        x + 1
-
-        Args:
-          x: first
-        """
-    assert tool(f).signature("described") == "f(x: integer (first)) - Formula: x + 1"
+    assert tool(add).signature("described") == shown
 
 
 def test_schemas_as_they_are_found():
