@@ -908,7 +908,7 @@ MAX_BITS = 3000  # of an exact number
 SPELLING = {**str.maketrans("×·⋅∙•÷∕⁄−–—", "*****///---"), ord("^"): "**", ord("√"): " sqrt ",
             **dict.fromkeys(map(ord, "$€£¥₹₩₽₺\xa0\u2009\u202f"), " ")}
 FULL_WIDTH = {0xFEE0 + code: code for code in range(33, 127)}
-WORDS = {"plus": "+", "minus": "-", "times": "*", "divided by": "/", "mod": "%", "modulo": "%"}
+WORDS = {"plus": "+", "minus": "-", "times": "*", "multiplied by": "*", "divided by": "/", "mod": "%", "modulo": "%"}
 PLAIN = r"\d[\d,]*(?:\.\d+)?"  # a number
 TOKEN = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?:\.\d*)?|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|\.percent|[a-z]+|\*\*|//|\S", re.ASCII)
 
