@@ -1094,12 +1094,9 @@ class Run:
                 shutil.rmtree(aside, ignore_errors=True)
             if dataclasses.asdict(self.config) != self.written:
                 self.write_config()  # what stood in for unusable data, and an adapter's rank and scale, are known now
-            for path in (self.folder / f"{name}.jsonl" for name in ("metrics", "timing", "samples")):
-                if path.exists():
-                    lines = read_lines(path, ["step"])
-                    if not all(isinstance(x["step"], int) for x in lines):
-                        raise UserError(f"{path}: a step is no number, the file is damaged")
-                    write_lines(path, [x for x in lines if x["step"] <= trainer.step])
+            for name in ("metrics", "timing", "samples"):
+                if (path := self.folder / f"{name}.jsonl").exists():
+                    write_lines(path, [x for x in read_lines(path, ["step"]) if x["step"] <= trainer.step])
             if self.config.wandb:
                 self.wandb = open_wandb(self.config, self.folder)
 
@@ -1234,16 +1231,16 @@ def provenance(seed):
 
 
 def read_lines(path, keys=()):
-    """The JSON lines of a log, objects with `keys`. A last line that a kill cut off is dropped; other damage is an error."""
+    """The JSON lines of a log, objects with `keys` (a "step" is a whole number). A last line that a kill cut off is dropped; other damage is an error."""
     out, lines = [], Path(path).read_bytes().split(b"\n") if Path(path).exists() else []  # not splitlines(): U+2028 is no end
     for number, line in enumerate(lines, 1):
         try:
             item = json.loads(line.decode())
         except (ValueError, RecursionError):
-            if number == len(lines):
+            if number == len(lines) and b'{"'.startswith(line[:2]):
                 break
             item = None
-        if not isinstance(item, dict) or not all(key in item for key in keys):
+        if not isinstance(item, dict) or not all(key in item for key in keys) or not isinstance(item.get("step", 0), int):
             raise UserError(f"{path}, line {number}: it is damaged")
         out.append(item)
     return out
@@ -1422,9 +1419,6 @@ def predict(args):
     stream = str(output).startswith(("/dev/std", "/dev/fd/", "/proc/")) or output.exists() and not output.is_file() and not output.is_dir()  # nothing to go on from
     try:
         finished = [] if stream else read_lines(output, ["id", "output"])
-        held = output.read_bytes() if not finished and not stream and output.is_file() else b""
-        if held.strip() and (b"\n" in held or not held.startswith(b'{"id": '[:len(held)])):  # else a first line that a kill cut off
-            raise UserError(output)
     except UserError as error:
         raise UserError(f"{error}: this is something else than answers; choose another --output, or mend it") from None
     model, tokenizer, config = model_of(args)
