@@ -1048,7 +1048,6 @@ class Run:
         torch.manual_seed(config.seed % 2 ** 63)
         self.written = {**dataclasses.asdict(config), **({"tau_f": before["tau_f"]} if before and "tau_f" in flat else {})}  # as config.json has it
         if self.rank == 0:
-            self.made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")  # held by this process, whatever ends it
             try:
@@ -1070,11 +1069,10 @@ class Run:
             if self.folder.exists():  # config.json is enough to go on from
                 raise Interrupted(str(self.folder)) from None
         elif error and self.rank == 0 and self.new and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb", ".lock"}:
-            if self.made:
-                shutil.rmtree(self.folder)
-            else:  # a link, a mounted volume, a folder with an older run's wandb/
-                for name in ("config.json", ".lock"):
-                    (self.folder / name).unlink(missing_ok=True)
+            for name in ("config.json", ".lock"):
+                (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a link, a mounted volume, a folder with wandb/
+                self.folder.rmdir()
 
     def write_config(self):
         write_json(self.folder / "config.json", {**dataclasses.asdict(self.config), "provenance": provenance(self.config.seed)})
