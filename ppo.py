@@ -939,7 +939,7 @@ def train(run):
             report, _ = evaluation.evaluate(model, tokenizer, held_out, max_new_tokens=config.max_new_tokens, style=config.tool_style, constrained=config.constrained, progress=False)
             log.update({f"eval_{name}": report["metrics"][name]["value"] for name in ("tool_accuracy", "format", "response_quality")})
         run.log(trainer.step, log, tokens=sum(sum(unit["mask"]) for unit in everything))
-        run.samples(trainer.step, [sample_line(group[0], tokenizer) for group in (groups or played)[:2]])
+        run.append("samples.jsonl", trainer.step, [sample_line(group[0], tokenizer) for group in (groups or played)[:2]])
 
     # 5. save
     run.save_model(model, tokenizer)

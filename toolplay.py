@@ -1148,9 +1148,8 @@ class Run:
         if self.rank:
             return
         metrics = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}  # JSON knows no NaN
-        for name, line in (("metrics.jsonl", metrics), ("timing.jsonl", {"tokens_per_s": round(speed, 1), "seconds": round(now, 2)})):
-            with open(self.folder / name, "a") as file:
-                file.write(json.dumps({"step": step, **line}) + "\n")
+        self.append("metrics.jsonl", step, [metrics])
+        self.append("timing.jsonl", step, [{"tokens_per_s": round(speed, 1), "seconds": round(now, 2)}])
         shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in SHOWN and v is not None}
         self.bar.set_postfix({**shown, "tok/s": f"{speed:.0f}"})
         if self.wandb:
@@ -1160,10 +1159,10 @@ class Run:
                 print(f"wandb: logging failed ({first_line(error)}); going on without it", file=sys.stderr)
                 self.wandb = None
 
-    def samples(self, step, lines):
-        """Append what the model said to samples.jsonl."""
+    def append(self, name, step, lines):
+        """Append to one of the folder's logs; every line says which step it is of."""
         if self.rank == 0:
-            with open(self.folder / "samples.jsonl", "a", encoding="utf-8", errors="backslashreplace") as file:
+            with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(json.dumps({"step": step, **line}, ensure_ascii=False) + "\n" for line in lines)
 
     def checkpoint(self, trainer):
