@@ -876,6 +876,8 @@ def imitation(config, tokenizer):
 
 def train(run):
     # Imported here so that this file alone gives the losses to anyone who copies it.
+    from tqdm import tqdm
+
     import eval as evaluation
     import lora
     import toolplay
@@ -904,8 +906,9 @@ def train(run):
     def play(of):
         """A rank's share of a round: for each of its prompts, episodes with what they earned."""
         chosen = [case for case in of for _ in range(config.samples)]
-        with lora.merged(model), run.counter("rollout", len(chosen)) as count:  # sampled from faster
-            episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen], temperature=config.temperature, style=config.tool_style, progress=count,
+        bar = tqdm(total=len(chosen), desc="ppo rollout", unit="episode", leave=False, disable=run.rank > 0, dynamic_ncols=True)
+        with lora.merged(model), bar:  # sampled from faster
+            episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen], temperature=config.temperature, style=config.tool_style, progress=bar.update,
                                         max_new_tokens=config.max_new_tokens, max_turns=config.max_turns, seed=f"{config.seed} round {round_}", batch_size=config.prompts * config.samples)
         units = [{"episode": e, "row": (e.ids, e.mask), "mask": e.mask, **dict(zip(("score", "parts"), reward(case, e)))}
                  for case, e in zip(chosen, episodes)]

@@ -1128,19 +1128,6 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    @contextlib.contextmanager
-    def counter(self, what, total):
-        """A function that shows on the bar how many more of `total` are done, for work inside a step."""
-        done, name = [0], self.config.method
-
-        def count(n):
-            done[0] += n
-            self.bar.set_description(f"{name} {what} {done[0]}/{total}", refresh=n > 0)
-        try:
-            yield count
-        finally:
-            self.bar.set_description(name)
-
     def log(self, step, metrics, tokens):
         """Append one line to metrics.jsonl (and the wall clock to timing.jsonl), show it on the bar, tell W&B."""
         now = time.time()
