@@ -1154,7 +1154,7 @@ class Run:
 
     def checkpoint(self, trainer):
         name, keys, *rest = np.random.get_state()
-        rng = gathered({"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        rng = gathered({"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
                         "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)})  # every generator's, of each rank
         if self.rank:
             return
@@ -1278,22 +1278,20 @@ def load_checkpoint(folder, trainer):
     try:
         tensors = load_file(folder / "trained.safetensors")
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trainer.parameters.items()}:
-            raise UserError(f"{folder}: the checkpoint is of another model or other adapters")
-        rng, counters = state["rng"][min(world_rank()[0], len(state["rng"]) - 1)], [state[key] for key in ("step", "updates", "skipped", "extra")]
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty: the checkpoint is of a run without loss scaling
-            trainer.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(rng["torch"])
-        for index, generator in enumerate(rng["cuda"][:torch.cuda.device_count()]):  # there may have been more
-            torch.cuda.set_rng_state(generator, index)
-        random.setstate(rng["python"])
-        np.random.set_state(rng["numpy"])
-    except UserError:
-        raise
+        optimizer, scaler, rngs, *counters = (state[key] for key in ("optimizer", "scaler", "rng", "step", "updates", "skipped", "extra"))
     except Exception as error:  # truncated or foreign files raise a dozen types
         raise UserError(f"{folder}: the checkpoint cannot be read ({first_line(error)}); delete it to start over") from None
+    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trainer.parameters.items()}:
+        raise UserError(f"{folder}: the checkpoint is of another model or other adapters")
     trainer.step, trainer.updates, trainer.skipped, trainer.extra = counters
+    trainer.optimizer.load_state_dict(optimizer)
+    if scaler:  # empty: the checkpoint is of a run without loss scaling
+        trainer.scaler.load_state_dict(scaler)
+    rng = rngs[min(world_rank()[0], len(rngs) - 1)]
+    torch.set_rng_state(rng["torch"])
+    torch.cuda.set_rng_state_all(rng["cuda"][:torch.cuda.device_count()])  # there may have been more
+    random.setstate(rng["python"])
+    np.random.set_state(rng["numpy"])
     with torch.no_grad():
         for name, p in trainer.parameters.items():
             p.copy_(tensors[name])
