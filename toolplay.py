@@ -1038,9 +1038,6 @@ class Run:
                 elif flat[key] != before[key] and key not in free:
                     raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(before[key])}, now {json.dumps(flat[key])}; "
                                     f"go on with the run's own config (python toolplay.py train {self.folder} --resume), or start a new run with --run_dir=...")
-            began, now = read_json(old, lambda value: value | {}, "start a new run").get("provenance"), provenance(config.seed)
-            if isinstance(began, dict) and (other := [key for key in ("packages", "threads") if began.get(key, now[key]) != now[key]]) and self.rank == 0:
-                print(f"{self.folder}: began with other {' and '.join(other)}: what it comes to may differ in the last digits", file=sys.stderr)
         if world_rank()[1] > 1:
             dist.barrier()  # every rank has looked before rank 0 writes
         random.seed(config.seed)
