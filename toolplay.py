@@ -1020,30 +1020,19 @@ class Run:
         self.config, self.rank = config, world_rank()[0]
         self.folder, self.resume, self.wandb, self.lock = Path(config.run_dir), resume, None, None
         self.device = pick_device(config.device)
-        flat = dataclasses.asdict(config)
-        old, before = self.folder / "config.json", None
-        self.new = not old.exists()
+        self.new = not (self.folder / "config.json").exists()
         ours = ("checkpoint", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "adapter", "model")
-        if not old.exists() and (foreign := [name for name in ours if (self.folder / name).exists()]):
+        if self.new and (foreign := [name for name in ours if (self.folder / name).exists()]):
             raise UserError(f"{self.folder}: it holds {foreign[0]}, but no config.json, so it is no run of Toolplay's; choose another place with --run_dir=...")
-        if old.exists():
-            if not resume:
-                raise UserError(f"{self.folder} already holds a run: continue it with --resume, or choose another place with --run_dir=...")
-            before = dataclasses.asdict(load_config(old))
-            free = ["run_dir", "wandb", "device", "micro_tokens"] + ["constrained"] * (config.method != "ppo")  # nothing that is trained or logged depends on these
-            free += ["tau_f"] * (not newest_checkpoint(self.folder))  # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
-            for key in flat:
-                if key in ("source", "mix") and before["fallback"] or key in ("lora_r", "lora_alpha", "lora_rslora") and config.start_from:
-                    setattr(config, key, before[key])  # what stood in when it began; the adapter's own
-                elif flat[key] != before[key] and key not in free:
-                    raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(before[key])}, now {json.dumps(flat[key])}; "
-                                    f"go on with the run's own config (python toolplay.py train {self.folder} --resume), or start a new run with --run_dir=...")
+        if not self.new and not resume:
+            raise UserError(f"{self.folder} already holds a run: continue it with --resume, or choose another place with --run_dir=...")
+        before = {} if self.new else self.same_config()
         if world_rank()[1] > 1:
             dist.barrier()  # every rank has looked before rank 0 writes
         random.seed(config.seed)
         np.random.seed(config.seed % 2 ** 32)
-        torch.manual_seed(config.seed % 2 ** 63)
-        self.written = {**dataclasses.asdict(config), **({"tau_f": before["tau_f"]} if before and "tau_f" in flat else {})}  # as config.json has it
+        torch.manual_seed(config.seed)
+        self.written = {**dataclasses.asdict(config), **{key: before[key] for key in before if key == "tau_f"}}  # as config.json has it
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")  # held by this process, whatever ends it
@@ -1053,7 +1042,7 @@ class Run:
                 raise UserError(f"{self.folder}: another process is training in it; wait for it, or choose another place with --run_dir=...") from None
             except OSError:
                 self.lock = None  # a file system without locks
-            if not old.exists():
+            if self.new:
                 self.write_config()
 
     def __enter__(self):
@@ -1070,6 +1059,19 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # a link, a mounted volume, a folder with wandb/
                 self.folder.rmdir()
+
+    def same_config(self):
+        """The config that the run began with, as a dict; UserError if this one differs from it in anything that must stay."""
+        before, config = dataclasses.asdict(load_config(self.folder / "config.json")), self.config
+        free = ["run_dir", "wandb", "device", "micro_tokens"] + ["constrained"] * (config.method != "ppo")  # nothing that is trained or logged depends on these
+        free += ["tau_f"] * (not newest_checkpoint(self.folder))  # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
+        for key, was in before.items():
+            if key in ("source", "mix") and before["fallback"] or key in ("lora_r", "lora_alpha", "lora_rslora") and config.start_from:
+                setattr(config, key, was)  # what stood in when it began; the adapter's own
+            elif (now := getattr(config, key)) != was and key not in free:
+                raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(was)}, now {json.dumps(now)}; "
+                                f"go on with the run's own config (python toolplay.py train {self.folder} --resume), or start a new run with --run_dir=...")
+        return before
 
     def write_config(self):
         write_json(self.folder / "config.json", {**dataclasses.asdict(self.config), "provenance": provenance(self.config.seed)})
@@ -1316,7 +1318,7 @@ def prepare_model(config, device):
                 layer.dropout.p = config.lora_dropout
                 config.lora_r, config.lora_alpha, config.lora_rslora = layer.r, layer.alpha, layer.rslora
         elif config.lora_r:
-            lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, dropout=config.lora_dropout, rslora=config.lora_rslora, seed=config.seed % 2 ** 63,
+            lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, dropout=config.lora_dropout, rslora=config.lora_rslora, seed=config.seed,
                           skip=config.lora_skip)
         elif config.lora_skip:
             lora.freeze_lowest(model, config.lora_skip)
