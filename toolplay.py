@@ -1384,9 +1384,7 @@ def read_tools(path, more=()):
         return {**BUILTIN, **load_tools(more)}
     sys.path.append(str(Path(path).resolve().parent))  # so that its functions can stand beside it
     try:
-        listed = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        listed = listed["tools"] if isinstance(listed, dict) and set(listed) == {"tools"} else listed
-        return load_tools({} if listed is None else listed)  # which says that null is no list
+        return load_tools(json.loads(Path(path).read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
