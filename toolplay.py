@@ -1404,7 +1404,7 @@ def predict(args):
     tools = read_tools(args.tools, config.tools)
 
     def check(item):
-        if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item or isinstance(item["id"], float) and not math.isfinite(item["id"]):
+        if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item:
             raise UserError('a line is an object with "id" and "prompt" (or "messages")')
         key, messages, own = item["id"], data.messages_of(item), data.offered_in(item)
         if isinstance(own, list):  # a name, or a schema of that name, means the tool that is at hand
@@ -1417,7 +1417,7 @@ def predict(args):
         size = len(data.encode(conversation, tokenizer, config.tool_style, generation=True)[0])  # a chat template may refuse it
         if size >= context_of(model):
             raise UserError(f"the prompt has {size} tokens, the model knows {context_of(model)}: no room for an answer")
-        name = json.dumps(key, ensure_ascii=False)
+        name = json.dumps(key, ensure_ascii=False, allow_nan=False)
         name.encode()  # half a character cannot be written
         if name in ids:
             raise UserError(f"id {name} stands twice")
