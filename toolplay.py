@@ -1402,15 +1402,16 @@ def predict(args):
         raise UserError(f"{error}: this is something else than answers; choose another --output, or mend it") from None
     model, tokenizer, config = model_of(args)
     tools = read_tools(args.tools, config.tools)
+    known = {**BUILTIN, **tools}
 
     def check(item):
         if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item:
             raise UserError('a line is an object with "id" and "prompt" (or "messages")')
         key, messages, own = item["id"], data.messages_of(item), data.offered_in(item)
         if isinstance(own, list):  # a name, or a schema of that name, means the tool that is at hand
-            own = [tools[x] if isinstance(x, str) and x in tools else data.without_function(x) for x in own]
+            own = [known[x] if isinstance(x, str) and x in known else data.without_function(x) for x in own]
             if all(isinstance(x, (dict, Tool)) for x in own):
-                own = list(load_tools(own, {**BUILTIN, **tools}).values())
+                own = list(load_tools(own, known).values())
         conversation = data.check_conversation({"messages": messages, "tools": list(tools.values()) if own is None else own})
         if conversation["messages"][-1]["role"] not in ("user", "tool"):
             raise UserError("the last message must be the user's (or a tool result)")
