@@ -1620,13 +1620,12 @@ def demo_steps(run, n):
 def plot(folder, reports):
     """The loss curve and the before/after bars as a picture, if matplotlib is there; -> its path."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     lines = read_lines(Path(folder) / "metrics.jsonl")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), gridspec_kw={"width_ratios": [1, 1.4]})
+    figure = Figure(figsize=(11, 4), layout="tight")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.4])
     left.plot([x["step"] for x in lines], [x["loss"] for x in lines], color="#4477aa", label="training batch")
     if evaluated := [(x["step"], x["eval_loss"]) for x in lines if "eval_loss" in x]:
         left.plot(*zip(*evaluated), "o-", color="#cc3311", label="dev split")
@@ -1642,10 +1641,8 @@ def plot(folder, reports):
     right.legend(frameon=False, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # clear of the bars
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     path = Path(folder) / "demo.png"
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
 
 

@@ -45,7 +45,7 @@ def cases():
     if not path.exists():
         made = data.generate("test", N, 0, {"two_steps": 1}) + data.generate("test", N, 0, OTHERS)
         import toolplay
-        toolplay.write_atomic(path, lambda p: p.write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in made), encoding="utf-8"))
+        toolplay.write_lines(path, made)
     return path
 
 
@@ -149,11 +149,9 @@ def table():
 
 def plot():
     """The learning curves: PPO's over rounds, DPO's over steps."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
     from toolplay import read_lines
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     def curve(axis, folder, key, label, colour, smooth=5):
         values = [x[key] for x in read_lines(folder / "metrics.jsonl") if x.get(key) is not None]
@@ -162,7 +160,8 @@ def plot():
     colours = {"gae": "#4477aa", "rloo": "#cc3311", "grpo": "#228833", "dpo": "#4477aa"}
     for name, unit, methods, keys in (("ppo", "round", ("gae", "rloo", "grpo"), ("reward_new", "kl", "entropy", "learned_from")),
                                       ("dpo", "step", ("dpo",), ("rewards/margin", "rewards/accuracy", "logp/chosen", "logp/rejected"))):
-        figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6))
+        figure = Figure(figsize=(16, 3.6), layout="tight")
+        axes = figure.subplots(1, 4)
         for key, axis in zip(keys, axes):
             for method in methods:
                 for folder in sorted(RUNS.glob(f"{method}-[0-9]")):
@@ -170,14 +169,10 @@ def plot():
                         curve(axis, folder, key, None if method in axis.get_legend_handles_labels()[1] else method, colours[method])
             axis.set(title=f"{key}, moving mean of 5 {unit}s", xlabel=unit)
             axis.spines[["top", "right"]].set_visible(False)
-        if not axes[0].lines:
-            pyplot.close(figure)
-            continue
-        axes[0].legend(frameon=False)
-        figure.tight_layout()
-        figure.savefig(ROOT / "docs" / f"{name}.png", dpi=110)
-        pyplot.close(figure)
-        print(ROOT / "docs" / f"{name}.png")
+        if axes[0].lines:
+            axes[0].legend(frameon=False)
+            figure.savefig(ROOT / "docs" / f"{name}.png", dpi=110)
+            print(ROOT / "docs" / f"{name}.png")
 
 
 def main():

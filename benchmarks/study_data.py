@@ -57,46 +57,29 @@ def same_settings(folder, settings):
 
 def table(folder, options, seeds):
     """Markdown of mean and spread over the seeds, from the runs that are there; and the picture."""
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(CASES), figsize=(4.2 * len(CASES), 3.4), sharey=True)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(4.2 * len(CASES), 3.4), layout="tight")
+    axes = figure.subplots(1, len(CASES), sharey=True)
     print(f"| data | examples | {' | '.join(CASES)} |\n| --- | ---: |{' ---: |' * len(CASES)}")
-    points, alone = {}, len(options.sizes) == 1
-    for source in SOURCES:
-        for n in options.sizes:
+    for place, (source, colour) in enumerate(zip(SOURCES, ("#4477aa", "#cc3311", "#228833"))):
+        for at, n in enumerate(options.sizes):
             done = [score(folder, (source, n, seed), options) for seed in seeds if (folder / f"{source}-{n}-{seed}" / "functions.json").exists()]
             if not done:
                 continue
             cells = []
-            for what in CASES:
-                shares = [sum(run[what]) / len(run[what]) for run in done]
-                points.setdefault((what, source), []).append((n, shares))
+            for axis, what in zip(axes, CASES):  # a point for each seed, a bar for their mean
+                shares, x = [sum(run[what]) / len(run[what]) for run in done], at + 0.25 * place
                 cells.append(f"{statistics.mean(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})")
+                axis.bar(x, statistics.mean(shares), 0.22, color=colour, alpha=0.3)
+                axis.plot([x] * len(shares), shares, "o", color=colour, alpha=0.7, label=None if source in axis.get_legend_handles_labels()[1] else source)
             print(f"| {source} | {n} | {' | '.join(cells)} |")
-    if not points:
+    if not axes[0].lines:
         sys.exit(f"{folder}: no run there has been scored; run this without --table")
     for axis, what in zip(axes, CASES):
-        for place, (source, colour) in enumerate(zip(SOURCES, ("#4477aa", "#cc3311", "#228833"))):
-            found = points.get((what, source), [])
-            if alone:  # a point for each seed, a line for their mean
-                for n, shares in found:
-                    axis.plot([place] * len(shares), shares, "o", color=colour, alpha=0.7)
-                    axis.hlines(statistics.mean(shares), place - 0.25, place + 0.25, color=colour)
-            elif found:
-                x, seen = zip(*found)
-                axis.plot(x, [statistics.mean(shares) for shares in seen], "o-", color=colour, label=source)
-                axis.fill_between(x, [min(shares) for shares in seen], [max(shares) for shares in seen], color=colour, alpha=0.15, linewidth=0)
-        axis.set(title=f"call accuracy: {what}", ylim=(0, 1))
-        if alone:
-            axis.set_xticks(range(len(SOURCES)), SOURCES)
-            axis.set(xlabel=f"data, {options.sizes[0]} examples", xlim=(-0.6, len(SOURCES) - 0.4))
-        else:
-            axis.set(xlabel="examples", xscale="log", xticks=options.sizes)
-            axis.set_xticklabels(options.sizes)
-            axis.minorticks_off()
+        axis.set(title=f"call accuracy: {what}", xlabel="examples", ylim=(0, 1))
+        axis.set_xticks([at + 0.25 for at in range(len(options.sizes))], options.sizes)
         axis.spines[["top", "right"]].set_visible(False)
-    if not alone:
-        axes[0].legend(frameon=False)
-    figure.tight_layout()
+    axes[0].legend(frameon=False)
     figure.savefig(ROOT / "docs" / "data.png", dpi=110)
     print(f"\n{ROOT / 'docs' / 'data.png'}")
 
@@ -113,10 +96,9 @@ def main():
     options = parser.parse_args()
     folder, options.teacher = Path(options.folder).resolve(), str(Path(options.teacher).resolve())  # the runs' own place is the repository
     try:  # at once, not after two hours
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError:
         sys.exit("the picture needs matplotlib: ./setup.sh --test")
-    matplotlib.use("Agg")
     if not options.table:
         same_settings(folder, {"teacher": options.teacher, "steps": options.steps, "cases": options.cases})
         if not (Path(options.teacher) / "adapter").is_dir():
