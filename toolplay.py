@@ -1685,6 +1685,9 @@ def tour():
     main([verb, *rest])
 
 
+CONFIGURED = ("train", "demo", "trie")  # verbs that take --key=value for the keys of a config
+
+
 def build_parser():
     import argparse
     import eval as evaluation
@@ -1745,14 +1748,11 @@ def main(argv=None):
         if not argv:
             return tour()
         parser = build_parser()
-        spaced = [x for x in argv[1:] if argv[0] in ("train", "demo", "trie") and re.match(r"--\w+=.*\s", x, re.DOTALL)]  # argparse takes them for a config
+        spaced = [x for x in argv[1:] if re.match(r"--\w+=.*\s", x, re.DOTALL)] if argv[0] in CONFIGURED else []  # argparse takes them for a config
         args, rest = parser.parse_known_args([x for x in argv if x not in spaced])
-        rest += spaced
-        if not getattr(args, "command", None):
-            return parser.error(f"unknown argument {rest[0]}") if rest else parser.print_help()
-        args.overrides = [x for x in rest if args.verb in ("train", "demo", "trie")]
-        if rest and not args.overrides:
-            parser.error(f"unknown argument {rest[0]}")
+        args.overrides = rest + spaced
+        if not args.verb or args.overrides and args.verb not in CONFIGURED:
+            parser.error(f"unknown argument {(args.overrides or argv)[0]}")
         check_corpora()
         try:
             args.command(args)
