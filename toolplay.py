@@ -1511,18 +1511,20 @@ def trie(args):
 
 def validate(args):
     """Check the set-up: versions, tools, corpora, model, every config. Exit code 2 if anything is wrong."""
+    from packaging.requirements import Requirement
+
     def python():
         if not (3, 10) <= sys.version_info[:2] <= (3, 13):
             raise UserError(f"Python {sys.version.split()[0]}; Toolplay is tested on 3.10 to 3.13")
         return sys.version.split()[0]
 
-    def package(name, wanted):
+    def package(wanted):
         try:
-            found = importlib.metadata.version(name).split("+")[0]
+            found = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
             raise UserError("it is not installed; run ./setup.sh") from None
-        if found != wanted:
-            raise UserError(f"version {found} is installed, {wanted} is wanted; run ./setup.sh")
+        if not wanted.specifier.contains(found, prereleases=True):
+            raise UserError(f"version {found} is installed, {wanted.specifier} is wanted; run ./setup.sh")
         return found
 
     def tool(name, **arguments):
@@ -1545,10 +1547,8 @@ def validate(args):
         if missing := [p for p in (config.path, config.eval_path, config.start_from) if p and not Path(p).exists() and not glob.glob(p, recursive=True)]:
             return f"method {config.method}; {missing[0]} is not there (yet)"
         return f"method {config.method}"
-    pins = [re.fullmatch(r"([\w-]+)==([\w.]+)(?:; *python_version *(<|>=) *['\"]3\.(\d+)['\"])?", line.strip())
-            for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line and line[0] != "#"]
-    here = [pin for pin in pins if pin and (not pin[3] or (sys.version_info[1] < int(pin[4])) == (pin[3] == "<"))]
-    checks = [("python", python), *((pin[1], lambda pin=pin: package(pin[1], pin[2])) for pin in here),
+    pins = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1].isalpha()]
+    checks = [("python", python), *((pin.name, lambda pin=pin: package(pin)) for pin in pins if not pin.marker or pin.marker.evaluate()),
               ("calculator", lambda: tool("calculator", expression="17 * 23")), ("weather", lambda: tool("weather", city="Paris")),
               ("search", lambda: tool("search", query="Eiffel Tower")), ("templates", templates), ("model", model),
               *((path.name, lambda path=path: of_config(path)) for path in sorted((ROOT / "configs").glob("*.json")))]
@@ -1559,9 +1559,9 @@ def validate(args):
         except Exception as error:  # whatever is wrong belongs in the list
             problems += 1
             print(f"  WRONG  {name}: {first_line(error, 200)}")
-    print("everything is in order" if not problems else f"{problems} problem(s)")
     if problems:
-        raise SystemExit(2)
+        raise UserError(f"{problems} problem(s)")
+    print("everything is in order")
 
 
 def demo(args):
