@@ -1499,14 +1499,19 @@ def trie(args):
     totals = np.zeros(4)
     for n, batch in enumerate(batches):
         tokens, padded = sum(len(ids) for ids, _ in batch), len(batch) * max(len(ids) for ids, _ in batch)
-        made = Trie([list(ids) for ids, _ in batch])
-        nodes, heads = len(made), len({made.path[b][t - 1] for b, (ids, mask) in enumerate(batch) for t in range(1, len(ids)) if mask[t]})
+        nodes, heads = trie_size(batch)
         totals += (tokens, padded, nodes, heads)
         if n < 5:
             print(f"{n:5d}{len(batch):7d}{tokens:9d}{padded:9d}{nodes:8d}{heads:13d}{tokens / nodes:15.2f}")
     tokens, padded, nodes, heads = totals
     print(f"all {len(batches)} batches: {tokens:.0f} tokens ({padded:.0f} with padding) are {nodes:.0f} nodes: {tokens / nodes:.2f} times fewer "
           f"({padded / nodes:.2f} against padding); the output head runs on {heads:.0f} of them")
+
+
+def trie_size(rows):
+    """-> (how many nodes the rows have together, how many of them predict a trained token)."""
+    made = Trie([list(ids) for ids, _ in rows])
+    return len(made), len({made.path[b][t - 1] for b, (ids, mask) in enumerate(rows) for t in range(1, len(ids)) if mask[t]})
 
 
 def validate(args):

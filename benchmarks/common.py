@@ -186,12 +186,8 @@ def step_flops(model, units, budget):
     """{"nodes": N, "flops"} of one step on units (lists of rows): forward and backward as the docstring counts them."""
     import lora
     import toolplay
-    nodes = predicting = 0
-    for group in toolplay.micro_batches(units, budget):
-        rows = [row for u in group for row in units[u]]
-        trie = toolplay.Trie([list(ids) for ids, _ in rows])
-        nodes += len(trie)
-        predicting += len({trie.path[b][t - 1] for b, (ids, mask) in enumerate(rows) for t in range(1, len(ids)) if mask[t]})
+    groups = toolplay.micro_batches(units, budget)
+    nodes, predicting = map(sum, zip(*(toolplay.trie_size([row for u in group for row in units[u]]) for group in groups)))
     flops = 4 * predicting * model.get_output_embeddings().weight.numel()
     for name, layer in lora.lora_layers(model).items():
         first = ".layers.0.self_attn." in name and not name.endswith("o_proj")  # no input gradient there
