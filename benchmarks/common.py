@@ -2,8 +2,7 @@
 common.py - what the benchmarks share: sides in processes of their own, the clock, the memory, FLOPs and the machine's peak
 
 Each side of a comparison is a function of (folder, options) and runs in a fresh process, one after the other, never at
-once; the first role prepares what the others read. Memory is ru_maxrss of the process; "over model" is that peak less the
-resident size just after the model was loaded (Linux only).
+once; the first role prepares what the others read. Memory is ru_maxrss of the process.
 
 FLOPs of a training step of ours, for the share of the machine's matmul peak. N trie nodes, n of them predict a trained
 token (only there the head runs). A product of [N, in] with [in, out] is 2 N in out.
@@ -91,14 +90,9 @@ def cpu_name():
     return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.processor())
 
 
-def resident_mib():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def measured(losses, clock, loaded):
+def measured(losses, clock):
     """clock: the time at the start and after every step."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return {"losses": losses, "seconds": [b - a for a, b in zip(clock, clock[1:])], "peak_mib": peak, "over_model_mib": peak - loaded}
+    return {"losses": losses, "seconds": [b - a for a, b in zip(clock, clock[1:])], "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
 
 
 def tell(losses, clock):
@@ -125,12 +119,12 @@ def prepare_model(folder, options):
 
 
 def our_model(folder):
-    """-> (model with the prepared adapter, resident MiB)."""
+    """The model with the prepared adapter."""
     import lora
     import toolplay
     model, _ = toolplay.load_model(str(folder / "base"))
     lora.load_adapter(model, folder / "adapter")
-    return model, resident_mib()
+    return model
 
 
 def peer_model(folder):
@@ -140,7 +134,7 @@ def peer_model(folder):
     import transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
-    return model, transformers.AutoTokenizer.from_pretrained(folder / "base"), resident_mib()
+    return model, transformers.AutoTokenizer.from_pretrained(folder / "base")
 
 
 # What TRL's trainers are told, so that both sides do the same: AdamW, cosine to zero without warm-up, given order, fp32.
@@ -223,18 +217,17 @@ def against_peers(sides, options, what, tolerance):
         return options.batch_size / statistics.median(side["seconds"][WARM_UP:] or side["seconds"])
     us, peers = sides["ours"], [name for name in sides if name.startswith("trl")]
     speed, n, first = speed_of(us), min(COMPARED, options.steps), WARM_UP if options.steps > WARM_UP else 0
-    lines = [f"{'':<20}{what + '/s':>11}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}{'over model MiB':>16}{'ratio':>8}{'max loss diff':>15}"]
-    lines.append(f"{'toolplay':<20}{speed:>11.2f}{'':>8}{us['peak_mib']:>10.0f}{'':>8}{us['over_model_mib']:>16.0f}")
-    summary = {"per_s": {"ours": speed}, "speed_ratio": {}, "peak_ratio": {}, "over_model_ratio": {}, "max_loss_difference": {},
+    lines = [f"{'':<20}{what + '/s':>11}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}{'max loss diff':>15}"]
+    lines.append(f"{'toolplay':<20}{speed:>11.2f}{'':>8}{us['peak_mib']:>10.0f}")
+    summary = {"per_s": {"ours": speed}, "speed_ratio": {}, "peak_ratio": {}, "max_loss_difference": {},
                "share_of_matmul_peak": statistics.median(us["share_of_peak"][first:])}
     for name in peers:
         side = sides[name]
         theirs = summary["per_s"][name] = speed_of(side)
         ratio = summary["speed_ratio"][name] = speed / theirs
         peak = summary["peak_ratio"][name] = us["peak_mib"] / side["peak_mib"]
-        over = summary["over_model_ratio"][name] = us["over_model_mib"] / side["over_model_mib"]
         difference = summary["max_loss_difference"][name] = max(abs(a - b) for a, b in zip(us["losses"][:n], side["losses"][:n]))
-        lines.append(f"{name:<20}{theirs:>11.2f}{ratio:>7.2f}x{side['peak_mib']:>10.0f}{peak:>7.2f}x{side['over_model_mib']:>16.0f}{over:>7.2f}x{difference:>15.1e}")
+        lines.append(f"{name:<20}{theirs:>11.2f}{ratio:>7.2f}x{side['peak_mib']:>10.0f}{peak:>7.2f}x{difference:>15.1e}")
     info = sides["prepare"]
     lines += [
         "",

@@ -50,7 +50,7 @@ def ours(folder, options):
     config = toolplay.load_config({"method": "dpo", "lr": LR, "schedule": "cosine", "warmup": 0, "max_grad_norm": common.MAX_NORM,
                                    "batch_size": options.batch_size, "precision": "fp32", "device": "cpu"})
     pairs = json.loads((folder / "pairs.json").read_text())
-    model, loaded = common.our_model(folder)
+    model = common.our_model(folder)
     trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, options.steps)
 
     def answers(group):
@@ -72,13 +72,13 @@ def ours(folder, options):
         losses.append(toolplay.train_step(trainer, batch, loss, rows=lambda unit: list(unit[:2]))["loss"])
         clock.append(time.perf_counter())
         common.tell(losses, clock)
-    out = common.with_share_of_peak(common.measured(losses, clock, loaded), model, [[list(unit[:2]) for unit in batch] for batch in batches], config.micro_tokens, options.seed)
+    out = common.with_share_of_peak(common.measured(losses, clock), model, [[list(unit[:2]) for unit in batch] for batch in batches], config.micro_tokens, options.seed)
     return {**out, "seconds": [s + reference_s / len(batches) for s in out["seconds"]], "reference_s": reference_s}
 
 
 def trl(folder, options, checkpointing):
     """TRL's DPOTrainer on tokenised pairs."""
-    model, tokenizer, loaded = common.peer_model(folder)
+    model, tokenizer = common.peer_model(folder)
     import trl
     from datasets import Dataset
     pairs, columns = json.loads((folder / "pairs.json").read_text()), {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
@@ -94,7 +94,7 @@ def trl(folder, options, checkpointing):
             return dataset  # it is tokenised
     settings = trl.DPOConfig(**common.peer_settings(folder, options, LR, checkpointing), beta=BETA, loss_type=["sigmoid"])
     Given(model=model, args=settings, train_dataset=Dataset.from_dict(columns), callbacks=[callback], processing_class=tokenizer).train()
-    return {**common.measured(losses, clock, loaded), "versions": common.peer_versions()}
+    return {**common.measured(losses, clock), "versions": common.peer_versions()}
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def ours(folder, options):
     config = toolplay.load_config({"method": "sft", "lr": LR, "schedule": "cosine", "warmup": 0, "max_grad_norm": common.MAX_NORM,
                                    "batch_size": options.batch_size, "precision": "fp32", "device": "cpu"})
     rows = json.loads((folder / "rows.json").read_text())
-    model, loaded = common.our_model(folder)
+    model = common.our_model(folder)
     trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, options.steps)
     model.train()
 
@@ -56,12 +56,12 @@ def ours(folder, options):
         losses.append(toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1]))["loss"])
         clock.append(time.perf_counter())
         common.tell(losses, clock)
-    return common.with_share_of_peak(common.measured(losses, clock, loaded), model, [[[row] for row in batch] for batch in batches], config.micro_tokens, options.seed)
+    return common.with_share_of_peak(common.measured(losses, clock), model, [[[row] for row in batch] for batch in batches], config.micro_tokens, options.seed)
 
 
 def trl(folder, options, checkpointing):
     """TRL's SFTTrainer on tokenised rows. It takes `labels` as they are: -100 where the mask is 0."""
-    model, tokenizer, loaded = common.peer_model(folder)
+    model, tokenizer = common.peer_model(folder)
     import trl
     from datasets import Dataset
     rows = json.loads((folder / "rows.json").read_text())
@@ -71,7 +71,7 @@ def trl(folder, options, checkpointing):
     Trainer, callback = common.recorded(trl.SFTTrainer, losses, clock)
     settings = trl.SFTConfig(**common.peer_settings(folder, options, LR, checkpointing), packing=False, padding_free=False, shuffle_dataset=False)
     Trainer(model, settings, train_dataset=dataset, callbacks=[callback], processing_class=tokenizer).train()
-    return {**common.measured(losses, clock, loaded), "versions": common.peer_versions()}
+    return {**common.measured(losses, clock), "versions": common.peer_versions()}
 
 
 if __name__ == "__main__":
