@@ -40,7 +40,6 @@ def parser(description, **defaults):
     made = argparse.ArgumentParser(description=description)
     for name, value in {"seed": 0, "model": "smollm2-135m", **defaults}.items():
         made.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    made.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peers (default: this one)")
     made.add_argument("--out", help="also write everything to this JSON file")
     made.add_argument("--role", help=argparse.SUPPRESS)
     made.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -54,13 +53,12 @@ def run_roles(script, options, roles, wanted, text):
             sys.path.insert(0, str(ROOT))
         (options.folder / f"{options.role}.json").write_text(json.dumps(roles[options.role](options.folder, options)))
         return
-    settings = {k: v for k, v in vars(options).items() if k not in ("role", "folder", "out", "peer_python", "peers")}
+    settings = {k: v for k, v in vars(options).items() if k not in ("role", "folder", "out", "peers")}
     sides = {}
     with tempfile.TemporaryDirectory() as name:
         for role in wanted:
             print(f"{role} ...", file=sys.stderr)
-            python = options.peer_python if role.startswith("trl") else sys.executable
-            command = [python, str(Path(script).resolve()), f"--role={role}", f"--folder={name}", *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items())]
+            command = [sys.executable, str(Path(script).resolve()), f"--role={role}", f"--folder={name}", *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items())]
             if subprocess.run(command).returncode:
                 sys.exit(f"{role}: failed (see above)")
             sides[role] = json.loads(Path(name, f"{role}.json").read_text())
