@@ -50,7 +50,6 @@ def train(config, resume=False):
 
 def results(folder):
     """The bytes that must not depend on anything but config and seed."""
-    from pathlib import Path
     folder = Path(folder)
     files = [folder / "metrics.jsonl", *sorted((folder / "adapter").glob("*")), *sorted((folder / "model").glob("*"))]
     out = {str(f.relative_to(folder)): f.read_bytes() for f in files if not f.name.startswith(".")}  # a killed process may leave a temporary file
@@ -160,13 +159,6 @@ def test_resuming_a_finished_run_changes_nothing(config):
 
 # ---------------------------------------------------------------- what cannot be resumed
 
-def test_a_run_is_not_overwritten(config):
-    folder = train(config(steps=2))
-    with pytest.raises(UserError, match="--resume"):
-        Run(load_config(config(steps=2)))
-    assert (folder / "adapter").exists()
-
-
 def test_other_data_than_the_run_began_with_are_refused(config, tmp_path):
     lines = (Path(config()["path"])).read_text().splitlines()
     path = tmp_path / "mine.jsonl"
@@ -264,10 +256,7 @@ def test_pickles_are_not_run(checkpoint, tmp_path):
 
 
 def test_large_seeds(config):
-    try:
-        Run(load_config(config(seed=2 ** 40)))
-    except UserError as error:
-        assert "seed" in str(error)
+    Run(load_config(config(seed=2 ** 63 - 1)))
 
 
 def test_a_log_cut_in_mid_line(tmp_path):
