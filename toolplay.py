@@ -1071,6 +1071,9 @@ class Run:
             elif (now := getattr(config, key)) != was and key not in free:
                 raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(was)}, now {json.dumps(now)}; "
                                 f"go on with the run's own config (python toolplay.py train {self.folder} --resume), or start a new run with --run_dir=...")
+        began, here = read_json(self.folder / "config.json", lambda value: value | {}, "start a new run").get("provenance"), provenance(config.seed)
+        if isinstance(began, dict) and (other := [key for key in ("packages", "threads") if began.get(key, here[key]) != here[key]]) and self.rank == 0:
+            print(f"{self.folder}: began with other {' and '.join(other)}: what it comes to may differ in the last digits", file=sys.stderr)
         return before
 
     def write_config(self):

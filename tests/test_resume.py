@@ -343,6 +343,15 @@ def test_what_a_killed_process_was_writing_goes(config):
     assert {p.name for p in folder.iterdir() if p.name.startswith(".")} == {".mine"}
 
 
+def test_other_threads_are_said_on_resume(config, capsys):
+    folder = train(config(steps=2))
+    made = json.loads((folder / "config.json").read_text())
+    made["provenance"]["threads"] = 77
+    (folder / "config.json").write_text(json.dumps(made))
+    Run(load_config(config(steps=2)), resume=True)
+    assert "began with other threads: what it comes to may differ in the last digits" in capsys.readouterr().err
+
+
 def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
     run = Run(load_config(config()))
     trainer = Trainer(run.config, {"w": torch.nn.Parameter(torch.ones(2))}, 7)
