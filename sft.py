@@ -89,7 +89,7 @@ def train(run):
         run.log(trainer.step, info, tokens=sum(len(ids) for ids, _ in batch))
 
     # 5. save
-    if "best" not in trainer.extra:  # nothing to choose by, or never a finite evaluation
+    if "best" not in trainer.extra or not any((run.folder / name).is_dir() for name in ("adapter", "model")):  # nothing to choose by, never a finite evaluation, or the best are gone
         run.save_model(model, tokenizer)
     run.finish()
 
