@@ -1644,21 +1644,17 @@ def toolbench_observation(text, limit):
 
 def toolbench_files(path):
     """The files that a path means (one, a folder, a glob), each once, whatever links lead to it, and the others in its folders: read are *.json* there."""
-    waiting, seen, found, others = [path] if os.path.lexists(path) else glob.glob(str(path), recursive=True), set(), [], []
-    given = set(map(str, waiting))
-    while waiting:
-        name = str(waiting.pop())
-        folder, real = os.path.isdir(name), os.path.realpath(name)
-        if not folder and name not in given and ".json" not in os.path.basename(name).lower():
-            others.append(name)
-        elif real not in seen:
-            seen.add(real)
-            try:
-                waiting += Path(name).iterdir() if folder else []
-            except OSError:  # to be named
-                folder = False
-            found += [name] * (not folder)
-    return sorted(found), sorted(others)
+    found, others, walked = {}, set(), set()
+    for given in [path] if os.path.lexists(path) else glob.glob(str(path), recursive=True):
+        files = []
+        for folder, folders, names in os.walk(given, followlinks=True, onerror=lambda error: files.append(error.filename)):  # a file, or a folder that cannot be read
+            if os.path.realpath(folder) in walked:
+                folders.clear()  # a link that leads back
+            walked.add(os.path.realpath(folder))
+            files += [os.path.join(folder, name) for name in names if ".json" in name.lower()]
+            others.update(os.path.join(folder, name) for name in names if ".json" not in name.lower())
+        found = {os.path.realpath(file): file for file in files} | found
+    return sorted(found.values()), sorted(others - set(found.values()))
 
 
 def read_toolbench(path, fits=lambda conversation: True, report=None, questions=True):
@@ -1676,8 +1672,6 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
     kept, counts, damaged, noted, seen, calls_dropped = [], Counter(), {}, {name: "not read: its name has no .json" for name in others}, set(), 0
     for name in names:
         try:
-            if not os.path.isfile(name):
-                raise Unusable("it is no file that can be read")
             raw = Path(name).read_bytes()
             text = raw.decode("utf-8-sig")
             if not text.strip():
