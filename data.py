@@ -1440,26 +1440,23 @@ def toolbench_function(function):
     return {"name": name, "description": text, "parameters": {"type": "object", "properties": properties, "required": list(dict.fromkeys(known_as[name] for name in parameters.get("required") or [] if name in known_as))}}
 
 
-def toolbench_items(text, name):
-    """What a file of ToolBench holds -> (its items, each with the name of its shape, {line: why it is none}). JSON, or JSON lines."""
+def toolbench_items(text):
+    """What a file of ToolBench holds, JSON or JSON lines -> (its items, each with the name of its shape, {line: why it is none})."""
     shapes, bad = {"answer tree": "answer_generation", "dialogue": "conversations", "instruction": "api_list"}, {}
-
-    def shape_of(item):
-        return next((shape for shape, key in shapes.items() if isinstance(item, dict) and key in item), None)
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        content = []
+        content, why = [json.loads(text)], "it is none of ToolBench's shapes"
+    except (ValueError, RecursionError) as error:
+        content, why = [], str(error) if text.strip() else "it is empty"
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 content += [json.loads(line)] if line.strip() else []
             except (ValueError, RecursionError):
                 bad[number] = "it is no JSON"
-        content = [item for line in content for item in (line if isinstance(line, list) else [line])]
-        if ".jsonl" not in name.lower() and not any(map(shape_of, content)):
-            raise  # not lines, but one text that is damaged
-    items = content if isinstance(content, list) else [content]
-    return [(shape_of(item), item) for item in items], bad
+    items = [item for part in content for item in (part if isinstance(part, list) else [part])]
+    items = [(next((shape for shape, key in shapes.items() if isinstance(item, dict) and key in item), None), item) for item in items]
+    if not any(shape for shape, _ in items):
+        raise Unusable(why)
+    return items, bad
 
 
 def toolbench_functions(text):
@@ -1673,14 +1670,9 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
     for name in names:
         try:
             raw = Path(name).read_bytes()
-            text = raw.decode("utf-8-sig")
-            if not text.strip():
-                raise Unusable("it is empty")
-            items, bad = toolbench_items(text, name)
-            if not any(shape for shape, _ in items):
-                raise Unusable("it is none of ToolBench's shapes")
-        except (OSError, ValueError, RecursionError) as error:
-            damaged[name] = str(error)[:120] or type(error).__name__
+            items, bad = toolbench_items(raw.decode("utf-8-sig"))
+        except (OSError, ValueError) as error:
+            damaged[name] = str(error)[:120]
             continue
         damaged.update({f"{name}, line {number}": why for number, why in bad.items()})
         if raw.startswith(b"\xef\xbb\xbf"):

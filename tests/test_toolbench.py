@@ -477,10 +477,10 @@ def test_odd_schemas_and_names():
 
 def test_one_bad_line_in_a_json_file_of_lines(tmp_path):
     good = json.dumps({"api_list": [], "query": "Find a."})
-    items, bad = data.toolbench_items("{oops\n" + good + "\n" + good, "x.json")
+    items, bad = data.toolbench_items("{oops\n" + good + "\n" + good)
     assert len(items) == 2 and list(bad) == [1]
     with pytest.raises(ValueError):
-        data.toolbench_items('[1,\n2,\n{"a":', "x.json")
+        data.toolbench_items('[1,\n2,\n{"a":')
 
 
 def test_words_to_a_user_who_answers_stay_where_they_are(tmp_path):
