@@ -1562,58 +1562,52 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
         for tool in found:
             tools.setdefault(tool["name"], tool)  # of two of a name ToolBench runs the first
         names = {standard_name(name)[-64:]: name for name in reversed(tools)}
-        messages, dropped, unanswered, unended, clipped, finished, thoughts = [], 0, 0, 0, False, False, []
-        waiting = skipped = False  # the call before: waits for its result, or was left out with it
+        messages, thoughts, dropped, unended, clipped, finished = [], [], 0, 0, False, False
+        waiting = None  # the call before, until its result comes; {} if it was left out
         for role, text, call in steps:
-            if waiting and (role == "user" or call):  # a call without a result: no turn can follow it
-                messages.pop()
-                dropped, unanswered, waiting = dropped + 1, unanswered + 1, False
-            if role == "user" and messages and any(thoughts):  # words to the user, who answers
-                messages.append({"role": "assistant", "content": "\n".join(filter(None, thoughts))})
-                thoughts = []
+            if waiting and (role == "user" or call):  # it has no result, so no turn can follow it
+                dropped, waiting = dropped + 1, None
             if role == "user":
+                if messages and any(thoughts):  # words to the user, who answers
+                    messages.append({"role": "assistant", "content": "\n".join(filter(None, thoughts))})
+                    thoughts = []
                 messages.append({"role": "user", "content": text.strip().removesuffix("Begin!").strip()})
             elif role in ("function", "tool"):
                 if waiting:
                     content, cut = toolbench_observation(text, observation)
-                    messages.append({"role": "tool", "content": content})
+                    messages += [waiting, {"role": "tool", "content": content}]
                     clipped = clipped or cut
-                dropped += not (waiting or skipped)  # of a call that cannot be read
-                waiting, skipped = False, False
+                dropped += waiting is None  # of a call that cannot be read
+                waiting = None
             elif role == "assistant" and call is None:
                 thoughts.append(toolbench_text(text))
+            elif role == "assistant" and call[0] == "Finish":
+                given = toolbench_arguments(call[1] or "{}") or {}
+                answer, ends = toolbench_text(toolbench_typed(given.get("final_answer"), "string") or ""), str(given.get("return_type")).strip()
+                if ends == "give_up_and_restart":
+                    raise Unusable("it gives up, or its Finish is broken")
+                if finished := ends == "give_answer" and bool(answer):
+                    messages.append({"role": "assistant", "content": answer})
+                    break
+                unended, waiting, thoughts = unended + 1, {}, []  # ToolBench answers it with an error, and goes on
             elif role == "assistant":
-                name, arguments = call[0], toolbench_arguments(call[1] or "{}")
-                if name == "Finish":
-                    given = arguments or {}
-                    answer, ends = "" if given.get("final_answer") is None else given["final_answer"], str(given.get("return_type")).strip()
-                    answer = toolbench_text(answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False))
-                    if ends == "give_up_and_restart":
-                        raise Unusable("it gives up, or its Finish is broken")
-                    if finished := ends == "give_answer" and bool(answer):
-                        messages.append({"role": "assistant", "content": answer})
-                        break
-                    unended, skipped, thoughts = unended + 1, True, []  # ToolBench answers it with an error, and goes on
-                    continue
-                name = name if name in tools else names.get(standard_name(str(name))[-64:])
-                arguments = toolbench_repaired(arguments, tools[name]) if name and arguments is not None else None
+                name, given = call[0] if call[0] in tools else names.get(standard_name(str(call[0]))[-64:]), toolbench_arguments(call[1] or "{}")
+                arguments = toolbench_repaired(given, tools[name]) if name and given is not None else None
                 if arguments is None:
-                    dropped += 1  # a name that is not offered, no JSON, not what the function takes: never to be learned
+                    dropped, waiting = dropped + 1, {}  # a name that is not offered, no JSON, not what the function takes: never to be learned
                 else:
-                    messages.append({"role": "assistant", "content": "\n".join(filter(None, [*thoughts, toolbench_text(text)])), "tool_calls": [{"name": name, "arguments": arguments}]})
-                waiting, skipped, thoughts = arguments is not None, arguments is None, []
+                    waiting = {"role": "assistant", "content": "\n".join(filter(None, [*thoughts, toolbench_text(text)])), "tool_calls": [{"name": name, "arguments": arguments}]}
+                thoughts = []
             elif role != "system":
                 raise Unusable(f"a turn of an unknown role, {str(role)[:20]!r}")
         if not messages or messages[0]["role"] != "user" or not messages[0]["content"]:
             raise Unusable("nobody asks for anything")
         if dropped and not any(m.get("tool_calls") for m in messages):
-            raise Unusable("its calls have no results" if dropped == unanswered else "all its calls are broken or made up")
+            raise Unusable("all its calls are broken, made up or without a result")
         if not finished and shape != "instruction":
             raise Unusable("it gives up, or its Finish is broken" if unended else "no Finish: a step of a longer conversation, or cut off")
         return check_conversation({"kind": "toolbench", "messages": messages, "tools": list(tools.values())}), dropped + unended, clipped
-    except UserError as error:
-        raise Unusable(f"it is no conversation ({error})"[:120]) from None
-    except Unusable:
+    except (Unusable, UserError):
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise Damaged(f"it is damaged ({type(error).__name__}: {error})"[:120]) from None
@@ -1624,7 +1618,7 @@ def toolbench_observation(text, limit):
 
     ToolBench cuts the whole text at 1,024 characters and puts dots behind: what is left of it is unwrapped too.
     """
-    text, error = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False), ""
+    text, error = toolbench_typed(text, "string") or "", ""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -1634,7 +1628,7 @@ def toolbench_observation(text, limit):
                 error, text = json.loads(cut[1], strict=False), json.loads(f'"{cut[2]}"', strict=False)
     else:
         if isinstance(found, dict) and ("response" in found or set(found) == {"error"}):
-            error, text = (x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in (found.get("error") or "", "" if found.get("response") is None else found["response"]))
+            error, text = (toolbench_typed(x, "string") or "" for x in (found.get("error") or "", found.get("response")))
     said = f"{error} {text}".strip() if error else text
     return Result("", not error, said[:limit], message=said[:limit], max_chars=10 * limit).text(), len(said) > limit
 
