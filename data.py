@@ -1406,38 +1406,39 @@ def standard_name(text, reserved=RESERVED):
     return f"get_{name}" if name[:1].isdigit() else f"is_{name}" if name in reserved else name
 
 
+def toolbench_schema(name, description, fields, required):
+    """-> tool schema. fields: [(parameter, its schema)]; their names become standard ones, and of two of a name the first is meant."""
+    properties = {}
+    for key, field in fields:
+        properties.setdefault(standard_name(key) or key, field)
+    required = list(dict.fromkeys(standard_name(key) or key for key in required if key in dict(fields)))
+    return {"name": name, "description": description.strip(), "parameters": {"type": "object", "properties": properties, "required": required}}
+
+
 def toolbench_api(api):
     """An entry of an instruction's api_list -> tool schema; the name is that of the answers: api_for_tool, its last 64 characters."""
-    properties, required = {}, []
-    for key in ("required_parameters", "optional_parameters"):
-        for p in api.get(key) or []:
-            if (name := standard_name(p["name"]) or p["name"]) not in properties:  # of two of a name, the first
-                properties[name] = {"type": API_TYPES.get(str(p.get("type")).upper(), "string"), **({"description": p["description"]} if p.get("description") else {})}
-                required += [name] if key == "required_parameters" else []
-    return {"name": f"{standard_name(api['api_name'])}_for_{standard_name(api['tool_name'], ())}"[-64:], "description": (api.get("api_description") or "").strip(),
-            "parameters": {"type": "object", "properties": properties, "required": required}}
+    required, optional = (api.get(key) or [] for key in ("required_parameters", "optional_parameters"))
+    fields = [(p["name"], {"type": API_TYPES.get(str(p.get("type")).upper(), "string"), **({"description": p["description"]} if p.get("description") else {})}) for p in required + optional]
+    return toolbench_schema(f"{standard_name(api['api_name'])}_for_{standard_name(api['tool_name'], ())}"[-64:], api.get("api_description") or "", fields, [p["name"] for p in required])
 
 
 def toolbench_function(function):
-    """A function of an answer -> tool schema, its description without the wrapping. Names that are none, and types, become standard ones."""
-    wrapped = re.match(r'.*The description of this function is: "?(.*?)"?$', text := function.get("description") or "", re.DOTALL)
-    text = (wrapped[1] if wrapped else text).strip()
-    known, parameters = ("type", "description", "enum", "items", "default"), function.get("parameters") or {}
-
+    """A function of an answer -> tool schema, its description without the wrapping, its types standard ones."""
     def field(given):
-        kept = {key: given[key] for key in known if given.get(key) is not None and given[key] != []}
-        if "type" in kept and not isinstance(kept["type"], list) and kept["type"] not in TYPES:
-            kept["type"] = API_TYPES.get(str(kept["type"]).upper(), "string")
+        kept = {key: given[key] for key in ("type", "description", "enum", "items", "default") if given.get(key) is not None and given[key] != []}
+        kind = kept.get("type")
+        if "type" in kept and not isinstance(kind, list) and kind not in TYPES:
+            kind = kept["type"] = API_TYPES.get(str(kind).upper(), "string")
         if "default" in kept:  # numbers may be written as text, as in arguments
-            kept["default"] = toolbench_typed(kept["default"], kept.get("type"))
+            kept["default"] = toolbench_typed(kept["default"], kind)
         if isinstance(kept.get("enum"), list):
-            kept["enum"] = [toolbench_typed(x, kept.get("type")) for x in kept["enum"]]
+            kept["enum"] = [toolbench_typed(x, kind) for x in kept["enum"]]
         return kept
-    known_as = {name: standard_name(name) or name for name in parameters.get("properties") or {}}
-    properties = {known_as[name]: field(given) for name, given in reversed((parameters.get("properties") or {}).items())}  # of two of a name, the first
-    properties = {name: properties[name] for name in known_as.values()}
-    name = function["name"] if re.fullmatch(r"\w{64}", function["name"]) else standard_name(function["name"])[-64:]  # one of 64 characters is the end of a longer one
-    return {"name": name, "description": text, "parameters": {"type": "object", "properties": properties, "required": list(dict.fromkeys(known_as[name] for name in parameters.get("required") or [] if name in known_as))}}
+    wrapped = re.match(r'.*The description of this function is: "?(.*?)"?$', text := function.get("description") or "", re.DOTALL)
+    name, parameters = function["name"], function.get("parameters") or {}
+    name = name if re.fullmatch(r"\w{64}", name) else standard_name(name)[-64:]  # one of 64 characters is the end of a longer one
+    fields = [(key, field(given)) for key, given in (parameters.get("properties") or {}).items()]
+    return toolbench_schema(name, wrapped[1] if wrapped else text, fields, parameters.get("required") or [])
 
 
 def toolbench_items(text):
