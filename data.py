@@ -1659,8 +1659,6 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
     names, others = toolbench_files(path)
     if not names:
         raise UserError(f"{path}: no such file or folder, or no *.json in it")
-    if report and not Path(report).absolute().parent.is_dir():
-        raise UserError(f"--report {report}: there is no such folder")
     kept, counts, damaged, noted, seen, calls_dropped = [], Counter(), {}, {name: "not read: its name has no .json" for name in others}, set(), 0
     for name in names:
         try:
@@ -1925,8 +1923,8 @@ def main(argv=None):
         parser.error("--report, --max-tokens and --questions go with --toolbench")
     mix = SYNTHETIC if args.kind == "synthetic" else {args.kind: 1} if args.kind else None
     with one_line_errors():
-        if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        for file in filter(None, (args.out, args.report)):  # before the work
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
         if args.sample_replies:
             return sample_replies()
         if args.show or args.max_tokens:
