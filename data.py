@@ -996,13 +996,7 @@ STYLES = {"snake": lambda domain, words: "_".join(words), "camel": lambda domain
           "dotted": lambda domain, words: f"{domain}.{'_'.join(words)}"}
 MEANINGLESS = {"train": "func", "dev": "method", "test": "api"}
 NAMED = ["{n} {v}", "{n}: {v}", "{n} = {v}"]
-ALONE_TOO = re.compile("(on|for|from|to|with|at|by|under|until|via|as|using|before|after|since|through) ")  # phrases that may stand in any order
-LATER = {"return", "end", "until", "last", "to", "back"}  # words in the name of the second of two dates
-CLOSED = {"French", "Spanish", "English", "Italian", "Thai", "Norway", "France", "Germany", "Brazil", "Bolivia", "Ohio", "Mars", "Sirius", "Orion", "Monday", "EUR", "JFK", "Python", "Toyota", "P0300",
-          "Helvetica", "Catan", "XS", "BRCA1", "ATG", "Aa", "AS", "As", "AH", "PM10", "Europe/Berlin", "Bitcoin", "Kraken", "Europe", "Perseids", "M31"}  # of lists that hold all there is
 WHOLE = 0.5  # share of requests that are sentences written as a whole, where a function has some; the others are put together from phrases
-TEXTS = {"message", "description", "review", "body", "text", "comment", "reason", "why", "instructions", "phrase", "find", "replacement"}  # parameters that take sentences
-SINGLE = {"zones", "item_numbers", "eyepieces"}  # lists of numbers that may well hold one
 SAID_TOO = {"train": 0.1, "dev": 0.25, "test": 0.25}  # how often a phrase states an optional value; written sentences state more of them in train
 SHOWN = {"train": 0.95, "dev": 0.7, "test": 0.7}  # how often an offer has an optional parameter: to leave alone what nobody stated, has to be learned
 OFFERS = {"train": 900}  # different offers of either kind, one function and several; on the other splits every conversation has its own
@@ -1075,7 +1069,7 @@ class ApiWriter:
         """-> (the value in an argument, how a person may write it)."""
         rng = self.rng
         if isinstance(kind, list):
-            foreign = self.split == "train" and isinstance(kind[0], str) and kind[0][0].isupper() and not CLOSED & set(kind)
+            foreign = self.split == "train" and isinstance(kind[0], str) and kind[0][0].isupper() and not set(kind) & set(corpus("apis.json")["closed"])
             name = any_name(rng) if foreign and rng.random() < 0.08 else ""  # a name from anywhere: values are copied, not known by heart
             value = name if name[:1].isupper() else rng.choice(kind)
             return value, str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -1133,7 +1127,7 @@ class ApiWriter:
             return value, str(value).replace("_", " ")
         n = 1
         if parameter["type"] == "array":  # numbers: as many in every list of a request, for the two ends of a line have as many coordinates
-            n = self.length if parameter["items"] != "string" and canonical(parameter) not in SINGLE else self.rng.choice([1, 2, 2, 3])
+            n = self.length if parameter["items"] != "string" and canonical(parameter) not in corpus("apis.json")["single"] else self.rng.choice([1, 2, 2, 3])
         values, said = self.listed(parameter, n)
         return values if parameter["type"] == "array" else values[0], said
 
@@ -1206,7 +1200,7 @@ class ApiWriter:
                 made.append((p, self.styled(p, told[canonical(p)]), "") if canonical(p) in told else (p, *(self.plain(p) if whole else self.argument(p))))
         words = [word for _, value, _ in made for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
         counts = {len(values) for p, values, _ in made if p in varied}
-        dates = [(bool(LATER & set(canonical(p).split("_"))), value) for p, value, _ in made if p.get("values") == "date" and p["type"] == "string"]
+        dates = [(bool(set(corpus("apis.json")["later"]) & set(canonical(p).split("_"))), value) for p, value, _ in made if p.get("values") == "date" and p["type"] == "string"]
         backwards = any(a[0] < b[0] and a[1] > b[1] for a in dates for b in dates)
         if len(set(words)) < len(words) or len(counts) > 1 or backwards:  # from euros to euros; two people and three tables; back before one leaves
             return self.request(function, without, spread, template, like)
@@ -1215,7 +1209,7 @@ class ApiWriter:
             return fill(whole[0], {canonical(p): said for p, _, said in made}), arguments
         joint = varied if len(varied) == 2 else []  # these are said together, last
         phrases = [text for p, _, text in made if p not in joint]
-        if self.rng.random() < 0.2 and (self.named or all(map(ALONE_TOO.match, phrases))):  # people begin with what matters most, but not always
+        if self.rng.random() < 0.2 and (self.named or all(text.split(" ")[0] in corpus("apis.json")["anywhere"] for text in phrases)):  # people begin with what matters most, but not always
             self.rng.shuffle(phrases)
         phrases += [text for p, _, text in made if p in joint] + ["respectively"] * bool(joint)
         text = " ".join((template or self.rng.choice(function["requests"])).replace("{..}", self.together(phrases)).split())
@@ -1233,7 +1227,7 @@ class ApiWriter:
 
 def takes_text(parameter):
     """Whether a parameter takes whole sentences, whatever its variant is called."""
-    return parameter.get("called", parameter["name"])[-1] in TEXTS
+    return parameter.get("called", parameter["name"])[-1] in corpus("apis.json")["texts"]
 
 
 def canonical(parameter):
