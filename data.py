@@ -1200,7 +1200,8 @@ class ApiWriter:
                 made.append((p, self.styled(p, told[canonical(p)]), "") if canonical(p) in told else (p, *(self.plain(p) if whole else self.argument(p))))
         words = [word for _, value, _ in made for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
         counts = {len(values) for p, values, _ in made if p in varied}
-        dates = [(bool(set(corpus("apis.json")["later"]) & set(canonical(p).split("_"))), value) for p, value, _ in made if p.get("values") == "date" and p["type"] == "string"]
+        later = set(corpus("apis.json")["later"])
+        dates = [(not later.isdisjoint(canonical(p).split("_")), value) for p, value, _ in made if p.get("values") == "date" and p["type"] == "string"]
         backwards = any(a[0] < b[0] and a[1] > b[1] for a in dates for b in dates)
         if len(set(words)) < len(words) or len(counts) > 1 or backwards:  # from euros to euros; two people and three tables; back before one leaves
             return self.request(function, without, spread, template, like)
@@ -1209,7 +1210,8 @@ class ApiWriter:
             return fill(whole[0], {canonical(p): said for p, _, said in made}), arguments
         joint = varied if len(varied) == 2 else []  # these are said together, last
         phrases = [text for p, _, text in made if p not in joint]
-        if self.rng.random() < 0.2 and (self.named or all(text.split(" ")[0] in corpus("apis.json")["anywhere"] for text in phrases)):  # people begin with what matters most, but not always
+        # People begin with what matters most, but not always.
+        if self.rng.random() < 0.2 and (self.named or {text.split(" ")[0] for text in phrases} <= set(corpus("apis.json")["anywhere"])):
             self.rng.shuffle(phrases)
         phrases += [text for p, _, text in made if p in joint] + ["respectively"] * bool(joint)
         text = " ".join((template or self.rng.choice(function["requests"])).replace("{..}", self.together(phrases)).split())
@@ -1400,24 +1402,18 @@ def standard_name(text, reserved=RESERVED):
     return f"get_{name}" if name[:1].isdigit() else f"is_{name}" if name in reserved else name
 
 
-def toolbench_schema(name, description, fields, required):
-    """-> tool schema. fields: [(parameter, its schema)]; their names become standard ones, and of two of a name the first is meant."""
-    properties = {}
-    for key, field in fields:
-        properties.setdefault(standard_name(key) or key, field)
-    required = list(dict.fromkeys(standard_name(key) or key for key in required if key in dict(fields)))
-    return {"name": name, "description": description.strip(), "parameters": {"type": "object", "properties": properties, "required": required}}
-
-
 def toolbench_api(api):
     """An entry of an instruction's api_list -> tool schema; the name is that of the answers: api_for_tool, its last 64 characters."""
     required, optional = (api.get(key) or [] for key in ("required_parameters", "optional_parameters"))
-    fields = [(p["name"], {"type": API_TYPES.get(str(p.get("type")).upper(), "string"), **({"description": p["description"]} if p.get("description") else {})}) for p in required + optional]
-    return toolbench_schema(f"{standard_name(api['api_name'])}_for_{standard_name(api['tool_name'], ())}"[-64:], api.get("api_description") or "", fields, [p["name"] for p in required])
+    # Backwards and back: of two of a name, the first.
+    fields = {p["name"]: {"type": str(p.get("type")).upper(), "description": p.get("description") or None} for p in reversed(required + optional)}
+    parameters = {"properties": dict(reversed(fields.items())), "required": [p["name"] for p in required]}
+    name = f"{standard_name(api['api_name'])}_for_{standard_name(api['tool_name'], ())}"[-64:]
+    return toolbench_function({"name": name, "description": api.get("api_description"), "parameters": parameters})
 
 
 def toolbench_function(function):
-    """A function of an answer -> tool schema, its description without the wrapping, its types standard ones."""
+    """A function of an answer -> tool schema, its description without the wrapping. Names that are none, and types, become standard ones."""
     def field(given):
         kept = {key: given[key] for key in ("type", "description", "enum", "items", "default") if given.get(key) is not None and given[key] != []}
         kind = kept.get("type")
@@ -1428,11 +1424,15 @@ def toolbench_function(function):
         if isinstance(kept.get("enum"), list):
             kept["enum"] = [toolbench_typed(x, kind) for x in kept["enum"]]
         return kept
-    wrapped = re.match(r'.*The description of this function is: "?(.*?)"?$', text := function.get("description") or "", re.DOTALL)
-    name, parameters = function["name"], function.get("parameters") or {}
+    name, text, parameters, fields = function["name"], function.get("description") or "", function.get("parameters") or {}, {}
+    properties = parameters.get("properties") or {}
+    for key, given in properties.items():
+        fields.setdefault(standard_name(key) or key, field(given))  # of two of a name, the first
+    required = dict.fromkeys(standard_name(key) or key for key in parameters.get("required") or [] if key in properties)
+    wrapped = re.match(r'.*The description of this function is: "?(.*?)"?$', text, re.DOTALL)
+    text = (wrapped[1] if wrapped else text).strip()
     name = name if re.fullmatch(r"\w{64}", name) else standard_name(name)[-64:]  # one of 64 characters is the end of a longer one
-    fields = [(key, field(given)) for key, given in (parameters.get("properties") or {}).items()]
-    return toolbench_schema(name, wrapped[1] if wrapped else text, fields, parameters.get("required") or [])
+    return {"name": name, "description": text, "parameters": {"type": "object", "properties": fields, "required": list(required)}}
 
 
 def toolbench_items(text):
@@ -1591,7 +1591,8 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                 if arguments is None:
                     dropped, waiting = dropped + 1, {}  # a name that is not offered, no JSON, not what the function takes: never to be learned
                 else:
-                    waiting = {"role": "assistant", "content": "\n".join(filter(None, [*thoughts, toolbench_text(text)])), "tool_calls": [{"name": name, "arguments": arguments}]}
+                    said = "\n".join(filter(None, [*thoughts, toolbench_text(text)]))
+                    waiting = {"role": "assistant", "content": said, "tool_calls": [{"name": name, "arguments": arguments}]}
                 thoughts = []
             elif role != "system":
                 raise Unusable(f"a turn of an unknown role, {str(role)[:20]!r}")
@@ -1632,8 +1633,8 @@ def toolbench_files(path):
     """The files that a path means (one, a folder, a glob), each once, whatever links lead to it, and the others in its folders: read are *.json* there."""
     found, others, walked = {}, set(), set()
     for given in [path] if os.path.lexists(path) else glob.glob(str(path), recursive=True):
-        files = []
-        for folder, folders, names in os.walk(given, followlinks=True, onerror=lambda error: files.append(error.filename)):  # a file, or a folder that cannot be read
+        files = []  # begins with `given` itself if that is a file: what cannot be walked is to be read
+        for folder, folders, names in os.walk(given, followlinks=True, onerror=lambda error: files.append(error.filename)):
             if os.path.realpath(folder) in walked:
                 folders.clear()  # a link that leads back
             walked.add(os.path.realpath(folder))
