@@ -1010,8 +1010,8 @@ class ApiWriter:
 
     def __init__(self, split, rng, several, joined=False):
         self.split, self.rng = split, random.Random(f"{split} offer {rng.randrange(OFFERS.get(split, 10 ** 9))} {several}")
-        self.style = self.rng.choice(list(STYLES))
-        self.described, self.masked = self.rng.random() < 0.8, self.rng.random() < 0.1
+        style, self.described, self.masked = self.rng.choice(list(STYLES)), self.rng.random() < 0.8, self.rng.random() < 0.1
+        self.style = "snake" if self.masked else style
         self.domain, function = self.function()
         chosen = [(self.domain, function)]
         if several:  # near misses, and others
@@ -1020,7 +1020,7 @@ class ApiWriter:
         self.rng.shuffle(chosen)
         self.originals = [f for _, f in chosen]
         self.offered = [(d, shown, self.tool(d, shown)) for n, (d, f) in enumerate(chosen) for shown in [self.variant(f, n)]]
-        self.rng, self.joined, self.way, self.length = rng, joined, NAMED[0], 2  # joined: several requests make one prompt
+        self.rng, self.joined = rng, joined  # joined: several requests make one prompt
         self.named = not self.masked and rng.random() < 0.1  # values are pasted with their parameters' names: "party size: 4"
 
     def function(self):
@@ -1045,12 +1045,12 @@ class ApiWriter:
 
     def key(self, parameter):
         """A parameter's name in this style; dotted names have snake parameters."""
-        return STYLES["camel" if self.style == "camel" and not self.masked else "snake"]("", parameter["name"])
+        return STYLES["camel" if self.style == "camel" else "snake"]("", parameter["name"])
 
     def tool(self, domain, function):
         """-> the schema of a function's variant."""
         fields = self.fields(function["parameters"])  # drawn before the description
-        return {"name": STYLES["snake" if self.masked else self.style](domain["name"], function["shown"]), "description": self.rng.choice(function["descriptions"]),
+        return {"name": STYLES[self.style](domain["name"], function["shown"]), "description": self.rng.choice(function["descriptions"]),
                 "parameters": {"type": "object", **fields}}
 
     def fields(self, parameters):
@@ -1155,16 +1155,16 @@ class ApiWriter:
         return (", " if self.named or self.rng.random() < 0.25 else " ").join(phrases)
 
     def sentence(self, function):
-        """A whole sentence that was written for the function, with a slot for each value -> (it, the names of its slots, {name: value}
-        of what it says in words of its own: "with no stops"), or None: there is none for what this variant shows, or this request is
-        put together from phrases."""
+        """A whole sentence that was written for the function, with a slot for each value -> (it, the names of what it says, {name: value}
+        of what of that it says in words of its own: "with no stops"), or None: there is none for what this variant shows, or this
+        request is put together from phrases."""
         shown, found = {canonical(p) for p in function["parameters"]}, []
         for item in corpus("api_sentences.json")["sentences"].get("_".join(function["words"]), []):
             text, told = (item, {}) if isinstance(item, str) else item
             if told and self.joined and re.search("[.!?] ", text):
                 continue  # whose request such a sentence belongs to, nobody could tell
-            slots = set(re.findall(r"{(\w+)}", text))
-            found += [(text, slots, told)] if slots | set(told) <= shown else []
+            names = {*re.findall(r"{(\w+)}", text), *told}
+            found += [(text, names, told)] if names <= shown else []
         return self.rng.choice(found) if found and self.rng.random() < WHOLE else None
 
     def request(self, function, without=None, spread=1, template=None, like=()):
@@ -1174,20 +1174,21 @@ class ApiWriter:
         which are all said anew."""
         self.way, self.length = self.rng.choice(NAMED), self.rng.choice([2, 2, 3, 4])
         whole = self.sentence(function) if not without and not template else None
-        chosen = [p for p in function["parameters"] if (canonical(p) in whole[1] or canonical(p) in whole[2] if whole else p is not without and (p["required"] or self.key(p) in like or self.rng.random() < SAID_TOO[self.split]))]
+        text, names, told = whole or (template, (), {})
+        chosen = [p for p in function["parameters"] if (canonical(p) in names if whole else p is not without and
+                  (p["required"] or self.key(p) in like or self.rng.random() < SAID_TOO[self.split]))]
         spare = [p for p in function["parameters"] if not p["required"]]
         if not whole and function["words"][0] in ("modify", "update", "change") and spare and all(p["required"] for p in chosen):
             chosen.append(self.rng.choice(spare))  # a change that changes nothing is none
-        told = whole[2] if whole else {}
-        lists = any(p["type"] == "array" for p in chosen)  # which of its values belong to which call, nobody could tell
-        simple = [p for p in chosen if not lists and p["required"] and canonical(p) not in told and not takes_text(p)
+        simple = [p for p in chosen if p["required"] and canonical(p) not in told and not takes_text(p)
                   and p["type"] in ("string", "integer", "number") and "enum" not in p and p["values"] not in ("date", "time")]
         if whole:  # "rent a {model}" asks for one
-            simple = [p for p in simple if p["type"] == "string" and p["values"] != "person" and not re.search(rf"\b(a|an|the|that|this|its|my) (\w+ )?{{{canonical(p)}}}", whole[0])]
+            simple = [p for p in simple if p["type"] == "string" and p["values"] != "person" and not re.search(rf"\b(a|an|the|that|this|its|my) (\w+ )?{{{canonical(p)}}}", text)]
         else:  # "the {v} game" is one game, whoever plays
             simple = [p for p in simple if any(phrase.endswith("{v}") for phrase in p["phrases"])]
         varied = []
-        if spread > 1 and simple:  # by their names first: "for Ann and Bo", not "2.5 and 1.6 stars"
+        if spread > 1 and simple and not any(p["type"] == "array" for p in chosen):  # of a list nobody could tell which value belongs to which call
+            # By their names first: "for Ann and Bo", not "2.5 and 1.6 stars".
             varied = [self.rng.choice([p for p in simple if p["type"] == "string"] or simple)]
             rest = [p for p in simple if p is not varied[0]]
             varied += [self.rng.choice(rest)] if rest and not whole and self.rng.random() < 0.35 else []
@@ -1207,14 +1208,14 @@ class ApiWriter:
             return self.request(function, without, spread, template, like)
         arguments = [{self.key(p): value[n] if p in varied else value for p, value, _ in made} for n in range(max(counts, default=1))]
         if whole:
-            return fill(whole[0], {canonical(p): said for p, _, said in made}), arguments
+            return fill(text, {canonical(p): said for p, _, said in made}), arguments
         joint = varied if len(varied) == 2 else []  # these are said together, last
         phrases = [text for p, _, text in made if p not in joint]
         # People begin with what matters most, but not always.
         if self.rng.random() < 0.2 and (self.named or {text.split(" ")[0] for text in phrases} <= set(corpus("apis.json")["anywhere"])):
             self.rng.shuffle(phrases)
         phrases += [text for p, _, text in made if p in joint] + ["respectively"] * bool(joint)
-        text = " ".join((template or self.rng.choice(function["requests"])).replace("{..}", self.together(phrases)).split())
+        text = " ".join((text or self.rng.choice(function["requests"])).replace("{..}", self.together(phrases)).split())
         return re.sub(r" ([?.,!])", r"\1", text), arguments
 
     def others(self, n):
@@ -1266,11 +1267,12 @@ def api_calls(writer, function, tool):
 
 def api_conversation(kind, split, rng):
     """One conversation with invented functions: request, calls, mock results, answer; or a question back, or a refusal."""
-    writer, answers = ApiWriter(split, rng, {"api_one": False, "api_choice": True}.get(kind, rng.random() < 0.6), kind == "api_parallel"), corpus("answers.json")
+    answers, several = corpus("answers.json")["api"], {"api_one": False, "api_choice": True}.get(kind, rng.random() < 0.6)
+    writer = ApiWriter(split, rng, several, kind == "api_parallel")
     if len({tool["name"] for _, _, tool in writer.offered}) < len(writer.offered):
         return None
     domain, function, tool = rng.choice(writer.offered)
-    calls, results, reply, prompts = [], [], None, []
+    calls, results, family = [], [], ""
     if kind == "api_none":
         if near := rng.random() < 0.5:  # what a function of the same domain, not offered, would do
             function = rng.choice(domain["functions"])
@@ -1279,33 +1281,30 @@ def api_conversation(kind, split, rng):
             domain, function = max(writer.others(4 if split == "train" else 1), key=lambda one: (shapes & Counter(p["type"] for p in one[1]["parameters"])).total() / len(one[1]["parameters"]))
         if any(f is function for f in writer.originals) or (not near and any(d is domain for d, _, _ in writer.offered)):
             return None
-    family = f"{domain['name']}.{'_'.join(function['words'])}"
-    if kind == "api_none" and not near and rng.random() < 0.6:  # a request for one of the built-in tools, which are not offered
-        ask = rng.choice(["arithmetic", "everyday", "one_step", "weather", "weather", "search", "search", "search"])
-        made_up = getattr(Writer(split, rng), ask)()
-        if made_up is None:
-            return None
-        text, wanted, family, _ = made_up
-        if any((wanted[0].name if wanted else "none") in d.get("near", ()) for d, _, _ in writer.offered):
-            return None
-        prompts, reply = [text], rng.choice(answers["api"]["none"])
-    elif kind == "api_none":
-        prompts, reply = [writer.request(function)[0]], rng.choice(answers["api"]["none"])
+        if not near and rng.random() < 0.6:  # a request for one of the built-in tools, which are not offered
+            made = getattr(Writer(split, rng), rng.choice(["arithmetic", "everyday", "one_step", "weather", "weather", "search", "search", "search"]))()
+            if made is None or any(made[1][0].name in d.get("near", ()) for d, _, _ in writer.offered):
+                return None
+            text, _, family, _ = made
+        else:
+            text, _ = writer.request(function)
+        prompts, reply = [text], rng.choice(answers["none"])
     elif kind == "api_ask":
-        required = [p for p in function["parameters"] if p["required"] and p["type"] not in ("boolean", "object") and p["called"][0] not in ("to", "from", "for", "with", "by", "at", "on", "in")]
+        required = [p for p in function["parameters"] if p["required"] and p["type"] not in ("boolean", "object")
+                    and p["called"][0] not in ("to", "from", "for", "with", "by", "at", "on", "in")]
         if len(required) < 2:
             return None
         missing = rng.choice(required)
         prompts = [writer.request(function, missing)[0]]
         plural = missing["called"][-1].endswith("s") and not missing["called"][-1].endswith(("ss", "us"))
-        reply = fill(rng.choice([x for x in answers["api"]["ask"] if not (plural and " is " in x)]), {"what": " ".join(missing["called"])})
+        reply = fill(rng.choice([x for x in answers["ask"] if not (plural and " is " in x)]), {"what": " ".join(missing["called"])})
     else:
         prompts, calls, results = api_calls(writer, function, tool)
         if kind == "api_parallel" and len({json.dumps([c.name, c.arguments], sort_keys=True) for c in calls}) < max(len(calls), 2):
             return None
     prompt = prompts[0]
     if len(prompts) > 1:
-        joiner = rng.choice([x["text"] for x in of_split(answers["api"]["joined"], split) if not x["text"].startswith("Two ") or len(calls) == 2])
+        joiner = rng.choice([x["text"] for x in of_split(answers["joined"], split) if not x["text"].startswith("Two ") or len(calls) == 2])
         last = prompts[-1] if joiner.endswith("} {y}") else decapitalise(prompts[-1], calls)
         prompt = fill(joiner, {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": last})
     prompt = re.sub(r"\b(the|an?|my) (the|an?) ", r"\1 ", prompt)
@@ -1322,12 +1321,12 @@ def api_conversation(kind, split, rng):
         messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
         messages += [{"role": "tool", "content": format_result(Result(c.name, True, r))} for c, r in zip(calls, results)]
         said = "; ".join(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in r.items()) for r in results)
-        reply = fill(rng.choice(answers["api"]["done"]), {"result": said})
+        reply = fill(rng.choice(answers["done"]), {"result": said})
     if split == "train" and calls and rng.random() < 0.85:
         del messages[2:]
     else:
         messages.append({"role": "assistant", "content": reply})
-    return {"kind": kind, "family": family, "split": split, "messages": messages,
+    return {"kind": kind, "family": family or f"{domain['name']}.{'_'.join(function['words'])}", "split": split, "messages": messages,
             "tools": [tool for _, _, tool in writer.offered], "answer": None, "facts": {}}
 
 

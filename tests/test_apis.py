@@ -112,7 +112,7 @@ def test_questions_back_and_refusals(made):
     for c in made["train", "api_ask"]:
         assert "?" in c["messages"][1]["content"] or "tell me" in c["messages"][1]["content"]
     refused = [c for c in made["train", "api_none"] + made["test", "api_none"] if "." in c["family"]]
-    assert 0.5 < len(refused) / 210 < 0.8  # the others ask what the built-in tools are for, or just talk
+    assert 0.5 < len(refused) / 210 < 0.8  # the others ask what the built-in tools are for
     # One first word for each of the three decisions (a call, a question, a refusal): else a greedy choice favours the undivided one.
     for kind in ("api_ask", "api_none"):
         assert len({reply.split()[0] for reply in data.corpus("answers.json")["api"][kind.removeprefix("api_")]}) == 1
@@ -167,7 +167,7 @@ def test_a_whole_sentence_can_say_an_object_in_its_own_words():
             {"name": ["full", "name"], "type": "string", "description": ["name"], "required": True, "values": "person", "phrases": ["{v}"]}]},
         {"name": ["how", "fast"], "type": "string", "description": ["speed"], "required": False, "enum": ["by_land", "by_air"], "phrases": {"by_land": ["slowly"], "by_air": ["fast"]}}]}
     writer = data.ApiWriter("train", random.Random(0), False)
-    writer.sentence = lambda f: ("Send it to Bo Lind {how_fast}.", {"how_fast"}, {"to_whom": {"full_name": "Bo Lind"}})
+    writer.sentence = lambda f: ("Send it to Bo Lind {how_fast}.", {"to_whom", "how_fast"}, {"to_whom": {"full_name": "Bo Lind"}})
     for style, keys in (("camel", ("toWhom", "fullName", "howFast")), ("snake", ("to_whom", "full_name", "how_fast"))):
         writer.style, writer.masked = style, False
         text, [arguments] = writer.request(function)
