@@ -1387,7 +1387,7 @@ API_TYPES = {"NUMBER": "integer", "BOOLEAN": "boolean"}  # all others are string
 RESERVED = ("from", "class", "return", "false", "true", "id", "and")
 
 
-class Unusable(ValueError):
+class Unusable(UserError):
     """Why an item of a data set is left out, in a few words."""
 
 
@@ -1483,14 +1483,12 @@ def toolbench_steps(shape, item):
         return [toolbench_api(api) for api in item["api_list"]], [("user", item["query"], None)]
     if shape == "answer tree":
         answer = item["answer_generation"]
-        messages = answer.get("train_messages", [])
-        if not isinstance(messages, list):
-            raise TypeError("train_messages is no list")
-        if not messages:
+        if not answer.get("train_messages"):
             raise Unusable("no train_messages: the search found no answer")
-        # Cumulative: one list a step. The longest one holds them all.
-        functions, steps = answer["function"], [(m["role"], m.get("content") or "", (m["function_call"]["name"], m["function_call"].get("arguments") or "{}") if m.get("function_call") else None)
-                                                for m in max(messages, key=len)]
+        functions, steps = answer["function"], []
+        for message in max(answer["train_messages"], key=len):  # cumulative, one list a step: the longest one holds them all
+            call = message.get("function_call")
+            steps.append((message["role"], message.get("content") or "", (call["name"], call.get("arguments")) if call else None))
     else:
         functions = toolbench_functions(next((turn["value"] for turn in item["conversations"] if turn["from"] == "system"), ""))
         steps = [(turn["from"], *(toolbench_action(turn["value"]) if turn["from"] == "assistant" else (turn["value"], None))) for turn in item["conversations"]]
@@ -1602,7 +1600,7 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
         if not finished and shape != "instruction":
             raise Unusable("it gives up, or its Finish is broken" if unended else "no Finish: a step of a longer conversation, or cut off")
         return check_conversation({"kind": "toolbench", "messages": messages, "tools": list(tools.values())}), dropped + unended, clipped
-    except (Unusable, UserError):
+    except UserError:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise Damaged(f"it is damaged ({type(error).__name__}: {error})"[:120]) from None
@@ -1679,7 +1677,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
                 key = json.dumps([turns(conversation)], ensure_ascii=False)
                 if key in seen:
                     raise Unusable("the same as an earlier one")
-            except (Unusable, UserError) as error:  # a chat template may refuse turns that it does not know
+            except UserError as error:  # a chat template, too, may refuse turns that it does not know
                 counts[str(error)] += 1
                 if isinstance(error, Damaged):
                     damaged[name if len(items) == 1 else f"{name}, item {number}"] = str(error)

@@ -116,7 +116,7 @@ def test_broken_and_made_up_calls_are_never_trained_on(tmp_path):
 @pytest.mark.parametrize("item, why", [
     (tree(end=finish(kind="give_up_and_restart")), "gives up"), (tree(end=call("Finish", "{broken")), "gives up"), (tree(end=finish("  ")), "gives up"),
     (tree(end={"role": "assistant", "content": "No Finish."}), "no Finish"), (tree(train_messages=[]), "train_messages"),
-    ({"answer_generation": {"valid_data": False, "finish_type": "give_up", "function": FUNCTIONS, "query": "Find Emma."}}, "no train_messages"), (tree(train_messages={}), "damaged"), (tree(function=None), "damaged"),
+    ({"answer_generation": {"valid_data": False, "finish_type": "give_up", "function": FUNCTIONS, "query": "Find Emma."}}, "no train_messages"), (tree(train_messages={"a": 1}), "damaged"), (tree(function=None), "damaged"),
     (dialogue(LLAMA_END, functions=[]) | {"conversations": [{"from": "system", "value": "no list"}]}, "functions cannot be read"),
     (tree(call("find_book_for_library", '{"title": "Emma"'), result("?")), "all its calls are broken"), (dialogue(("gpt", "Hi."), LLAMA_END), "unknown role"),
     (dialogue(LLAMA_END) | {"conversations": "x"}, "damaged"), (INSTRUCTION, "instruction"), ({"other": 1}, "none of ToolBench"), (7, "none of ToolBench")])
