@@ -1183,7 +1183,8 @@ class ApiWriter:
         simple = [p for p in chosen if p["required"] and canonical(p) not in told and not takes_text(p)
                   and p["type"] in ("string", "integer", "number") and "enum" not in p and p["values"] not in ("date", "time")]
         if whole:  # "rent a {model}" asks for one
-            simple = [p for p in simple if p["type"] == "string" and p["values"] != "person" and not re.search(rf"\b(a|an|the|that|this|its|my) (\w+ )?{{{canonical(p)}}}", text)]
+            one = r"\b(a|an|the|that|this|its|my) (\w+ )?{%s}"
+            simple = [p for p in simple if p["type"] == "string" and p["values"] != "person" and not re.search(one % canonical(p), text)]
         else:  # "the {v} game" is one game, whoever plays
             simple = [p for p in simple if any(phrase.endswith("{v}") for phrase in p["phrases"])]
         varied = []
