@@ -1633,8 +1633,9 @@ def toolbench_files(path):
     for given in [path] if os.path.lexists(path) else glob.glob(str(path), recursive=True):
         files = []  # begins with `given` itself if that is a file: what cannot be walked is to be read
         for folder, folders, names in os.walk(given, followlinks=True, onerror=lambda error: files.append(error.filename)):
-            if os.path.realpath(folder) in walked:
-                folders.clear()  # a link that leads back
+            if os.path.realpath(folder) in walked:  # a link that leads back, or a second match of the glob
+                folders.clear()
+                continue
             walked.add(os.path.realpath(folder))
             files += [os.path.join(folder, name) for name in names if ".json" in name.lower()]
             others.update(os.path.join(folder, name) for name in names if ".json" not in name.lower())
