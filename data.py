@@ -1423,6 +1423,8 @@ def toolbench_function(function):
             kept["default"] = toolbench_typed(kept["default"], kind)
         if isinstance(kept.get("enum"), list):
             kept["enum"] = [toolbench_typed(x, kind) for x in kept["enum"]]
+        if isinstance(kept.get("items"), dict):
+            kept["items"] = field(kept["items"])
         return kept
     name, text, parameters, fields = function["name"], function.get("description") or "", function.get("parameters") or {}, {}
     properties = parameters.get("properties") or {}
