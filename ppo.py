@@ -47,7 +47,7 @@ Under torchrun the ranks share out the prompts of a round, and its learning.
 from __future__ import annotations
 
 import ast
-import copy
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -401,101 +401,73 @@ def wants_number(case):
 
 
 # What everybody knows: legs, days, ounces, coins, hours, weeks, minutes, degrees, metres; several of them together, such as the
-# minutes of a week, km/h, °F, a circle, a ball; and what is added beside such a factor: °F, the angles of a polygon.
-EVERYDAY = {*range(2, 11), 12, 16, 24, 25, 30, 31, 36, 50, 52, 60, 180, 360, 365, 366, 1000, 3600, 1000000,
+# minutes of a week, km/h, °F, a circle, a ball; and formulas that add a number to what they multiply: °F, the angles of a polygon.
+EVERYDAY = {*range(2, 11), 12, 16, 24, 25, 30, 31, 36, 50, 52, 60, 75, 180, 360, 365, 366, 1000, 3600, 1000000,
             14, 1024, 1760, 5280, 0.01, 0.05, 0.1, 0.25, 0.3048, 0.45, 0.4536, 0.5, 0.62, 0.6214, 0.75, 1.5, 1.6, 1.609, 1.60934, 1.61, 1.8, 2.2, 2.205, 2.20462, 2.54, 3.14, 3.1416, 3.14159, 3.14159265, 3.6}
 TOGETHER = [7 * 24, 7 * 24 * 60, 7 * 24 * 3600, 24 * 60, 24 * 3600, 365 * 24, 365 * 24 * 60, 3600, 3.6, 1.8,
             365 * 24 * 3600, 5 * 52, 12 * 2.54, 52 / 12, *(k * pi for pi in (3.14, 3.1416, 3.14159, 3.14159265) for k in (2, 4, 4 / 3))]
-BESIDE = {32: 1.8, -32: 1.8, -2: 180}
+FORMULAS = [(32, {1.8}), (32, {5, 9}), (2, {180})]
 LEFT_OF = {12, 24, 60, 90, 180, 360, 365, 366}  # of a day, an hour, an angle, a year something is left
-SUM, PRODUCT = (ast.Add, ast.Sub), (ast.Mult, ast.Div)
 
 
 def is_calculation(expression, prompt, earlier=()):
     """Whether an expression works something out, and does not dress up a number that was guessed.
 
-    `earlier`: [(expression, its result)] of the calculations before it. Their results count as the prompt's own; but for 5, they stand
-    for their expressions.
+    `earlier`: [(expression, its result)] of the calculations before it.
 
-    1. There is an operation, and not an empty one (10 * 1). 2. Every number matters: with another in its place the result is another
-    (not so in 36 / 36 * 42). 3. No number but the prompt's is the result itself (24 * 3 / 3). 4. Two numbers are the prompt's own, or
-    p % of them; one, if nothing is added to it or the prompt has no more. 5. Every part is built on such numbers; others only multiply
-    them, are no more than these, and such as everybody knows. So 36 + 6, 15 * 2.8, 36 * 7 / 6 and min(36 + 9, 6 * 7) are guesses.
+    1. The result is not just a number that stands there (10 * 1, 7 * (9 - 8)), but the prompt's own beside others (64 - 6 + 6).
+    2. Every number matters: with another in its place the result is another (not so in 36 / 36 * 42). 3. All is built on the
+    prompt's numbers, see `Ground`. So 36 + 6, 15 * 2.8, 36 * 7 / 6 and min(36 + 9, 6 * 7) are guesses.
     """
-    from tools import ToolError
-    try:
-        return calculation(expression, prompt, earlier)
-    except (ToolError, RecursionError, ArithmeticError):  # it is no expression, or one without end
-        return False
-
-
-def calculation(expression, prompt, earlier):
-    """`is_calculation`, where all of it can be read."""
     from data import numbers_in
     from tools import ToolError, evaluate, parse_expression
-    prompts, known = numbers_in(prompt), []
+    prompts = numbers_in(prompt)
     given = [*prompts, *(abs(result) for _, result in earlier)]
+    if not any(x > 1 for x in given):  # then all is everybody's knowledge
+        given = prompts = [*prompts, *EVERYDAY]
+    with contextlib.suppress(ToolError, RecursionError, ArithmeticError):  # it is no expression, or one without end
+        tree = parse_expression(expression)
+        places, result = numbers_of(tree), abs(evaluate(tree))
+        used = {place.value for place in places}
+        if len(places) > 50 or used <= {0, 1, 100}:  # 1 + 1, of a prompt that has "one" in it
+            return False
+        mine = sum(place.value not in (0, 1) and is_own(place.value, given) for place in places)
+        divisors = {place.value for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) for place in numbers_of(node.right)}
+        for place in places:
+            x, equal = place.value, [other for other in places if other.value == place.value]
+            if same(x, result) and x not in {1, *divisors} and not (mine > 1 and is_own(x, given)):                      # 1
+                return False
+            # A number that is used more often than it is given counts as one: 20 does not matter in 10 * 20 / 20. Some may divide
+            # once more: base * height / 2 with a base of 2, 60 km/h for 45 / 60 of an hour.
+            often = sum(same(x, y) for y in given) + (x in divisors & {2, 3, 4, 60})
+            if not changes(tree, [place] if x == 1 or len(equal) <= often else equal):                                   # 2
+                return False
+        ground = Ground(prompts, used, mine >= min(2, len({x for x in given if x > 1})))
+        for said, came_to in earlier:
+            ground.known.append((abs(came_to), ground.factors(parse_expression(said))))
+        return ground.spare(ground.factors(tree)) >= 0                                                                   # 3
+    return False
 
-    def own(x, given=given):
-        return any(same(x, y) for g in given for y in (g, g / 100, 1 + g / 100, 1 - g / 100))
 
-    class Expand(ast.NodeTransformer):
-        def visit_Constant(self, node):
-            made = [tree for result, tree in known if same(abs(result), node.value)]
-            return copy.deepcopy(made[-1]) if made and not own(node.value, prompts) else node
+def changes(tree, places):
+    """Whether a tree comes to something else with another number, much larger or smaller, in these places."""
+    from tools import ToolError, evaluate
+    x, results = places[0].value, set()
+    for number in (1000 * x + 7, x / 1000, x):  # the last leaves it as it was
+        for place in places:
+            place.value = number
+        with contextlib.suppress(ToolError):
+            results.add(evaluate(tree))
+    return len(results) > 1
 
-    def value(changed, change):
-        """What the expression comes to, with other numbers in some places; None if to nothing."""
-        for n in changed:
-            places[n].value = change(used[n])
-        try:
-            return evaluate(tree)
-        except ToolError:
-            return None
-        finally:
-            for n in changed:
-                places[n].value = used[n]
 
-    def matters(n):
-        """A number that is used more often than it is given counts as one: 20 does not matter in 10 * 20 / 20. Some may multiply once
-        more: base * height / 2 with a base of 2, 60 km/h for 45 / 60 of an hour."""
-        equal = [m for m, x in enumerate(used) if x == used[n]]
-        more = used[n] in (2, 3, 4, 60) and all(any(places[m] is part for node in ast.walk(tree) if type(getattr(node, "op", None)) in PRODUCT for part in (node.left, node.right)) for m in equal)
-        changed = [n] if used[n] == 1 or len(equal) <= sum(same(used[n], x) for x in given) + more else equal
-        return any(value(changed, change) not in (None, result) for change in (lambda x: 1000 * x + 7, lambda x: x / 1000))
-    tree = parse_expression(expression)
-    result, places = evaluate(tree), numbers_of(tree)
-    used = [place.value for place in places]
-    if len(used) > 50:
-        return False
-    operations = [type(getattr(node, "op", node)) for node in ast.walk(tree) if isinstance(node, (ast.BinOp, ast.Call, ast.Attribute))]
-    if not operations or sum(x not in (0, 1) for x in used) < 2 and abs(result) in used:                                # 1
-        return False
-    if not all(map(matters, range(len(used)))):                                                                          # 2
-        return False
-    divisors = [place for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) for place in numbers_of(node.right)]
-    if any(same(place.value, abs(result)) and place.value != 1 and not own(place.value) and place not in divisors for place in places):  # 3
-        return False
-    if not any(x > 1 for x in given):  # all is everybody's knowledge
-        return all(x in EVERYDAY or x in (0, 1, 100) or own(x) for x in used)
-    if all(x in (0, 1, 100) for x in used):  # 1 + 1, of a prompt that has "one" in it
-        return False
-    mine = sum(map(own, used))
-    if mine < min(2, len(used), len({x for x in given if x > 1})) and not (mine == 1 and not {ast.Add, ast.Sub} & set(operations)):  # 4
-        return False
-    for said, came_to in earlier:
-        grown = Expand().visit(parse_expression(said))
-        known += [(came_to, grown)] if len(numbers_of(grown)) <= 50 else []  # x + x, time after time, grows without end
-    return Ground(lambda x: own(x, prompts)).carries(Expand().visit(copy.deepcopy(tree)))                                # 5
+def is_own(x, given):
+    """Whether a number is given: itself, as p %, or as p % more or less."""
+    return any(same(x, y) for g in given for y in (g, g / 100, 1 + g / 100, 1 - g / 100))
 
 
 def same(x, y):
     return math.isclose(x, y, rel_tol=1e-9)
-
-
-def whole(x):
-    """Whether x is as many hours, minutes or seconds as something has."""
-    return abs(x) >= 100 and abs(x) in TOGETHER
 
 
 def numbers_of(node):
@@ -504,82 +476,67 @@ def numbers_of(node):
     return [node] if isinstance(node, ast.Constant) else [place for child in inner for place in numbers_of(child)]
 
 
-def chain(node, kinds, inverse=False):
-    """The terms of a sum, or the factors of a product -> [(node, whether it is taken away, or divides)]. What rounds or turns the sign of a
-    product, and what chooses among some, stands for what is in it."""
-    if kinds is PRODUCT:
-        from tools import evaluate
-        while isinstance(node, (ast.UnaryOp, ast.Call)) and not (isinstance(node, ast.Call) and node.func.id == "sqrt"):
-            inner = [node.operand] if isinstance(node, ast.UnaryOp) else node.args if node.func.id in ("min", "max") else node.args[:1]
-            node = next((x for x in inner if same(evaluate(x), evaluate(node))), inner[0])
-    if not isinstance(node, ast.BinOp) or not isinstance(node.op, kinds):
-        return [(node, inverse)]
-    return chain(node.left, kinds, inverse) + chain(node.right, kinds, inverse ^ (not isinstance(node.op, (ast.Add, ast.Mult))))
-
-
 class Ground:
-    """What an expression is built on: numbers that are its `own`, and others that multiply these (`strange`), or stand `beside`
-    what a product's others come to (its `ratios`): 32 in degrees. `ones`: how often 1 or 100 is added to more than a share (1 + 5%)."""
+    """What an expression is built on: the `given` numbers, and no more others than these, such as everybody knows.
 
-    def __init__(self, own):
-        self.own, self.strange, self.ratios, self.beside, self.ones, self.tree = own, [], [], [], 0, None
+    Every part of it is a product, {number or node: power}. It stands if one of its factors is given, or is itself a sum, power,
+    remainder or choice that stands. What it has to `spare` is by how many these outnumber the other factors; a sum and the like have
+    1 to spare at most. 36 * 7 has none: neither 36 * 7 / 6 nor sqrt(36 * 7) / 6 stands.
 
-    def carries(self, tree):
-        """Whether the whole expression stands on own numbers, of which it has as many as strange ones at least."""
-        self.tree = tree
-        return (self.holds(tree) and self.ones <= 2 and len(self.strange) <= sum(self.own(place.value) for place in numbers_of(tree))
-                and all(any(same(BESIDE[x], y) for y in self.ratios) for x in self.beside))
+    `used`: all numbers of the expression. `enough`: two of them are given (or one, where the prompt has one); else nothing is added to
+    them. `known`: results [(number, product)] that stand for what they were worked out as.
+    """
 
-    def holds(self, node):
-        """Whether every part of the node has own numbers, or multiplies what has."""
-        from tools import evaluate
+    def __init__(self, given, used, enough):
+        self.given, self.used, self.enough, self.standing, self.known = given, used, enough, {}, []
+
+    def spare(self, factors):
+        """By how many the factors that stand outnumber the others; -1 if there is none, or not everybody knows the others."""
+        own = {x: self.standing.get(x, 1) for x in factors if x in self.standing or is_own(x, self.given)}
+        others = {x: n for x, n in factors.items() if x not in own and x not in (1, 100)}
+        ratio = math.prod(float(x) ** n for x, n in others.items())
+        if any(same(ratio, y) or same(ratio * y, 1) for y in TOGETHER):
+            others = {}
+        if not own or not EVERYDAY.issuperset(others):
+            return -1
+        return sum(spare * abs(factors[x]) for x, spare in own.items()) - sum(map(abs, others.values()))  # none for 7 / 7
+
+    def factors(self, node):
+        """A node as a product, {number or node: power}; nan for what does not stand."""
         match node:
-            case ast.Constant():
-                return self.own(node.value)
-            case ast.Attribute() | ast.UnaryOp():  # a percent sign, a minus
-                return self.holds(node.value if isinstance(node, ast.Attribute) else node.operand)
-            case ast.Call():
-                inside = node.args if node.func.id in ("min", "max") else node.args[:1]
-                return (node is self.tree or evaluate(node) != 0) and all([self.holds(x) for x in inside])
-            case ast.BinOp(op=ast.Add() | ast.Sub()):
-                parts = chain(node, SUM)
-                others = [-x if inverse else x for x, inverse in self.others(parts)]
-                self.ones += any(abs(x) in (1, 100) for x in others) and any(abs(evaluate(x)) >= 3 for x, _ in parts if evaluate(x) not in (1, 100))  # not 1 + 5%
-                if len(others) == 1 and others[0] in LEFT_OF and [inverse for _, inverse in parts].count(False) == 1 and evaluate(node) > 0:
-                    return True  # what is left of a day, of an angle
-                self.beside += [x for x in others if x in BESIDE]
-                return not others or len(others) == 1 and (abs(others[0]) in (1, 100) or others[0] in BESIDE or whole(others[0]))  # 1 + 5%, 100 - 20
-            case ast.BinOp(op=ast.Mult() | ast.Div()):
-                return self.multiplied(chain(node, PRODUCT))
-            case ast.BinOp(left=base, op=ast.Pow(), right=exponent):
-                if self.holds(base):
-                    return self.holds(exponent) or getattr(exponent, "value", None) in (2, 3, 4, 0.5)
-                self.strange.append(base.value if isinstance(base, ast.Constant) else math.nan)
-                return self.holds(exponent) and EVERYDAY.issuperset(self.strange)
-            case ast.BinOp(left=left, op=ast.Mod() | ast.FloorDiv(), right=right):
-                self.strange += [x for x, _ in self.others([(right, False)])]
-                return (node is self.tree or evaluate(node) != 0) and self.holds(left) and EVERYDAY.issuperset(self.strange)
-        return False
+            case ast.Constant(value=x):
+                made = [factors for result, factors in self.known if same(result, x)]
+                return made[-1] if made and not is_own(x, self.given) else Counter({x: 1})
+            case ast.Attribute(value=part) | ast.UnaryOp(operand=part) | ast.Call(func=ast.Name(id="abs" | "round"), args=[part, *_]):
+                return self.factors(part)  # a percent sign is no factor, as 100 is none
+            case ast.BinOp(left=left, op=ast.Mult() | ast.Div() as op, right=right):
+                product = Counter(self.factors(left))
+                (product.update if isinstance(op, ast.Mult) else product.subtract)(self.factors(right))
+                return product
+        spare = self.carried(node)
+        self.standing.update({node: min(spare, 1)} if spare >= 0 else {})
+        return Counter({node if spare >= 0 else math.nan: 1})
 
-    def multiplied(self, factors):
-        """Whether among factors [(node, inverse)] the own ones, but for those that cancel, are as many as the others, or these are known together."""
-        others = self.others(factors)
-        numbers = [(x, inverse) for x, inverse in others if x not in (1, 100)]
-        if len(others) == len(factors) or any(x == 0 for x, _ in others):
-            return False
-        ratio = math.prod(1 / x if inverse else x for x, inverse in numbers)
-        self.ratios.append(max(ratio, 1 / ratio))
-        if any(same(self.ratios[-1], x) for x in TOGETHER):
-            return True
-        above, below = (Counter(x.value for x, inverse in factors if isinstance(x, ast.Constant) and inverse is side and self.own(x.value)) for side in (False, True))
-        self.strange += [x for x, _ in numbers]
-        return len(numbers) <= len(factors) - len(others) - 2 * (above & below).total() and EVERYDAY.issuperset(self.strange)
-
-    def others(self, parts):
-        """The numbers among the parts [(node, inverse)] that are not built on own ones; nan for what is more than a number, or than 7 * 24."""
+    def carried(self, node):
+        """What a sum, a power, a remainder or a choice has to spare; -1 if it does not stand."""
         from tools import evaluate
-        found = [(evaluate(node), isinstance(node, (ast.Constant, ast.Attribute)), inverse) for node, inverse in parts if not self.holds(node)]
-        return [(x if number or whole(x) else math.nan, inverse) for x, number, inverse in found]
+        sides = node.args if isinstance(node, ast.Call) else [node.left, node.right]
+        is_sum, raised = (isinstance(getattr(node, "op", None), kinds) for kinds in ((ast.Add, ast.Sub), ast.Pow))
+        products = [self.factors(side) for side in sides]
+        spare = [self.spare(product) if evaluate(side) else -1 for side, product in zip(sides, products)]  # nothing stands on 0
+        if min(spare) >= 0 or isinstance(node, ast.Call):
+            return sum(spare) if is_sum else min(spare)
+        right = spare[0] >= 0                                                   # one side does not stand: is it the right one?
+        x = abs(evaluate(sides[right])) if {math.nan, *self.standing}.isdisjoint(products[right]) else math.nan
+        if is_sum:
+            left = isinstance(node.op, ast.Sub) and not right and x in LEFT_OF
+            share = x == 1 and abs(evaluate(sides[not right])) < 1              # 1 + 5%
+            free = left or share or x >= 100 and x in TOGETHER or any(x == added and beside <= self.used for added, beside in FORMULAS)
+            known = self.enough and (free or x in (1, 100))                     # 100 - 20
+        else:
+            free = raised and right                                             # an exponent
+            known = x in ((2, 3, 4, 0.5) if free else EVERYDAY) and (raised or right)
+        return min(max(spare), 1) - (not free) if known else -1
 
 
 def score(case, episode, weights=WEIGHTS):
