@@ -261,62 +261,55 @@ def executed(case, episode, verdicts):
 
 
 def calculates(case, episode, verdicts):
-    """A number is asked for, and every calculator call works with the prompt's numbers, or earlier results; see `is_calculation`."""
-    made = calculations(case, episode)
-    return float(wants_number(case) and bool(made) and all(is_calculation(*one) for one in made))
+    """A number is asked for, and it is worked out with the calculator; see `worked_out`."""
+    return float(wants_number(case) and worked_out(case, episode))
 
 
-def expressions(episode):
-    """What the calculator was asked, call by call."""
-    return [call.arguments.get("expression") for call in episode.calls if call.name == "calculator"]
-
-
-def calculations(case, episode):
-    """What `is_calculation` has to know of each of the calculator's calls -> [(expression, prompt, [(earlier one, its result)])]."""
-    prompt, said = " ".join(message["content"] for message in case.conversation["messages"]), expressions(episode)
-    results = calculated(episode).items()
-    return [(x, prompt, [(said[m], value) for m, value in results if m < n]) for n, x in enumerate(said)]
+def calculations(episode):
+    """The calculator's calls -> [(expression, its result; nan if that is no number: a tool of one's own may have its name)]."""
+    from eval import is_number
+    calls, results = ([x for x in some if x.name == "calculator"] for some in (episode.calls, episode.results))
+    return [(call.arguments.get("expression"), result.value if is_number(result.value) else math.nan) for call, result in zip(calls, results)]
 
 
 def unused(episode):
     """Results of the calculator, but for the last, that no later expression uses."""
     from data import numbers_in
-    said, results = list(map(str, expressions(episode))), [*calculated(episode).items()]
-    return [value for n, value in results[:-1] if not any(math.isclose(abs(value), x) for later in said[n + 1:] for x in numbers_in(later))]
+    steps = calculations(episode)
+    results = [(n, value) for n, (_, value) in enumerate(steps) if not math.isnan(value)]
+    return [value for n, value in results[:-1] if not any(math.isclose(abs(value), x) for later, _ in steps[n + 1:] for x in numbers_in(later))]
 
 
-def gold_call_was_computed(case, episode):
-    """Where a calculator's call is due, each is a calculation, or has the gold one's numbers."""
+def worked_out(case, episode):
+    """Where the calculator is due: each of its calls has the gold one's numbers, or works with the prompt's and with results of calls
+    before it (`is_calculation`); and where a number is asked for, there is one."""
     from data import numbers_in
     gold = [sorted(numbers_in(call.arguments.get("expression"))) for call in case.calls or [] if call.name == "calculator"]
-    return not gold or all(not isinstance(one[0], str) or sorted(numbers_in(one[0])) in gold or is_calculation(*one) for one in calculations(case, episode))
+    prompt, steps = " ".join(message["content"] for message in case.conversation["messages"]), calculations(episode)
+    honest = (sorted(numbers_in(x)) in gold or is_calculation(x, prompt, steps[:n]) for n, (x, _) in enumerate(steps))
+    return bool(steps) and all(honest) if wants_number(case) else not gold or all(honest)
 
 
 def right_arguments(case, episode, verdicts):
     """All arguments are the gold ones, where these are known: an expression of the same value that works it out."""
-    return float(bool(verdicts["argument_accuracy"]) and bool(calculates(case, episode, verdicts) if wants_number(case) else gold_call_was_computed(case, episode)))
+    return float(bool(verdicts["argument_accuracy"]) and worked_out(case, episode))
 
 
-def calculated(episode):
-    """{number of the call: its result} of the calculator's calls that gave a number (a tool of one's own may have its name)."""
-    from eval import is_number
-    return {n: r.value for n, r in enumerate(r for r in episode.results if r.name == "calculator") if is_number(r.value)}
-
-
-def answer_was_computed(case, episode, verdicts):
+def answer_was_computed(case, episode):
     """Whether the calculator's last result is the number that is asked for, by calculations with the prompt's numbers."""
-    results, places = [*calculated(episode).values()], len(f"{case.answer:.9f}".rstrip("0").partition(".")[2])  # 20 / 3 is 6.67, where that is the answer
-    right = bool(results) and any(math.isclose(x, case.answer, rel_tol=1e-6) for x in (results[-1], *[round(results[-1], places)] * bool(places)))
-    return right and bool(calculates(case, episode, verdicts))
+    last = [value for _, value in calculations(episode) if not math.isnan(value)][-1:]
+    places = len(f"{case.answer:.9f}".rstrip("0").partition(".")[2])            # 20 / 3 is 6.67, where that is the answer
+    right = any(math.isclose(x, case.answer, rel_tol=1e-6) or places and math.isclose(round(x, places), case.answer) for x in last)
+    return right and worked_out(case, episode)
 
 
 def right_result(case, episode, verdicts):
     """What right_answer asks of a whole conversation, asked of its calls alone, for episodes of one turn: the number is the
     last result of the calculator, worked out there; other calls are the gold ones, and where none is due, none is made."""
     if not wants_number(case):
-        return float(bool(verdicts["call_accuracy"]) and gold_call_was_computed(case, episode) and (bool(case.calls) or bool(verdicts["response_quality"])))
+        return float(bool(verdicts["call_accuracy"]) and worked_out(case, episode) and (bool(case.calls) or bool(verdicts["response_quality"])))
     faults = needless_call(case, episode, verdicts) or no_end(case, episode, verdicts)
-    return float(answer_was_computed(case, episode, verdicts) and not faults)
+    return float(answer_was_computed(case, episode) and not faults)
 
 
 def right_answer(case, episode, verdicts):
@@ -332,24 +325,22 @@ def right_answer(case, episode, verdicts):
         equations = re.findall(r"(\d[\d.]*(?:\s*[-+*/x×÷−]\s*\d[\d.]*)+)\s*=\s*([\d.]*\d)", episode.final)  # shown work is no list of guesses
         told = " ".join([*(m["content"] for m in case.conversation["messages"]), *(said for said, of in equations if same_value(said, of)), *(r.text() for r in episode.results)])
         guesses = case.answer is not None and not case.calls and not states(episode.final, case.answer, set(numbers(told)) | in_words(told), guesses=0)
-        if verdicts["argument_accuracy"] is False or not gold_call_was_computed(case, episode) or guesses:
+        if verdicts["argument_accuracy"] is False or not worked_out(case, episode) or guesses:
             return 0.0
         if case.calls == [] and case.answer is None and case.kind != "missing_tool":  # garbage is short, or says the same again
             return (tidy(episode.final) or like_reference(case, episode, verdicts) >= 0.8) * (0.5 + 0.5 * min(4 * like_reference(case, episode, verdicts), 1.0) if case.reference else 1.0)
         return 1.0
-    earlier = [*calculated(episode).values()][:-1] if re.search(r"\bor\b", episode.final) else unused(episode)  # a step that leads on may be told
-    others = [x for x in earlier if not math.isclose(x, case.answer)]
-    stated = any(math.isclose(x, y) for x in others for y in numbers(episode.final))
-    return float(answer_was_computed(case, episode, verdicts) and not stated)
+    earlier = [x for _, x in calculations(episode)[:-1]] if re.search(r"\bor\b", episode.final) else unused(episode)  # a step that leads on may be told
+    stated = any(math.isclose(x, y) and not math.isclose(x, case.answer) for x in earlier for y in numbers(episode.final))
+    return float(answer_was_computed(case, episode) and not stated)
 
 
 def same_value(expression, result):
     """Whether an expression of an answer comes to what the answer says it does: then its numbers are shown work."""
-    from tools import ToolError, evaluate, parse_expression
-    try:
-        return math.isclose(evaluate(parse_expression(expression)), float(result), rel_tol=0.01)
-    except (ToolError, ValueError):
-        return False
+    from tools import ToolError, calculate
+    with contextlib.suppress(ToolError, ValueError):
+        return math.isclose(calculate(expression), float(result), rel_tol=0.01)
+    return False
 
 
 def tidy(text):
