@@ -132,21 +132,15 @@ def masked_whiten(x, mask, shift_mean=True):
 
 @torch.no_grad()
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Equation (1). rewards, values, mask: [B, T] -> (advantages, returns) [B, T], 0 where the mask is 0.
-
-    The model's tokens are moved together first and back afterwards, so that a tool result between two of them is nothing.
-    """
-    rewards, values = floating(rewards), floating(values)
-    order = torch.argsort((mask == 0).int(), dim=1, stable=True)                # [B, T] model tokens first, in their order: mask 1 0 1 gives 0 2 1
-    r, v, m = (x.gather(1, order) for x in (where_masked(rewards, mask), where_masked(values, mask), mask.to(values.dtype)))
-    advantage, following, columns = v.new_zeros(len(v)), v.new_zeros(len(v)), []
-    for t in reversed(range(v.shape[1])):
-        delta = r[:, t] + gamma * following - v[:, t]                           # [B]
-        advantage = (delta + gamma * lam * advantage) * m[:, t]                 # (1); beyond the last token all is 0
-        following = v[:, t] * m[:, t]
+    """Equation (1). rewards, values, mask: [B, T] -> (advantages, returns) [B, T], 0 where the mask is 0."""
+    rewards, values, mask = where_masked(floating(rewards), mask), where_masked(floating(values), mask), mask.bool()
+    advantage, following, columns = values.new_zeros(len(values)), values.new_zeros(len(values)), []
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * following - values[:, t]                # [B]
+        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)  # (1); a tool's token hands on what comes behind it
+        following = torch.where(mask[:, t], values[:, t], following)
         columns.append(advantage)
-    packed = torch.stack(columns[::-1], 1) if columns else v                    # no token at all
-    advantages = torch.zeros_like(packed).scatter(1, order, packed)
+    advantages = where_masked(torch.stack(columns[::-1], 1), mask) if columns else values  # no token at all
     return advantages, where_masked(advantages + values, mask)
 
 
