@@ -754,10 +754,9 @@ def check_settings(config):
         raise UserError("ppo trains adapters without dropout (switched off or back, they are the reference; the first ratio must be 1): set lora_r > 0 and lora_dropout = 0")
     if config.steps:
         raise UserError("steps: ppo counts rounds; set iterations")
-    if (config.advantage != "gae" or config.center) and config.samples < 2:
-        raise UserError(f"samples = {config.samples}: {'center' if config.advantage == 'gae' else config.advantage} compares the samples of a prompt; at least 2 are needed")
-    if config.min_spread and config.samples < 2:
-        raise UserError(f"min_spread = {config.min_spread} with samples = 1: one sample differs from no other, so nothing would be learned")
+    comparing = [name for name, on in ((config.advantage, config.advantage != "gae"), ("center", config.center), ("min_spread", config.min_spread)) if on]
+    if config.samples < 2 and comparing:
+        raise UserError(f"samples = {config.samples}: {comparing[0]} compares the samples of a prompt; at least 2 are needed")
     if config.kl_target and not config.kl_coef:
         raise UserError(f"kl_target = {config.kl_target} with kl_coef = 0: the coefficient is steered by multiplying it; give one above 0")
     if config.kl_target and config.kl_horizon <= 0.2 * config.prompts * config.samples:
