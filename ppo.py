@@ -520,7 +520,7 @@ class Ground:
             known = self.enough and (free or x in (1, 100))                     # 100 - 20
         else:
             free = raised and right                                             # an exponent
-            known = x in ((2, 3, 4, 0.5) if free else EVERYDAY) and (raised or right)
+            known = round(x, 6) in (2, 3, 4, 0.5, 0.333333) if free else x in EVERYDAY and (raised or right)
         return min(max(spare), 1) - (not free) if known else -1
 
 
