@@ -235,8 +235,8 @@ def messages_of(item):
     return item["prompt"] if isinstance(item.get("prompt"), list) else [{"role": "user", "content": item.get("prompt")}]
 
 
-def check_conversation(conversation):
-    """Normalise a conversation (tool calls to {"name", "arguments"}, tools to Tools); UserError with the reason if it is not one.
+def check_conversation(conversation, known=None):
+    """Normalise a conversation (tool calls to {"name", "arguments"}, tools to Tools, see load_tools); UserError with the reason if it is not one.
 
     Taken as well: OpenAI's and TRL's spellings (content in text parts, the role developer, arguments or tools as JSON
     text, results as objects, `tool_call_id`: results are put into the order of their calls).
@@ -247,7 +247,7 @@ def check_conversation(conversation):
     if late := [n for n, message in enumerate(messages) if n and message["role"] == "system"]:
         raise UserError(f"message {late[0]}: a system message can only be the first")
     tools = offered_in(conversation) or []
-    tools = load_tools([without_function(t) for t in tools] if isinstance(tools, (list, tuple)) else tools)
+    tools = load_tools([without_function(t) for t in tools] if isinstance(tools, (list, tuple)) else tools, known)
     checked = {**conversation, "messages": _in_call_order(messages), "tools": list(tools.values())}
     try:
         "".join(text for _, text in turns(checked)).encode()

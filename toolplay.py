@@ -54,7 +54,7 @@ try:
 
     import data
     import lora
-    from tools import BUILTIN, Call, Result, Tool, UserError, check_corpora, call_state, execute, format_result, load_tools, one_line_errors, parse_calls, printable
+    from tools import BUILTIN, Call, Result, UserError, check_corpora, call_state, execute, format_result, load_tools, one_line_errors, parse_calls, printable
 except (ModuleNotFoundError, SyntaxError) as error:
     if __name__ != "__main__":
         raise
@@ -1405,17 +1405,13 @@ def predict(args):
         raise UserError(f"{error}: this is something else than answers; choose another --output, or mend it") from None
     model, tokenizer, config = model_of(args)
     tools = read_tools(args.tools, config.tools)
-    known = {**BUILTIN, **tools}
+    known = {**BUILTIN, **tools}  # a name, or a schema of that name, in a line means the tool that is at hand
 
     def check(item):
         if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item:
             raise UserError('a line is an object with "id" and "prompt" (or "messages")')
-        key, messages, own = item["id"], data.messages_of(item), data.offered_in(item)
-        if isinstance(own, list):  # a name, or a schema of that name, means the tool that is at hand
-            own = [known[x] if isinstance(x, str) and x in known else data.without_function(x) for x in own]
-            if all(isinstance(x, (dict, Tool)) for x in own):
-                own = list(load_tools(own, known).values())
-        conversation = data.check_conversation({"messages": messages, "tools": list(tools.values()) if own is None else own})
+        key, own = item["id"], data.offered_in(item)
+        conversation = data.check_conversation({"messages": data.messages_of(item), "tools": list(tools.values()) if own is None else own}, known)
         if conversation["messages"][-1]["role"] not in ("user", "tool"):
             raise UserError("the last message must be the user's (or a tool result)")
         size = len(data.encode(conversation, tokenizer, config.tool_style, generation=True)[0])  # a chat template may refuse it

@@ -422,16 +422,16 @@ def without_nulls(schema):
 
 
 def load_tools(items=None, known=None) -> dict:
-    """{name: Tool} from names of built-ins, Tool objects and schemas; None: the three built-ins. A schema with the name of a tool that is
-    `known` ({name: Tool}, the built-ins if not given), and no more parameters, is run as that one."""
+    """{name: Tool} from names of `known` tools ({name: Tool}, the built-ins if not given), Tool objects and schemas; None: the three
+    built-ins. A schema with the name of a tool that is known, and no more parameters, is run as that one."""
     if items is not None and not isinstance(items, (list, tuple)):
         raise UserError(f"tools: must be a list of names, Tool objects or schemas, not {items!r:.80}")
-    tools = {}
+    tools, known = {}, BUILTIN if known is None else known
     for item in BUILTIN if items is None else items:
-        if isinstance(item, str) and item not in BUILTIN:
-            raise UserError(f"tools: unknown tool {item!r}{_nearest(item, BUILTIN)}")
-        made = BUILTIN[item] if isinstance(item, str) else item if isinstance(item, Tool) else tool_from_schema(item)
-        own = (BUILTIN if known is None else known).get(made.name)
+        if isinstance(item, str) and item not in known:
+            raise UserError(f"tools: unknown tool {item!r}{_nearest(item, known)}")
+        made = known[item] if isinstance(item, str) else item if isinstance(item, Tool) else tool_from_schema(item)
+        own = known.get(made.name)
         if own and made.function is None and _narrows(made.parameters.get("properties", {}), own.parameters):
             made = replace(made, function=own.function, isolated=own.isolated)  # a built-in in other words still runs
         if made.name in tools:

@@ -13,7 +13,7 @@ import pytest
 
 import data
 import toolplay
-from tools import UserError
+from tools import Tool, UserError
 
 ROOT = Path(toolplay.__file__).parent
 TINY = ["--method=sft", "--model=tiny", "--examples=24", "--eval_examples=4", "--batch_size=4", "--steps=4", "--save_every=2", "--eval_every=2",
@@ -199,6 +199,10 @@ def test_tools_of_a_line_by_name(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "a", "tools": ["calculator", "shout"]}\n{"id": 2, "prompt": "a", "tools": ["weather", "nosuch"]}\n')
     out = cli("predict", "--run", run, "--tools", tmp_path / "t.json", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--max-new-tokens", 2, capsys=capsys)
     assert [json.loads(x)["id"] for x in (tmp_path / "out.jsonl").read_text().splitlines()] == [1] and "nosuch" in out.err
+    known = toolplay.read_tools(tmp_path / "t.json")
+    mixed = ["weather", {"name": "shout", "description": "In other words.", "parameters": known["shout"].parameters}]
+    chat = data.check_conversation({"messages": [{"role": "user", "content": "a"}], "tools": mixed}, {**toolplay.BUILTIN, **known})
+    assert chat["tools"][1].function is known["shout"].function and chat["tools"][1].description == "In other words."
 
 
 def test_tools_of_a_line_in_other_spellings(run, tmp_path, capsys, monkeypatch):
@@ -213,7 +217,7 @@ def test_tools_of_a_line_in_other_spellings(run, tmp_path, capsys, monkeypatch):
     import eval as evaluation
     expected = {"calls": [{"name": "dial", "arguments": {}}]}
     assert evaluation.as_case({"prompt": "a", "functions": [dial], "expected": expected}).calls[0].name == "dial"
-    assert [t if isinstance(t, str) else t["name"] for t in data.with_tools(lines[0], [toolplay.Tool("convert", "", {}, None)])["tools"][:1]] == ["dial"]
+    assert [t if isinstance(t, str) else t["name"] for t in data.with_tools(lines[0], [Tool("convert", "", {}, None)])["tools"][:1]] == ["dial"]
     (tmp_path / "in.jsonl").write_text('{"id": 9, "prompt": "a"}')
     assert "3 of other prompts" in cli("predict", "--run", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", capsys=capsys).out
 
