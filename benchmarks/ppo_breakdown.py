@@ -24,34 +24,20 @@ def ours(folder, options):
     config = toolplay.load_config(options.config, overrides)
     spent, rounds, steps, models = {}, [], [], []
 
-    def clocked(owner, name, part):
+    def clocked(owner, name, part, note=lambda seconds, args: None):
         real = getattr(owner, name)
 
         def wrapped(*args, **kwargs):
             start = time.perf_counter()
             out = real(*args, **kwargs)
-            spent[part] = spent.get(part, 0.0) + time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            spent[part] = spent.get(part, 0.0) + seconds
+            note(seconds, args)
             return out
         setattr(owner, name, wrapped)
-    prepare = toolplay.prepare_model
-
-    def kept(*args):
-        made = prepare(*args)
-        models.append(made[0])
-        return made
-    toolplay.prepare_model = kept
-    clocked(toolplay, "rollout", "rollout")
+    clocked(toolplay, "rollout", "rollout", lambda seconds, args: models.append(args[0]))
     clocked(ppo.ActorCritic, "old_and_reference", "reference")
-    step = toolplay.train_step
-
-    def train_step(trainer, units, *args, **kwargs):
-        start = time.perf_counter()
-        out = step(trainer, units, *args, **kwargs)
-        seconds = time.perf_counter() - start
-        spent["update"] = spent.get("update", 0.0) + seconds
-        steps.append((len(rounds), seconds, [[unit["row"]] for unit in units]))
-        return out
-    toolplay.train_step = train_step
+    clocked(toolplay, "train_step", "update", lambda seconds, args: steps.append((len(rounds), seconds, [[unit["row"]] for unit in args[1]])))
     log = toolplay.Run.log
     begin = [time.perf_counter()]
 
