@@ -1338,7 +1338,7 @@ def load_run(folder):
     if "model_type" in _read_config(folder / "config.json"):
         raise UserError(f"{folder}: it is a model, not a run folder; use --model {folder}")
     config = load_config(folder / "config.json")
-    device = pick_device("auto")
+    device = pick_device("cpu" if config.device == "cpu" else "auto")  # a run of a GPU is read elsewhere, too
     if (folder / "model").is_dir():
         return (*load_model(str(folder / "model"), device), config)
     if not (folder / "adapter").is_dir():
