@@ -760,8 +760,9 @@ def command(args):
     if not args.data:
         report["talk_loss"] = talk_loss(model, tokenizer, args.split)
         if args.run:
+            device = model.device
             del model
-            report["talk_loss_before"] = talk_loss(*toolplay.load_model(config.model, toolplay.pick_device("auto")), args.split)
+            report["talk_loss_before"] = talk_loss(*toolplay.load_model(config.model, device), args.split)
         before = f", {report['talk_loss_before']:.3f} before training" if args.run else ""
         print(f"\nLoss of the base model's own small talk: {report['talk_loss']:.3f}{before}")
         keep("eval.json", result)

@@ -1032,7 +1032,7 @@ class Run:
         random.seed(config.seed)
         np.random.seed(config.seed % 2 ** 32)
         torch.manual_seed(config.seed)
-        self.written = {**dataclasses.asdict(config), **{key: before[key] for key in before if key == "tau_f"}}  # as config.json has it
+        self.written = {**dataclasses.asdict(config), **{key: before[key] for key in before if key in ("tau_f", "micro_tokens")}}  # as config.json has it
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")  # held by this process, whatever ends it
@@ -1766,7 +1766,8 @@ def main(argv=None):
             verb = ["train", str(error), "--resume"]
             if args.verb == "demo":
                 verb = ["demo", "--resume", "--n", str(args.n), f"--run_dir={error}", *(x for x in args.overrides if not x.startswith("--run_dir="))]
-            print(f"\nstopped; the run is safe in {error}. Go on with: python toolplay.py {shlex.join(verb)}", file=sys.stderr)
+            if world_rank()[0] == 0:
+                print(f"\nstopped; the run is safe in {error}. Go on with: python toolplay.py {shlex.join(verb)}", file=sys.stderr)
             raise SystemExit(130) from None
 
 
