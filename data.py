@@ -40,7 +40,7 @@ from collections import Counter
 from pathlib import Path
 
 from tools import (BUILTIN, CORPORA, TYPES, Call, Result, UserError, _given, _loads, _problems, calculate, check_corpora, execute, format_call, format_result,
-                   load_tools, one_line_errors, parse_calls, render_tools, tool_from_schema)
+                   load_tools, number, one_line_errors, parse_calls, render_tools, tool_from_schema)
 
 SYSTEM = "You are a helpful assistant."
 TOOL_RULES = ('Call a tool only when it is needed, else just answer. A call looks like this: '
@@ -1897,22 +1897,19 @@ def write_jsonl(path, conversations):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write, show and export training conversations.")
-    parser.add_argument("--show", type=int, metavar="N", help="print N examples, the trained tokens in green")
+    parser.add_argument("--show", type=number(int, 1), metavar="N", help="print N examples, the trained tokens in green")
     parser.add_argument("--out", metavar="FILE", help="export conversations as JSONL")
-    parser.add_argument("--n", type=int, help="how many to export (default 1000; of ToolBench all)")
+    parser.add_argument("--n", type=number(int, 1), help="how many to export (default 1000; of ToolBench all)")
     parser.add_argument("--split", choices=["train", "dev", "test"], default="train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=[*KINDS, "synthetic"], help="only this kind (synthetic: all of invented functions)")
     parser.add_argument("--toolbench", metavar="PATH", help="read ToolBench files (a file, folder or glob) instead; with --out: export them")
     parser.add_argument("--questions", action="store_true", help="of ToolBench: its instructions too, questions without an answer (for predict)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="of ToolBench: clip or leave out what is longer, as training does")
+    parser.add_argument("--max-tokens", type=number(int, 1), metavar="N", help="of ToolBench: clip or leave out what is longer, as training does")
     parser.add_argument("--report", metavar="FILE", help="write what became of ToolBench's items here, as JSON")
     parser.add_argument("--sample-replies", action="store_true", help="write the base model's own replies to the no-tool talk")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line
     args = parser.parse_args(argv)
-    for name in ("n", "show", "max_tokens"):
-        if (given := getattr(args, name)) is not None and given < 1:
-            parser.error(f"--{name.replace('_', '-')} {given}: must be at least 1")
     if args.toolbench and args.kind:
         parser.error("--kind is of the templates, not of --toolbench")
     if not args.toolbench and (args.report or args.max_tokens or args.questions):

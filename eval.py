@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 import data
 import toolplay
-from tools import BUILTIN, STOP_WORDS, Call, Tool, ToolError, UserError, _cities, _city_file, _normal, _same, _terms, execute, load_tools, parse_calls, parse_expression, tool_from_schema
+from tools import BUILTIN, STOP_WORDS, Call, Tool, ToolError, UserError, _cities, _city_file, _normal, _same, _terms, execute, load_tools, number, parse_calls, parse_expression, tool_from_schema
 
 METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "execution", "response_quality", "response_f1", "overall")
 FORGED = re.compile(r"</?tool_response|<\|\w+\|>")
@@ -723,18 +723,14 @@ def add_arguments(parser):
     parser.add_argument("--data", metavar="FILE", help="cases from a JSONL file instead of the templates; lines without tools are offered the built-in three")
     parser.add_argument("--suite", metavar="bfcl:A,B", help=f"judge first turns as BFCL does; categories: {', '.join(BFCL)}")
     parser.add_argument("--bfcl", metavar="FOLDER", help="where BFCL_v4_*.json are (default: in the package bfcl-eval)")
-    parser.add_argument("--n", type=int, help="how many cases (default: 200 of the templates, every line of --data, all of each BFCL category)")
+    parser.add_argument("--n", type=number(int, 1), help="how many cases (default: 200 of the templates, every line of --data, all of each BFCL category)")
     parser.add_argument("--seed", type=int, default=0, help="of the templates")
-    parser.add_argument("--failures", type=int, default=10, metavar="N", help="how many failures to show (default 10)")
+    parser.add_argument("--failures", type=number(int, 0), default=10, metavar="N", help="how many failures to show (default 10)")
     parser.add_argument("--out", metavar="FILE", help="write report and records here as JSON")
 
 
 def command(args):
     """Score a run or a model."""
-    if args.n is not None and args.n < 1:
-        raise UserError("--n must be at least 1")
-    if args.failures < 0:
-        raise UserError("--failures must be at least 0")
     if args.out and (not Path(args.out).parent.is_dir() or Path(args.out).is_dir()):
         raise UserError(f"--out {args.out}: there is a folder of that name" if Path(args.out).is_dir() else f"--out {args.out}: there is no folder {Path(args.out).parent}")
 

@@ -54,7 +54,8 @@ try:
 
     import data
     import lora
-    from tools import BUILTIN, Call, Result, UserError, check_corpora, call_state, execute, format_result, load_tools, one_line_errors, parse_calls, printable
+    from tools import (BUILTIN, Call, CallError, Result, UserError, check_corpora, call_state, execute, format_result, load_tools, number, one_line_errors,
+                       printable, read_calls)
 except (ModuleNotFoundError, SyntaxError) as error:
     if __name__ != "__main__":
         raise
@@ -813,17 +814,15 @@ def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
     ended: its last id is one that ends a turn. cut: it was too long.
     """
     text = tokenizer.decode(turn[:-1] if ended else turn, skip_special_tokens=False)
-    calls, errors = parse_calls(text)
+    found = read_calls(text)
     episode.turns.append(text)
-    episode.calls += calls
-    episode.errors += errors
-    if not calls and not errors:
+    episode.calls += [x for x in found if isinstance(x, Call)]
+    episode.errors += [x for x in found if isinstance(x, CallError)]
+    if not found:
         episode.final, episode.stop = text, "end" if ended else "length"
         return []
-    results = [execute(call, tools) for call in calls]
-    for error in reversed(errors):  # a broken call's error stands among the results where the call stood in the text
-        before = len(parse_calls(text[:error.position])[0])
-        results.insert(before, Result("", False, error_type="malformed_call", message=f"malformed call: {error.reason}"))
+    results = [execute(call, tools) if isinstance(call, Call) else Result("", False, error_type="malformed_call", message=f"malformed call: {call.reason}")
+               for call in found]
     episode.results += results
     end = data.end_of_turn(tokenizer)
     forced = ([] if turn[-1] == end else [end]) + data.continuation(results, tokenizer)
@@ -1464,9 +1463,7 @@ def chat(args):
                           max_new_tokens=args.max_new_tokens, style=config.tool_style, constrained=config.constrained)[0]
         results = iter(episode.results)
         for turn in episode.turns:  # the whole episode is remembered, calls and results too
-            calls, errors = parse_calls(turn)
-            for error in reversed(errors):  # each where it stands in the text, as the results
-                calls.insert(len(parse_calls(turn[:error.position])[0]), error)
+            calls = read_calls(turn)
             own = [next(results) for _ in calls]
             messages += [{"role": "assistant", "content": turn}, *({"role": "tool", "content": format_result(result)} for result in own)]
             if own:
@@ -1700,13 +1697,6 @@ def build_parser():
         def error(self, message):
             raise UserError(f"{message}; see python {self.prog} --help")
 
-    def number(kind, low):
-        def read(text):
-            if not low <= (value := kind(text)) < math.inf:
-                raise ValueError
-            return value
-        read.__name__ = f"number (at least {low})"
-        return read
     parser = Parser(prog="toolplay.py", description="Train an open language model to call tools. Without a verb: the guided tour.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 

@@ -490,19 +490,26 @@ def parse_calls(text) -> tuple:
     arguments, a comma too many before } or ].  A tag inside a tag is an error; reading goes on
     with the inner one.
     """
-    calls, errors = [], []
+    found = read_calls(text)
+    return [x for x in found if isinstance(x, Call)], [x for x in found if isinstance(x, CallError)]
+
+
+def read_calls(text) -> list:
+    """The same in one list: calls and errors in the order of the text."""
     if not isinstance(text, str):
-        return [], [CallError(0, f"not text but {type(text).__name__}", "")]
+        return [CallError(0, f"not text but {type(text).__name__}", "")]
+    found, errors = [], 0
     for match in CALL.finditer(text):
         try:
             if not match[2]:
                 raise ValueError("</tool_call> without <tool_call>" if match[1] is None else "<tool_call> without </tool_call>")
-            calls.append(_read_call(match[1]))
+            found.append(_read_call(match[1]))
         except (ValueError, RecursionError) as error:
-            if len(errors) < MAX_ERRORS:
+            errors += 1
+            if errors <= MAX_ERRORS:
                 prefix = "not JSON: " if isinstance(error, json.JSONDecodeError) else ""
-                errors.append(CallError(match.start(), f"{prefix}{error}", SURROGATE.sub("\ufffd", match[0][:200])))
-    return calls, errors
+                found.append(CallError(match.start(), f"{prefix}{error}", SURROGATE.sub("\ufffd", match[0][:200])))
+    return found
 
 
 def _read_call(text):
@@ -761,6 +768,16 @@ class Result:
 def printable(text):
     """Text for a terminal: what a data file has of control characters is shown, not obeyed."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
+
+
+def number(kind, low):
+    """A type for argparse: an int or float, at least `low`."""
+    def read(text):
+        if not low <= (value := kind(text)) < math.inf:
+            raise ValueError
+        return value
+    read.__name__ = f"number (at least {low})"
+    return read
 
 
 @contextlib.contextmanager
