@@ -815,12 +815,25 @@ def imitation(config, tokenizer):
     return units
 
 
-def train(run):
-    # Imported here so that this file alone gives the losses to anyone who copies it.
+def play(run, model, tokenizer, cases, reward, round_):
+    """A rank's share of a round: for each of its cases `samples` episodes with what they earned."""
     from tqdm import tqdm
 
-    import eval as evaluation
     import lora
+    import toolplay
+    config, chosen = run.config, [case for case in cases for _ in range(run.config.samples)]
+    bar = tqdm(total=len(chosen), desc="ppo rollout", unit="episode", leave=False, disable=run.rank > 0, dynamic_ncols=True)
+    with lora.merged(model), bar:  # sampled from faster
+        episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen], temperature=config.temperature, style=config.tool_style, progress=bar.update,
+                                    max_new_tokens=config.max_new_tokens, max_turns=config.max_turns, seed=f"{config.seed} round {round_}", batch_size=config.prompts * config.samples)
+    units = [{"episode": e, "row": (e.ids, e.mask), "mask": e.mask, **dict(zip(("score", "parts"), reward(case, e)))}
+             for case, e in zip(chosen, episodes)]
+    return [units[n:n + config.samples] for n in range(0, len(units), config.samples)]
+
+
+def train(run):
+    # Imported here so that this file alone gives the losses to anyone who copies it.
+    import eval as evaluation
     import toolplay
     from tools import UserError
     config = run.config
@@ -844,23 +857,12 @@ def train(run):
         raise UserError(f"{config.start_from}: its adapter is another one than when the run began, and was its reference; start a new run")
     beta = AdaptiveKL(trainer.extra.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
 
-    def play(of):
-        """A rank's share of a round: for each of its prompts, episodes with what they earned."""
-        chosen = [case for case in of for _ in range(config.samples)]
-        bar = tqdm(total=len(chosen), desc="ppo rollout", unit="episode", leave=False, disable=run.rank > 0, dynamic_ncols=True)
-        with lora.merged(model), bar:  # sampled from faster
-            episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen], temperature=config.temperature, style=config.tool_style, progress=bar.update,
-                                        max_new_tokens=config.max_new_tokens, max_turns=config.max_turns, seed=f"{config.seed} round {round_}", batch_size=config.prompts * config.samples)
-        units = [{"episode": e, "row": (e.ids, e.mask), "mask": e.mask, **dict(zip(("score", "parts"), reward(case, e)))}
-                 for case, e in zip(chosen, episodes)]
-        return [units[n:n + config.samples] for n in range(0, len(units), config.samples)]
-
     # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
     for position in run.steps(trainer, trainer.total):
         round_ = position // per_round
         again, new = choose_prompts(trainer.extra, len(cases), config)
         picked = again + new
-        played = toolplay.shared_out([cases[i] for i in picked], play)
+        played = toolplay.shared_out([cases[i] for i in picked], lambda own: play(run, model, tokenizer, own, reward, round_))
         played = [[{"case": cases[i], **unit} for unit in group] for i, group in zip(picked, played)]
         scores = [[unit["score"] for unit in group] for group in played]
         taught = [max(s) - min(s) >= config.min_spread for s in scores]

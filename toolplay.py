@@ -439,38 +439,43 @@ def planned_attention(module, query, key, value, attention_mask, scaling=None, d
 
 
 def takes_trie(model):
-    """Whether the model's attention takes an arbitrary mask, and our cache of keys and values. Tried once per model, on short rows."""
-    if not hasattr(model, "_takes_trie"):
+    """Whether the model's attention takes an arbitrary mask, and our cache of keys and values. Tried once per model and kind of attention, on short rows."""
+    config = model.config.get_text_config()
+    kind, found = getattr(config, "_attn_implementation", None), model.__dict__.setdefault("_takes_trie", {})  # kind of attention -> whether
+    if kind not in found:
         import transformers
         transformers.AttentionInterface.register("sdpa", planned_attention)
-        config = model.config.get_text_config()
         types = getattr(config, "layer_types", None)
         window = not types and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         by_length = re.search(r"'(rope_)?type': '(dynamic|longrope)'",  # angles depend on the longest position
                               str([getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]))
         rows = [([1, 2, 3, 4], [0, 1, 1, 1]), ([1, 2, 5, 6], [0, 0, 1, 1]), ([2, 3], [0, 1])]
-        model._takes_trie = set(types or ["full_attention"]) == {"full_attention"} and not (window or by_length) and agree(
+        found[kind] = set(types or ["full_attention"]) == {"full_attention"} and not (window or by_length) and agree(
             model, 1e-3, lambda: _logprobs(model, rows)["logp"], lambda: torch.cat([F.pad(_logprobs(model, [r])["logp"], (0, 4 - len(r[0]))) for r in rows])
         ) and agree(model, 1e-2, lambda: SharedPrefixCache(model, [[1, 2, 3], [1, 2]]).step([[4], [5]]),
                     lambda: torch.cat([model(input_ids=torch.tensor([ids], device=model.device)).logits[:, -1] for ids in ([1, 2, 3, 4], [1, 2, 5])]))
-        if not model._takes_trie:
+        if not found[kind]:
             print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend on a row's length, a special kernel, a cache "
                   "of its own, NVIDIA_TF32_OVERRIDE); falling back to one sequence per forward: exact, but slower", file=sys.stderr)
-    return model._takes_trie
+    return found[kind]
 
 
 @torch.no_grad()
 def agree(model, most, one, other):
-    """Whether two ways to compute the same differ by less than `most` on a model, in eval mode and without autocast (half precision is too coarse to tell)."""
-    training = model.training
+    """Whether two ways to compute the same differ by less than `most` on a model, in eval mode and full precision (half is too coarse to tell)."""
+    training, products = model.training, torch.get_float32_matmul_precision()
     model.eval()
+    torch.set_float32_matmul_precision("highest")  # TF32, too
     try:
         with torch.autocast(model.device.type, enabled=False):
             return bool((one() - other()).abs().max() < most)
+    except torch.OutOfMemoryError:
+        raise  # which says nothing about the model
     except Exception:  # whatever a model raises that is built otherwise
         return False
     finally:
         model.train(training)
+        torch.set_float32_matmul_precision(products)
 
 
 def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=()):
@@ -722,7 +727,9 @@ def stop_ids(model, tokenizer):
 
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
     stops = stop_ids(model, tokenizer)
-    closing = stops | {n for n in tokenizer.all_special_ids if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")}  # not inside a call
+    closing = stops  # what a constrained call may not hold
+    if limits.constrained:
+        closing = stops | {n for n in tokenizer.all_special_ids if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")}
     queues = [[e.ids[-1]] for e, _, _ in rows]  # ids not yet fed to the model
     turns = [[] for _ in rows]                  # ids of the turn under way
     cache = prompt_cache(model, [e.ids[:-1] for e, _, _ in rows])

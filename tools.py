@@ -657,16 +657,17 @@ class _CallReader:
         No schema is asked twice of one place: alternatives that hold themselves would never end."""
         start = self.at
         if (start, id(schema)) not in self.known:
-            end = self.known[start, id(schema)] = -1  # what begins with itself
+            self.known[start, id(schema)] = -1  # what begins with itself
             self.depth += 1
             try:
-                if self.depth < MAX_DEPTH:  # else it could not be read again (`_clean`); each choice between alternatives counts, too
-                    self.new_value(schema)
-                    end = self.at
+                if self.depth >= MAX_DEPTH:  # it could not be read again (`_clean`); each choice between alternatives counts, too
+                    raise ValueError
+                self.new_value(schema)
+                end = self.at
             except _Unfinished:
                 end = math.inf
             except ValueError:
-                pass
+                end = -1
             self.depth -= 1
             self.at, self.known[start, id(schema)] = start, end
         return self.known[start, id(schema)]
