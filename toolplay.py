@@ -163,6 +163,8 @@ def load_config(source, overrides=()):
         for kind, weight in getattr(config, key, {}).items():
             if kind not in data.KINDS or _wrong(weight, Rate):
                 raise UserError(f"{origin[key]}: {key}: {json.dumps(kind)}: {json.dumps(weight)}: must be a number > 0 for one of {', '.join(data.KINDS)}")
+    if config.lora_r and not config.lora_targets:
+        raise UserError(f'{origin["lora_targets"]}: lora_targets = []: name at least one layer or pattern, or set lora_r = 0')
     if wrong := [t for t in config.tools if not isinstance(t, dict)]:
         raise UserError(f'{origin["tools"]}: tools: {json.dumps(wrong[0])}: must be an object with name, description, parameters and function (the built-in tools are there anyway)')
     if method == "teacher" and (config.source, config.path, config.mix, config.fallback) != ("manual", "", {}, ""):

@@ -122,7 +122,7 @@ def test_values_that_belong_together():
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"lora_dropout": 1}, "0 to below 1"), ({"lora_skip": 1.0}, "0 to below 1"), ({"tools": [5]}, "tools: 5"), ({"tools": ["calculator"]}, "must be an object"),
+    ({"lora_dropout": 1}, "0 to below 1"), ({"lora_skip": 1.0}, "0 to below 1"), ({"lora_targets": []}, "lora_targets"), ({"tools": [5]}, "tools: 5"), ({"tools": ["calculator"]}, "must be an object"),
     ({"data": "jsonl", "source": "jsonl"}, "another name")])
 def test_what_would_fail_later_fails_at_once(settings, words):
     assert words in complaint(settings)
