@@ -263,6 +263,7 @@ def config_reference():
 
 # --------------------------------------------------------------------------- 2. model
 
+OWN = ("tiny", "smollm2-135m")  # models that come with toolplay
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -282,6 +283,8 @@ def load_model(name="smollm2-135m", device="cpu"):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are many lines
+    if "/" not in name and not Path(name).exists() and name not in OWN and (near := difflib.get_close_matches(name.lower(), OWN, 1)):
+        raise UserError(f'model {name!r} is none of toolplay\'s; did you mean "{near[0]}"?')
     if name == "tiny":
         model, tokenizer = _tiny(transformers)
     else:

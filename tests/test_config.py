@@ -128,6 +128,11 @@ def test_what_would_fail_later_fails_at_once(settings, words):
     assert words in complaint(settings)
 
 
+def test_a_typo_of_our_models_does_not_ask_the_hub():
+    with pytest.raises(UserError, match='did you mean "tiny"'):
+        toolplay.load_model("TINY")
+
+
 def test_the_reference_names_every_key():
     text = toolplay.config_reference()
     for f in dataclasses.fields(load_config({})):
