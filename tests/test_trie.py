@@ -220,6 +220,31 @@ def test_attention_without_tree_masks_is_noticed(capsys):
         assert (token_logprobs(net, rows) - gather(rows, one_by_one(net, rows))).abs().max() < 1e-4
 
 
+def test_another_kind_of_attention_is_tried_anew():
+    net, rows = model("llama"), random_rows(4)
+    assert toolplay.takes_trie(net)
+    net.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert (token_logprobs(net, rows) - gather(rows, one_by_one(net, rows))).abs().max() < 1e-4
+
+
+def test_the_trial_is_in_full_precision_and_out_of_memory_is_no_verdict(monkeypatch):
+    net, seen = model("llama"), []
+
+    def full(*args):
+        seen.append(torch.get_float32_matmul_precision())
+        raise torch.OutOfMemoryError
+    monkeypatch.setattr(toolplay, "_logprobs", full)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            toolplay.takes_trie(net)
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_positions_that_depend_on_a_row_s_length_fall_back():
     """Dynamic RoPE: the angles of all positions change where a row is longer than the model was made for; a tree has rows of many lengths."""
     import transformers
