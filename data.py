@@ -1658,6 +1658,8 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
     kept, counts, damaged, noted, seen, calls_dropped = [], Counter(), {}, {name: "not read: its name has no .json" for name in others}, set(), 0
     for name in names:
         try:
+            if not os.path.isfile(name):  # a pipe would be waited for
+                raise Unusable("it is no file that can be read")
             raw = Path(name).read_bytes()
             items, bad = toolbench_items(raw.decode("utf-8-sig"))
         except (OSError, ValueError) as error:

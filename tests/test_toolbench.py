@@ -1,5 +1,6 @@
 """ToolBench's files as they are in the wild: three shapes, real damage. All texts here are written for these tests."""
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -351,6 +352,12 @@ def test_names_of_another_kind_lead_to_files_too(tmp_path):
         for link in "ab":
             (folder / "m" / f"{link}.json").symlink_to(folder / blobs / "3fa9")
         assert len(data.read_toolbench(folder)) == 1
+
+
+def test_a_pipe_is_named_and_not_waited_for(tmp_path, capsys):
+    write(tmp_path, "a.json", [tree(*GOOD)])
+    os.mkfifo(tmp_path / "b.json")
+    assert len(data.read_toolbench(tmp_path)) == 1 and "no file that can be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [" " * 200_000 + "b", "a" + "\n" * 200_000 + "b", "Action: " * 100_000, "Action: a Action Input " * 50_000, "Thought: " * 100_000, "[" * 200_000])
