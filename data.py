@@ -3,9 +3,9 @@ data.py - from conversations to token ids and the one mask
 
 The idea. A training example is `(ids, mask)`: mask is 1 exactly on the tokens that the model chose, or should have
 chosen (its calls, its answers, its end-of-turn token), and 0 on everything it only reads (system prompt, user, tool
-results). SFT, DPO, PPO and the teacher all train under this mask; what they add are weights, or fewer tokens. The ids are concatenated piece by piece
-and never re-tokenised as one text, because a tokenizer may merge two pieces at their seam into a token that was never
-sampled.
+results). SFT, DPO, PPO and the teacher all train under this mask; what they add are weights, or fewer tokens. The ids
+are concatenated piece by piece and never re-tokenised as one text, because a tokenizer may merge two pieces at their
+seam into a token that was never sampled.
 
     <|im_start|>system ... <|im_end|>\n <|im_start|>user\n 17 * 23? <|im_end|>\n <|im_start|>assistant\n   mask 0
     <tool_call>{"name": "calculator", "arguments": {"expression": "17 * 23"}}</tool_call><|im_end|>        mask 1
@@ -13,11 +13,13 @@ sampled.
     17 * 23 is 391.<|im_end|>                                                                              mask 1
 
 Where the examples come from: templates written by hand and varied by a small paraphrasing engine (this file; the
-wording stands in configs/corpora/), invented functions, JSONL files of conversations, ToolBench, or a teacher. A conversation has the ecosystem's form:
-`{"messages": [{"role", "content", "tool_calls"?}, ...], "tools": [names or OpenAI schemas]}`.
+wording stands in configs/corpora/), invented functions, JSONL files of conversations, ToolBench, or a teacher. A
+conversation has the ecosystem's form: `{"messages": [{"role", "content", "tool_calls"?}, ...], "tools": [names or
+OpenAI schemas]}`.
 
 Splits are by phrasing family and by value, never by row: train, dev and test share no template, no city, no entity and
-no pair of numbers drawn for a template (constants such as percent's 100 stand in all; invented functions share no domain instead). A model that learned the templates by heart gets nothing for it on `test`.
+no pair of numbers drawn for a template (constants such as percent's 100 stand in all; invented functions share no
+domain instead). A model that learned the templates by heart gets nothing for it on `test`.
 
     python data.py --show 20                    examples with the trained tokens coloured
     python data.py --split test --n 500 --out test.jsonl
@@ -39,7 +41,8 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from tools import (BUILTIN, CORPORA, TYPES, Call, Result, UserError, _given, _loads, _problems, calculate, check_corpora, execute, format_call, format_result,
+from tools import (BUILTIN, CORPORA, TYPES, Call, Result, UserError, _given, _loads, _problems, calculate,
+                   check_corpora, execute, format_call, format_result,
                    load_tools, number, one_line_errors, parse_calls, render_tools, tool_from_schema)
 
 SYSTEM = "You are a helpful assistant."
@@ -76,19 +79,23 @@ def turns(conversation, style="signature"):
 
 
 def is_chatml(tokenizer):
-    """Whether a tokenizer has ChatML's tokens, and its own template, if it has one, lays out turns with them as `pieces` does. (Phi-4
-    and InternLM have these tokens, and another layout.) What a template says to the system may differ."""
-    ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])  # get_vocab() would build a dict of the whole vocabulary
+    """Whether a tokenizer has ChatML's tokens, and its own template, if it has one, lays out turns with them as
+    `pieces` does. (Phi-4 and InternLM have these tokens, and another layout.) What a template says to the system may
+    differ."""
+    # get_vocab() would build a dict of the whole vocabulary
+    ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     if {None, tokenizer.unk_token_id} & set(ids):
         return False
     text = example_of(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else None
-    return text is None or text.startswith("<|im_start|>") and text.endswith("<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n")
+    return (text is None or text.startswith("<|im_start|>")
+            and text.endswith("<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"))
 
 
 @functools.lru_cache(16)
 def example_of(tokenizer, template):
     """Two turns as the template (here the cache's key only) lays them out, or "" if it refuses them."""
-    for chat in ([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], [{"role": "user", "content": "U"}]):
+    for chat in ([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}],
+                 [{"role": "user", "content": "U"}]):
         with contextlib.suppress(Exception):  # templates raise what they like
             return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return ""
@@ -97,12 +104,14 @@ def example_of(tokenizer, template):
 @functools.lru_cache(16)
 def plain_tags(tokenizer, template):
     """Tags of a template that may be plain text to the tokenizer: [INST], Zephyr's <|user|>."""
-    return set(re.findall(r"<{1,2}/?\|?\w+\|?>{1,2}|\[/?[A-Z_]{2,}\]", template + example_of(tokenizer, template))) - set(GRAMMAR)
+    return set(re.findall(r"<{1,2}/?\|?\w+\|?>{1,2}|\[/?[A-Z_]{2,}\]",
+                          template + example_of(tokenizer, template))) - set(GRAMMAR)
 
 
 def end_of_turn(tokenizer):
     """The id that ends an assistant turn: the last one that its template puts there, else the tokenizer's eos token."""
-    last = [ids[-1] for ids, trained in pieces([("system", SYSTEM), ("user", "."), ("assistant", ".")], tokenizer) if trained][-1]
+    last = [ids[-1] for ids, trained in pieces([("system", SYSTEM), ("user", "."), ("assistant", ".")], tokenizer)
+            if trained][-1]
     return last if is_token_of_its_own(last, tokenizer) else tokenizer.eos_token_id
 
 
@@ -131,12 +140,15 @@ GRAMMAR = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 
 def without_tags(messages, tokenizer):
-    """[(role, text)] -> messages. What the template lays turns out with is broken by a zero-width space in a text: it must not become the token."""
+    """[(role, text)] -> messages. What the template lays turns out with is broken by a zero-width space in a text: it
+    must not become the token."""
     template = str(tokenizer.chat_template)
-    # Special tokens, and what the template lays out with; not words and newlines that happen to be added tokens, nor the call grammar.
+    # Special tokens, and what the template lays out with; not words and newlines that happen to be added tokens, nor
+    # the call grammar.
     layout = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content not in GRAMMAR
               and (token.special or token.content.strip() and token.content in template)]
-    tags = plain_tags(tokenizer, template) - set(layout)  # what is said, not what the model itself says, is kept from them
+    # what is said, not what the model itself says, is kept from them
+    tags = plain_tags(tokenizer, template) - set(layout)
     chat = []
     for role, text in messages:
         for token in sorted(layout if role == "assistant" else [*layout, *tags], key=len, reverse=True):
@@ -147,48 +159,57 @@ def without_tags(messages, tokenizer):
 
 def _template_pieces(messages, tokenizer, generation):
     if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template and is not ChatML: use an instruction-tuned model, or set tokenizer.chat_template")
+        raise UserError("the tokenizer has no chat template and is not ChatML: use an instruction-tuned model, "
+                        "or set tokenizer.chat_template")
     chat = without_tags(messages, tokenizer)
 
     def render(upto, header=False):
         try:
             return tokenizer.apply_chat_template(upto, tokenize=False, add_generation_prompt=header)
         except Exception as error:  # templates raise what they like
-            raise UserError(f"the tokenizer's chat template refuses the turns {', '.join(m['role'] for m in upto)} ({str(error)[:80]})") from None
+            raise UserError(f"the tokenizer's chat template refuses the turns {', '.join(m['role'] for m in upto)} "
+                            f"({str(error)[:80]})") from None
     # Some templates refuse a lone system message, or fold it into the first user turn: then these two are one piece.
     first = 1 + any(m["role"] == "user" for m in chat[1:2])
     shown = None
     with contextlib.suppress(UserError):
         shown = render([*chat[:first], {"role": "assistant", "content": "."}])
-    # Many refuse a system role (Gemma's), leave it out, or show it in the last turn only (Mistral's): it joins the first user turn.
+    # Many refuse a system role (Gemma's), leave it out, or show it in the last turn only (Mistral's): it joins the
+    # first user turn.
     if len(chat) > 1 and (shown is None or chat[0]["content"].strip() not in shown):
-        chat, first = [{"role": "user", "content": "\n\n".join(m["content"] for m in chat[:first] if m["content"])}, *chat[first:]], 1
+        chat, first = [{"role": "user", "content": "\n\n".join(m["content"] for m in chat[:first] if m["content"])},
+                       *chat[first:]], 1
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
 
     def rest(text, before):
         """What comes behind earlier turns."""
         if not text.startswith(before):
-            raise UserError("this chat template rewrites earlier turns, so that turns cannot be told apart; use a ChatML model or a simpler template")
+            raise UserError("this chat template rewrites earlier turns, so that turns cannot be told apart; "
+                            "use a ChatML model or a simpler template")
         return text[len(before):]
 
     def settled(upto):
-        """The turns, without an eos token that ends the whole, and is not there where the conversation goes on (Phi-3's)."""
+        """The turns, without an eos token that ends the whole, and is not there where the conversation goes on
+        (Phi-3's)."""
         text, end = render(upto), tokenizer.eos_token
-        return text.removesuffix(end) if end and text.endswith(end) and not render(upto, header=True).startswith(text) else text
+        return (text.removesuffix(end) if end and text.endswith(end) and not render(upto, header=True).startswith(text)
+                else text)
 
     def begun(upto):
         """The turns, and what any answer to them begins with."""
         return os.path.commonprefix([render([*upto, {"role": "assistant", "content": x}]) for x in "ab"])
 
     def asked(upto):
-        """The turns and the assistant's header. A template that ignores add_generation_prompt has it all the same: what any answer begins with."""
+        """The turns and the assistant's header. A template that ignores add_generation_prompt has it all the same: what
+        any answer begins with."""
         text = render(upto, header=True)
         if text == render(upto) and (answered := begun(upto)).startswith(text) and answered[len(text):].strip():
             return answered
         return text
 
     def opening(upto, after):
-        """The turns, and the header of the assistant's next, as far as `after` has it (a thinking model's template opens a thought)."""
+        """The turns, and the header of the assistant's next, as far as `after` has it (a thinking model's template
+        opens a thought)."""
         text = asked(upto)
         return text if after.startswith(text) else os.path.commonprefix([begun(upto), text, after])
     before = settled(chat[:first])
@@ -201,7 +222,8 @@ def _template_pieces(messages, tokenizer, generation):
             words = body.rstrip("\n ")  # what stands behind the end-of-turn token is layout
             said = ids(words)
             if said and tokenizer.eos_token_id is not None and not is_token_of_its_own(said[-1], tokenizer):
-                said.append(tokenizer.eos_token_id)  # a template without an end of turn: else the model would never learn to stop
+                # a template without an end of turn: else the model would never learn to stop
+                said.append(tokenizer.eos_token_id)
             out += [(ids(rest(header, before)), 0), (said, 1), (ids(body[len(words):]), 0)]
         else:
             out.append((ids(rest(after, before)), 0))
@@ -216,14 +238,18 @@ def encode(conversation, tokenizer, style="signature", generation=False):
     Raises UserError when the conversation is malformed.
     """
     conversation = check_conversation(conversation)
-    parts, weights = pieces(turns(conversation, style), tokenizer, generation), iter([m.get("weight", 1) for m in conversation["messages"] if m["role"] == "assistant"])
-    parts = [(ids, trained and next(weights, 1)) for ids, trained in parts]  # "weight": 0 as OpenAI has it: a turn that is not learned
+    parts, weights = pieces(turns(conversation, style), tokenizer,
+                            generation), iter([m.get("weight", 1) for m in conversation["messages"]
+                                               if m["role"] == "assistant"])
+    # "weight": 0 as OpenAI has it: a turn that is not learned
+    parts = [(ids, trained and next(weights, 1)) for ids, trained in parts]
     return [i for ids, _ in parts for i in ids], [t for ids, t in parts for _ in ids]
 
 
 def continuation(results, tokenizer):
     """Ids from the end of an assistant turn, over its tool results, to the header of the next turn: all mask 0."""
-    parts = pieces([("system", SYSTEM), ("user", "."), ("assistant", "."), ("tool", "\n".join(map(format_result, results)))], tokenizer, generation=True)
+    parts = pieces([("system", SYSTEM), ("user", "."), ("assistant", "."),
+                    ("tool", "\n".join(map(format_result, results)))], tokenizer, generation=True)
     last = max(i for i, (_, trained) in enumerate(parts) if trained)
     return [i for ids, _ in parts[last + 1:] for i in ids]
 
@@ -236,12 +262,14 @@ def messages_of(item):
 
 
 def check_conversation(conversation, known=None):
-    """Normalise a conversation (tool calls to {"name", "arguments"}, tools to Tools, see load_tools); UserError with the reason if it is not one.
+    """Normalise a conversation (tool calls to {"name", "arguments"}, tools to Tools, see load_tools); UserError with
+    the reason if it is not one.
 
     Taken as well: OpenAI's and TRL's spellings (content in text parts, the role developer, arguments or tools as JSON
     text, results as objects, `tool_call_id`: results are put into the order of their calls).
     """
-    if not isinstance(conversation, dict) or not isinstance(conversation.get("messages"), list) or not conversation["messages"]:
+    if (not isinstance(conversation, dict) or not isinstance(conversation.get("messages"), list)
+            or not conversation["messages"]):
         raise UserError('a conversation is an object with a non-empty list "messages"')
     messages = [_check_message(message, n) for n, message in enumerate(conversation["messages"])]
     if late := [n for n, message in enumerate(messages) if n and message["role"] == "system"]:
@@ -251,30 +279,41 @@ def check_conversation(conversation, known=None):
     checked = {**conversation, "messages": _in_call_order(messages), "tools": list(tools.values())}
     try:
         "".join(text for _, text in turns(checked)).encode()
-    except (ValueError, RecursionError) as error:  # NaN in an argument, half a surrogate pair: nothing that could be written into a prompt
+    # NaN in an argument, half a surrogate pair: nothing that could be written into a prompt
+    except (ValueError, RecursionError) as error:
         raise UserError(f"it cannot be written as text ({error})") from None
     return checked
 
 
 def _check_message(message, n):
-    if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant", "tool", "function"):
+    roles = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+             "function": "tool"}
+    role = roles.get(str(message.get("role"))) if isinstance(message, dict) else None
+    if role is None:
         raise UserError(f'message {n}: "role" must be system, user, assistant or tool')
-    role, content, calls = {"developer": "system", "function": "tool"}.get(message["role"], message["role"]), message.get("content"), message.get("tool_calls") or []
+    content, calls = message.get("content"), message.get("tool_calls") or []
     if not calls and isinstance(message.get("function_call"), dict):  # OpenAI's first spelling
         calls = [message["function_call"]]
     if message.get("weight") not in (None, 0, 1) or message.get("weight") == 0 and role != "assistant":
         raise UserError(f'message {n}: "weight" is 0 or 1, of an assistant message')
-    parts = isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
-    if parts and (role != "tool" or content and all(part.get("type") == "text" for part in content)):  # a tool's list may be its result
+    parts = isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str)
+                                              for part in content)
+    # a tool's list may be its result
+    if parts and (role != "tool" or content and all(part.get("type") == "text" for part in content)):
         content = "".join(part["text"] for part in content)
     if role == "tool" and not isinstance(content, str):
         content = json.dumps(content, ensure_ascii=False)
     if content is None and not calls or not isinstance(content, (str, type(None))):
-        other = isinstance(content, list) and next((str(part.get("type"))[:20] for part in content if isinstance(part, dict) and part.get("type") != "text"), None)
-        raise UserError(f'message {n}: "content" ' + ("is missing" if content is None else f"holds a part of type {other!r}; only text can be read" if other else "must be a string"))
+        other = isinstance(content, list) and next((str(part.get("type"))[:20]
+                                                    for part in content if isinstance(part, dict)
+                                                    and part.get("type") != "text"), None)
+        raise UserError(f'message {n}: "content" ' + ("is missing" if content is None
+                                                      else f"holds a part of type {other!r}; only text can be read"
+                                                      if other else "must be a string"))
     if not isinstance(calls, list) or calls and role != "assistant":
         raise UserError(f'message {n}: "tool_calls" is a list in an assistant message')
-    clean = {"role": role, "content": content or "", "id": message.get("tool_call_id"), **({"weight": 0} if message.get("weight") == 0 else {})}
+    clean = {"role": role, "content": content or "", "id": message.get("tool_call_id"),
+             **({"weight": 0} if message.get("weight") == 0 else {})}
     if calls:
         clean |= {"tool_calls": [_check_call(call, n) for call in calls], "ids": [call.get("id") for call in calls]}
     return clean
@@ -288,19 +327,22 @@ def _in_call_order(messages):
         order, answered = list(map(str, ids)), [str(m["id"]) for m in results]
         if ids and results and len(set(order)) == len(order) and None not in [*ids, *(m["id"] for m in results)]:
             if sorted(answered) != sorted(order):
-                raise UserError(f"message {n}: its calls have the ids {', '.join(order)[:80]}, the results behind it answer {', '.join(answered)[:80]}")
+                raise UserError(f"message {n}: its calls have the ids {', '.join(order)[:80]}, "
+                                f"the results behind it answer {', '.join(answered)[:80]}")
             messages[n + 1:n + 1 + len(ids)] = sorted(results, key=lambda m: order.index(str(m["id"])))
     return [{key: value for key, value in m.items() if key not in ("id", "ids")} for m in messages]
 
 
 def without_function(schema):
-    """A tool schema from a data file (or its JSON text), without its "function" path: data never decides which code is imported."""
+    """A tool schema from a data file (or its JSON text), without its "function" path: data never decides which code is
+    imported."""
     with contextlib.suppress(ValueError):  # what is no JSON text is said by load_tools
         schema = json.loads(schema) if isinstance(schema, str) and schema.lstrip().startswith("{") else schema
     if not isinstance(schema, dict):
         return schema
     inner = schema.get("function")
-    return {**schema, "function": without_function(inner)} if isinstance(inner, dict) else {k: v for k, v in schema.items() if k != "function"}
+    return ({**schema, "function": without_function(inner)} if isinstance(inner, dict)
+            else {k: v for k, v in schema.items() if k != "function"})
 
 
 def _check_call(call, n):
@@ -308,8 +350,10 @@ def _check_call(call, n):
     arguments = call.get("arguments") if isinstance(call, dict) else None
     with contextlib.suppress(ValueError, RecursionError):
         arguments = _given(arguments)
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"].strip() or not isinstance(arguments, dict):
-        raise UserError(f'message {n}: a tool call needs "name" (a string) and "arguments" (an object, or its JSON text)')
+    if (not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"].strip()
+            or not isinstance(arguments, dict)):
+        raise UserError(f'message {n}: a tool call needs "name" (a string) and "arguments" (an object, '
+                        'or its JSON text)')
     return {"name": call["name"], "arguments": arguments}
 
 
@@ -357,18 +401,22 @@ def number_words(n):
         return TENS[n // 10] + (f"-{ONES[n % 10]}" if n % 10 else "")
     for size, name in ((10 ** 6, "million"), (1000, "thousand"), (100, "hundred")):
         if n >= size:
-            return f"{number_words(n // size)} {name}" + (f"{' and ' if n % size < 100 else ' '}{number_words(n % size)}" if n % size else "")
+            return (f"{number_words(n // size)} {name}"
+                    + (f"{' and ' if n % size < 100 else ' '}{number_words(n % size)}" if n % size else ""))
 
 
 NUMBER = r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+"  # with or without commas
 
 
 def numbers_in(text):
-    """The numbers of a text, in digits or in words ("one thousand and seven", 57k), as often as they stand there -> list."""
-    alone = {"half": (2, 0.5), "third": (3,), "quarter": (4, 0.25), "quarters": (4, 0.25, 0.75), "thirds": (3,), "twice": (2,), "double": (2,), "triple": (3,), "dozen": (12,)}
+    """The numbers of a text, in digits or in words ("one thousand and seven", 57k), as often as they stand there ->
+    list."""
+    alone = {"half": (2, 0.5), "third": (3,), "quarter": (4, 0.25), "quarters": (4, 0.25, 0.75), "thirds": (3,),
+             "twice": (2,), "double": (2,), "triple": (3,), "dozen": (12,)}
     small = {**{word: n for n, word in enumerate(ONES)}, **{word: 10 * n for n, word in enumerate(TENS)}}
     scales = {"hundred": 100, "thousand": 1000, "million": 1000000}
-    found, total, current, before = [], 0, None, ""  # of the words of one number: its finished thousands, and what follows them
+    # of the words of one number: its finished thousands, and what follows them
+    found, total, current, before = [], 0, None, ""
     text = re.sub(r"(?<=\d)(k|m)\b", lambda m: {"k": " thousand", "m": " million"}[m[1]], str(text).lower())  # 57k
     for word in [*re.findall(NUMBER + r"|[a-z]+|(?<!thousand),", text, re.ASCII), ""]:
         if word in scales and before[:1].isdigit():
@@ -380,23 +428,29 @@ def numbers_in(text):
             current = (current or 1) * scales[word]
             if word != "hundred":
                 total, current = total + current, None
-        elif word in small and (not current or current % 100 == 0 or small[word] < 10 and current % 10 == 0 and current % 100 > 10):
+        elif word in small and (not current or current % 100 == 0 or small[word] < 10 and current % 10 == 0
+                                and current % 100 > 10):
             current = (current or 0) + small[word]
         elif word != "and" or before not in scales:  # the number ends here, and the next may begin
             found += [float(x) for x in [(current or 0) + total] if x]
             total, current = 0, small.get(word)
             found += map(float, [word.replace(",", "")] if word[:1] in tuple("0123456789.") else alone.get(word, ()))
-            if word == "dozen" and len(found) > 1 or word == "half" and before == "a" and len(found) > 2:  # two dozen, two and a half
+            # two dozen, two and a half
+            if word == "dozen" and len(found) > 1 or word == "half" and before == "a" and len(found) > 2:
                 found.append(12 * found[-2] if word == "dozen" else found[-3] + 0.5)
         before = word
-    return found + [int(a) / int(b) for a, b in re.findall(r"(?<![\d./])(\d{1,2})/(\d{1,2})(?![\d./])", text, re.ASCII) if 0 < int(a) < int(b)]  # 3/4 of them
+    # 3/4 of them
+    return found + [int(a) / int(b) for a, b in re.findall(r"(?<![\d./])(\d{1,2})/(\d{1,2})(?![\d./])", text, re.ASCII)
+                    if 0 < int(a) < int(b)]
 
 
-# Which split a pair of numbers belongs to, without a list of pairs: every number has one of nine colours, by a hash. A pair of two
-# colours is train's; a pair of one colour is dev's (colours 0 to 3) or test's (4 to 8). So 17 * 23 stands in one split only. A number
-# that is drawn alone goes by its own colour (ALONE). Two or more for dev or test hold no larger constant.
+# Which split a pair of numbers belongs to, without a list of pairs: every number has one of nine colours, by a hash. A
+# pair of two colours is train's; a pair of one colour is dev's (colours 0 to 3) or test's (4 to 8). So 17 * 23 stands
+# in one split only. A number that is drawn alone goes by its own colour (ALONE). Two or more for dev or test hold no
+# larger constant.
 COLOURS, ALONE = {"dev": range(4), "test": range(4, 9)}, {"dev": [0], "test": [4]}
-CONSTANTS = {1, 24, 52, 60, 100, 365, 501, 1000}  # of the train split's expressions; the small ones are too common to go without
+# of the train split's expressions; the small ones are too common to go without
+CONSTANTS = {1, 24, 52, 60, 100, 365, 501, 1000}
 ROUND = (5, 8, 10, 12, 15, 18, 20, 25, 30, 40, 50, 75)  # percents that people use most
 
 
@@ -409,7 +463,8 @@ def colour(value):
 @functools.lru_cache(maxsize=None)
 def taken_pairs():
     """Pairs of numbers in the examples that are written out in full: these are in the train split."""
-    numbers = [[float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", e["prompt"])] for e in corpus("canonical.json")["examples"]]
+    numbers = [[float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", e["prompt"])]
+               for e in corpus("canonical.json")["examples"]]
     return {frozenset(pair) for found in numbers for pair in itertools.combinations(found, 2) if pair[0] != pair[1]}
 
 
@@ -420,15 +475,20 @@ def constants_of(expression):
 @functools.lru_cache(maxsize=None)
 def kept_constants():
     """Constants that dev and test have beside one drawn number: with a number of theirs, train does not draw these."""
-    families = [f for name in ("arithmetic", "everyday", "traps") for split in ALONE for f in pool(f"{name}.json", "families", split)]
+    families = [f for name in ("arithmetic", "everyday", "traps") for split in ALONE
+                for f in pool(f"{name}.json", "families", split)]
     return {n for f in families if len(f.get("slots", {})) == 1 for n in constants_of(f.get("expression", ""))}
 
 
 def draw_values(slots, split, rng, expression=""):
-    """One value per slot ('num 2 99', 'money 1 50', ...) such that every pair of them, and with `expression`'s constants, belongs to `split`; None: no luck."""
+    """One value per slot ('num 2 99', 'money 1 50', ...) such that every pair of them, and with `expression`'s
+    constants, belongs to `split`; None: no luck."""
     values, wanted = {}, None if split == "train" or len(slots) < 2 else rng.choice(COLOURS[split])
     constants = {colour(n) for n in constants_of(expression) - CONSTANTS}
-    owner = lambda value: next((name for name, colours in ALONE.items() if colour(value) in colours), "train")  # noqa: E731
+
+    def owner(value):
+        return next((name for name, colours in ALONE.items() if colour(value) in colours), "train")
+
 
     def fits(value):
         if split == "train" and colour(value) in constants:
@@ -436,9 +496,11 @@ def draw_values(slots, split, rng, expression=""):
         if len(slots) == 1:
             return owner(value) == split
         if split == "train":
-            kept = [float(a) in kept_constants() and owner(b) != "train" for v in values.values() for a, b in ((v, value), (value, v))]
+            kept = [float(a) in kept_constants() and owner(b) != "train" for v in values.values()
+                    for a, b in ((v, value), (value, v))]
             return colour(value) not in map(colour, values.values()) and not any(kept)
-        return value not in CONSTANTS and colour(value) == wanted and not any(frozenset((float(value), float(v))) in taken_pairs() for v in values.values())
+        return (value not in CONSTANTS and colour(value) == wanted
+                and not any(frozenset((float(value), float(v))) in taken_pairs() for v in values.values()))
     for name, spec in slots.items():
         kind, *bounds = spec.split()
         low, high = map(float, bounds)
@@ -447,12 +509,15 @@ def draw_values(slots, split, rng, expression=""):
             value = round(rng.randint(int(low * 10 ** places), int(high * 10 ** places)) / 10 ** places, places or None)
             if kind == "dec" and value.is_integer():
                 value = int(value)  # nobody types 27.0
-            if kind == "pct" and split == "train" and rng.random() < 0.4 and (common := [x for x in ROUND if low <= x <= high]):
+            if (kind == "pct" and split == "train" and rng.random() < 0.4
+                    and (common := [x for x in ROUND if low <= x <= high])):
                 value = rng.choice(common)
             if kind == "million":
                 value = round(round(rng.uniform(low, high), rng.choice([0, 1, 1, 2])) * 10 ** 6)
-            if kind in ("num", "int", "word", "dollars") and value > 99 and rng.random() < 0.2:  # people like round numbers: 1200; or 3047, as said
-                rounded = value - value % 1000 + value % 100 if value > 1000 and rng.random() < 0.3 else round(value, 2 - len(str(value)))
+            # people like round numbers: 1200; or 3047, as said
+            if kind in ("num", "int", "word", "dollars") and value > 99 and rng.random() < 0.2:
+                rounded = (value - value % 1000 + value % 100 if value > 1000 and rng.random() < 0.3
+                           else round(value, 2 - len(str(value))))
                 value = rounded if low <= rounded <= high else value
             if fits(value):
                 values[name] = value
@@ -463,18 +528,24 @@ def draw_values(slots, split, rng, expression=""):
 
 
 def write_value(value, kind, rng, style=None):
-    """A number as a person might type it. `style`: which of the ways to write money, from 0 to 1: the amounts of a request have one."""
+    """A number as a person might type it. `style`: which of the ways to write money, from 0 to 1: the amounts of a
+    request have one."""
     digits = f"{value:.2f}" if kind == "money" else str(value)
     comma = digits if kind == "year" else f"{value:,}" if kind != "money" else f"{value:,.2f}"
     if kind == "pct":
-        slips = corpus("register.json")["typos"]["percent"]  # the engine's typos do not reach what is written with a number
-        return digits + rng.choice(["%"] * 8 + [" %", " percent", " percent", " per cent", " pct", f" {rng.choice(slips)}"])
+        # the engine's typos do not reach what is written with a number
+        slips = corpus("register.json")["typos"]["percent"]
+        return digits + rng.choice(["%"] * 8 + [" %", " percent", " percent", " per cent", " pct",
+                                                f" {rng.choice(slips)}"])
     if kind == "million":
         return rng.choice([f"{value / 10 ** 6:g} million"] * 3 + [f"{value / 10 ** 6:g}m", comma, digits])
     if kind in ("num", "int", "dollars") and value >= 2000 and value % 100 == 0 and rng.random() < 0.2:
-        return "$" * (kind == "dollars") + f"{value / 1000:g}" + ("k" if kind == "dollars" else rng.choice(["k", "k", " thousand"]))
+        sign, unit = ("$", "k") if kind == "dollars" else ("", rng.choice(["k", "k", " thousand"]))
+        return f"{sign}{value / 1000:g}{unit}"
     if kind in ("money", "dollars"):
-        ways = [f"${comma}"] * 8 + [f"${digits}"] * 2 + [f"{digits} dollars"] * 2 + [f"{digits} bucks" if kind == "dollars" else f"{digits} USD"] * 2 + [comma] * 2 + [digits] * 4
+        word = "bucks" if kind == "dollars" else "USD"
+        ways = ([f"${comma}"] * 8 + [f"${digits}"] * 2 + [f"{digits} dollars"] * 2 + [f"{digits} {word}"] * 2
+                + [comma] * 2 + [digits] * 4)
         ways += [f"£{comma}", f"€{comma}", f"{digits} {rng.choice(['euros', 'euros', 'eur'])}", f"{digits} pounds"]
         return ways[int((rng.random() if style is None else style) * len(ways))]
     if kind == "word" or kind == "int" and rng.random() < 0.2 and value < 10000:
@@ -492,7 +563,8 @@ def corpus(name):
     """A corpus of configs/corpora by file name, read once."""
     text = (CORPORA / name).read_text(encoding="utf-8")
     try:
-        return json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text) if name.endswith(".json") else [json.loads(line)
+                                                                for line in text.splitlines() if line.strip()]
     except ValueError as error:
         raise UserError(f"{CORPORA / name}: not valid JSON ({error})") from None
 
@@ -509,15 +581,20 @@ def pool(name, key, split):
 
 @functools.lru_cache(maxsize=None)
 def talks(split):
-    """The no-tool messages of a split with their replies; "easy": nothing one could as well look up, no mention of what tools are for, no trap."""
+    """The no-tool messages of a split with their replies; "easy": nothing one could as well look up, no mention of what
+    tools are for, no trap."""
     easy = {k["kind"] for k in corpus("talk_prompts.json")["kinds"] if not (k.get("lookup") or k.get("mentions"))}
-    return [{**t, "easy": t["kind"] in easy} for t in of_split(corpus("talk_replies.jsonl")[1:], split) if not hollow(t["prompt"], t["reply"])]
+    return [{**t, "easy": t["kind"] in easy} for t in of_split(corpus("talk_replies.jsonl")[1:], split)
+            if not hollow(t["prompt"], t["reply"])]
 
 
 def hollow(prompt, reply):
-    """Whether a reply is one of those that the model has for everything: they would teach it to console who got the job."""
-    mourning = re.search(r"\b(died|death|passed away|funeral|grie|(lost|miss) (my|the|our) (gran\w*|mum|mom|dad|dog|cat|budgie))\b", prompt, re.IGNORECASE)
-    return bool(re.search(r"classic (example|scene|case)", reply, re.IGNORECASE) or not mourning and re.search(r"sorry (for|about) your loss", reply, re.IGNORECASE))
+    """Whether a reply is one of those that the model has for everything: they would teach it to console who got the
+    job."""
+    mourning = re.search(r"\b(died|death|passed away|funeral|grie|(lost|miss) (my|the|our) "
+                         r"(gran\w*|mum|mom|dad|dog|cat|budgie))\b", prompt, re.IGNORECASE)
+    return bool(re.search(r"classic (example|scene|case)", reply, re.IGNORECASE) or not mourning
+                and re.search(r"sorry (for|about) your loss", reply, re.IGNORECASE))
 
 
 def any_name(rng):
@@ -527,12 +604,18 @@ def any_name(rng):
 
 
 SEVERAL = 0.64  # share of requests for a calculation that have more than one operation
-SPOKEN = 0.08  # share of requests for a calculation that are written as one says them, "twelve hundred minus eighty-two"
-SAID = 0.2  # share of those for one operation that begin with a number in words, "seventeen times twelve": a first word has other tokens
+# share of requests for a calculation that are written as one says them, "twelve hundred minus eighty-two"
+SPOKEN = 0.08
+# share of those for one operation that begin with a number in words, "seventeen times twelve": a first word has other
+# tokens
+SAID = 0.2
 SYMBOLS = re.compile(r"\} ?[-−+*/x×÷^²%=)]|[(√] ?\{")  # next to a number's slot: such a sum is written, not said
 TOWNS = 0.2  # share of names of places, in training, that few have heard of
-FORMULAS, CHAINS = 0.2, 0.05  # shares of these, in training, that are a random formula, or steps in words: hands list dozens of shapes, there are thousands
-RATES, PRICES = 0.03, 0.03  # shares of everyday sums, in training, that are put together: "30 a month, over two years?"; "12 eggs cost 3.60, one?"
+# shares of these, in training, that are a random formula, or steps in words: hands list dozens of shapes, there are
+# thousands
+FORMULAS, CHAINS = 0.2, 0.05
+# shares of everyday sums, in training, that are put together: "30 a month, over two years?"; "12 eggs cost 3.60, one?"
+RATES, PRICES = 0.03, 0.03
 
 
 class Writer:
@@ -561,7 +644,8 @@ class Writer:
             text = f'{end_sentence(text)} {self.pick("register.json", "rambles_after")["text"]}'
         elif where < 0.34:
             closer = self.pick("register.json", "closers")["text"]
-            text = f"{text}, {decapitalise(closer)}" if text[-1] not in ".!?=" and rng.random() < 0.5 else f"{text} {closer}"
+            text = (f"{text}, {decapitalise(closer)}" if text[-1] not in ".!?=" and rng.random() < 0.5
+                    else f"{text} {closer}")
         for table, share, rate in ((style["typos"], 0.08, 0.3), (style["texting"], 0.04, 0.9)):
             if rng.random() < share:
                 text = re.sub(r"(?<![{\w'])[A-Za-z]+(?![}\w'])", lambda m: swap_word(m.group(), table, rate, rng), text)
@@ -574,7 +658,8 @@ class Writer:
         return text, lower
 
     def tools(self, needed=(), without=None):
-        """The offered tools in random order: three, two, one or none of them, always with the needed; some in other words."""
+        """The offered tools in random order: three, two, one or none of them, always with the needed; some in other
+        words."""
         names, rng = list(BUILTIN), self.rng
         if without is not None or rng.random() >= 0.55:
             free = [n for n in names if n not in needed and n != without]
@@ -583,9 +668,11 @@ class Writer:
         if not names or rng.random() >= 0.15:
             return names
         wording = rng.randrange(3)  # full schemas in other words; sorted, so that there are few different prompts
-        return [{**BUILTIN[n].schema()["function"], "description": corpus("extra.json")["descriptions"][n][wording]} for n in sorted(names)]
+        return [{**BUILTIN[n].schema()["function"], "description": corpus("extra.json")["descriptions"][n][wording]}
+                for n in sorted(names)]
 
-    # Each writer of a kind returns (prompt, calls, its family's id, extra facts about the example), or None when the draw did not fit.
+    # Each writer of a kind returns (prompt, calls, its family's id, extra facts about the example), or None when the
+    # draw did not fit.
 
     def calculator_call(self, family, spoken=False):
         """A request from a family with number slots. spoken: its whole numbers are words."""
@@ -620,13 +707,15 @@ class Writer:
         stories = corpus("stories_add.json")
         first, second, third = self.rng.sample(stories["names"], 3)
         thing, thing2 = self.rng.sample(stories["things"][family.get("things", "toys")], 2)
-        words = {**first, "name2": second["name"], "name3": third["name"], "thing": thing, "thing2": thing2, "city": self.pick("cities.json", "cities")["name"]}
+        words = {**first, "name2": second["name"], "name3": third["name"], "thing": thing, "thing2": thing2,
+                 "city": self.pick("cities.json", "cities")["name"]}
         words |= {key.capitalize(): words[key].capitalize() for key in ("he", "his", "thing")}
         return {k: v.lower() if lower else v for k, v in words.items()}
 
     def calculation(self, name, wanted=lambda family: True, spoken=0):
         found = [f for f in pool(name, "families", self.split) if wanted(f)]
-        family, = self.rng.choices(found, [f.get("weight", 1) for f in found])  # a weight: what people ask for often, or hardly ever
+        # a weight: what people ask for often, or hardly ever
+        family, = self.rng.choices(found, [f.get("weight", 1) for f in found])
         return self.calculator_call(family, spoken=self.rng.random() < spoken)
 
     def arithmetic(self):
@@ -634,27 +723,34 @@ class Writer:
         several = self.rng.random() < SEVERAL
         made = self.rng.random() if several and self.split == "train" else 1
         if made < FORMULAS + CHAINS:
-            return self.calculator_call(self.formula() if made < FORMULAS else self.chain(), spoken=made > FORMULAS and self.rng.random() < SPOKEN)
+            return self.calculator_call(self.formula() if made < FORMULAS else self.chain(),
+                                        spoken=made > FORMULAS and self.rng.random() < SPOKEN)
         if not several and self.rng.random() < SAID:
             return self.calculator_call(self.said())
-        return self.calculation("arithmetic.json", lambda family: (operations(family["expression"]) > 1) == several, SPOKEN)
+        return self.calculation("arithmetic.json", lambda family: (operations(family["expression"]) > 1) == several,
+                                SPOKEN)
 
     def said(self):
         """A family of one operation on two whole numbers, in a wording that begins with one of them; all are words."""
-        family, text = self.rng.choice([(f, text) for f in pool("arithmetic.json", "families", self.split) if re.fullmatch(r"\{\w+\} [-+*/] \{\w+\}", f["expression"])
+        family, text = self.rng.choice([(f, text) for f in pool("arithmetic.json", "families", self.split)
+                                        if re.fullmatch(r"\{\w+\} [-+*/] \{\w+\}", f["expression"])
                                         and {s.split()[0] for s in f["slots"].values()} <= {"num", "int", "word"}
                                         for text in f["texts"] if text[0] == "{" and not SYMBOLS.search(text)])
-        return {**family, "said": True, "texts": [text], "slots": {name: self.rng.choice(["word 2 20", "word 11 99", "word 100 1999"]) for name in family["slots"]}}
+        return {**family, "said": True, "texts": [text],
+                "slots": {name: self.rng.choice(["word 2 20", "word 11 99", "word 100 1999"])
+                          for name in family["slots"]}}
 
     def formula(self):
-        """A family made on the spot: a random formula of two to four operations, written out, in one of many sentences."""
+        """A family made on the spot: a random formula of two to four operations, written out, in one of many
+        sentences."""
         rng, slots = self.rng, {}
         gap, root, square = rng.choice(["", " ", " "]), rng.choice(["sqrt", "√"]), rng.choice(["^2", "²"])
         signs = {"+": "+", "-": rng.choice("--−"), "*": rng.choice("**x×"), "/": rng.choice("//÷")}
         bracket = lambda text, needed: f"({text})" if needed else text  # noqa: E731
 
         def grow(size, positive=False):
-            """-> expression, the same as a person writes it, how tightly it binds: 0 a sum, 1 a product, 2 a root or square, 3 a number."""
+            """-> expression, the same as a person writes it, how tightly it binds: 0 a sum, 1 a product, 2 a root or
+            square, 3 a number."""
             if size == 0:
                 name = "abcde"[len(slots)]
                 slots[name] = rng.choice(["num 2 12", "num 2 99", "num 2 99", "num 20 3000", "dec 1 60"])
@@ -664,7 +760,8 @@ class Writer:
                 if rng.random() < 0.5:
                     return f"sqrt({expression})", root + bracket(text, root == "sqrt" or tight < 3), 2
                 return bracket(expression, tight < 3) + " ** 2", bracket(text, tight < 3) + square, 2
-            sign = rng.choice("+*/" if positive else "+-*/")  # no root of what may be negative, no divisor that may be zero
+            # no root of what may be negative, no divisor that may be zero
+            sign = rng.choice("+*/" if positive else "+-*/")
             left, tight = rng.randrange(size), int(sign in "*/")
             a, b = grow(left, positive), grow(size - 1 - left, positive or sign == "/")
             a_loose, b_loose = a[2] < tight, b[2] < tight + (sign in "-/")
@@ -673,7 +770,8 @@ class Writer:
 
         expression, text, _ = grow(rng.choice([2, 2, 3, 3, 4]))
         sentence = self.pick("arithmetic.json", "sentences")["text"]
-        return {"id": "formula", "expression": expression, "slots": slots, "texts": [fill(sentence, {"f": text})], "negative": True}
+        return {"id": "formula", "expression": expression, "slots": slots, "texts": [fill(sentence, {"f": text})],
+                "negative": True}
 
     def chain(self):
         """A family of two or three operations, said one after the other: "take 340, knock 25 off, then halve it"."""
@@ -681,29 +779,35 @@ class Writer:
         start, slots = rng.choice(parts["starts"]), {}
         expression, text, tight = start["expression"], start["text"], binding(start["expression"])
         for name in re.findall(r"\{(\w)\}", text):
-            slots[name] = {"p": "pct 2 90"}.get(name) or rng.choice(["num 2 99", "num 20 900", "num 20 900", "num 100 5000", "num 100 5000", "dec 2 80", "dec 2 80", "million 0.2 40"])
+            slots[name] = ({"p": "pct 2 90"}.get(name)
+                           or rng.choice(["num 2 99", "num 20 900", "num 20 900", "num 100 5000", "num 100 5000",
+                                          "dec 2 80", "dec 2 80", "million 0.2 40"]))
         for name in "nm"[:rng.choice([1, 2, 2]) if operations(expression) else 2]:
             step = rng.choice(parts["steps"])
             x = expression if tight >= step["tight"] else f"({expression})"
-            expression, said = fill(step["expression"], {"x": x, "n": f"{{{name}}}"}), fill(rng.choice(step["texts"]), {"n": f"{{{name}}}"})
+            expression, said = fill(step["expression"],
+                                    {"x": x, "n": f"{{{name}}}"}), fill(rng.choice(step["texts"]), {"n": f"{{{name}}}"})
             text, tight = text + rng.choice(parts["links"]) + said, binding(step["expression"])
             if "slot" in step:
                 slots[name] = step["slot"]
         text = (text if start.get("noun") else text[0].upper() + text[1:]) + rng.choice(parts["ends"])
-        return {"id": "chain", "expression": expression, "slots": slots, "texts": [text], "negative": True, "whole": False, "where": [start["where"]] if "where" in start else []}
+        return {"id": "chain", "expression": expression, "slots": slots, "texts": [text], "negative": True,
+                "whole": False, "where": [start["where"]] if "where" in start else []}
 
     def rate(self):
         """A family with a number that nobody says: so much a month is twelve times as much a year."""
         rng, parts = self.rng, corpus("made_sums.json")
         unit = rng.choice(list(parts["rates"].values()))
-        context, (goals, expression), (extra, more) = rng.choice(unit["texts"]), rng.choice(unit["goals"]), rng.choice(parts["rate_extras"])
+        context, (goals, expression) = rng.choice(unit["texts"]), rng.choice(unit["goals"])
+        extra, more = rng.choice(parts["rate_extras"])
         if "{b}" in extra and ("{m}" not in context or "/" in expression):
             extra, more = "", ""  # what is paid once is no rate
         goal = rng.choice(goals.split("|"))
         context = fill(context, {"per": rng.choice(unit["per"])}) + extra
         ask = rng.choice(parts["rate_asks"])
         text = fill(ask, {"context": context if ask.startswith("{context}") else decapitalise(context), "goal": goal})
-        slots = {"a": "num 2 400", "m": rng.choice(["money 3 900", "dollars 5 3000"]), "b": "dollars 5 300", "k": "int 2 12", "n": "int 2 9"}
+        slots = {"a": "num 2 400", "m": rng.choice(["money 3 900", "dollars 5 3000"]), "b": "dollars 5 300",
+                 "k": "int 2 12", "n": "int 2 9"}
         expression = (expression + more).replace("{a}", "{m}" if "{m}" in context else "{a}")
         return made_family("rate", expression, text, slots)
 
@@ -713,24 +817,29 @@ class Writer:
         kind, (goods, goods2) = rng.choice(parts["prices"]), rng.sample(parts["goods"], 2)
         words = dict(zip(("good", "goods", "good2", "goods2"), (*goods.split("|"), *goods2.split("|"))))
         text = fill(rng.choice(kind["texts"]), words)
-        slots = {"m": rng.choice(["money 0.2 30", "money 1 90", "dollars 2 60"]), "n": "int 2 48", "k": "int 2 30", "m2": rng.choice(["money 0.2 30", "dollars 2 60"])}
+        slots = {"m": rng.choice(["money 0.2 30", "money 1 90", "dollars 2 60"]), "n": "int 2 48", "k": "int 2 30",
+                 "m2": rng.choice(["money 0.2 30", "dollars 2 60"])}
         slots["m2"] = "dollars 20 900" if kind["expression"].startswith("{m2}") else slots["m2"]
         return made_family("price", kind["expression"], text, slots)
 
     def sums(self):
         """Two numbers, in digits, and one of the four operations, each of these as often as the others."""
         form = r"\{\w+\} [%s] \{\w+\}" % re.escape(self.rng.choice("+-*/"))
-        family = self.rng.choice([f for f in pool("arithmetic.json", "families", self.split) if re.fullmatch(form, f["expression"])])
-        return self.calculator_call({**family, "slots": {name: re.sub("^(int|word) ", "num ", slot) for name, slot in family["slots"].items()}})
+        family = self.rng.choice([f for f in pool("arithmetic.json", "families", self.split)
+                                  if re.fullmatch(form, f["expression"])])
+        return self.calculator_call({**family, "slots": {name: re.sub("^(int|word) ", "num ", slot)
+                                                         for name, slot in family["slots"].items()}})
 
     def everyday(self):
         made = self.rng.random() if self.split == "train" else 1
         if made < RATES + PRICES:
-            return self.calculator_call(self.rate() if made < RATES else self.price(), spoken=self.rng.random() < SPOKEN)
+            return self.calculator_call(self.rate() if made < RATES else self.price(),
+                                        spoken=self.rng.random() < SPOKEN)
         return self.calculation("everyday.json", spoken=SPOKEN)
 
     def word_problem(self, steps=None):
-        return self.calculation(self.rng.choice(["stories_add.json", "stories_mul.json"]), lambda family: steps in (None, family["steps"]))
+        return self.calculation(self.rng.choice(["stories_add.json", "stories_mul.json"]),
+                                lambda family: steps in (None, family["steps"]))
 
     one_step, two_steps = functools.partialmethod(word_problem, 1), functools.partialmethod(word_problem, 2)
 
@@ -746,40 +855,49 @@ class Writer:
     def weather(self, wanted=lambda family: True, towns=TOWNS):
         family = self.rng.choice([f for f in pool("weather.json", "families", self.split) if wanted(f)])
         template, lower = self.register(self.rng.choice(family["texts"]))
-        if self.split == "train" and re.search(r"\{city\}[?.]?$", template) and self.rng.random() < 0.25:  # "in oslo rn": where does the city end?
-            closers = [c["text"] for c in pool("register.json", "closers", self.split) if re.fullmatch(r"[a-z']+( [a-z]+)?", c["text"])]
+        # "in oslo rn": where does the city end?
+        if self.split == "train" and re.search(r"\{city\}[?.]?$", template) and self.rng.random() < 0.25:
+            closers = [c["text"] for c in pool("register.json", "closers", self.split)
+                       if re.fullmatch(r"[a-z']+( [a-z]+)?", c["text"])]
             template = template.rstrip("?.") + " " + self.rng.choice(closers)
         city = self.place(lower, towns)
         if self.split == "train" and self.rng.random() < 0.2:  # no city: to copy what stands there, not what is known
             one, two = (self.city(towns)["name"] for _ in range(2))
-            if towns and self.rng.random() < 0.3:  # a word that is one token behind a blank is several behind a quotation mark: how is it spelled?
+            # a word that is one token behind a blank is several behind a quotation mark: how is it spelled?
+            if towns and self.rng.random() < 0.3:
                 one = re.sub("^(the|an?) ", "", any_name(self.rng))
                 city = one[0].upper() + one[1:]
             else:  # half of one name, half of another
-                city = f"{one.split()[0]} {two.split()[-1]}" if " " in one and " " in two else one[:len(one) // 2 + 1] + two[len(two) // 2:].lower()
+                city = (f"{one.split()[0]} {two.split()[-1]}" if " " in one and " " in two
+                        else one[:len(one) // 2 + 1] + two[len(two) // 2:].lower())
             city = city.lower() if lower else city
         arguments = {"city": city, **({"unit": family["unit"]} if family.get("unit") else {})}
         return fill(template, arguments), [Call("weather", arguments)], family["id"], {"city": city}
 
-    skies = functools.partialmethod(weather, lambda family: not family.get("unit"), towns=0)  # nobody asks for a unit; cities that people ask for
+    # nobody asks for a unit; cities that people ask for
+    skies = functools.partialmethod(weather, lambda family: not family.get("unit"), towns=0)
 
     def search(self):
         if self.rng.random() < 0.4:
             query, entity, family = self.pick("search_questions.json", "plain")["text"], None, "plain"
         else:
             made = self.pick("search_questions.json", "families")
-            entity, family = self.rng.choice(of_split(corpus("search_questions.json")["entities"][made["entity"]], self.split))["name"], made["id"]
+            entity, family = self.rng.choice(of_split(corpus("search_questions.json")["entities"][made["entity"]],
+                                                      self.split))["name"], made["id"]
             query = fill(self.rng.choice(made["texts"]), {"e": entity})
         query = query.rstrip("?. ")
         wrapper = "{q}" if self.rng.random() < 0.6 else self.pick("search_questions.json", "wrappers")["text"]
-        if not re.match(r"(who|whose|what|when|where|which|how|why)\b", query) and not re.search(r"(:|search for|look up|find|search on) \{q\}", wrapper):
+        if (not re.match(r"(who|whose|what|when|where|which|how|why)\b", query)
+                and not re.search(r"(:|search for|look up|find|search on) \{q\}", wrapper)):
             wrapper = "{q}"  # "I was wondering height of Everest" is nobody's English
         if wrapper == "{q}" and self.rng.random() < 0.4:
             wrapper = "{q}?"
         template, lower = self.register(wrapper)
         query = query.lower() if lower else query
         shown = self.capital(query, template, lower)
-        return fill(template, {"q": shown}), [Call("search", {"query": shown if wrapper.startswith("{q}") else query})], family, {"entity": entity}
+        return fill(template,
+                    {"q": shown}), [Call("search", {"query": shown if wrapper.startswith("{q}") else query})], family, {
+                        "entity": entity}
 
     def trap(self):
         family = self.pick("traps.json", "families")
@@ -790,7 +908,8 @@ class Writer:
             text = item["text"].rstrip("?. ")
             template, lower = self.register("{q}?" if item["text"][-1] == "?" else "{q}")
             change = str.lower if lower else str
-            return fill(template, {"q": change(text)}), [Call("search", {"query": change(item["query"])})], family["id"], {}
+            call = Call("search", {"query": change(item["query"])})
+            return fill(template, {"q": change(text)}), [call], family["id"], {}
         if family["tool"] == "none":
             return self.no_tool(lambda t: t["kind"] == f'trap_{family["id"]}')
         values = draw_values(family.get("slots", {}), self.split, self.rng)
@@ -799,7 +918,8 @@ class Writer:
         template, lower = self.register(self.rng.choice(family["texts"]))
         city = self.place(lower)
         written = {k: write_value(v, family["slots"][k].split()[0], self.rng) for k, v in values.items()}
-        return fill(template, {"city": city, **written}), [Call("weather", {"city": city})], family["id"], {"city": city}
+        return fill(template, {"city": city, **written}), [Call("weather",
+                                                                {"city": city})], family["id"], {"city": city}
 
     def no_tool(self, wanted=lambda talk: True):
         """Talk with the base model's own reply; its words stay as they were when the reply was sampled."""
@@ -810,16 +930,19 @@ class Writer:
 
     def two_calls(self):
         if self.rng.random() < 0.4:
-            return self.several_cities("several_cities" if self.split == "train" and self.rng.random() < 0.7 else "two_cities")
+            return self.several_cities("several_cities" if self.split == "train" and self.rng.random() < 0.7
+                                       else "two_cities")
         first, second = self.rng.sample([self.arithmetic, self.weather, self.search, self.arithmetic], 2)
         one, two = first(), second()
         if not one or not two:
             return None
-        prompt = fill(self.pick("extra.json", "joiners")["text"], {"x": end_sentence(one[0]), "y": decapitalise(two[0], two[1])})
+        prompt = fill(self.pick("extra.json", "joiners")["text"],
+                      {"x": end_sentence(one[0]), "y": decapitalise(two[0], two[1])})
         return prompt, one[1] + two[1], "joined", {}
 
     def several_cities(self, family):
-        """Two, or three to five at once: what is practised is to copy names, whose first token is often another one behind a quotation mark."""
+        """Two, or three to five at once: what is practised is to copy names, whose first token is often another one
+        behind a quotation mark."""
         template, lower = self.register(self.pick("extra.json", family)["text"])
         cities = [self.place(lower) for _ in range(2 if family == "two_cities" else self.rng.choice([3, 3, 4, 5]))]
         if len(set(cities)) < len(cities):
@@ -833,12 +956,14 @@ class Writer:
     def tool_error(self):
         if self.rng.random() < 0.25:
             template, _ = self.register(self.pick("extra.json", "zero")["text"])
-            a = self.rng.choice([n for n in range(2, 1000) if n % 7 in {"train": range(5), "dev": [5], "test": [6]}[self.split]])
+            own = {"train": range(5), "dev": [5], "test": [6]}[self.split]
+            a = self.rng.choice([n for n in range(2, 1000) if n % 7 in own])
             return fill(template, {"a": a}), [Call("calculator", {"expression": f"{a} / 0"})], "zero", {}
         family = self.pick("weather.json", "families")
         template, lower = self.register(self.rng.choice(family["texts"]))
         town = self.rng.choice(self.pick("extra.json", "towns")["names"])
-        arguments = {"city": town.lower() if lower else town, **({"unit": family["unit"]} if family.get("unit") else {})}
+        arguments = {"city": town.lower() if lower else town,
+                     **({"unit": family["unit"]} if family.get("unit") else {})}
         return fill(template, arguments), [Call("weather", arguments)], family["id"], {"city": arguments["city"]}
 
     def missing_tool(self):
@@ -846,7 +971,8 @@ class Writer:
 
     def canonical(self):
         example = self.pick("canonical.json", "examples")
-        return example["prompt"], [Call(c["name"], c["arguments"]) for c in example["calls"]], "canonical", {"reply": example.get("reply")}
+        return example["prompt"], [Call(c["name"], c["arguments"])
+                                   for c in example["calls"]], "canonical", {"reply": example.get("reply")}
 
 
 def operations(expression):
@@ -855,17 +981,21 @@ def operations(expression):
 
 
 def made_family(name, expression, text, slots):
-    """A family that was put together: one text, which begins with a capital, and of `slots` those that the expression has."""
-    return {"id": name, "expression": expression, "slots": {k: v for k, v in slots.items() if f"{{{k}}}" in expression}, "texts": [text[0].upper() + text[1:]]}
+    """A family that was put together: one text, which begins with a capital, and of `slots` those that the expression
+    has."""
+    return {"id": name, "expression": expression, "slots": {k: v for k, v in slots.items() if f"{{{k}}}" in expression},
+            "texts": [text[0].upper() + text[1:]]}
 
 
 def in_order(expression, text, slots):
-    """An expression whose factors, and terms of a sum, stand as the text has them: "4 screws for each of 18" is 4 * 18. (Not percents,
-    which stand behind their amount in all families, nor what is divided.)"""
+    """An expression whose factors, and terms of a sum, stand as the text has them: "4 screws for each of 18" is 4 * 18.
+    (Not percents, which stand behind their amount in all families, nor what is divided.)"""
     def ordered(chain):
         names = re.findall(r"\w+", chain[0])
         known = all(f"{{{name}}}" in text and not slots[name].startswith("pct") for name in names)
-        return f" {chain[1]} ".join(f"{{{name}}}" for name in (sorted(names, key=lambda name: text.find(f"{{{name}}}")) if known else names))
+        if known:
+            names.sort(key=lambda name: text.find(f"{{{name}}}"))
+        return f" {chain[1]} ".join(f"{{{name}}}" for name in names)
     expression = re.sub(r"(?<![*/%] )\{\w+\}(?: (\*) \{\w+\})+(?! [*/%])", ordered, expression)
     return re.sub(r"(?<![-*/%] )(?<!-)\{\w+\}(?: (\+) \{\w+\})+(?! [*/%])", ordered, expression)
 
@@ -888,10 +1018,13 @@ def fill(template, words):
 
 
 def decapitalise(text, calls=()):
-    """A small letter, for what goes on in the middle of a sentence, unless it begins with a value of the calls (or is "I" or a name that shows)."""
+    """A small letter, for what goes on in the middle of a sentence, unless it begins with a value of the calls (or is
+    "I" or a name that shows)."""
     first = text.split(" ", 1)[0]
-    values = tuple(v for c in calls for value in c.arguments.values() for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v)
-    name = first in ("I", "I'm", "I've", "I'd", "I'll") or first[1:] != first[1:].lower() or not first.replace("'", "").isalpha()
+    values = tuple(v for c in calls for value in c.arguments.values()
+                   for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v)
+    name = (first in ("I", "I'm", "I've", "I'd", "I'll") or first[1:] != first[1:].lower()
+            or not first.replace("'", "").isalpha())
     return text if name or text.startswith(values) else text[0].lower() + text[1:]
 
 
@@ -911,20 +1044,25 @@ def swap_word(word, table, rate, rng):
 
 MIX = {"canonical": 2, "arithmetic": 21, "everyday": 35, "weather": 10, "search": 9, "no_tool": 6, "trap": 9,
        "word_problem": 4, "missing_tool": 2, "two_calls": 2, "tool_error": 1}
-SYNTHETIC = {"api_one": 3, "api_choice": 4, "api_parallel": 3, "api_ask": 1, "api_none": 2}  # invented functions (section 5)
-KINDS = [*MIX, "sums", "skies", "small_talk", "one_step", "two_steps", *SYNTHETIC]  # easy ones for the demo; word problems of one operation, and of more
+# invented functions (section 5)
+SYNTHETIC = {"api_one": 3, "api_choice": 4, "api_parallel": 3, "api_ask": 1, "api_none": 2}
+# easy ones for the demo; word problems of one operation, and of more
+KINDS = [*MIX, "sums", "skies", "small_talk", "one_step", "two_steps", *SYNTHETIC]
 
 
 def final_answer(call, result, rng, story=False):
     """The assistant's closing words for one call and its result, in one of many wordings."""
     answers = corpus("answers.json")
     if not result.ok:
-        kind = "unknown_city" if "unknown city" in result.message else "division_by_zero" if "zero" in result.message else "other"
+        kind = ("unknown_city" if "unknown city" in result.message else "division_by_zero" if "zero" in result.message
+                else "other")
         return fill(rng.choice(answers["error"][kind]), {**call.arguments, "message": result.message})
     if call.name == "calculator":
-        return fill(rng.choice(answers["calculator_story" if story else "calculator"]), {**call.arguments, "result": result.value})
+        return fill(rng.choice(answers["calculator_story" if story else "calculator"]),
+                    {**call.arguments, "result": result.value})
     if call.name == "weather":
-        return fill(rng.choice(answers["weather"]), {**result.value, "unit_symbol": "°F" if result.value["unit"] == "fahrenheit" else "°C"})
+        return fill(rng.choice(answers["weather"]),
+                    {**result.value, "unit_symbol": "°F" if result.value["unit"] == "fahrenheit" else "°C"})
     if result.value:
         return fill(rng.choice(answers["search"]), result.value[0])
     return fill(rng.choice(answers["search_empty"]), call.arguments)
@@ -942,34 +1080,42 @@ def converse(kind, split, rng):
     needed = sorted({c.name for c in calls})
     if kind == "missing_tool":
         call, offered = calls[0], writer.tools(without=needed[0])
-        facts = {**facts, "withheld": {"name": call.name, "arguments": call.arguments}}  # what would be right if the tool were offered
+        # what would be right if the tool were offered
+        facts = {**facts, "withheld": {"name": call.name, "arguments": call.arguments}}
         reply, calls = fill(rng.choice(corpus("answers.json")["missing"][call.name]), call.arguments), []
     else:
         offered, reply = writer.tools(needed), facts.pop("reply", None)
     tools = load_tools(offered)
     messages, results = [{"role": "user", "content": prompt}], [execute(call, tools) for call in calls]
     if calls:
-        if kind != "tool_error" and os.environ.get("TOOLPLAY_CITIES") and (unknown := [r.message for r in results if r.message.startswith("unknown city")]):
-            raise UserError(f"TOOLPLAY_CITIES = {os.environ['TOOLPLAY_CITIES']}: {unknown[0]}, but the templates ask for it; unset it while data are generated")
-        finals = [final_answer(c, r, rng, story=kind in ("word_problem", "one_step", "two_steps")) for c, r in zip(calls, results)]
+        if (kind != "tool_error" and os.environ.get("TOOLPLAY_CITIES")
+                and (unknown := [r.message for r in results if r.message.startswith("unknown city")])):
+            raise UserError(f"TOOLPLAY_CITIES = {os.environ['TOOLPLAY_CITIES']}: {unknown[0]}, "
+                            "but the templates ask for it; unset it while data are generated")
+        finals = [final_answer(c, r, rng, story=kind in ("word_problem", "one_step", "two_steps"))
+                  for c, r in zip(calls, results)]
         two = "{first}" if len(finals) == 1 else rng.choice(corpus("answers.json")["two"])
         reply = " ".join(finals) if len(finals) > 2 else fill(two, {"first": finals[0], "second": finals[-1]})
-        messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
+        messages += [{"role": "assistant", "content": "",
+                      "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
         messages += [{"role": "tool", "content": format_result(r)} for r in results]
     answer = results[0].value if [c.name for c in calls] == ["calculator"] else None
     found = kind == "search" and results[0].value  # to retell a text takes more practice than to report a number
-    if split == "train" and calls and (kind not in ("two_calls", "tool_error") or family == "several_cities") and rng.random() < (0.6 if found else 0.8):
+    if (split == "train" and calls and (kind not in ("two_calls", "tool_error") or family == "several_cities")
+            and rng.random() < (0.6 if found else 0.8)):
         del messages[2:]  # the call is the harder lesson: most of the time is better spent on one more of them
     else:
         messages.append({"role": "assistant", "content": reply})
-    return {"kind": kind, "family": family, "split": split, "messages": messages, "tools": offered, "answer": answer, "facts": facts}
+    return {"kind": kind, "family": family, "split": split, "messages": messages, "tools": offered, "answer": answer,
+            "facts": facts}
 
 
 def generate(split, n, seed=0, mix=None):
     """n conversations of a split, a function of the arguments alone. `mix`: kind -> weight."""
     mix = {k: v for k, v in (mix or MIX).items() if k != "canonical" or split == "train"}
     if split not in ("train", "dev", "test") or not any(mix.values()):
-        raise UserError(f"split {split!r}: it must be train, dev or test, and one kind of the mix must weigh more than 0 (canonical examples are all in train)")
+        raise UserError(f"split {split!r}: it must be train, dev or test, "
+                        "and one kind of the mix must weigh more than 0 (canonical examples are all in train)")
     if unknown := set(mix) - set(KINDS):
         raise UserError(f"unknown kind {sorted(unknown)[0]!r} in the mix; kinds are {', '.join(KINDS)}")
     check_corpora()  # a corpus of one's own that cannot be read is no tool that failed: that would be learned from
@@ -981,7 +1127,8 @@ def generate(split, n, seed=0, mix=None):
         kind = rng.choices(list(mix), list(mix.values()))[0]
         made = converse(kind, split, rng)
         if made and (prompt := made["messages"][0]["content"]) not in seen:
-            if split != "train" or kind not in ("no_tool", "small_talk", "canonical"):  # these are few and may come again in training, under other tools
+            # these are few and may come again in training, under other tools
+            if split != "train" or kind not in ("no_tool", "small_talk", "canonical"):
                 seen.add(prompt)
             out.append(made)
     raise UserError(f"the {split} split has no {n} different examples for this mix; ask for fewer")
@@ -989,59 +1136,73 @@ def generate(split, n, seed=0, mix=None):
 
 # --------------------------------------------------------------------------- 5. many tools
 
-# Invented APIs (configs/corpora/apis.json), in ToolBench's spirit: a model that only knows three tools knows three strings.
-# Whole domains belong to one split. Names come in several styles, and are sometimes replaced by meaningless ones, so that the
-# descriptions must be read (function masking, Lin et al. 2024, arXiv:2410.04587).
-STYLES = {"snake": lambda domain, words: "_".join(words), "camel": lambda domain, words: words[0] + "".join(w.capitalize() for w in words[1:]),
+# Invented APIs (configs/corpora/apis.json), in ToolBench's spirit: a model that only knows three tools knows three
+# strings. Whole domains belong to one split. Names come in several styles, and are sometimes replaced by meaningless
+# ones, so that the descriptions must be read (function masking, Lin et al. 2024, arXiv:2410.04587).
+STYLES = {"snake": lambda domain, words: "_".join(words),
+          "camel": lambda domain, words: words[0] + "".join(w.capitalize() for w in words[1:]),
           "dotted": lambda domain, words: f"{domain}.{'_'.join(words)}"}
 MEANINGLESS = {"train": "func", "dev": "method", "test": "api"}
 NAMED = ["{n} {v}", "{n}: {v}", "{n} = {v}"]
-WHOLE = 0.5  # share of requests that are sentences written as a whole, where a function has some; the others are put together from phrases
-SAID_TOO = {"train": 0.1, "dev": 0.25, "test": 0.25}  # how often a phrase states an optional value; written sentences state more of them in train
-SHOWN = {"train": 0.95, "dev": 0.7, "test": 0.7}  # how often an offer has an optional parameter: to leave alone what nobody stated, has to be learned
-OFFERS = {"train": 900}  # different offers of either kind, one function and several; on the other splits every conversation has its own
+# share of requests that are sentences written as a whole, where a function has some; the others are put together from
+# phrases
+WHOLE = 0.5
+# how often a phrase states an optional value; written sentences state more of them in train
+SAID_TOO = {"train": 0.1, "dev": 0.25, "test": 0.25}
+# how often an offer has an optional parameter: to leave alone what nobody stated, has to be learned
+SHOWN = {"train": 0.95, "dev": 0.7, "test": 0.7}
+# different offers of either kind, one function and several; on the other splits every conversation has its own
+OFFERS = {"train": 900}
 MONTHS = "January February March April May June July August September October November December".split()
 
 
 class ApiWriter:
-    """Writes requests to the functions of one offer, in one style of names. An offer is drawn from its own random stream: in
-    training several conversations share one, so that one set of tools is asked for different things (and is computed once by
-    the trie). All other choices come from `rng`."""
+    """Writes requests to the functions of one offer, in one style of names. An offer is drawn from its own random
+    stream: in training several conversations share one, so that one set of tools is asked for different things (and is
+    computed once by the trie). All other choices come from `rng`."""
 
     def __init__(self, split, rng, several, joined=False):
-        self.split, self.rng = split, random.Random(f"{split} offer {rng.randrange(OFFERS.get(split, 10 ** 9))} {several}")
-        style, self.described, self.masked = self.rng.choice(list(STYLES)), self.rng.random() < 0.8, self.rng.random() < 0.1
+        offer = rng.randrange(OFFERS.get(split, 10 ** 9))
+        self.split, self.rng = split, random.Random(f"{split} offer {offer} {several}")
+        style = self.rng.choice(list(STYLES))
+        self.described, self.masked = self.rng.random() < 0.8, self.rng.random() < 0.1
         self.style = "snake" if self.masked else style
         self.domain, function = self.function()
         chosen = [(self.domain, function)]
         if several:  # near misses, and others
             near = [f for f in self.domain["functions"] if f is not function]
-            chosen += [(self.domain, f) for f in self.rng.sample(near, self.rng.randint(1, 2))] + self.others(self.rng.randint(0, 1))
+            chosen += ([(self.domain, f) for f in self.rng.sample(near, self.rng.randint(1, 2))]
+                       + self.others(self.rng.randint(0, 1)))
         self.rng.shuffle(chosen)
         self.originals = [f for _, f in chosen]
-        self.offered = [(d, shown, self.tool(d, shown)) for n, (d, f) in enumerate(chosen) for shown in [self.variant(f, n)]]
+        self.offered = [(d, shown, self.tool(d, shown)) for n, (d, f) in enumerate(chosen)
+                        for shown in [self.variant(f, n)]]
         self.rng, self.joined = rng, joined  # joined: several requests make one prompt
-        self.named = not self.masked and rng.random() < 0.1  # values are pasted with their parameters' names: "party size: 4"
+        # values are pasted with their parameters' names: "party size: 4"
+        self.named = not self.masked and rng.random() < 0.1
 
     def function(self):
         domain = self.rng.choice(pool("apis.json", "domains", self.split))
         return domain, self.rng.choice(domain["functions"])
 
     def variant(self, function, number):
-        """The function as one offer shows it: some optional parameters left out, the others in any order, some names made of the
-        words of a description ("day of travel" -> day_travel), or of none (masked). A few functions give many schemas, so that
-        reading them is learned, not they."""
+        """The function as one offer shows it: some optional parameters left out, the others in any order, some names
+        made of the words of a description ("day of travel" -> day_travel), or of none (masked). A few functions give
+        many schemas, so that reading them is learned, not they."""
         rng = self.rng
         shown = [p for p in function["parameters"] if p["required"] or rng.random() < SHOWN[self.split]]
         if rng.random() < 0.3:
             rng.shuffle(shown)
         parameters = []
         for n, p in enumerate(shown):
-            words = [f"arg{n + 1}"] if self.masked else self.described and rng.random() < 0.4 and telling_words(rng.choice(p["description"])) or p["name"]
+            words = ([f"arg{n + 1}"] if self.masked
+                     else self.described and rng.random() < 0.4 and telling_words(rng.choice(p["description"]))
+                     or p["name"])
             taken = [q["name"] for q in shown + parameters]
             parameters.append({**p, "name": words if words not in taken else p["name"], "called": p["name"]})
         words = rng.random() < 0.4 and telling_words(rng.choice(function["descriptions"])) or function["words"]
-        return {**function, "parameters": parameters, "shown": [MEANINGLESS[self.split], str(number + 1)] if self.masked else words}
+        words = [MEANINGLESS[self.split], str(number + 1)] if self.masked else words
+        return {**function, "parameters": parameters, "shown": words}
 
     def key(self, parameter):
         """A parameter's name in this style; dotted names have snake parameters."""
@@ -1050,15 +1211,18 @@ class ApiWriter:
     def tool(self, domain, function):
         """-> the schema of a function's variant."""
         fields = self.fields(function["parameters"])  # drawn before the description
-        return {"name": STYLES[self.style](domain["name"], function["shown"]), "description": self.rng.choice(function["descriptions"]),
+        return {"name": STYLES[self.style](domain["name"], function["shown"]),
+                "description": self.rng.choice(function["descriptions"]),
                 "parameters": {"type": "object", **fields}}
 
     def fields(self, parameters):
-        return {"properties": {self.key(p): self.field(p) for p in parameters}, "required": [self.key(p) for p in parameters if p["required"]]}
+        return {"properties": {self.key(p): self.field(p) for p in parameters},
+                "required": [self.key(p) for p in parameters if p["required"]]}
 
     def field(self, parameter):
         field = {"type": parameter["type"]}
-        if self.described or self.masked or parameter.get("values") in ("date", "time"):  # how these are written has to be said
+        # how these are written has to be said
+        if self.described or self.masked or parameter.get("values") in ("date", "time"):
             field["description"] = self.rng.choice(parameter["description"])
         field |= {key: parameter[key] for key in ("enum", "default") if key in parameter}
         if parameter["type"] == "array":
@@ -1069,38 +1233,48 @@ class ApiWriter:
         """-> (the value in an argument, how a person may write it)."""
         rng = self.rng
         if isinstance(kind, list):
-            foreign = self.split == "train" and isinstance(kind[0], str) and kind[0][0].isupper() and not set(kind) & set(corpus("apis.json")["closed"])
-            name = any_name(rng) if foreign and rng.random() < 0.08 else ""  # a name from anywhere: values are copied, not known by heart
+            foreign = (self.split == "train" and isinstance(kind[0], str) and kind[0][0].isupper()
+                       and not set(kind) & set(corpus("apis.json")["closed"]))
+            # a name from anywhere: values are copied, not known by heart
+            name = any_name(rng) if foreign and rng.random() < 0.08 else ""
             value = name if name[:1].isupper() else rng.choice(kind)
             return value, str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
         name, *limits = kind.split()
         people, surnames = corpus("stories_add.json")["names"], corpus("extra.json")["surnames"]
         written = {"city": lambda: rng.choice(pool("cities.json", "cities", self.split))["name"],
                    "person": lambda: f"{rng.choice(people)['name']} {rng.choice(surnames)}",
-                   "email": lambda: f"{rng.choice(people)['name'].lower()}.{rng.choice(surnames).lower()}@{rng.choice(['mail', 'post', 'inbox'])}.example",
-                   "code": lambda: "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=2)) + f"-{rng.randint(1000, 9999)}"}
+                   "email": lambda: (f"{rng.choice(people)['name'].lower()}.{rng.choice(surnames).lower()}@"
+                                     f"{rng.choice(['mail', 'post', 'inbox'])}.example"),
+                   "code": lambda: (f"{''.join(rng.choices('ABCDEFGHJKLMNPQRSTUVWXYZ', k=2))}-"
+                                    f"{rng.randint(1000, 9999)}")}
         if name in written:  # as they are
             value = written[name]()
             return value, value
         if name == "date":
             year, month, day = rng.choice([2026, 2026, 2027]), rng.randint(1, 12), rng.randint(1, 28)
             end = "th" if day in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
-            said = [f"{year}-{month:02}-{day:02}", f"{MONTHS[month - 1]} {day}, {year}", f"{day} {MONTHS[month - 1]} {year}", f"the {day}{end} of {MONTHS[month - 1]} {year}"]
+            said = [f"{year}-{month:02}-{day:02}", f"{MONTHS[month - 1]} {day}, {year}",
+                    f"{day} {MONTHS[month - 1]} {year}", f"the {day}{end} of {MONTHS[month - 1]} {year}"]
             return said[0], rng.choice(said)
         if name == "time":
             hour, minute = rng.randint(6, 22), rng.choice([0, 0, 15, 30, 45])
-            twelve, part = (hour - 1) % 12 + 1, "in the morning" if hour < 12 else "in the evening" if hour > 17 else "in the afternoon"
-            said = [f"{hour:02}:{minute:02}", f"{twelve}:{minute:02} {'am' if hour < 12 else 'pm'}" if minute else f"{twelve} {'am' if hour < 12 else 'pm'}"]
+            twelve = (hour - 1) % 12 + 1
+            part = "in the morning" if hour < 12 else "in the evening" if hour > 17 else "in the afternoon"
+            said = [f"{hour:02}:{minute:02}", f"{twelve}:{minute:02} {'am' if hour < 12 else 'pm'}" if minute
+                    else f"{twelve} {'am' if hour < 12 else 'pm'}"]
             if words := {0: "{} o'clock", 15: "quarter past {}", 30: "half past {}"}.get(minute):
                 said.append(f"{words.format(number_words(twelve))} {part}")
             return said[0], rng.choice(said)
         low, high = float(limits[0]), float(limits[1])
         if name == "int":
             value = rng.randint(int(low), int(high))
-            said = ([number_words(value)] if 0 <= value < 100 else []) + ["a dozen"] * (value == 12) + [f"{value:,}"] * (value > 2100)  # nobody writes the year 1,998
+            # nobody writes the year 1,998
+            said = (([number_words(value)] if 0 <= value < 100 else []) + ["a dozen"] * (value == 12)
+                    + [f"{value:,}"] * (value > 2100))
             return value, rng.choice(said) if said and rng.random() < 0.3 else str(value)
         value = round(rng.uniform(low, high), 2 if name == "money" or high <= 2 else 1)
-        if name != "money" and (value.is_integer() or self.split == "train" and name == "dec" and high > 5 and value >= 1 and rng.random() < 0.4):
+        if name != "money" and (value.is_integer() or self.split == "train" and name == "dec" and high > 5
+                                and value >= 1 and rng.random() < 0.4):
             value = int(value)  # people like whole numbers, and nobody says 110.0
         return value, f"${value:.2f}" if name == "money" and rng.random() < 0.7 else str(value)
 
@@ -1108,7 +1282,8 @@ class ApiWriter:
         """-> (value, phrase) of a parameter; an object's phrases are those of its fields."""
         rng = self.rng
         if parameter["type"] == "object":
-            made = {self.key(p): self.argument(p) for p in parameter["properties"] if p["required"] or rng.random() < 0.5}
+            made = {self.key(p): self.argument(p) for p in parameter["properties"] if p["required"]
+                    or rng.random() < 0.5}
             return {k: v for k, (v, _) in made.items()}, self.together([text for _, text in made.values()])
         if parameter["type"] == "boolean" or "enum" in parameter and not self.named:
             value = rng.choice(parameter.get("enum") or [True, False])
@@ -1118,7 +1293,8 @@ class ApiWriter:
 
     def styled(self, parameter, value):
         """A value as it stands in the corpus, an object's keys in this style."""
-        return {self.key(p): value["_".join(p["name"])] for p in parameter["properties"] if "_".join(p["name"]) in value} if parameter["type"] == "object" else value
+        return {self.key(p): value["_".join(p["name"])] for p in parameter["properties"]
+                if "_".join(p["name"]) in value} if parameter["type"] == "object" else value
 
     def plain(self, parameter):
         """-> (value, how it is written) of a parameter that is no object or boolean."""
@@ -1126,8 +1302,11 @@ class ApiWriter:
             value = self.rng.choice(parameter["enum"])
             return value, str(value).replace("_", " ")
         n = 1
-        if parameter["type"] == "array":  # numbers: as many in every list of a request, for the two ends of a line have as many coordinates
-            n = self.length if parameter["items"] != "string" and canonical(parameter) not in corpus("apis.json")["single"] else self.rng.choice([1, 2, 2, 3])
+        # numbers: as many in every list of a request, for the two ends of a line have as many coordinates
+        if parameter["type"] == "array":
+            n = (self.length
+                 if parameter["items"] != "string" and canonical(parameter) not in corpus("apis.json")["single"]
+                 else self.rng.choice([1, 2, 2, 3]))
         values, said = self.listed(parameter, n)
         return values if parameter["type"] == "array" else values[0], said
 
@@ -1139,25 +1318,29 @@ class ApiWriter:
                 break
             value, said = self.value(parameter["values"])
             bare = isinstance(value, str) and not takes_text(parameter)
-            item = re.sub("^(the|an?) ", "", value) if bare else value, said  # asked for "the lathe", a function gets the lathe's name
+            # asked for "the lathe", a function gets the lathe's name
+            item = re.sub("^(the|an?) ", "", value) if bare else value, said
             items += [item] if item[0] not in [value for value, _ in items] else []
         words = [said for _, said in items]
-        return [value for value, _ in items], words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+        said = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+        return [value for value, _ in items], said
 
     def state(self, parameter, said, several=False):
         """A phrase that states a parameter's value, or `several`, in words of its own or with the parameter's name."""
         name = canonical(parameter).replace("_", " ")
-        phrase = self.way if self.named else self.rng.choice([x for x in parameter["phrases"] if not several or x.endswith("{v}")])
+        phrase = (self.way if self.named
+                  else self.rng.choice([x for x in parameter["phrases"] if not several or x.endswith("{v}")]))
         return phrase.replace("{n}", name).replace("{v}", said)
 
     def together(self, phrases):
-        """Phrases one after the other; a person who pastes names and values puts commas between them, others do so at times."""
+        """Phrases one after the other; a person who pastes names and values puts commas between them, others do so at
+        times."""
         return (", " if self.named or self.rng.random() < 0.25 else " ").join(phrases)
 
     def sentence(self, function):
-        """A whole sentence that was written for the function, with a slot for each value -> (it, the names of what it says, {name: value}
-        of what of that it says in words of its own: "with no stops"), or None: there is none for what this variant shows, or this
-        request is put together from phrases."""
+        """A whole sentence that was written for the function, with a slot for each value -> (it, the names of what it
+        says, {name: value} of what of that it says in words of its own: "with no stops"), or None: there is none for
+        what this variant shows, or this request is put together from phrases."""
         shown, found = {canonical(p) for p in function["parameters"]}, []
         for item in corpus("api_sentences.json")["sentences"].get("_".join(function["words"]), []):
             text, told = (item, {}) if isinstance(item, str) else item
@@ -1168,27 +1351,31 @@ class ApiWriter:
         return self.rng.choice(found) if found and self.rng.random() < WHOLE else None
 
     def request(self, function, without=None, spread=1, template=None, like=()):
-        """-> (text, list of arguments): of one call, or of up to `spread` calls that differ in one
-        parameter ("in Oslo and Rome") or in two ("for Ann and Bo, with 3 and 5 guests, respectively"). `without`: a parameter
-        that is left unsaid; `template`: words around the values, in place of the function's own; `like`: the arguments of a call before,
-        which are all said anew."""
+        """-> (text, list of arguments): of one call, or of up to `spread` calls that differ in one parameter ("in Oslo
+        and Rome") or in two ("for Ann and Bo, with 3 and 5 guests, respectively"). `without`: a parameter that is left
+        unsaid; `template`: words around the values, in place of the function's own; `like`: the arguments of a call
+        before, which are all said anew."""
         self.way, self.length = self.rng.choice(NAMED), self.rng.choice([2, 2, 3, 4])
         whole = self.sentence(function) if not without and not template else None
         text, names, told = whole or (template, (), {})
         chosen = [p for p in function["parameters"] if (canonical(p) in names if whole else p is not without and
                   (p["required"] or self.key(p) in like or self.rng.random() < SAID_TOO[self.split]))]
         spare = [p for p in function["parameters"] if not p["required"]]
-        if not whole and function["words"][0] in ("modify", "update", "change") and spare and all(p["required"] for p in chosen):
+        if (not whole and function["words"][0] in ("modify", "update", "change") and spare
+                and all(p["required"] for p in chosen)):
             chosen.append(self.rng.choice(spare))  # a change that changes nothing is none
         simple = [p for p in chosen if p["required"] and canonical(p) not in told and not takes_text(p)
-                  and p["type"] in ("string", "integer", "number") and "enum" not in p and p["values"] not in ("date", "time")]
+                  and p["type"] in ("string", "integer", "number") and "enum" not in p
+                  and p["values"] not in ("date", "time")]
         if whole:  # "rent a {model}" asks for one
             one = r"\b(a|an|the|that|this|its|my) (\w+ )?{%s}"
-            simple = [p for p in simple if p["type"] == "string" and p["values"] != "person" and not re.search(one % canonical(p), text)]
+            simple = [p for p in simple if p["type"] == "string" and p["values"] != "person"
+                      and not re.search(one % canonical(p), text)]
         else:  # "the {v} game" is one game, whoever plays
             simple = [p for p in simple if any(phrase.endswith("{v}") for phrase in p["phrases"])]
         varied = []
-        if spread > 1 and simple and not any(p["type"] == "array" for p in chosen):  # of a list nobody could tell which value belongs to which call
+        # of a list nobody could tell which value belongs to which call
+        if spread > 1 and simple and not any(p["type"] == "array" for p in chosen):
             # By their names first: "for Ann and Bo", not "2.5 and 1.6 stars".
             varied = [self.rng.choice([p for p in simple if p["type"] == "string"] or simple)]
             rest = [p for p in simple if p is not varied[0]]
@@ -1199,21 +1386,27 @@ class ApiWriter:
                 values, said = self.listed(p, spread)
                 made.append((p, values, said if whole else self.state(p, said, several=True)))
             else:
-                made.append((p, self.styled(p, told[canonical(p)]), "") if canonical(p) in told else (p, *(self.plain(p) if whole else self.argument(p))))
-        words = [word for _, value, _ in made for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
+                made.append((p, self.styled(p, told[canonical(p)]), "") if canonical(p) in told
+                            else (p, *(self.plain(p) if whole else self.argument(p))))
+        words = [word for _, value, _ in made for word in (value if isinstance(value, list) else [value])
+                 if isinstance(word, str)]
         counts = {len(values) for p, values, _ in made if p in varied}
         later = set(corpus("apis.json")["later"])
-        dates = [(not later.isdisjoint(canonical(p).split("_")), value) for p, value, _ in made if p.get("values") == "date" and p["type"] == "string"]
+        dates = [(not later.isdisjoint(canonical(p).split("_")), value)
+                 for p, value, _ in made if p.get("values") == "date" and p["type"] == "string"]
         backwards = any(a[0] < b[0] and a[1] > b[1] for a in dates for b in dates)
-        if len(set(words)) < len(words) or len(counts) > 1 or backwards:  # from euros to euros; two people and three tables; back before one leaves
+        # from euros to euros; two people and three tables; back before one leaves
+        if len(set(words)) < len(words) or len(counts) > 1 or backwards:
             return self.request(function, without, spread, template, like)
-        arguments = [{self.key(p): value[n] if p in varied else value for p, value, _ in made} for n in range(max(counts, default=1))]
+        arguments = [{self.key(p): value[n] if p in varied else value for p, value, _ in made}
+                     for n in range(max(counts, default=1))]
         if whole:
             return fill(text, {canonical(p): said for p, _, said in made}), arguments
         joint = varied if len(varied) == 2 else []  # these are said together, last
         phrases = [text for p, _, text in made if p not in joint]
         # People begin with what matters most, but not always.
-        if self.rng.random() < 0.2 and (self.named or {text.split(" ")[0] for text in phrases} <= set(corpus("apis.json")["anywhere"])):
+        if self.rng.random() < 0.2 and (self.named or {text.split(" ")[0]
+                                                       for text in phrases} <= set(corpus("apis.json")["anywhere"])):
             self.rng.shuffle(phrases)
         phrases += [text for p, _, text in made if p in joint] + ["respectively"] * bool(joint)
         text = " ".join((text or self.rng.choice(function["requests"])).replace("{..}", self.together(phrases)).split())
@@ -1240,25 +1433,27 @@ def canonical(parameter):
 
 
 def telling_words(text):
-    """The words of a short description, as a name: "day of travel, YYYY-MM-DD" -> ["day", "travel"]; None where they do not make one ("party
-    that sued", "lock or unlock", "night's plan")."""
+    """The words of a short description, as a name: "day of travel, YYYY-MM-DD" -> ["day", "travel"]; None where they do
+    not make one ("party that sued", "lock or unlock", "night's plan")."""
     head = re.split(r", (?=yyyy|hh:mm)|[.;:(]", text.lower())[0]
-    if not head.isascii() or re.search(r"[',]|\b(order|looked|and|or|that|which|what|where|who|whom|whose|one|is|are|was|be|to|it|its|with|how|when|from|so|by)\b", head):
+    if not head.isascii() or re.search(r"[',]|\b(order|looked|and|or|that|which|what|where|who|whom|whose|one|is|are|"
+                                       r"was|be|to|it|its|with|how|when|from|so|by)\b", head):
         return None
     words = [w for w in re.findall("[a-z]+", head) if w not in ("a", "an", "the", "of", "in", "on", "for", "at")]
     return words if 2 <= len(words) <= 4 else None
 
 
 def api_calls(writer, function, tool):
-    """Requests to the functions of an offer, the first to `function` -> (texts, calls, mock results). Several calls, where the writer's
-    requests are joined, are asked for one by one, or in one text that differs in a value."""
+    """Requests to the functions of an offer, the first to `function` -> (texts, calls, mock results). Several calls,
+    where the writer's requests are joined, are asked for one by one, or in one text that differs in a value."""
     rng, prompts, calls, results = writer.rng, [], [], []
     spread = rng.choice([2, 2, 3]) if writer.joined and rng.random() < 0.4 else 1
     for n in range(rng.choice([2, 2, 3]) if writer.joined and spread == 1 else 1):
         again = n > 0 and rng.random() < 0.3  # the same once more, with other values: only these are said
         if n and not again and rng.random() < 0.8:
             _, function, tool = rng.choice([o for o in writer.offered if o[1] is not function] or writer.offered)
-        template, like = (rng.choice(of_split(corpus("answers.json")["api"]["again"], writer.split))["text"], tuple(calls[-1].arguments)) if again else (None, ())
+        template, like = (rng.choice(of_split(corpus("answers.json")["api"]["again"], writer.split))["text"],
+                          tuple(calls[-1].arguments)) if again else (None, ())
         text, several = writer.request(function, spread=spread, template=template, like=like)
         prompts.append(text)
         calls += [Call(tool["name"], arguments) for arguments in several]
@@ -1267,8 +1462,10 @@ def api_calls(writer, function, tool):
 
 
 def api_conversation(kind, split, rng):
-    """One conversation with invented functions: request, calls, mock results, answer; or a question back, or a refusal."""
-    answers, several = corpus("answers.json")["api"], {"api_one": False, "api_choice": True}.get(kind, rng.random() < 0.6)
+    """One conversation with invented functions: request, calls, mock results, answer; or a question back, or a
+    refusal."""
+    answers = corpus("answers.json")["api"]
+    several = {"api_one": False, "api_choice": True}.get(kind, rng.random() < 0.6)
     writer = ApiWriter(split, rng, several, kind == "api_parallel")
     if len({tool["name"] for _, _, tool in writer.offered}) < len(writer.offered):
         return None
@@ -1279,11 +1476,15 @@ def api_conversation(kind, split, rng):
             function = rng.choice(domain["functions"])
         else:  # of some others, in training, the one whose request looks most as if an offered function could take it
             shapes = Counter(p["type"] for f in writer.originals for p in f["parameters"])
-            domain, function = max(writer.others(4 if split == "train" else 1), key=lambda one: (shapes & Counter(p["type"] for p in one[1]["parameters"])).total() / len(one[1]["parameters"]))
-        if any(f is function for f in writer.originals) or (not near and any(d is domain for d, _, _ in writer.offered)):
+            domain, function = max(writer.others(4 if split == "train" else 1),
+                                   key=lambda one: (shapes & Counter(p["type"] for p in one[1]["parameters"])).total()
+                                   / len(one[1]["parameters"]))
+        if (any(f is function for f in writer.originals)
+                or (not near and any(d is domain for d, _, _ in writer.offered))):
             return None
         if not near and rng.random() < 0.6:  # a request for one of the built-in tools, which are not offered
-            made = getattr(Writer(split, rng), rng.choice(["arithmetic", "everyday", "one_step", "weather", "weather", "search", "search", "search"]))()
+            kinds = ["arithmetic", "everyday", "one_step", "weather", "weather", "search", "search", "search"]
+            made = getattr(Writer(split, rng), rng.choice(kinds))()
             if made is None or any(made[1][0].name in d.get("near", ()) for d, _, _ in writer.offered):
                 return None
             text, _, family, _ = made
@@ -1298,14 +1499,17 @@ def api_conversation(kind, split, rng):
         missing = rng.choice(required)
         prompts = [writer.request(function, missing)[0]]
         plural = missing["called"][-1].endswith("s") and not missing["called"][-1].endswith(("ss", "us"))
-        reply = fill(rng.choice([x for x in answers["ask"] if not (plural and " is " in x)]), {"what": " ".join(missing["called"])})
+        reply = fill(rng.choice([x for x in answers["ask"] if not (plural and " is " in x)]),
+                     {"what": " ".join(missing["called"])})
     else:
         prompts, calls, results = api_calls(writer, function, tool)
-        if kind == "api_parallel" and len({json.dumps([c.name, c.arguments], sort_keys=True) for c in calls}) < max(len(calls), 2):
+        if kind == "api_parallel" and len({json.dumps([c.name, c.arguments], sort_keys=True)
+                                           for c in calls}) < max(len(calls), 2):
             return None
     prompt = prompts[0]
     if len(prompts) > 1:
-        joiner = rng.choice([x["text"] for x in of_split(answers["joined"], split) if not x["text"].startswith("Two ") or len(calls) == 2])
+        joiner = rng.choice([x["text"] for x in of_split(answers["joined"], split) if not x["text"].startswith("Two ")
+                             or len(calls) == 2])
         last = prompts[-1] if joiner.endswith("} {y}") else decapitalise(prompts[-1], calls)
         prompt = fill(joiner, {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": last})
     prompt = re.sub(r"\b(the|an?|my) (the|an?) ", r"\1 ", prompt)
@@ -1319,15 +1523,18 @@ def api_conversation(kind, split, rng):
                 prompt = prompt[:-1]
     messages = [{"role": "user", "content": prompt}]
     if calls:
-        messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
-        messages += [{"role": "tool", "content": format_result(Result(c.name, True, r))} for c, r in zip(calls, results)]
+        messages += [{"role": "assistant", "content": "",
+                      "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
+        messages += [{"role": "tool", "content": format_result(Result(c.name, True, r))}
+                     for c, r in zip(calls, results)]
         said = "; ".join(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in r.items()) for r in results)
         reply = fill(rng.choice(answers["done"]), {"result": said})
     if split == "train" and calls and rng.random() < 0.85:
         del messages[2:]
     else:
         messages.append({"role": "assistant", "content": reply})
-    return {"kind": kind, "family": family or f"{domain['name']}.{'_'.join(function['words'])}", "split": split, "messages": messages,
+    return {"kind": kind, "family": family or f"{domain['name']}.{'_'.join(function['words'])}", "split": split,
+            "messages": messages,
             "tools": [tool for _, _, tool in writer.offered], "answer": None, "facts": {}}
 
 
@@ -1335,14 +1542,16 @@ def api_conversation(kind, split, rng):
 
 def talk_prompts():
     """Every no-tool message -> [{"prompt", "kind", "split"}]: the talk kinds, and the traps that need no tool."""
-    prompts = [{"prompt": p, "kind": k["kind"], "split": k["split"]} for k in corpus("talk_prompts.json")["kinds"] for p in k["prompts"]]
+    prompts = [{"prompt": p, "kind": k["kind"], "split": k["split"]} for k in corpus("talk_prompts.json")["kinds"]
+               for p in k["prompts"]]
     for family in corpus("traps.json")["families"]:
         if family["tool"] == "none":
             rng = random.Random(family["id"])
             for text in family["texts"]:
                 writer = Writer(family["split"], rng)
                 values = draw_values(family.get("slots", {}), family["split"], rng) or {}
-                prompts.append({"prompt": fill(text, {"city": writer.place(False), **{k: str(v) for k, v in values.items()}}),
+                prompts.append({"prompt": fill(text,
+                                               {"city": writer.place(False), **{k: str(v) for k, v in values.items()}}),
                                 "kind": f'trap_{family["id"]}', "split": family["split"]})
     return prompts
 
@@ -1366,14 +1575,17 @@ def sample_replies():
     done = {i: before[talk["prompt"]] for i, talk in enumerate(prompts) if fits(i, before.get(talk["prompt"], ""))}
     for attempt, temperature in enumerate((0.0, 0.7, 0.7, 0.7, 0.7, 0.7)):
         left = [i for i in range(len(prompts)) if i not in done]
-        chats = [{"messages": [{"role": "system", "content": brief}, {"role": "user", "content": prompts[i]["prompt"]}]} for i in left]
-        episodes = toolplay.rollout(model, tokenizer, chats, {}, temperature=temperature, max_new_tokens=24, seed=attempt)
+        chats = [{"messages": [{"role": "system", "content": brief}, {"role": "user", "content": prompts[i]["prompt"]}]}
+                 for i in left]
+        episodes = toolplay.rollout(model, tokenizer, chats, {}, temperature=temperature, max_new_tokens=24,
+                                    seed=attempt)
         for i, episode in zip(left, episodes):
             text = episode.final.strip()
             if episode.stop == "end" and "<" not in text and fits(i, text):
                 done[i] = text
         print(f"round {attempt}: {len(done)} of {len(prompts)} messages have a reply", file=sys.stderr)
-    comment = ("No-tool messages (talk_prompts.json, traps.json) and the replies of the untrained SmolLM2-135M-Instruct (Apache-2.0) itself, "
+    comment = ("No-tool messages (talk_prompts.json, traps.json) "
+               "and the replies of the untrained SmolLM2-135M-Instruct (Apache-2.0) itself, "
                "sampled once by: python data.py --sample-replies")
     lines = [{"comment": comment}] + [{**prompts[i], "reply": done[i]} for i in sorted(done)]
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
@@ -1381,9 +1593,12 @@ def sample_replies():
 
 # --------------------------------------------------------------------------- 7. ToolBench
 
-# Qin et al. 2023 (arXiv:2307.16789). Three shapes of files: answer trees, "toolllama" dialogues, and bare instructions. All become
-# conversations: functions are tools, the call of Finish is the final answer. An instruction has none: it is the question alone.
-OBSERVATIONS = (1024, 512, 256, 128)  # characters that are kept of a tool's result: the first that lets a conversation fit
+# Qin et al. 2023 (arXiv:2307.16789). Three shapes of files: answer trees, "toolllama" dialogues, and bare instructions.
+# All become
+# conversations: functions are tools, the call of Finish is the final answer. An instruction has none: it is the
+# question alone.
+# characters that are kept of a tool's result: the first that lets a conversation fit
+OBSERVATIONS = (1024, 512, 256, 128)
 API_TYPES = {"NUMBER": "integer", "BOOLEAN": "boolean"}  # all others are strings
 RESERVED = ("from", "class", "return", "false", "true", "id", "and")
 
@@ -1403,19 +1618,23 @@ def standard_name(text, reserved=RESERVED):
 
 
 def toolbench_api(api):
-    """An entry of an instruction's api_list -> tool schema; the name is that of the answers: api_for_tool, its last 64 characters."""
+    """An entry of an instruction's api_list -> tool schema; the name is that of the answers: api_for_tool, its last 64
+    characters."""
     required, optional = (api.get(key) or [] for key in ("required_parameters", "optional_parameters"))
     # Backwards and back: of two of a name, the first.
-    fields = {p["name"]: {"type": str(p.get("type")).upper(), "description": p.get("description") or None} for p in reversed(required + optional)}
+    fields = {p["name"]: {"type": str(p.get("type")).upper(), "description": p.get("description") or None}
+              for p in reversed(required + optional)}
     parameters = {"properties": dict(reversed(fields.items())), "required": [p["name"] for p in required]}
     name = f"{standard_name(api['api_name'])}_for_{standard_name(api['tool_name'], ())}"[-64:]
     return toolbench_function({"name": name, "description": api.get("api_description"), "parameters": parameters})
 
 
 def toolbench_function(function):
-    """A function of an answer -> tool schema, its description without the wrapping. Names that are none, and types, become standard ones."""
+    """A function of an answer -> tool schema, its description without the wrapping. Names that are none, and types,
+    become standard ones."""
     def field(given):
-        kept = {key: given[key] for key in ("type", "description", "enum", "items", "default") if given.get(key) is not None and given[key] != []}
+        kept = {key: given[key] for key in ("type", "description", "enum", "items", "default")
+                if given.get(key) is not None and given[key] != []}
         kind = kept.get("type")
         if "type" in kept and not isinstance(kind, list) and kind not in TYPES:
             kind = kept["type"] = API_TYPES.get(str(kind).upper(), "string")
@@ -1426,19 +1645,23 @@ def toolbench_function(function):
         if isinstance(kept.get("items"), dict):
             kept["items"] = field(kept["items"])
         return kept
-    name, text, parameters, fields = function["name"], function.get("description") or "", function.get("parameters") or {}, {}
+    name, text = function["name"], function.get("description") or ""
+    parameters, fields = function.get("parameters") or {}, {}
     properties = parameters.get("properties") or {}
     for key, given in properties.items():
         fields.setdefault(standard_name(key) or key, field(given))  # of two of a name, the first
     required = dict.fromkeys(standard_name(key) or key for key in parameters.get("required") or [] if key in properties)
     wrapped = re.match(r'.*The description of this function is: "?(.*?)"?$', text, re.DOTALL)
     text = (wrapped[1] if wrapped else text).strip()
-    name = name if re.fullmatch(r"\w{64}", name) else standard_name(name)[-64:]  # one of 64 characters is the end of a longer one
-    return {"name": name, "description": text, "parameters": {"type": "object", "properties": fields, "required": list(required)}}
+    # one of 64 characters is the end of a longer one
+    name = name if re.fullmatch(r"\w{64}", name) else standard_name(name)[-64:]
+    return {"name": name, "description": text, "parameters": {"type": "object", "properties": fields,
+                                                              "required": list(required)}}
 
 
 def toolbench_items(text):
-    """What a file of ToolBench holds, JSON or JSON lines -> (its items, each with the name of its shape, {line: why it is none})."""
+    """What a file of ToolBench holds, JSON or JSON lines -> (its items, each with the name of its shape, {line: why it
+    is none})."""
     shapes, bad = {"answer tree": "answer_generation", "dialogue": "conversations", "instruction": "api_list"}, {}
     try:
         content, why = [json.loads(text)], "it is none of ToolBench's shapes"
@@ -1450,27 +1673,34 @@ def toolbench_items(text):
             except (ValueError, RecursionError):
                 bad[number] = "it is no JSON"
     items = [item for part in content for item in (part if isinstance(part, list) else [part])]
-    items = [(next((shape for shape, key in shapes.items() if isinstance(item, dict) and key in item), None), item) for item in items]
+    items = [(next((shape for shape, key in shapes.items() if isinstance(item, dict) and key in item), None), item)
+             for item in items]
     if not any(shape for shape, _ in items):
         raise Unusable(why)
     return items, bad
 
 
 def toolbench_functions(text):
-    """The list of functions in a dialogue's system text: a Python list behind words about them, which may have brackets too."""
+    """The list of functions in a dialogue's system text: a Python list behind words about them, which may have brackets
+    too."""
     text = text[max(text.find("access to the following APIs:"), 0):]
     starts, ends = ([m.start() for m in re.finditer(mark, text)] for mark in (r"\[", r"\]"))
-    for start, end, read in itertools.product(starts[:20], ends[:-6:-1], (ast.literal_eval, json.loads)):  # literals only: nothing is executed
+    # literals only: nothing is executed
+    for start, end, read in itertools.product(starts[:20], ends[:-6:-1], (ast.literal_eval, json.loads)):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             functions = read(text[start:end + 1])
-            if isinstance(functions, list) and functions and all(isinstance(f, dict) and "name" in f for f in functions):  # not the [] in one of them
+            # not the [] in one of them
+            if isinstance(functions, list) and functions and all(isinstance(f, dict) and "name" in f
+                                                                 for f in functions):
                 return functions
     raise Damaged("its list of functions cannot be read")
 
 
 def toolbench_action(text):
-    """What an assistant says in a dialogue -> (its thought, (function name, argument text or None) or None): "Thought: ... Action: ... Action Input: ..."."""
-    lines = re.match(r"(.*?(?:^|\n))[ \t]*Action[ \t]*[:：][ \t]*([^\n]*\S)\s*?\n[ \t]*Action Input[ \t]*[:：](.*)$", text, re.DOTALL | re.IGNORECASE)
+    """What an assistant says in a dialogue -> (its thought, (function name, argument text or None) or None): "Thought:
+    ... Action: ... Action Input: ..."."""
+    lines = re.match(r"(.*?(?:^|\n))[ \t]*Action[ \t]*[:：][ \t]*([^\n]*\S)\s*?\n[ \t]*Action Input[ \t]*[:：](.*)$",
+                     text, re.DOTALL | re.IGNORECASE)
     if lines:
         return lines[1], (lines[2].strip(), lines[3] or None)
     before, _, arguments = text.partition("Action Input:")  # all in one line
@@ -1489,22 +1719,29 @@ def toolbench_steps(shape, item):
         if not answer.get("train_messages"):
             raise Unusable("no train_messages: the search found no answer")
         functions, steps = answer["function"], []
-        for message in max(answer["train_messages"], key=len):  # cumulative, one list a step: the longest one holds them all
+        # cumulative, one list a step: the longest one holds them all
+        for message in max(answer["train_messages"], key=len):
             call = message.get("function_call")
-            steps.append((message["role"], message.get("content") or "", (call["name"], call.get("arguments")) if call else None))
+            call = (call["name"], call.get("arguments")) if call else None
+            steps.append((message["role"], message.get("content") or "", call))
     else:
-        functions = toolbench_functions(next((turn["value"] for turn in item["conversations"] if turn["from"] == "system"), ""))
-        steps = [(turn["from"], *(toolbench_action(turn["value"]) if turn["from"] == "assistant" else (turn["value"], None))) for turn in item["conversations"]]
-    functions = [toolbench_function(function) for function in functions if function["name"] != "Finish"]  # which is the answer, not a tool
+        functions = toolbench_functions(next((turn["value"] for turn in item["conversations"]
+                                              if turn["from"] == "system"), ""))
+        steps = [(turn["from"], *(toolbench_action(turn["value"]) if turn["from"] == "assistant"
+                                  else (turn["value"], None))) for turn in item["conversations"]]
+    # which is the answer, not a tool
+    functions = [toolbench_function(function) for function in functions if function["name"] != "Finish"]
     return [function for function in functions if function["name"]], steps  # of a name in another script nothing stays
 
 
 def toolbench_arguments(text):
-    """The arguments of a call -> dict, or None. Real ones hold raw newlines and commas too many, stand between fences, or are Python's."""
+    """The arguments of a call -> dict, or None. Real ones hold raw newlines and commas too many, stand between fences,
+    or are Python's."""
     with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         given = text if isinstance(text, str) else json.dumps(text)
         given, end = given.strip().strip("`").removeprefix("json").strip(), None
-        given, as_json = (re.sub(rf"(?<!\\)((?:\\\\)*)\\(?=[{marks}])", r"\1", given) for marks in ("_", "_'"))  # JSON knows no \_ and no \'
+        # JSON knows no \_ and no \'
+        given, as_json = (re.sub(rf"(?<!\\)((?:\\\\)*)\\(?=[{marks}])", r"\1", given) for marks in ("_", "_'"))
         with contextlib.suppress(ValueError):
             end = json.JSONDecoder(strict=False).raw_decode(as_json)[1]  # words behind it go
         try:
@@ -1529,27 +1766,34 @@ def toolbench_typed(value, kind):
 
 
 def toolbench_repaired(arguments, tool):
-    """Arguments of the types that the schema asks for, unknown ones and empty optional ones (but texts) left out; None if
-    they do not fit all the same, or none is known. NUMBER has become integer, as in ToolBench, where fractions are numbers too: then the schema says so."""
+    """Arguments of the types that the schema asks for, unknown ones and empty optional ones (but texts) left out; None
+    if they do not fit all the same, or none is known. NUMBER has become integer, as in ToolBench, where fractions are
+    numbers too: then the schema says so."""
     fields, required = tool["parameters"]["properties"], tool["parameters"]["required"]
     names = {standard_name(name): name for name in reversed(fields)}
-    arguments = {key if key in fields else names.get(standard_name(key), key): value for key, value in sorted(arguments.items(), key=lambda pair: pair[0] in fields)}  # exact names win
-    made = {key: toolbench_typed(value, fields[key].get("type")) for key, value in arguments.items() if key in fields and (key in required or value is not None and (value != "" or fields[key].get("type") == "string"))}
-    for key in [key for key, value in made.items() if isinstance(value, float) and fields[key].get("type") == "integer"]:
+    # exact names win
+    arguments = {key if key in fields else names.get(standard_name(key), key): value
+                 for key, value in sorted(arguments.items(), key=lambda pair: pair[0] in fields)}
+    made = {key: toolbench_typed(value, fields[key].get("type")) for key, value in arguments.items()
+            if key in fields
+            and (key in required or value is not None and (value != "" or fields[key].get("type") == "string"))}
+    for key in [key for key, value in made.items() if isinstance(value, float)
+                and fields[key].get("type") == "integer"]:
         fields[key] = {**fields[key], "type": "number"}
     return None if arguments and not set(arguments) & set(fields) or any(_problems(made, tool["parameters"])) else made
 
 
 def toolbench_text(text):
-    """What an assistant says, without the words that mark it as a thought, and without tags that would be read as calls."""
+    """What an assistant says, without the words that mark it as a thought, and without tags that would be read as
+    calls."""
     return re.sub(r"</?(tool_call|tool_response)>", r"[\1]", re.sub(r"(?m)^[ \t]*Thought:[ \t]*", "", text)).strip()
 
 
 def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
     """An item -> (conversation, number of calls left out because they were broken, whether a result was clipped).
 
-    Thoughts stand beside the next call; those beside Finish are left out, for the user sees that turn, and so are those beside a call
-    that is left out. Raises Unusable with the reason.
+    Thoughts stand beside the next call; those beside Finish are left out, for the user sees that turn, and so are those
+    beside a call that is left out. Raises Unusable with the reason.
     """
     try:
         tools = {}
@@ -1578,7 +1822,8 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                 thoughts.append(toolbench_text(text))
             elif role == "assistant" and call[0] == "Finish":
                 given = toolbench_arguments(call[1] or "{}") or {}
-                answer, ends = toolbench_text(toolbench_typed(given.get("final_answer"), "string") or ""), str(given.get("return_type")).strip()
+                answer, ends = toolbench_text(toolbench_typed(given.get("final_answer"), "string")
+                                              or ""), str(given.get("return_type")).strip()
                 if ends == "give_up_and_restart":
                     raise Unusable("it gives up, or its Finish is broken")
                 if finished := ends == "give_answer" and bool(answer):
@@ -1586,13 +1831,16 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                     break
                 unended, waiting, thoughts = unended + 1, {}, []  # ToolBench answers it with an error, and goes on
             elif role == "assistant":
-                name, given = call[0] if call[0] in tools else names.get(standard_name(str(call[0]))[-64:]), toolbench_arguments(call[1] or "{}")
+                name = call[0] if call[0] in tools else names.get(standard_name(str(call[0]))[-64:])
+                given = toolbench_arguments(call[1] or "{}")
                 arguments = toolbench_repaired(given, tools[name]) if name and given is not None else None
                 if arguments is None:
-                    dropped, waiting = dropped + 1, {}  # a name that is not offered, no JSON, not what the function takes: never to be learned
+                    # a name that is not offered, no JSON, not what the function takes: never to be learned
+                    dropped, waiting = dropped + 1, {}
                 else:
                     said = "\n".join(filter(None, [*thoughts, toolbench_text(text)]))
-                    waiting = {"role": "assistant", "content": said, "tool_calls": [{"name": name, "arguments": arguments}]}
+                    waiting = {"role": "assistant", "content": said,
+                               "tool_calls": [{"name": name, "arguments": arguments}]}
                 thoughts = []
             elif role != "system":
                 raise Unusable(f"a turn of an unknown role, {str(role)[:20]!r}")
@@ -1601,8 +1849,10 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
         if dropped and not any(m.get("tool_calls") for m in messages):
             raise Unusable("all its calls are broken, made up or without a result")
         if not finished and shape != "instruction":
-            raise Unusable("it gives up, or its Finish is broken" if unended else "no Finish: a step of a longer conversation, or cut off")
-        return check_conversation({"kind": "toolbench", "messages": messages, "tools": list(tools.values())}), dropped + unended, clipped
+            raise Unusable("it gives up, or its Finish is broken" if unended
+                           else "no Finish: a step of a longer conversation, or cut off")
+        return check_conversation({"kind": "toolbench", "messages": messages,
+                                   "tools": list(tools.values())}), dropped + unended, clipped
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -1610,7 +1860,8 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
 
 
 def toolbench_observation(text, limit):
-    """{"error": "", "response": ...} -> (our {"result": ...} or {"error": ...}, at most `limit` characters of it; whether that is less than was there).
+    """{"error": "", "response": ...} -> (our {"result": ...} or {"error": ...}, at most `limit` characters of it;
+    whether that is less than was there).
 
     ToolBench cuts the whole text at 1,024 characters and puts dots behind: what is left of it is unwrapped too.
     """
@@ -1624,17 +1875,20 @@ def toolbench_observation(text, limit):
                 error, text = json.loads(cut[1], strict=False), json.loads(f'"{cut[2]}"', strict=False)
     else:
         if isinstance(found, dict) and ("response" in found or set(found) == {"error"}):
-            error, text = (toolbench_typed(x, "string") or "" for x in (found.get("error") or "", found.get("response")))
+            error, text = (toolbench_typed(x, "string") or ""
+                           for x in (found.get("error") or "", found.get("response")))
     said = f"{error} {text}".strip() if error else text
     return Result("", not error, said[:limit], message=said[:limit], max_chars=10 * limit).text(), len(said) > limit
 
 
 def toolbench_files(path):
-    """The files that a path means (one, a folder, a glob), each once, whatever links lead to it, and the others in its folders: read are *.json* there."""
+    """The files that a path means (one, a folder, a glob), each once, whatever links lead to it, and the others in its
+    folders: read are *.json* there."""
     found, others, walked = {}, set(), set()
     for given in [path] if os.path.lexists(path) else glob.glob(str(path), recursive=True):
         files = []  # begins with `given` itself if that is a file: what cannot be walked is to be read
-        for folder, folders, names in os.walk(given, followlinks=True, onerror=lambda error: files.append(error.filename)):
+        for folder, folders, names in os.walk(given, followlinks=True,
+                                              onerror=lambda error: files.append(error.filename)):
             if os.path.realpath(folder) in walked:  # a link that leads back, or a second match of the glob
                 folders.clear()
                 continue
@@ -1646,16 +1900,18 @@ def toolbench_files(path):
 
 
 def read_toolbench(path, fits=lambda conversation: True, report=None, questions=True):
-    """ToolBench files (one, a folder, a glob) -> conversations that fit. A summary is printed; `report`: also written there as JSON.
+    """ToolBench files (one, a folder, a glob) -> conversations that fit. A summary is printed; `report`: also written
+    there as JSON.
 
-    questions: instructions too, which end with the user's message; nothing can be learned from them, but asked.
-    Nothing is fatal but a path that holds nothing usable. A conversation that does not fit has its tool results clipped further
+    questions: instructions too, which end with the user's message; nothing can be learned from them, but asked. Nothing
+    is fatal but a path that holds nothing usable. A conversation that does not fit has its tool results clipped further
     (OBSERVATIONS), and is left out if that does not help.
     """
     names, others = toolbench_files(path)
     if not names:
         raise UserError(f"{path}: no such file or folder, or no *.json in it")
-    kept, counts, damaged, noted, seen, calls_dropped = [], Counter(), {}, {name: "not read: its name has no .json" for name in others}, set(), 0
+    kept, counts, damaged, seen, calls_dropped = [], Counter(), {}, set(), 0
+    noted = {name: "not read: its name has no .json" for name in others}
     for name in names:
         try:
             if not os.path.isfile(name):  # a pipe would be waited for
@@ -1691,49 +1947,66 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
             seen.add(key)
             kept.append(conversation)
             calls_dropped += dropped
-            counts["used, a question without an answer" if shape == "instruction" else "used, its results clipped" if clipped else "used"] += 1
-    summary = {"path": str(path), "files": len(names), "damaged_files": damaged, "noted_files": noted, "conversations": len(kept), "calls_left_out": calls_dropped, "items": dict(counts.most_common())}
-    lines = [f"ToolBench, {path}: {len(kept)} conversations from {len(names)} files; {calls_dropped} broken or made-up calls left out of them"]
-    lines += [f"  {count:7d}  {what}" for what, count in counts.most_common()] + [f"  {len(damaged):7d}  files, lines or items damaged"] * bool(damaged)
-    lines += [f"  {word}  {name}: {why}" for word, named in (("damaged", damaged), ("noted", noted)) for name, why in [*named.items()][:100]]
-    lines += [f"  and {len(named) - 100} more {word} (--report names all)" for word, named in (("damaged", damaged), ("noted", noted)) if len(named) > 100]
+            counts["used, a question without an answer" if shape == "instruction" else "used, its results clipped"
+                   if clipped else "used"] += 1
+    summary = {"path": str(path), "files": len(names), "damaged_files": damaged, "noted_files": noted,
+               "conversations": len(kept), "calls_left_out": calls_dropped, "items": dict(counts.most_common())}
+    lines = [f"ToolBench, {path}: {len(kept)} conversations from {len(names)} files; "
+             f"{calls_dropped} broken or made-up calls left out of them"]
+    lines += [f"  {count:7d}  {what}" for what, count in counts.most_common()]
+    lines += [f"  {len(damaged):7d}  files, lines or items damaged"] * bool(damaged)
+    lines += [f"  {word}  {name}: {why}" for word, named in (("damaged", damaged), ("noted", noted))
+              for name, why in [*named.items()][:100]]
+    lines += [f"  and {len(named) - 100} more {word} (--report names all)"
+              for word, named in (("damaged", damaged), ("noted", noted)) if len(named) > 100]
     print("\n".join(lines), file=sys.stderr)
     if report:
         Path(report).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if not kept:
-        raise UserError(f"{path}: nothing usable in {len(names)} files (see above; if all is too long, raise max_tokens)")
+        raise UserError(f"{path}: nothing usable in {len(names)} files (see above; if all is too long, "
+                        "raise max_tokens)")
     return kept
 
 
 # --------------------------------------------------------------------------- 8. what a teacher found
 
 def read_teacher(path, split, n, seed=0, extra=()):
-    """Conversations from the calls that survived in a run of teacher.py (its folder, or its augmented.jsonl), at most n.
+    """Conversations from the calls that survived in a run of teacher.py (its folder, or its augmented.jsonl), at most
+    n.
 
     `extra`: tools beside the three built-in ones. Calls of any other tool are left out.
 
-    The user asks for the rest of a text; the assistant makes the call, and goes on from its result. As many texts, at most,
-    are gone on with without a call. One text in ten (a text that comes again counts once) belongs to `dev`, the others to `train`.
+    The user asks for the rest of a text; the assistant makes the call, and goes on from its result. As many texts, at
+    most, are gone on with without a call. One text in ten (a text that comes again counts once) belongs to `dev`, the
+    others to `train`.
     """
     def check(line):
         with contextlib.suppress(TypeError, KeyError):
-            text, kept = line["text"], [(c["offset"], Call(c["call"]["name"], c["call"]["arguments"])) for c in line["candidates"] if c["kept"]]
-            if isinstance(text, str) and all(type(offset) is int and isinstance(call.name, str) and isinstance(call.arguments, dict) for offset, call in kept):
+            text, kept = line["text"], [(c["offset"], Call(c["call"]["name"], c["call"]["arguments"]))
+                                        for c in line["candidates"] if c["kept"]]
+            if isinstance(text, str) and all(type(offset) is int and isinstance(call.name, str)
+                                             and isinstance(call.arguments, dict) for offset, call in kept):
                 return text, kept
         raise UserError("it is no line of a teacher's augmented.jsonl")
 
     def example(text, offset, call=None):
         before, rest = text[:offset].strip(), text[offset:].strip()
-        messages = [{"role": "user", "content": fill(rng.choice(corpus("teacher_prompts.json")["complete"]), {"text": before})}]
+        messages = [{"role": "user", "content": fill(rng.choice(corpus("teacher_prompts.json")["complete"]),
+                                                     {"text": before})}]
         answer = None
         if call:
             result = execute(call, tools)
-            messages += [{"role": "assistant", "content": "", "tool_calls": [{"name": call.name, "arguments": call.arguments}]}, {"role": "tool", "content": result.text()}]
-            answer = result.value if call.name == "calculator" and re.match(re.escape(str(result.value)) + r"(?!\d|[.,]\d)", rest) else None
-        return {"kind": call.name if call else "no_tool", "messages": [*messages, {"role": "assistant", "content": rest}], "tools": list(BUILTIN), "answer": answer}
+            messages += [{"role": "assistant", "content": "",
+                          "tool_calls": [{"name": call.name, "arguments": call.arguments}]},
+                         {"role": "tool", "content": result.text()}]
+            is_next = re.match(re.escape(str(result.value)) + r"(?!\d|[.,]\d)", rest)
+            answer = result.value if call.name == "calculator" and is_next else None
+        return {"kind": call.name if call else "no_tool",
+                "messages": [*messages, {"role": "assistant", "content": rest}], "tools": list(BUILTIN),
+                "answer": answer}
     file = Path(path) / "augmented.jsonl" if Path(path).is_dir() else Path(path)
-    rng, tools, calling, silent = random.Random(f"{split} teacher {seed}"), {**BUILTIN, **load_tools(list(extra))}, [], []
-    lost, numbers = 0, {}
+    rng, tools = random.Random(f"{split} teacher {seed}"), {**BUILTIN, **load_tools(list(extra))}
+    calling, silent, lost, numbers = [], [], 0, {}
     for text, kept in read_jsonl(file, check):
         if (numbers.setdefault(text, len(numbers)) % 10 == 9) != (split == "dev"):
             continue
@@ -1744,13 +2017,16 @@ def read_teacher(path, split, n, seed=0, extra=()):
         if not kept and between:
             silent.append(example(text, between[len(between) // 2]))
     if lost:
-        print(f"{file}: {lost} calls of the {split} part are left out: inside a word or an amount, or of a tool that is not given", file=sys.stderr)
+        print(f"{file}: {lost} calls of the {split} part are left out: inside a word or an amount, "
+              "or of a tool that is not given", file=sys.stderr)
     if not calling and split == "train":
-        raise UserError(f"{file}: no call of {', '.join(tools)} survived in it; run teacher.py on more texts, or with a lower tau_f")
+        raise UserError(f"{file}: no call of {', '.join(tools)} survived in it; run teacher.py on more texts, "
+                        "or with a lower tau_f")
     out = calling + silent[:len(calling)]
     rng.shuffle(out)
     if len(out) < n and split == "train":
-        print(f"{file}: {len(out)} conversations where {n} are wanted: {len(calling)} with a call, and as many without one at most", file=sys.stderr)
+        print(f"{file}: {len(out)} conversations where {n} are wanted: {len(calling)} with a call, "
+              "and as many without one at most", file=sys.stderr)
     return out[:n]
 
 
@@ -1759,8 +2035,8 @@ def read_teacher(path, split, n, seed=0, extra=()):
 def dataset(config, tokenizer):
     """The rows a run trains and evaluates on -> (train rows, held-out rows), each a list of (ids, mask).
 
-    Conversations longer than max_tokens are left out and counted, never cut. A row that trains nothing is an error, in a JSONL
-    file a line that is skipped and named.
+    Conversations longer than max_tokens are left out and counted, never cut. A row that trains nothing is an error, in
+    a JSONL file a line that is skipped and named.
     """
     def trained(item):
         conversation = check_conversation(item)
@@ -1771,7 +2047,8 @@ def dataset(config, tokenizer):
                 raise UserError(f"an assistant turn holds a call that cannot be read ({broken[0].reason})")
         return conversation
     train, held_out = (conversations(config, split, tokenizer, trained) for split in ("train", "dev"))
-    return encode_all(train, tokenizer, config, "training"), encode_all(held_out, tokenizer, config, "evaluation") if held_out else []
+    return (encode_all(train, tokenizer, config, "training"),
+            encode_all(held_out, tokenizer, config, "evaluation") if held_out else [])
 
 
 def conversations(config, split, tokenizer, line=check_conversation, offered=()):
@@ -1789,7 +2066,9 @@ def conversations(config, split, tokenizer, line=check_conversation, offered=())
         made = read_teacher(path or config.path, split, count, config.seed, extra)
     elif config.source == "toolbench" and path:
         try:
-            made = read_toolbench(path, lambda c: len(encode(with_tools(c, extra), tokenizer, config.tool_style)[0]) <= config.max_tokens, questions=False)
+            made = read_toolbench(path,
+                                  lambda c: len(encode(with_tools(c, extra), tokenizer,
+                                                       config.tool_style)[0]) <= config.max_tokens, questions=False)
         except UserError as error:
             if not config.fallback:
                 raise
@@ -1800,16 +2079,19 @@ def conversations(config, split, tokenizer, line=check_conversation, offered=())
 
 
 def with_tools(item, extra, offered=()):
-    """A line or a conversation, with the `extra` tools (a config's own) beside its tools, or beside those `offered` where it names none."""
+    """A line or a conversation, with the `extra` tools (a config's own) beside its tools, or beside those `offered`
+    where it names none."""
     own = offered_in(item) if isinstance(item, dict) else ()
     own = list(offered) if own is None else own
     if not extra or not isinstance(own, list):
         return item
-    return {**item, "tools": [*(t for t in map(without_function, own) if tool_name(t) not in [x.name for x in extra]), *extra]}
+    names = [tool.name for tool in extra]
+    return {**item, "tools": [*(t for t in map(without_function, own) if tool_name(t) not in names), *extra]}
 
 
 def offered_in(item):
-    """The tools that a line or conversation names, under their name or the older one, perhaps as JSON text; None where it names none."""
+    """The tools that a line or conversation names, under their name or the older one, perhaps as JSON text; None where
+    it names none."""
     tools = item.get("functions") if item.get("tools") is None else item["tools"]
     with contextlib.suppress(ValueError, RecursionError):  # what is no JSON text is said by load_tools
         tools = json.loads(tools) if isinstance(tools, str) else tools
@@ -1819,7 +2101,8 @@ def offered_in(item):
 def tool_name(tool):
     """The name of a tool as a config or a data file may give it: a name, a schema, a Tool; None for anything else."""
     inner = tool["function"] if isinstance(tool, dict) and isinstance(tool.get("function"), dict) else tool
-    return inner if isinstance(inner, str) else inner.get("name") if isinstance(inner, dict) else getattr(inner, "name", None)
+    return (inner if isinstance(inner, str) else inner.get("name") if isinstance(inner, dict)
+            else getattr(inner, "name", None))
 
 
 def mix_of(config):
@@ -1827,8 +2110,8 @@ def mix_of(config):
 
 
 def stand_in(config, why, split="train"):
-    """The synthetic generator takes ToolBench's place in a run, and says so: here, and (as it learns from it) in its config.json.
-    -> its mix: the invented kinds of the config's own, if it has any."""
+    """The synthetic generator takes ToolBench's place in a run, and says so: here, and (as it learns from it) in its
+    config.json. -> its mix: the invented kinds of the config's own, if it has any."""
     mix = {kind: weight for kind, weight in config.mix.items() if kind in SYNTHETIC} or SYNTHETIC
     print(f"{why}: invented functions ({', '.join(mix)}) stand in for ToolBench", file=sys.stderr)
     if split == "train":
@@ -1850,12 +2133,14 @@ def fitting(items, lengths, limit, what):
     """The items that are at most `limit` tokens long; how many are left out is said. None of them cut."""
     kept = [item for item, length in zip(items, lengths) if length <= limit]
     if len(kept) < len(items):
-        print(f"{len(items) - len(kept)} of {len(items)} {what} are longer than max_tokens = {limit} and left out", file=sys.stderr)
+        print(f"{len(items) - len(kept)} of {len(items)} {what} are longer than max_tokens = {limit} and left out",
+              file=sys.stderr)
     return kept
 
 
 class Batches:
-    """How a run goes through its rows: batches(step) are the indices of a step's batch, batches.total is the number of steps."""
+    """How a run goes through its rows: batches(step) are the indices of a step's batch, batches.total is the number of
+    steps."""
 
     def __init__(self, rows, config):
         self.size, self.per_epoch = config.batch_size, -(-len(rows) // config.batch_size)
@@ -1886,30 +2171,38 @@ def epoch_order(rows, seed, epoch, group):
 def coloured(conversation, tokenizer):
     """The conversation as the model sees it; trained tokens in green."""
     runs = itertools.groupby(zip(*encode(conversation, tokenizer)), key=lambda pair: pair[1])
-    return "".join(f"\033[{32 if trained else 2}m{tokenizer.decode([i for i, _ in run])}\033[0m" for trained, run in runs)
+    return "".join(f"\033[{32 if trained else 2}m{tokenizer.decode([i for i, _ in run])}\033[0m"
+                   for trained, run in runs)
 
 
 def write_jsonl(path, conversations):
     """Export conversations as JSONL, if a path is given."""
     if path:
-        lines = [json.dumps({**c, "tools": [t if isinstance(t, (str, dict)) else t.schema() for t in c["tools"]]}, ensure_ascii=False) + "\n" for c in conversations]
+        lines = [json.dumps({**c, "tools": [t if isinstance(t, (str, dict)) else t.schema() for t in c["tools"]]},
+                            ensure_ascii=False) + "\n" for c in conversations]
         Path(path).write_text("".join(lines), encoding="utf-8", errors="replace")  # half a surrogate pair is no text
         print(f"{len(lines)} conversations written to {path}")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write, show and export training conversations.")
-    parser.add_argument("--show", type=number(int, 1), metavar="N", help="print N examples, the trained tokens in green")
+    parser.add_argument("--show", type=number(int, 1), metavar="N",
+                        help="print N examples, the trained tokens in green")
     parser.add_argument("--out", metavar="FILE", help="export conversations as JSONL")
     parser.add_argument("--n", type=number(int, 1), help="how many to export (default 1000; of ToolBench all)")
     parser.add_argument("--split", choices=["train", "dev", "test"], default="train")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=[*KINDS, "synthetic"], help="only this kind (synthetic: all of invented functions)")
-    parser.add_argument("--toolbench", metavar="PATH", help="read ToolBench files (a file, folder or glob) instead; with --out: export them")
-    parser.add_argument("--questions", action="store_true", help="of ToolBench: its instructions too, questions without an answer (for predict)")
-    parser.add_argument("--max-tokens", type=number(int, 1), metavar="N", help="of ToolBench: clip or leave out what is longer, as training does")
+    parser.add_argument("--kind", choices=[*KINDS, "synthetic"],
+                        help="only this kind (synthetic: all of invented functions)")
+    parser.add_argument("--toolbench", metavar="PATH",
+                        help="read ToolBench files (a file, folder or glob) instead; with --out: export them")
+    parser.add_argument("--questions", action="store_true",
+                        help="of ToolBench: its instructions too, questions without an answer (for predict)")
+    parser.add_argument("--max-tokens", type=number(int, 1), metavar="N",
+                        help="of ToolBench: clip or leave out what is longer, as training does")
     parser.add_argument("--report", metavar="FILE", help="write what became of ToolBench's items here, as JSON")
-    parser.add_argument("--sample-replies", action="store_true", help="write the base model's own replies to the no-tool talk")
+    parser.add_argument("--sample-replies", action="store_true",
+                        help="write the base model's own replies to the no-tool talk")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line
     args = parser.parse_args(argv)
     if args.toolbench and args.kind:

@@ -2,31 +2,33 @@
 dpo.py - direct preference optimisation: prefer the better of two answers
 
 The idea. Of two answers y to one prompt x a judge prefers y_w ("chosen") to y_l ("rejected"). Reinforcement learning
-would fit a reward model to such judgements and then maximise it under a KL penalty beta to a reference model. Rafailov et
-al. (2023, arXiv:2305.18290) solve that problem in closed form: the best policy's own log-ratio to the reference is the
-reward, so that the judgements can be fitted directly, with a classifier's loss and without sampling.
+would fit a reward model to such judgements and then maximise it under a KL penalty beta to a reference model. Rafailov
+et al. (2023, arXiv:2305.18290) solve that problem in closed form: the best policy's own log-ratio to the reference is
+the reward, so that the judgements can be fitted directly, with a classifier's loss and without sampling.
 
     r(x, y) = beta log pi(y|x) / pi_ref(y|x)  + a term of x alone, which cancels    implicit reward           (5)
     h       = log pi(y_w|x) / pi_ref(y_w|x)  -  log pi(y_l|x) / pi_ref(y_l|x)       log-ratio difference
     L_DPO   = - E log sigmoid(beta h)                                                                         (7)
 
-log pi(y|x) is a sum over the trained tokens of y: what the model chose. Results of tools stand inside y, but the model did
-not choose them, so they are conditions and no terms (implementations that sum over them push the tool, not the model).
+log pi(y|x) is a sum over the trained tokens of y: what the model chose. Results of tools stand inside y, but the model
+did not choose them, so they are conditions and no terms (implementations that sum over them push the tool, not the
+model).
 
-Departures. The reference is the policy as training found it (an SFT run, or the base model, which is the same thing while
-B = 0); it never changes, so its log-probs are computed once, kept in the run folder and checked against the data, and no
-second model is held in memory. IPO's log-ratios are means over the tokens (as in TRL; its eq. 17 has sums), and the hinge
-stands without SLiC's regularisation term. Both answers and all pairs of a micro-batch lie in one token trie: the prompt is
-computed once, and so are the turns that the two answers share.
+Departures. The reference is the policy as training found it (an SFT run, or the base model, which is the same thing
+while B = 0); it never changes, so its log-probs are computed once, kept in the run folder and checked against the data,
+and no second model is held in memory. IPO's log-ratios are means over the tokens (as in TRL; its eq. 17 has sums), and
+the hinge stands without SLiC's regularisation term. Both answers and all pairs of a micro-batch lie in one token trie:
+the prompt is computed once, and so are the turns that the two answers share.
 
 What to watch: `logp/chosen` often falls, although it should rise; the loss only asks that `logp/rejected` falls faster
 (Pal et al. 2024, arXiv:2402.13228). A fall to nothing means a beta too small or a step too large.
 
-For tools the wish is not "this text rather than that one" but "call rather than talk, this tool, one call more": one token each
-time. Over whole answers (7) also pushes down all that follows the wrong token, which is what right calls are made of, and soon
-none is well-formed. So `parting` cuts both answers behind where they part; and since the policy's own faults lean to one side
-(most are needless calls, and "never call" is learned before "read the list of tools"), they need company: `twins`, the same
-request with the other list of tools, and `pairs: "both"`, faulty copies of what it does right.
+For tools the wish is not "this text rather than that one" but "call rather than talk, this tool, one call more": one
+token each time. Over whole answers (7) also pushes down all that follows the wrong token, which is what right calls are
+made of, and soon none is well-formed. So `parting` cuts both answers behind where they part; and since the policy's own
+faults lean to one side (most are needless calls, and "never call" is learned before "read the list of tools"), they
+need company: `twins`, the same request with the other list of tools, and `pairs: "both"`, faulty copies of what it does
+right.
 
     python dpo.py configs/dpo.json          the same as: python toolplay.py train configs/dpo.json
     python dpo.py --show 10 [CONFIG]        pairs, with what differs highlighted
@@ -51,24 +53,35 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    """DPO's own keys; the shared ones are in toolplay.Config. `source: jsonl` reads pairs, or conversations to make them of."""
-    pairs: Literal["corrupted", "sampled", "both"] = "corrupted"  # gold against a faulty copy; the policy's own best against its worst; that, and a faulty copy where it makes no pair
-    faults: list = field(default_factory=list)                   # corrupted, both: which of CORRUPTIONS; empty: all
-    samples: Annotated[int, "> 0"] = 4   # sampled: answers to each prompt (two or more), scored with ppo.py's reward
-    temperature: Annotated[float, "> 0"] = 1.0                   # sampled: of the sampling
-    max_new_tokens: Annotated[int, "> 0"] = 64                   # sampled: bound of each turn
-    max_turns: Annotated[int, "> 0"] = 3                         # sampled: assistant turns; 1 ends an answer behind its calls' results
-    reward: str = ""                                             # sampled: as in ppo.py
-    reward_weights: dict = field(default_factory=dict)           # sampled: as in ppo.py
-    min_gap: Annotated[float, "> 0"] = 0.1                       # sampled: best and worst must differ by this much in reward
-    min_best: float = 0.0                                        # sampled: the best must earn this much; the least bad of bad answers teaches nothing
-    chosen: Literal["best", "gold"] = "best"                     # sampled: the better answer is the best sample, or the example's own first turn (taken to earn min_best)
-    twins: bool = False                                          # sampled, both; gold: where a tool that is not offered was called, also the same request with it: there the call is right
-    parting: Annotated[int, ">= 0"] = 0                          # train only this many tokens of either answer, from where the two part; 0: all
-    variant: Literal[tuple(VARIANTS)] = "sigmoid"                # the loss
-    beta: Annotated[float, "> 0"] = 0.1  # strength of the tie to the reference; 0.1 as in the paper
-    label_smoothing: Annotated[float, "0 to 1"] = 0.0            # share of judgements taken to be wrong, below 0.5 (sigmoid, robust, simpo)
-    simpo_margin: Annotated[float, ">= 0"] = 0.5                 # SimPO's gamma; its beta is 2 to 2.5 in the paper
+    """DPO's own keys; the shared ones are in toolplay.Config. `source: jsonl` reads pairs, or conversations to make
+    them of."""
+    pairs: Literal["corrupted", "sampled", "both"] = "corrupted"
+                                                     # gold against a faulty copy; the policy's own best against its
+                                                     # worst; that, and a faulty copy where it makes no pair
+    faults: list = field(default_factory=list)       # corrupted, both: which of CORRUPTIONS; empty: all
+    samples: Annotated[int, "> 0"] = 4               # sampled: answers to each prompt (two or more), scored with
+                                                     # ppo.py's reward
+    temperature: Annotated[float, "> 0"] = 1.0       # sampled: of the sampling
+    max_new_tokens: Annotated[int, "> 0"] = 64       # sampled: bound of each turn
+    max_turns: Annotated[int, "> 0"] = 3             # sampled: assistant turns; 1 ends an answer behind its calls'
+                                                     # results
+    reward: str = ""                                 # sampled: as in ppo.py
+    reward_weights: dict = field(default_factory=dict)  # sampled: as in ppo.py
+    min_gap: Annotated[float, "> 0"] = 0.1           # sampled: best and worst must differ by this much in reward
+    min_best: float = 0.0                            # sampled: the best must earn this much; the least bad of bad
+                                                     # answers teaches nothing
+    chosen: Literal["best", "gold"] = "best"         # sampled: the better answer is the best sample, or the example's
+                                                     # own first turn (taken to earn min_best)
+    twins: bool = False                              # sampled, both; gold: where a tool that is not offered was called,
+                                                     # also the same request with it: there the call is right
+    parting: Annotated[int, ">= 0"] = 0              # train only this many tokens of either answer, from where the two
+                                                     # part; 0: all
+    variant: Literal[tuple(VARIANTS)] = "sigmoid"    # the loss
+    beta: Annotated[float, "> 0"] = 0.1              # strength of the tie to the reference; 0.1 as in the paper
+    label_smoothing: Annotated[float, "0 to 1"] = 0.0
+                                                     # share of judgements taken to be wrong, below 0.5 (sigmoid,
+                                                     # robust, simpo)
+    simpo_margin: Annotated[float, ">= 0"] = 0.5     # SimPO's gamma; its beta is 2 to 2.5 in the paper
 
 
 # --------------------------------------------------------------------------- 1. the losses
@@ -78,7 +91,8 @@ MEAN, FREE = set(), set()   # log-probs are means over the trained tokens, not s
 
 
 def variant(*traits):
-    """A loss of this name: a function of (chosen, rejected, beta, label_smoothing), log-ratios to the reference [B] (without one: log-probs) -> loss of each pair [B]."""
+    """A loss of this name: a function of (chosen, rejected, beta, label_smoothing), log-ratios to the reference [B]
+    (without one: log-probs) -> loss of each pair [B]."""
     def add(loss):
         VARIANTS[loss.__name__] = loss
         for names in traits:
@@ -96,9 +110,11 @@ def sigmoid(chosen, rejected, beta, label_smoothing):
 
 @variant()
 def robust(chosen, rejected, beta, label_smoothing):
-    """rDPO, unbiased when a share of the judgements is flipped (Chowdhury et al. 2024, arXiv:2403.00409, the loss "rDPO")."""
+    """rDPO, unbiased when a share of the judgements is flipped (Chowdhury et al. 2024, arXiv:2403.00409, the loss
+    "rDPO")."""
     h = chosen - rejected
-    return (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (1 - 2 * label_smoothing)
+    kept, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
 @variant(MEAN)
@@ -109,7 +125,8 @@ def ipo(chosen, rejected, beta, label_smoothing):
 
 @variant()
 def hinge(chosen, rejected, beta, label_smoothing):
-    """SLiC's loss on DPO's reward (Zhao et al. 2023, arXiv:2305.10425, eq. 1; Liu et al. 2024, arXiv:2309.06657, "hinge-norm")."""
+    """SLiC's loss on DPO's reward (Zhao et al. 2023, arXiv:2305.10425, eq. 1; Liu et al. 2024, arXiv:2309.06657,
+    "hinge-norm")."""
     return torch.relu(1 - beta * (chosen - rejected))
 
 
@@ -120,13 +137,14 @@ def simpo(chosen, rejected, beta, label_smoothing, margin):
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
 
 
-def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp, beta=0.1, variant="sigmoid", label_smoothing=0.0, simpo_margin=0.5):
+def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp, beta=0.1, variant="sigmoid",
+             label_smoothing=0.0, simpo_margin=0.5):
     """The loss of B pairs, as a sum.
 
     *_logp: [B] log-probs of whole answers, sums over their trained tokens (for ipo and simpo: means, see
-    `sequence_logp`). The reference's are ignored by simpo and may be None there.
-    -> (loss summed over the pairs, info: sums over the pairs of rewards, margin, accuracy and log-probs).
-    Raises ValueError for an unknown variant, for a beta or a smoothing that makes the loss meaningless, and without a reference that is needed.
+    `sequence_logp`). The reference's are ignored by simpo and may be None there. -> (loss summed over the pairs, info:
+    sums over the pairs of rewards, margin, accuracy and log-probs). Raises ValueError for an unknown variant, for a
+    beta or a smoothing that makes the loss meaningless, and without a reference that is needed.
     """
     if not beta > 0:
         raise ValueError(f"beta = {beta}: must be above 0")
@@ -137,19 +155,24 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
     elif ref_chosen_logp is None or ref_rejected_logp is None:
         raise ValueError(f"variant {variant!r} needs the reference's log-probs")
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing = {label_smoothing}: must be in [0, 0.5); from there on the judgements say nothing, or the reverse")
-    policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp = (  # half precision cannot tell 760 from 761
-        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp))
-    chosen, rejected = policy_chosen_logp - ref_chosen_logp, policy_rejected_logp - ref_rejected_logp                  # [B]
+        raise ValueError(f"label_smoothing = {label_smoothing}: must be in [0, 0.5); "
+                         "from there on the judgements say nothing, or the reverse")
+    # half precision cannot tell 760 from 761
+    policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp = (
+        x.to(torch.promote_types(x.dtype, torch.float32))
+        for x in (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp))
+    chosen, rejected = policy_chosen_logp - ref_chosen_logp, policy_rejected_logp - ref_rejected_logp  # [B]
     more = {"margin": simpo_margin} if variant == "simpo" else {}
-    losses = VARIANTS[variant](chosen, rejected, beta, label_smoothing, **more)                                        # [B]
-    info = {"rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected, "rewards/margin": beta * (chosen - rejected),
-            "rewards/accuracy": (chosen > rejected).float(), "logp/chosen": policy_chosen_logp, "logp/rejected": policy_rejected_logp}
+    losses = VARIANTS[variant](chosen, rejected, beta, label_smoothing, **more)  # [B]
+    info = {"rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected,
+            "rewards/margin": beta * (chosen - rejected), "rewards/accuracy": (chosen > rejected).float(),
+            "logp/chosen": policy_chosen_logp, "logp/rejected": policy_rejected_logp}
     return losses.sum(), {name: value.detach().sum() for name, value in info.items()}
 
 
 def sequence_logp(logp, mask, mean=False):
-    """Log-probs of tokens [B, T] under their mask [B, T] -> of whole answers [B]: the sum, or the mean, over trained tokens.
+    """Log-probs of tokens [B, T] under their mask [B, T] -> of whole answers [B]: the sum, or the mean, over trained
+    tokens.
 
     In float64: the loss looks at small differences of sums of hundreds of terms.
     """
@@ -162,17 +185,19 @@ def sequence_logp(logp, mask, mean=False):
 GIVEN = "given"  # why, of a pair that a file holds
 # A pair: two rows (ids, mask) that share their prompt, and what is wrong with the second.
 Pair = namedtuple("Pair", "chosen rejected why")
-Unit = namedtuple("Unit", "chosen rejected ref_chosen ref_rejected")  # the same in training, with the reference's log-probs
+# the same in training, with the reference's log-probs
+Unit = namedtuple("Unit", "chosen rejected ref_chosen ref_rejected")
 
-# Each takes a gold conversation {"messages", "tools"} and returns the messages of a worse one that departs from it in one
-# assistant turn, as such models really fail; or None where it does not apply.
+# Each takes a gold conversation {"messages", "tools"} and returns the messages of a worse one that departs from it in
+# one assistant turn, as such models really fail; or None where it does not apply.
 
 
 def wrong_tool(conversation, rng):
     """Another of the offered tools, with arguments that the message suggests."""
     at, calls = first_call(conversation)
     others = [name for name in tools_of(conversation) if calls and name != calls[0]["name"]]
-    return until(conversation, at, tool_calls=[tempting_call(rng.choice(others), conversation), *calls[1:]]) if others else None
+    return (until(conversation, at, tool_calls=[tempting_call(rng.choice(others), conversation), *calls[1:]])
+            if others else None)
 
 
 def malformed(conversation, rng):
@@ -182,19 +207,23 @@ def malformed(conversation, rng):
     if not calls:
         return None
     text = format_call(Call(**calls[0]))
-    broken = [text.replace("}}", "}"), text.replace('"}', "}"), text.replace('": "', '": '), text.replace('"', "'"), text.removesuffix("</tool_call>"),
+    broken = [text.replace("}}", "}"), text.replace('"}', "}"), text.replace('": "', '": '), text.replace('"', "'"),
+              text.removesuffix("</tool_call>"),
               re.sub(r'\{"name": "(\w+)", "arguments": (.*)\}<', r"\1(\2)<", text)]
     broken = [b for b in broken if parse_calls(b)[1]]
     thought = conversation["messages"][at].get("content")
-    return until(conversation, at, content="\n".join([thought] * bool(thought) + [rng.choice(broken)])) if broken else None
+    return (until(conversation, at, content="\n".join([thought] * bool(thought) + [rng.choice(broken)]))
+            if broken else None)
 
 
 def wrong_argument(conversation, rng):
-    """An operator or a number changed, half of a city's name, a word of the question left out, a list's last item gone."""
+    """An operator or a number changed, half of a city's name, a word of the question left out, a list's last item
+    gone."""
     from eval import same_call  # here, so that this file alone gives the losses
     from tools import Call
     at, calls = first_call(conversation)
-    changeable = [(key, value) for key, value in (calls[0]["arguments"].items() if calls else ()) if isinstance(value, (str, int, float)) or isinstance(value, list) and value]
+    changeable = [(key, value) for key, value in (calls[0]["arguments"].items() if calls else ())
+                  if isinstance(value, (str, int, float)) or isinstance(value, list) and value]
     if not changeable:
         return None
     key, value = rng.choice(changeable)
@@ -241,7 +270,8 @@ def call_too_many(conversation, rng):
     """Behind the calls that are due one more."""
     at, calls = first_call(conversation)
     names = list(tools_of(conversation))
-    return until(conversation, at, tool_calls=[*calls, tempting_call(rng.choice(names), conversation)]) if names and calls else None
+    return (until(conversation, at, tool_calls=[*calls, tempting_call(rng.choice(names), conversation)])
+            if names and calls else None)
 
 
 def missing_call(conversation, rng):
@@ -255,7 +285,8 @@ def needless_call(conversation, rng):
     """A call although the message asks for none."""
     at, calls = first_call(conversation)
     names = list(tools_of(conversation))
-    return until(conversation, at, tool_calls=[tempting_call(rng.choice(names), conversation)]) if names and not calls else None
+    return (until(conversation, at, tool_calls=[tempting_call(rng.choice(names), conversation)])
+            if names and not calls else None)
 
 
 def ignores_result(conversation, rng):
@@ -264,7 +295,8 @@ def ignores_result(conversation, rng):
     if not text:
         return None
     other = re.sub(r"\d{1,4000}", lambda m: str(int(m.group()) + rng.randint(1, 30)), text)
-    if other == text or '"error"' in conversation["messages"][-2]["content"]:  # nothing found, or an error: made up instead
+    # nothing found, or an error: made up instead
+    if other == text or '"error"' in conversation["messages"][-2]["content"]:
         other = out_of_the_blue("made_up", rng)
     return until(conversation, -1, content=other)
 
@@ -275,7 +307,8 @@ def endless(conversation, rng):
     return until(conversation, -1, content=" ".join([text] * 3)) if text else None
 
 
-CORRUPTIONS = {f.__name__: f for f in (wrong_tool, malformed, wrong_argument, missing_argument, call_left_out, call_too_many, missing_call, needless_call, ignores_result, endless)}
+CORRUPTIONS = {f.__name__: f for f in (wrong_tool, malformed, wrong_argument, missing_argument, call_left_out,
+                                       call_too_many, missing_call, needless_call, ignores_result, endless)}
 
 
 def first_call(conversation):
@@ -287,7 +320,8 @@ def first_call(conversation):
 def final_answer(conversation):
     """The text of the answer that follows a tool result and ends the conversation, or ""."""
     *_, before, last = conversation["messages"]
-    return last["content"] if before["role"] == "tool" and last["role"] == "assistant" and not last.get("tool_calls") else ""
+    final = before["role"] == "tool" and last["role"] == "assistant" and not last.get("tool_calls")
+    return last["content"] if final else ""
 
 
 def out_of_the_blue(kind, rng):
@@ -297,7 +331,8 @@ def out_of_the_blue(kind, rng):
 
 
 def until(conversation, at, content=None, tool_calls=()):
-    """The messages before `at`, and one assistant message in its place. Calls in the place of calls keep the thought beside them."""
+    """The messages before `at`, and one assistant message in its place. Calls in the place of calls keep the thought
+    beside them."""
     gold = conversation["messages"][at]
     content = content if content is not None else (gold.get("content") or "") if gold.get("tool_calls") else ""
     return [*conversation["messages"][:at], {"role": "assistant", "content": content, "tool_calls": tool_calls}]
@@ -315,12 +350,14 @@ def tempting_call(name, conversation):
     first = next(iter([*tool.parameters.get("required", []), *tool.parameters.get("properties", {})]), "query")
     text = next(m["content"] for m in conversation["messages"] if m["role"] == "user")
     numbers, capital = re.findall(r"\d[\d.]*", text), re.findall(r"(?<!^)\b[A-Z]\w+", text)
-    arguments = {"calculator": {"expression": " * ".join(numbers[:2]) or "1 + 1"}, "weather": {"city": (capital or text.rstrip("?.! ").split() or ["here"])[-1]}}
+    arguments = {"calculator": {"expression": " * ".join(numbers[:2]) or "1 + 1"},
+                 "weather": {"city": (capital or text.rstrip("?.! ").split() or ["here"])[-1]}}
     return {"name": name, "arguments": arguments.get(name, {first: text.rstrip("?. ")})}
 
 
 def corrupted_pairs(conversations, tokenizer, seed=0, style="signature", faults=()):
-    """Gold conversations -> pairs: the gold one, and the same with one fault of a random kind that applies (of `faults`, if any are named)."""
+    """Gold conversations -> pairs: the gold one, and the same with one fault of a random kind that applies (of
+    `faults`, if any are named)."""
     pairs = []
     for n, conversation in enumerate(conversations):
         roles = [m["role"] for m in conversation["messages"]]
@@ -332,14 +369,16 @@ def corrupted_pairs(conversations, tokenizer, seed=0, style="signature", faults=
             if worse:
                 *shared, better = conversation["messages"][:len(worse)]
                 pair = pair_of({**conversation, "messages": shared}, [better], worse[-1:], tokenizer, style, name)
-                if all(any(mask) for _, mask in pair[:2]):  # not where the gold turn has weight 0: it is not to be learned
+                # not where the gold turn has weight 0: it is not to be learned
+                if all(any(mask) for _, mask in pair[:2]):
                     pairs.append(pair)
                     break
     return pairs
 
 
 def pair_of(prompt, chosen, rejected, tokenizer, style="signature", why=""):
-    """A prompt (conversation) and two continuations (messages) -> Pair. Assistant turns of the prompt are not trained."""
+    """A prompt (conversation) and two continuations (messages) -> Pair. Assistant turns of the prompt are not
+    trained."""
     import data  # here, so that this file alone gives the losses
     start = len(data.encode(prompt, tokenizer, style)[0])
     rows = []
@@ -356,10 +395,10 @@ def pair_of(prompt, chosen, rejected, tokenizer, style="signature", why=""):
 def parted(pair, tokens):
     """The pair, cut `tokens` behind where its answers part, with a mask for these tokens alone; 0: as it is.
 
-    Call or talk, this tool or that one, another call or the end: each is decided by a token or two. DPO over whole answers also
-    pushes down what follows a wrong decision, and calls are all alike there: soon none is well-formed. A pair whose answers do
-    not part in words of the model (one begins with the whole other) is left as it is; so is a given one, whose answers are
-    whatever somebody preferred.
+    Call or talk, this tool or that one, another call or the end: each is decided by a token or two. DPO over whole
+    answers also pushes down what follows a wrong decision, and calls are all alike there: soon none is well-formed. A
+    pair whose answers do not part in words of the model (one begins with the whole other) is left as it is; so is a
+    given one, whose answers are whatever somebody preferred.
     """
     at = next((t for t, (a, b) in enumerate(zip(pair.chosen[0], pair.rejected[0])) if a != b), 0)
     rows = [(ids[:at + tokens], [0] * at + list(mask[at:at + tokens])) for ids, mask in pair[:2]]
@@ -374,16 +413,20 @@ def is_pair(line):
 def read_pair(line, tokenizer, style="signature"):
     """A line of a pairs file, as TRL reads it: prompt, chosen, rejected (messages, or texts), tools; -> Pair.
 
-    Without "prompt", chosen and rejected are whole conversations and their common beginning is the prompt; also where they
-    repeat the prompt's text or messages (UltraFeedback does). Texts become a user's and an assistant's message, so that two texts alone have no prompt.
-    Raises UserError for anything else.
+    Without "prompt", chosen and rejected are whole conversations and their common beginning is the prompt; also where
+    they repeat the prompt's text or messages (UltraFeedback does). Texts become a user's and an assistant's message, so
+    that two texts alone have no prompt. Raises UserError for anything else.
     """
     import data  # here, so that this file alone gives the losses
     from tools import UserError
     if not isinstance(line, dict) or not {"chosen", "rejected"} <= set(line):
         raise UserError('a pair is an object with "prompt", "chosen" and "rejected"')
-    as_messages = lambda x, role: [{"role": role, "content": x}] if isinstance(x, str) else [x] if isinstance(x, dict) else x  # noqa: E731
-    prompt, chosen, rejected = as_messages(line.get("prompt") or [], "user"), as_messages(line["chosen"], "assistant"), as_messages(line["rejected"], "assistant")
+
+    def as_messages(x, role):
+        return [{"role": role, "content": x}] if isinstance(x, str) else [x] if isinstance(x, dict) else x
+
+    prompt = as_messages(line.get("prompt") or [], "user")
+    chosen, rejected = as_messages(line["chosen"], "assistant"), as_messages(line["rejected"], "assistant")
     if not all(isinstance(part, list) for part in (prompt, chosen, rejected)):
         raise UserError('"prompt", "chosen" and "rejected" are texts or lists of messages')
     if not chosen or not rejected:
@@ -403,14 +446,17 @@ def read_pair(line, tokenizer, style="signature"):
         if whole or own[:len(before)] == before:
             return own
         if own[0]["role"] == before[-1]["role"] == "assistant":
-            raise UserError('"prompt" ends with an assistant message; end it with the user\'s, and let chosen and rejected hold all of the answer')
+            raise UserError('"prompt" ends with an assistant message; end it with the user\'s, '
+                            'and let chosen and rejected hold all of the answer')
         return spelled([*prompt, *answer])
     chosen, rejected = complete(chosen), complete(rejected)
-    shared = next((n for n, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1])) if a != b), min(len(chosen), len(rejected)) - 1)
+    shared = next((n for n, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1])) if a != b),
+                  min(len(chosen), len(rejected)) - 1)
     if not shared:
         raise UserError('the pair has no "prompt", and chosen and rejected have no messages in common that could be it')
     # What both share is prompt: in mean log-probs (ipo, simpo) it would not cancel.
-    pair = pair_of({"messages": chosen[:shared], "tools": tools}, chosen[shared:], rejected[shared:], tokenizer, style, GIVEN)
+    prompt = {"messages": chosen[:shared], "tools": tools}
+    pair = pair_of(prompt, chosen[shared:], rejected[shared:], tokenizer, style, GIVEN)
     if not all(any(mask) for _, mask in pair[:2]):
         raise UserError("chosen and rejected must each hold an assistant message")
     if len({tuple(i for i, m in zip(ids, mask) if m) for ids, mask in pair[:2]}) == 1:
@@ -427,14 +473,17 @@ def check_settings(config):
     if config.lora_dropout:
         raise UserError(f"lora_dropout = {config.lora_dropout}: must be 0 for dpo, whose reference is the same model")
     if config.label_smoothing >= 0.5:
-        raise UserError(f"label_smoothing = {config.label_smoothing}: must be below 0.5; from there on the judgements say nothing, or the reverse")
+        raise UserError(f"label_smoothing = {config.label_smoothing}: must be below 0.5; "
+                        "from there on the judgements say nothing, or the reverse")
     if unknown := [fault for fault in config.faults if fault not in list(CORRUPTIONS)]:
         raise UserError(f"faults: {unknown[0]!r} is none of {', '.join(CORRUPTIONS)}")
     if config.pairs != "corrupted":
         if config.samples < 2 and config.chosen == "best":
-            raise UserError(f"samples = {config.samples}: the best and the worst of several answers make a pair; at least 2 are needed")
+            raise UserError(f"samples = {config.samples}: the best and the worst of several answers make a pair; "
+                            "at least 2 are needed")
         if config.chosen == "gold" and config.max_turns > 1:
-            raise UserError(f'max_turns = {config.max_turns}: chosen = "gold" is the example\'s first turn, so what stands against it must be one turn too; set max_turns = 1')
+            raise UserError(f'max_turns = {config.max_turns}: chosen = "gold" is the example\'s first turn, so what '
+                            'stands against it must be one turn too; set max_turns = 1')
         reward_of(config)
 
 
@@ -448,12 +497,14 @@ def train(run):
 
     # 1. data: pairs of rows
     model, tokenizer = toolplay.prepare_model(config, run.device)
-    pairs, held_out = datasets(config, tokenizer) if config.pairs == "corrupted" else sampled_datasets(run, model, tokenizer)
+    pairs, held_out = (datasets(config, tokenizer) if config.pairs == "corrupted"
+                       else sampled_datasets(run, model, tokenizer))
     pairs, held_out = [[parted(pair, config.parting) for pair in part] for part in (pairs, held_out)]
     tokens = sum(len(ids) for pair in pairs for ids, _ in pair[:2])
     nodes = sum(len(toolplay.Trie([ids for ids, _ in pair[:2]])) for pair in pairs)
     if run.rank == 0:
-        print(f"{len(pairs)} pairs: {tokens} tokens, {nodes} trie nodes, {tokens / nodes:.2f} times fewer for sharing the prompt within a pair alone", file=sys.stderr)
+        print(f"{len(pairs)} pairs: {tokens} tokens, {nodes} trie nodes, "
+              f"{tokens / nodes:.2f} times fewer for sharing the prompt within a pair alone", file=sys.stderr)
 
     def answers(group):
         """Log-probs of the chosen answers and of the rejected ones: [2, B]."""
@@ -473,16 +524,19 @@ def train(run):
 
     def loss(group):
         reference = torch.tensor([unit[2:] for unit in group], dtype=torch.float64, device=run.device).T  # [2, B]
-        return dpo_loss(*answers(group), *reference, config.beta, config.variant, config.label_smoothing, config.simpo_margin)
+        return dpo_loss(*answers(group), *reference, config.beta, config.variant, config.label_smoothing,
+                        config.simpo_margin)
 
     # 4. loop
-    for step in run.steps(trainer, batches.total):  # always in eval mode: with dropout the policy would not be compared with its reference alone
+    # always in eval mode: with dropout the policy would not be compared with its reference alone
+    for step in run.steps(trainer, batches.total):
         batch = [units[i] for i in batches(step)]
         info = toolplay.train_step(trainer, batch, loss, rows=lambda unit: unit[:2])
         if held_out and (trainer.step == batches.total or config.eval_every and trainer.step % config.eval_every == 0):
             with torch.no_grad(), trainer.autocast():
                 total, sums = loss(held_out)
-            info |= {"eval_loss": float(total) / len(held_out), "eval_accuracy": float(sums["rewards/accuracy"]) / len(held_out)}
+            info |= {"eval_loss": float(total) / len(held_out),
+                     "eval_accuracy": float(sums["rewards/accuracy"]) / len(held_out)}
         if step == 0:
             info["trie_saving"] = tokens / nodes
         run.log(trainer.step, info, tokens=sum(len(ids) for unit in batch for ids, _ in unit[:2]))
@@ -493,19 +547,23 @@ def train(run):
 
 
 def datasets(config, tokenizer):
-    """-> (training pairs, held-out pairs), given ones and corrupted ones; those longer than max_tokens are left out and counted."""
+    """-> (training pairs, held-out pairs), given ones and corrupted ones; those longer than max_tokens are left out and
+    counted."""
     import data
     from tools import UserError
     out = []
     for split in ("train", "dev"):
         made = data.conversations(config, split, tokenizer,
-                                  lambda line: read_pair(line, tokenizer, config.tool_style) if is_pair(line) else data.check_conversation(line))
+                                  lambda line: (read_pair(line, tokenizer, config.tool_style) if is_pair(line)
+                                                else data.check_conversation(line)))
         pairs = [x for x in made if isinstance(x, Pair)]
-        pairs += corrupted_pairs([x for x in made if not isinstance(x, Pair)], tokenizer, config.seed, config.tool_style, config.faults)
+        pairs += corrupted_pairs([x for x in made if not isinstance(x, Pair)], tokenizer, config.seed,
+                                 config.tool_style, config.faults)
         fit = fitting(pairs, config, f"{split} pairs")
         if split == "train" and not fit:
             raise UserError(f"no pair fits max_tokens = {config.max_tokens}; raise it" if pairs else
-                            f"faults: none of {', '.join(config.faults or CORRUPTIONS)} applies to any of the {len(made)} conversations; name others, or another mix")
+                            f"faults: none of {', '.join(config.faults or CORRUPTIONS)} applies to any of the "
+                            f"{len(made)} conversations; name others, or another mix")
         out.append(fit)
     return out
 
@@ -513,8 +571,9 @@ def datasets(config, tokenizer):
 def sampled_pairs(model, tokenizer, conversations, config):
     """On-policy pairs: of `samples` answers to each prompt the best against the worst, if the reward tells them apart.
 
-    The rows are the sampled ids themselves, token for token. With `chosen: "gold"` the worst stands against the example's own
-    first turn (as in SPIN, Chen et al. 2024, arXiv:2401.01335, but only where the sample is at fault). Given Pairs stay as they are.
+    The rows are the sampled ids themselves, token for token. With `chosen: "gold"` the worst stands against the
+    example's own first turn (as in SPIN, Chen et al. 2024, arXiv:2401.01335, but only where the sample is at fault).
+    Given Pairs stay as they are.
     """
     from tqdm import tqdm
 
@@ -527,9 +586,12 @@ def sampled_pairs(model, tokenizer, conversations, config):
     conversations = [x for x in conversations if not isinstance(x, Pair)]
     cases = judgeable([evaluation.as_case(c) for c in conversations], config)
     chats = [case.conversation for case in cases for _ in range(config.samples)]
-    with tqdm(total=len(chats), desc="dpo answers", unit="answer", disable=toolplay.world_rank()[0] > 0, dynamic_ncols=True) as bar:
-        episodes = toolplay.rollout(model, tokenizer, chats, temperature=config.temperature, max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
-                                    style=config.tool_style, seed=f"{config.seed} pairs", batch_size=128, progress=bar.update)
+    with tqdm(total=len(chats), desc="dpo answers", unit="answer", disable=toolplay.world_rank()[0] > 0,
+              dynamic_ncols=True) as bar:
+        episodes = toolplay.rollout(model, tokenizer, chats, temperature=config.temperature,
+                                    max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
+                                    style=config.tool_style, seed=f"{config.seed} pairs", batch_size=128,
+                                    progress=bar.update)
     for n, (case, conversation) in enumerate(zip(cases, conversations)):
         tries = episodes[n * config.samples:(n + 1) * config.samples]
         scores = [score(case, episode)[0] for episode in tries]
@@ -537,14 +599,19 @@ def sampled_pairs(model, tokenizer, conversations, config):
         chosen, earned, rival = (tries[best].ids, tries[best].mask), scores[best], f"{scores[best]:.2f}"
         if config.chosen == "gold":
             turn = len(case.conversation["messages"]) + 1
-            chosen, earned, rival = data.encode({**conversation, "messages": conversation["messages"][:turn]}, tokenizer, config.tool_style), config.min_best, "the example's"
+            shown = {**conversation, "messages": conversation["messages"][:turn]}
+            chosen, earned = data.encode(shown, tokenizer, config.tool_style), config.min_best
+            rival = "the example's"
         # A line with "expected" has no gold turn; a prompt as long as the context has no answer.
         answered = any(chosen[1][tries[worst].prompt:]) and any(tries[worst].mask)
         if earned >= config.min_best and earned - scores[worst] >= config.min_gap and answered:
-            pairs.append(Pair(chosen, (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against {rival}"))
+            pairs.append(Pair(chosen, (tries[worst].ids, tries[worst].mask),
+                              f"reward {scores[worst]:.2f} against {rival}"))
             if config.twins and config.chosen == "gold" and tries[worst].calls and (call := withheld(conversation)):
-                pairs.append(twin(conversation, call, tokenizer, config.tool_style, random.Random(f"{config.seed} twin {n}")))
-        elif config.pairs == "both" and len(conversation["messages"]) > len(case.conversation["messages"]):  # it has an answer, which is kept up
+                rng = random.Random(f"{config.seed} twin {n}")
+                pairs.append(twin(conversation, call, tokenizer, config.tool_style, rng))
+        # it has an answer, which is kept up
+        elif config.pairs == "both" and len(conversation["messages"]) > len(case.conversation["messages"]):
             pairs += corrupted_pairs([conversation], tokenizer, f"{config.seed} {n}", config.tool_style, config.faults)
     return fitting(pairs, config, "sampled pairs")
 
@@ -553,21 +620,23 @@ def withheld(conversation):
     """The call that would be right if its tool were offered ("facts" of a conversation of the templates), or None."""
     from tools import BUILTIN
     match conversation:
-        case {"facts": {"withheld": {"name": str(name), "arguments": dict()} as call}} if name in BUILTIN and name not in tools_of(conversation):
+        case {"facts": {"withheld": {"name": str(name), "arguments": dict()} as call}} if (
+                name in BUILTIN and name not in tools_of(conversation)):
             return call
 
 
 def twin(conversation, call, tokenizer, style, rng):
     """A request whose tool was withheld, now with the tool: the call is preferred to saying that it cannot be done.
 
-    Beside the pair that prefers the opposite nothing but the list of tools tells which is right. Without it DPO learns what is
-    the same in all such pairs: not to call.
+    Beside the pair that prefers the opposite nothing but the list of tools tells which is right. Without it DPO learns
+    what is the same in all such pairs: not to call.
     """
     at, _ = first_call(conversation)
     tools = list(conversation["tools"])
     tools.insert(rng.randint(0, len(tools)), call["name"])
     prompt = {"messages": conversation["messages"][:at], "tools": tools}
-    return pair_of(prompt, [{"role": "assistant", "content": "", "tool_calls": [call]}], conversation["messages"][at:at + 1], tokenizer, style, "its tool is offered")
+    return pair_of(prompt, [{"role": "assistant", "content": "", "tool_calls": [call]}],
+                   conversation["messages"][at:at + 1], tokenizer, style, "its tool is offered")
 
 
 def fitting(pairs, config, what):
@@ -576,7 +645,8 @@ def fitting(pairs, config, what):
 
 
 def prompts_of(config, split, tokenizer):
-    """Conversations whose first user turns are sampled from, the three built-in tools offered where a line of a file names none; and a file's own Pairs."""
+    """Conversations whose first user turns are sampled from, the three built-in tools offered where a line of a file
+    names none; and a file's own Pairs."""
     import data
     from eval import as_case
     from tools import BUILTIN
@@ -585,7 +655,8 @@ def prompts_of(config, split, tokenizer):
         if is_pair(line):
             return read_pair(line, tokenizer, config.tool_style)
         case = as_case(line)
-        return data.check_conversation({**line, "messages": data.messages_of(line), "tools": case.conversation["tools"]})
+        return data.check_conversation({**line, "messages": data.messages_of(line),
+                                        "tools": case.conversation["tools"]})
     return data.conversations(config, split, tokenizer, usable, BUILTIN)
 
 
@@ -598,12 +669,15 @@ def sampled_datasets(run, model, tokenizer):
     if not toolplay.gathered(path.exists())[0]:  # for all ranks alike
         prompts = [prompts_of(config, split, tokenizer) for split in ("train", "dev")]
         with lora.merged(model) if config.lora_r else contextlib.nullcontext():  # sampled from faster
-            out = toolplay.gathered([sampled_pairs(model, tokenizer, chats, config) if chats else [] for chats in prompts])[0]
+            out = toolplay.gathered([sampled_pairs(model, tokenizer, chats, config) if chats else []
+                                     for chats in prompts])[0]
         asked = sum(not isinstance(chat, Pair) for chat in prompts[0])
-        print(f"{len(out[0])} pairs of {asked} prompts with {config.samples} answers each{f' and {len(prompts[0]) - asked} given pairs' if asked < len(prompts[0]) else ''}; "
+        given = f" and {len(prompts[0]) - asked} given pairs" if asked < len(prompts[0]) else ""
+        print(f"{len(out[0])} pairs of {asked} prompts with {config.samples} answers each{given}; "
               "without one are prompts whose answers earn alike, or too little", file=sys.stderr)
         if not out[0]:
-            raise UserError("no prompt gave a pair: raise temperature or samples, or start_from a run that gets some prompts right")
+            raise UserError("no prompt gave a pair: raise temperature or samples, "
+                            "or start_from a run that gets some prompts right")
         if run.rank == 0:
             toolplay.write_json(path, out)
         return out
@@ -614,28 +688,35 @@ def sampled_datasets(run, model, tokenizer):
 
 
 def reference_logp(run, pairs, answers, autocast):
-    """The initial policy's log-probs of all pairs -> [[chosen, rejected]], from the run folder if they are there and fit.
+    """The initial policy's log-probs of all pairs -> [[chosen, rejected]], from the run folder if they are there and
+    fit.
 
     Must be called before a checkpoint is loaded: the model is the initial policy only until then.
     """
     import toolplay
     from tools import UserError
-    key = hashlib.sha256(json.dumps([run.config.model, toolplay.start_hashes(run.config), run.config.precision, run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([run.config.model, toolplay.start_hashes(run.config), run.config.precision,
+                                     run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
     path = run.folder / "reference.json"
     if toolplay.gathered(path.exists())[0]:  # for all ranks alike
-        kept = toolplay.read_json(path, lambda kept: (kept["data_sha256"], [float(a) + float(b) for a, b in kept["logp"]]), "remove it: it is computed anew")
+        kept = toolplay.read_json(path,
+                                  lambda kept: (kept["data_sha256"], [float(a) + float(b) for a, b in kept["logp"]]),
+                                  "remove it: it is computed anew")
         if kept["data_sha256"] != key or len(kept["logp"]) != len(pairs):
-            raise UserError(f"{path}: these log-probs are of other pairs or another model; the data has changed since the run began. Start a new run")
+            raise UserError(f"{path}: these log-probs are of other pairs or another model; "
+                            "the data has changed since the run began. Start a new run")
         return kept["logp"]
     with torch.no_grad(), autocast():  # without a reference: kept for the hash
-        logp = [(0.0, 0.0)] * len(pairs) if run.config.variant in FREE else toolplay.shared_out(pairs, lambda own: answers(own).T.tolist())
+        logp = ([(0.0, 0.0)] * len(pairs) if run.config.variant in FREE
+                else toolplay.shared_out(pairs, lambda own: answers(own).T.tolist()))
     if run.rank == 0:
         toolplay.write_json(path, {"data_sha256": key, "logp": logp})
     return logp
 
 
 def show(n, config):
-    """Print n pairs: what stands behind the last user's words, and where the two differ (green: chosen, red: rejected)."""
+    """Print n pairs: what stands behind the last user's words, and where the two differ (green: chosen, red:
+    rejected)."""
     import toolplay
     from tools import UserError, printable
     check_settings(config)
@@ -651,13 +732,17 @@ def show(n, config):
         raise UserError(f"no pair among the answers to {4 * n} prompts: show more, or raise temperature or samples")
     for pair in pairs[:n]:
         (ids, mask), (other, other_mask), why = pair
-        start = min(toolplay.common_prefix(ids, other), mask.index(1), other_mask.index(1))  # where they part, or an answer begins
-        words = [re.findall(r"\w+|\s+|[^\w\s]", printable(tokenizer.decode(row[start:]).rstrip("\n"))) for row in (ids, other)]
+        # where they part, or an answer begins
+        start = min(toolplay.common_prefix(ids, other), mask.index(1), other_mask.index(1))
+        words = [re.findall(r"\w+|\s+|[^\w\s]", printable(tokenizer.decode(row[start:]).rstrip("\n")))
+                 for row in (ids, other)]
         marked = ["", ""]
         for tag, a, b, c, d in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
             for side, (colour, piece) in enumerate(((32, words[0][a:b]), (31, words[1][c:d]))):
-                marked[side] += "".join(piece) if tag == "equal" or not piece else f"\033[{colour};1m{''.join(piece)}\033[0m"
-        prompt = tokenizer.decode(ids[:start]).split("<|im_start|>user\n")[-1].replace("<|im_end|>\n<|im_start|>assistant\n", "\n")
+                marked[side] += ("".join(piece) if tag == "equal" or not piece
+                                 else f"\033[{colour};1m{''.join(piece)}\033[0m")
+        prompt = tokenizer.decode(ids[:start]).split("<|im_start|>user\n")[-1]
+        prompt = prompt.replace("<|im_end|>\n<|im_start|>assistant\n", "\n")
         prompt = printable(prompt.rstrip("\n")).replace("\n", "\n            ")
         print(f"--- {why}\n  prompt    {prompt}\n  chosen    {marked[0]}\n  rejected  {marked[1]}")
 
@@ -669,12 +754,15 @@ def main(argv=None):
     if argv[:1] != ["--show"]:
         return toolplay.main(["train", *argv])
     with toolplay.one_line_errors():
-        counts, rest = ([a for a in argv[1:] if bool(re.fullmatch(r"[-+]?\d+", a)) is number] for number in (True, False))
+        counts, rest = ([a for a in argv[1:] if bool(re.fullmatch(r"[-+]?\d+", a)) is number]
+                        for number in (True, False))
         count, names = int((counts or ["10"])[0]), [a for a in rest if a[:2] != "--"]
         if len(counts) > 1 or len(names) > 1 or not 1 <= count <= 1000:
-            raise UserError(f"--show {' '.join(argv[1:])}: how many pairs (1 to 1000), perhaps one config or run folder, and --key=value")
+            raise UserError(f"--show {' '.join(argv[1:])}: how many pairs (1 to 1000), "
+                            "perhaps one config or run folder, and --key=value")
         source = Path(names[0]) if names else None
-        source = source / "config.json" if source and source.is_dir() else source or {"method": "dpo", "examples": 4 * count}
+        source = (source / "config.json" if source and source.is_dir()
+                  else source or {"method": "dpo", "examples": 4 * count})
         config = toolplay.load_config(source, [a for a in rest if a[:2] == "--"])
         if config.method != "dpo":
             raise UserError(f"{source}: its method is {config.method}; pairs are DPO's")

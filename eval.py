@@ -14,26 +14,32 @@ What does not apply to a case is not counted for it.
                      tag. None due: a non-empty turn with no tag of the call grammar or of chat.
   argument_accuracy  (due only) Right tools, and the calls can be paired with the gold ones, in any order, so that every
                      argument is right. An expression: equal value (relative 1e-6; or the same error), and an operation
-                     in it where the gold has one: a literal, or the result itself in it, is no calculation. Other text: equal but for case,
-                     accents, punctuation and spaces. City: a region after a comma may be left out. Query of search: F1 of
-                     the content words >= 0.75, nothing but words left out (or added), the same numbers. Anything else: equal. Missing or extra arguments are wrong, except those
-                     that state a default (the schema's; weather in celsius).
+                     in it where the gold has one: a literal, or the result itself in it, is no calculation. Other text:
+                     equal but for case, accents, punctuation and spaces. City: a region after a comma may be left out.
+                     Query of search: F1 of the content words >= 0.75, nothing but words left out (or added), the same
+                     numbers. Anything else: equal. Missing or extra arguments are wrong, except those that state a
+                     default (the schema's; weather in celsius).
   call_accuracy      argument_accuracy where a call is due, tool_accuracy where none is: the calls are exactly right.
   execution          Share of the calls of all turns with an ok result; a malformed call is a failure; a tool's own
                      error (an unknown city) is right where a gold call errs too. A tool that has no function is left
                      out. Calls of one episode are counted as if independent.
-  response_quality   The final text is right. A numeric answer is known: the text states it, not as a denial, and at most two
-                     other numbers that nobody mentioned. A whole answer must be exact, another one within 0.5 %, or within
-                     5 % when it is rounded to the digits shown. Else, due: for every gold result its key fact: the
-                     number; the temperature (and no other unit or city); for search F1 >= 0.5 with the reference (or with a hit), or "not found"
-                     where the reference says so; for a tool of one's own a value of its result that the user did not say, or F1 >= 0.5 with the
-                     reference, and where it gives numbers no other ones;
-                     for an error, words that it cannot be done (or F1 >= 0.2), and no made-up number. A result as it came (JSON) is no answer. None due: ended by itself, mostly letters, no 4-gram four times, no echo of the
-                     prompt; the kinds missing_tool and api_none must say what cannot be done or is lacking, with no made-up number, api_ask must
-                     ask; in cases of other kinds a reference of one to three words is a fact that must be there.
+  response_quality   The final text is right.
+                     A numeric answer is known: the text states it, not as a denial, and at most two other numbers that
+                     nobody mentioned. A whole answer must be exact, another one within 0.5 %, or within 5 % when it is
+                     rounded to the digits shown.
+                     Else, due: for every gold result its key fact: the number; the temperature (and no other unit or
+                     city); for search F1 >= 0.5 with the reference (or with a hit), or "not found" where the reference
+                     says so; for a tool of one's own a value of its result that the user did not say, or F1 >= 0.5 with
+                     the reference, and where it gives numbers no other ones; for an error, words that it cannot be done
+                     (or F1 >= 0.2), and no made-up number. A result as it came (JSON) is no answer.
+                     None due: ended by itself, mostly letters, no 4-gram four times, no echo of the prompt; the kinds
+                     missing_tool and api_none must say what cannot be done or is lacking, with no made-up number,
+                     api_ask must ask; in cases of other kinds a reference of one to three words is a fact that must be
+                     there.
   response_f1        Mean token F1 (as in SQuAD, Rajpurkar et al. 2016) of the final text and the reference.
   overall            sqrt(success where a call is due * success where none is), success being all of tool, format,
-                     arguments and response, no call made twice, and after the first turn no more calls with a result than the gold makes. To call always, never, twice, or to echo gives nothing on one side, and a
+                     arguments and response, no call made twice, and after the first turn no more calls with a result
+                     than the gold makes. To call always, never, twice, or to echo gives nothing on one side, and a
                      product forgives no zero. One side alone: its rate; then beware, for what none is due nearly any
                      tidy text succeeds.
 
@@ -62,22 +68,31 @@ from tqdm import tqdm
 
 import data
 import toolplay
-from tools import BUILTIN, STOP_WORDS, Call, Tool, ToolError, UserError, _cities, _city_file, _normal, _same, _terms, execute, load_tools, number, parse_calls, parse_expression, tool_from_schema
+from tools import (BUILTIN, STOP_WORDS, Call, Tool, ToolError, UserError, _cities, _city_file, _normal, _same, _terms,
+                   execute, load_tools, number, parse_calls, parse_expression, tool_from_schema)
 
-METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "execution", "response_quality", "response_f1", "overall")
+METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "execution", "response_quality",
+           "response_f1", "overall")
 FORGED = re.compile(r"</?tool_response|<\|\w+\|>")
-NUMBER = re.compile(r"(?<![^\W_])(?<!\.)(?<!\d,)([-−–]?)[$€£]?((?:\d{1,3}(?:[,'’\u00a0\u2009\u202f]\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+NUMBER = re.compile(r"(?<![^\W_])(?<!\.)(?<!\d,)([-−–]?)[$€£]?"  # sign
+                    r"((?:\d{1,3}(?:[,'’\u00a0\u2009\u202f]\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)"  # digits
+                    r"([eE][-+]?\d+)?", re.ASCII)
 MEANS = r"(?:\w+ ){0,2}(?:tool|function|calculator|search|access|way|means|data|report|forecast|service|information)s?"
-CANNOT = re.compile(rf"(?:n['’]t|\bnot) (?:\w+ ){{0,2}}(?:have(?! to\b)|know|check|see|search|look|find|work|calculate|tell|include|available|help|fit|cover|got|do (?:that|this|it)\b)|\b(?:cannot|can not|unable|not able|unavailable|"
-                    rf"lack|have nothing|no \w+ is available|(?:without|no|need an?|missing) {MEANS})\b", re.IGNORECASE)
-PHRASES = re.compile(r"\bno (problem|doubt|worries|need|clouds?|rain|snow|wind)\b|\bnot (bad|at all)\b", re.IGNORECASE)  # these deny nothing
-DENIAL = re.compile(r"n['’]t\b|\b(no|not|nothing|none|cannot|without|unable|unknown|undefined|sorry|error|afraid|wrong|refused|empty|impossible|invalid|unavailable|lacks?|missing)\b", re.I)
+CANNOT = re.compile(r"(?:n['’]t|\bnot) (?:\w+ ){0,2}(?:have(?! to\b)|know|check|see|search|look|find|work|calculate|"
+                    r"tell|include|available|help|fit|cover|got|do (?:that|this|it)\b)|"
+                    r"\b(?:cannot|can not|unable|not able|unavailable|lack|have nothing|no \w+ is available|"
+                    rf"(?:without|no|need an?|missing) {MEANS})\b", re.IGNORECASE)
+# these deny nothing
+PHRASES = re.compile(r"\bno (problem|doubt|worries|need|clouds?|rain|snow|wind)\b|\bnot (bad|at all)\b", re.IGNORECASE)
+DENIAL = re.compile(r"n['’]t\b|\b(no|not|nothing|none|cannot|without|unable|unknown|undefined|sorry|error|afraid|wrong|"
+                    r"refused|empty|impossible|invalid|unavailable|lacks?|missing)\b", re.IGNORECASE)
 
 
 # --------------------------------------------------------------------------- 1. cases
 
-# A prompt and what is expected of it. conversation: {"messages", "tools"}, what the model is given. calls: the gold calls
-# of the first assistant turn; [] when none is due, None when nothing is known. reference: the gold's final text, or None.
+# A prompt and what is expected of it. conversation: {"messages", "tools"}, what the model is given. calls: the gold
+# calls of the first assistant turn; [] when none is due, None when nothing is known. reference: the gold's final text,
+# or None.
 # later: how many calls the gold makes after its first turn, None where that is not known.
 Case = namedtuple("Case", "conversation calls answer reference kind id later", defaults=[None])
 
@@ -95,11 +110,13 @@ def as_case(item):
     if expected is None:
         start = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
         messages, gold = messages[:start], list(itertools.takewhile(lambda m: m["role"] != "user", messages[start:]))
-        replies = [m["content"] for m in gold if m["role"] == "assistant" and not m.get("tool_calls")]  # words beside a call are no answer
+        # words beside a call are no answer
+        replies = [m["content"] for m in gold if m["role"] == "assistant" and not m.get("tool_calls")]
         later = sum(len(m.get("tool_calls", [])) for m in gold[1:]) if replies else None  # it ends in an answer
         expected = {"calls": gold[0].get("tool_calls", []) if gold else None, "final": "".join(replies[-1:])}
     turn = {"role": "assistant", "content": expected.get("final") or "", "tool_calls": expected.get("calls")}
-    turn, conversation = data.check_conversation({"messages": [turn]})["messages"][0], {"messages": messages, "tools": list(tools.values())}
+    turn, conversation = data.check_conversation({"messages": [turn]})["messages"][0], {
+        "messages": messages, "tools": list(tools.values())}
     calls = None if expected.get("calls") is None else [Call(**call) for call in turn.get("tool_calls", [])]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise UserError("the prompt must end with a message of the user or of a tool")
@@ -107,7 +124,8 @@ def as_case(item):
         raise UserError(f"the expected call names tool {min(missing)!r}, which is not offered")
     if (answer := expected.get("answer", item.get("answer"))) is not None and not is_number(answer):
         raise UserError(f'"answer" must be a number or null, not {str(answer)[:40]!r}')
-    return Case(conversation, calls, answer, turn["content"] or None, str(item.get("kind") or item.get("part") or "all"), item.get("id"), later)
+    return Case(conversation, calls, answer, turn["content"] or None,
+                str(item.get("kind") or item.get("part") or "all"), item.get("id"), later)
 
 
 def is_number(value):
@@ -132,22 +150,28 @@ def near(a, b, tolerance):
 
 
 def literals(expression):
-    """The numbers that are written in an expression, but for what a product or sum is divided by: nobody writes a guess there."""
+    """The numbers that are written in an expression, but for what a product or sum is divided by: nobody writes a guess
+    there."""
     try:
         tree = parse_expression(expression)
     except ToolError:
         return list(numbers(expression))
-    under = [node.right for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.left, ast.BinOp)]
-    return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and is_number(node.value) and node not in under]
+    under = [node.right for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+             and isinstance(node.left, ast.BinOp)]
+    return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and is_number(node.value)
+            and node not in under]
 
 
 def same_expression(gold, got):
     """Equal value or the same error; and not just a literal where the gold computes something."""
-    bare = [re.fullmatch(r"[-+]*[\d.,]+(e[-+]?\d+)?(%|percent)?", re.sub(r"[\s()$€£=?]", "", x), re.IGNORECASE) for x in (gold, got)]
+    bare = [re.fullmatch(r"[-+]*[\d.,]+(e[-+]?\d+)?(%|percent)?", re.sub(r"[\s()$€£=?]", "", x), re.IGNORECASE)
+            for x in (gold, got)]
     a, b = [execute(Call("calculator", {"expression": x}), BUILTIN) for x in (gold, got)]
     written, percent = literals(gold), re.search(r"%|per ?cent|(?<!\d)0?\.\d", gold, re.IGNORECASE)
-    given = [abs(x) for x in written] + [100 * abs(x) for x in written if percent or abs(x) < 1] + [100] * bool(percent)  # 0.15 is 15 percent
-    if a.ok and any(near(abs(n), abs(a.value), 1e-6) and not any(near(abs(n), g, 1e-9) for g in given) for n in literals(got)):
+    # 0.15 is 15 percent
+    given = [abs(x) for x in written] + [100 * abs(x) for x in written if percent or abs(x) < 1] + [100] * bool(percent)
+    if a.ok and any(near(abs(n), abs(a.value), 1e-6) and not any(near(abs(n), g, 1e-9) for g in given)
+                    for n in literals(got)):
         return False  # "391 * 1" for 17 * 23, or "0 - 3" for 5 - 8: the answer was guessed, not computed
     return (near(b.value, a.value, 1e-6) if a.ok and b.ok else a.message == b.message) and not (bare[1] and not bare[0])
 
@@ -159,12 +183,16 @@ def same_argument(tool, key, gold, got):
         return same_expression(gold, got)
     a, b = map(_normal, (gold, got))
     if key == "city":
-        (city, _, region), (other, _, other_region) = [[_normal(x) for x in text.partition(",")] for text in (gold, got)]
-        return gold == got or a == b != "" or city == other != "" and (not region or not other_region or region == other_region)
+        (city, _, region), (other, _, other_region) = [[_normal(x) for x in text.partition(",")]
+                                                       for text in (gold, got)]
+        return (gold == got or a == b != "" or city == other != ""
+                and (not region or not other_region or region == other_region))
     if (tool, key) == ("search", "query"):  # other filler words, but not another thing, and not another year
         x, y = Counter(_terms(gold)), Counter(_terms(got))
-        denied = [set(re.findall(r"\b(?:not|no|never|cannot|without)\b|n't\b", text.lower().replace("’", "'"))) for text in (gold, got)]
-        return gold == got or a == b != "" or f1(gold, got, _terms) >= 0.75 and not (x - y and y - x) and set(numbers(gold)) == set(numbers(got)) and denied[0] == denied[1]
+        denied = [set(re.findall(r"\b(?:not|no|never|cannot|without)\b|n't\b", text.lower().replace("’", "'")))
+                  for text in (gold, got)]
+        return (gold == got or a == b != "" or f1(gold, got, _terms) >= 0.75 and not (x - y and y - x)
+                and set(numbers(gold)) == set(numbers(got)) and denied[0] == denied[1])
     signs = re.compile(r"[+#<>*/=%$@&]|(?<!\w)-|-(?=\d)|(?<=\d)\.(?=\d)")
     return gold == got or a == b != "" and signs.findall(gold) == signs.findall(got)
 
@@ -174,18 +202,23 @@ def same_call(gold, got, tools={}):
     defaults = {"unit": "celsius"} if gold.name == "weather" else {}
     if gold.name in tools:
         fields, required = (tools[gold.name].parameters.get(key) or {} for key in ("properties", "required"))
-        stated = {key: field["default"] for key, field in fields.items() if isinstance(field, dict) and "default" in field}
-        defaults = {key: value for key, value in {**dict.fromkeys(fields), **defaults, **stated}.items() if key not in required or key in stated}
+        stated = {key: field["default"] for key, field in fields.items() if isinstance(field, dict)
+                  and "default" in field}
+        defaults = {key: value for key, value in {**dict.fromkeys(fields), **defaults, **stated}.items()
+                    if key not in required or key in stated}
     # null for what may be left out is leaving it out, as in `execute`
-    a, b = [{k: v for k, v in call.arguments.items() if k not in defaults or v is not None and not same_argument(gold.name, k, defaults[k], v)} for call in (gold, got)]
-    return gold.name == got.name and set(a) == set(b) and all(same_argument(gold.name, key, a[key], b[key]) for key in a)
+    a, b = [{k: v for k, v in call.arguments.items() if k not in defaults or v is not None
+             and not same_argument(gold.name, k, defaults[k], v)} for call in (gold, got)]
+    return (gold.name == got.name and set(a) == set(b)
+            and all(same_argument(gold.name, key, a[key], b[key]) for key in a))
 
 
 def same_calls(gold, got, tools={}):
     """Whether gold calls and calls can be paired, in any order, with none left over."""
     if not gold or len(gold) != len(got):
         return len(gold) == len(got)
-    tries = {repr(call): n for n, call in enumerate(got)}.values()  # one of each spelling: n equal calls would be tried in n! orders
+    # one of each spelling: n equal calls would be tried in n! orders
+    tries = {repr(call): n for n, call in enumerate(got)}.values()
     return any(same_call(gold[0], got[n], tools) and same_calls(gold[1:], got[:n] + got[n + 1:], tools) for n in tries)
 
 
@@ -195,24 +228,39 @@ def numbers(text):
             for sign, digits, power in NUMBER.findall(text)}
 
 
-IN_WORDS = re.compile(r"\b(?:a (?=hundred|thousand|million))?(?:{0})(?: (?:{0}))*\b".format("|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"])))
+IN_WORDS = re.compile(r"\b(?:a (?=hundred|thousand|million))?(?:{0})(?: (?:{0}))*\b".format(
+    "|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"])))
 
 
-BELOW = r"(?:^|[.,:;!?(=]|\b(?:is|are|was|at|be|to|of|about|in|by|has|have|had|with|leaves?|becomes?|makes?|gives?|gets?|equals?|it's|that's|currently|around|about|now|only|just|reads?|like|as|roughly|nearly|almost|chilly|cold|frosty)|[*_\"“])\s*(?:minus|negative) |\bnegative "  # behind these "minus" is a sign; in "10 minus 3" it is none
+# behind these "minus" is a sign; in "10 minus 3" it is none
+BELOW = (r"(?:^|[.,:;!?(=]|\b(?:is|are|was|at|be|to|of|about|in|by|has|have|had|with|leaves?|becomes?|makes?|gives?|"
+         r"gets?|equals?|it's|that's|currently|around|about|now|only|just|reads?|like|as|roughly|nearly|almost|chilly|"
+         r"cold|frosty)|[*_\"“])\s*(?:minus|negative) |\bnegative ")
 
 
-NOT = r"(?:\bnot|n't|\bnever|\bneither|\banything but)\s+(?:(?:think|believe|say|possibly|really|exactly|quite|it|that|this|is|be|the answer)\s+){0,4}(?:\w+\s+)?"  # before a number
+# before a number
+NOT = (r"(?:\bnot|n't|\bnever|\bneither|\banything but)\s+"
+       r"(?:(?:think|believe|say|possibly|really|exactly|quite|it|that|this|is|be|the answer)\s+){0,4}(?:\w+\s+)?")
 
 
 def states(text, answer, known, guesses=2):
-    """Whether the text states the answer: not as a denial, and with at most so many guesses (numbers that are not `known`) around it."""
-    text = re.sub(rf"({BELOW})(?=[$€£]?\d)", lambda m: m[1].rstrip().rpartition(" ")[0] + " -", text.replace("’", "'"), flags=re.IGNORECASE)
+    """Whether the text states the answer: not as a denial, and with at most so many guesses (numbers that are not
+    `known`) around it."""
+    text = re.sub(rf"({BELOW})(?=[$€£]?\d)", lambda m: m[1].rstrip().rpartition(" ")[0] + " -",
+                  text.replace("’", "'"), flags=re.IGNORECASE)
     shown, spelled, exact = numbers(text), in_words(text), answer == round(answer) and abs(answer) < 1e15
-    right = {value for value, places in shown.items() if value == answer or not exact and (
-        near(value, answer, 0.005) or near(value, answer, 0.05) and abs(value - answer) <= 0.5 * 10 ** -places * (1 + 1e-9))}  # a half may go up or down
+
+    def rounded(value, places):  # a half may go up or down
+        return near(value, answer, 0.05) and abs(value - answer) <= 0.5 * 10 ** -places * (1 + 1e-9)
+
+    right = {value for value, places in shown.items()
+             if value == answer or not exact and (near(value, answer, 0.005) or rounded(value, places))}
     if not right and exact and answer in spelled:  # "eight legs"
         right = {answer}
-    denied = re.findall(rf"{NOT}({NUMBER.pattern})|({NUMBER.pattern})[%°.;:!)*\"]{{0,3}}\s+(?:(?:is|was|would be) (?:wrong|incorrect|false)|(?:is|was|would be)(?:n't| not) (?:right|correct|true|it|what|the))\b", text, re.IGNORECASE | re.ASCII)
+    denied = re.findall(rf"{NOT}({NUMBER.pattern})|({NUMBER.pattern})[%°.;:!)*\"]{{0,3}}\s+"
+                        r"(?:(?:is|was|would be) (?:wrong|incorrect|false)|"
+                        r"(?:is|was|would be)(?:n't| not) (?:right|correct|true|it|what|the))\b",
+                        text, re.IGNORECASE | re.ASCII)
     if any({answer, *right} & set(numbers(found[0] or found[4])) for found in denied):
         return False
     if any(answer in in_words(found) for found in re.findall(rf"{NOT}({IN_WORDS.pattern})", text.lower())):
@@ -224,7 +272,8 @@ def states(text, answer, known, guesses=2):
 def in_words(text):
     """The whole numbers that a text spells out ("minus twelve") -> set."""
     plain, found = " ".join(re.sub(r"-|\band\b|(?<=thousand),|(?<=million),", " ", text.lower()).split()), set()
-    plain = re.sub(r"\b(no|some|any|every|that|which) one\b|\bone (moment|second|sec|another)\b", " . ", plain)  # no numbers
+    # no numbers
+    plain = re.sub(r"\b(no|some|any|every|that|which) one\b|\bone (moment|second|sec|another)\b", " . ", plain)
     for phrase in IN_WORDS.finditer(plain):
         sign = -1 if re.search(BELOW + "$", plain[max(phrase.start() - 30, 0):phrase.start()]) else 1
         found |= {sign * x for x in data.numbers_in(phrase[0])} | ({0} if "zero" in phrase[0].split() else set())
@@ -233,21 +282,27 @@ def in_words(text):
 
 def describes(text, weather, known):
     """Whether a text about the weather keeps to the unit and the city; it need not repeat them."""
-    units = {unit.lower() for unit in re.findall(r"\d\s*(?:°|degrees)?\s*(C|F|celsius|fahrenheit)\b", text, re.IGNORECASE)}
-    named = [city for city in _cities(_city_file())[0].values() if city in text and re.search(rf"\b{re.escape(city)}\b", text)]
+    found = re.findall(r"\d\s*(?:°|degrees)?\s*(C|F|celsius|fahrenheit)\b", text, re.IGNORECASE)
+    units = {unit.lower() for unit in found}
+    named = [city for city in _cities(_city_file())[0].values()
+             if city in text and re.search(rf"\b{re.escape(city)}\b", text)]
     others = [city for city in named if city not in known and city not in data.corpus("verdicts.json")["ordinary"]]
-    return (not units or any(unit[0] == weather["unit"][0] for unit in units)) and (weather["city"] in text or not others)
+    return ((not units or any(unit[0] == weather["unit"][0] for unit in units))
+            and (weather["city"] in text or not others))
 
 
 def declines(text, reference, known, told):
     """Whether the text says that it cannot be done, and makes up no number and no weather (what was not `told`)."""
     made_up = (set(numbers(text)) | in_words(text)) - known - in_words(reference or "") - {1}
-    weather = set(data.corpus("verdicts.json")["skies"]).intersection(words_of(text)).difference(words_of(f"{told} {reference}"))
-    return not made_up and not weather and bool(DENIAL.search(PHRASES.sub("", text)) or f1(text, reference or "") >= 0.2)
+    skies = set(data.corpus("verdicts.json")["skies"])
+    weather = skies.intersection(words_of(text)).difference(words_of(f"{told} {reference}"))
+    denied = bool(DENIAL.search(PHRASES.sub("", text))) or f1(text, reference or "") >= 0.2
+    return not made_up and not weather and denied
 
 
 def converses(text, prompt):
-    """Whether this is a reply at all: mostly letters, no loop, no echo (of "Thank you!" one word more is none). No judgement of what it says."""
+    """Whether this is a reply at all: mostly letters, no loop, no echo (of "Thank you!" one word more is none). No
+    judgement of what it says."""
     words, asked, solid = words_of(text), words_of(prompt), "".join(text.split())
     loop = max(Counter(zip(words, words[1:], words[2:], words[3:])).values(), default=0) >= 4
     echo = set(words) == set(asked) or f1(text, prompt) >= 0.8 and len(asked) >= 4
@@ -259,8 +314,8 @@ def common_words():
 
 
 def worded(text, known):
-    """Whether a text has a word that everybody uses, or one of the `known` texts ("asdf qwer" has none), and not only such as "the".
-    Other scripts than the Latin are not judged."""
+    """Whether a text has a word that everybody uses, or one of the `known` texts ("asdf qwer" has none), and not only
+    such as "the". Other scripts than the Latin are not judged."""
     words = set(words_of(text, apart=True))
     if not re.search("[a-z]", _normal(text)):
         return bool(words)
@@ -274,8 +329,10 @@ def judge(case, episode):
     first = episode.turns[0] if episode.turns else ""
     calls, errors = parse_calls(first)
     names = "|".join(map(re.escape, {tool.name for tool in case.conversation["tools"]} or {"tool_call"}))
-    keys = [rf'["\']{key}["\']\s*:' for key in ("name", "(arguments|parameters|args)")]  # with or without tags, in the spellings of other models
-    bare = rf'</?tool_call|{keys[0]}.*{keys[1]}|{keys[1]}.*{keys[0]}|\b({names})\((\s*\w+\s*[=:]|\s*["\'{{\d])|<function=|\bAction:\s*({names})\b'
+    # with or without tags, in the spellings of other models
+    keys = [rf'["\']{key}["\']\s*:' for key in ("name", "(arguments|parameters|args)")]
+    bare = (rf"</?tool_call|{keys[0]}.*{keys[1]}|{keys[1]}.*{keys[0]}|"
+            rf"""\b({names})\((\s*\w+\s*[=:]|\s*["'{{\d])|<function=|\bAction:\s*({names})\b""")
     calling = bool(calls or errors or re.search(bare, first, re.DOTALL | re.IGNORECASE))
     due = None if case.calls is None else bool(case.calls)
     tools = load_tools(case.conversation["tools"])
@@ -293,16 +350,24 @@ def judge(case, episode):
         "format": valid if due or due is None and calling else plain,
         "argument_accuracy": exact if due else None,
         "call_accuracy": None if due is None else exact,
-        "execution": [r.ok or may_err and r.error_type == "tool_error" for r in episode.results if r.error_type != "not_executable"],
+        "execution": [r.ok or may_err and r.error_type == "tool_error"
+                      for r in episode.results if r.error_type != "not_executable"],
         "response_quality": response(case, episode, gold_results),
         "response_f1": None if case.reference is None else f1(episode.final, case.reference)}
-    verdicts["overall"] = None if due is None else not any(verdicts[name] is False for name in ("call_accuracy", "format", "response_quality")) and again(episode.calls) <= again(case.calls or []) and not (
-        due and case.later is not None and sum(r.ok for r in episode.results[len(calls) + len(errors):]) > case.later)
+    failed = any(verdicts[name] is False for name in ("call_accuracy", "format", "response_quality"))
+    too_often = again(episode.calls) > again(case.calls or [])
+    further = sum(r.ok for r in episode.results[len(calls) + len(errors):])  # calls after the first turn
+    too_many = bool(due) and case.later is not None and further > case.later
+    verdicts["overall"] = None if due is None else not (failed or too_often or too_many)
     wrong = [name for name, verdict in verdicts.items() if verdict is False or name == "execution" and False in verdict]
-    return {"id": case.id, "kind": case.kind, "tools": sorted(set(gold)) or ["none"] * (due is False), "due": due, "wrong": wrong,
-            "prompt": case.conversation["messages"][-1]["content"], "expected": case.calls and [vars(call) for call in case.calls],
-            "answer": case.answer, "reference": case.reference, "turns": episode.turns, "calls": [vars(call) for call in episode.calls],
-            "results": [json.loads(r.text()) for r in episode.results], "final": episode.final, "stop": episode.stop, "verdicts": verdicts}
+    return {"id": case.id, "kind": case.kind, "tools": sorted(set(gold)) or ["none"] * (due is False), "due": due,
+            "wrong": wrong,
+            "prompt": case.conversation["messages"][-1]["content"],
+            "expected": case.calls and [vars(call) for call in case.calls],
+            "answer": case.answer, "reference": case.reference, "turns": episode.turns,
+            "calls": [vars(call) for call in episode.calls],
+            "results": [json.loads(r.text()) for r in episode.results], "final": episode.final, "stop": episode.stop,
+            "verdicts": verdicts}
 
 
 def leaves(value):
@@ -317,18 +382,21 @@ def response(case, episode, gold_results):
     messages, final, reference = case.conversation["messages"], episode.final, case.reference
     # Who repeats these makes nothing up; what the model wrote into its own calls is known only where nothing better is.
     told = [m["content"] for m in messages] + [str(c.arguments) for c in case.calls or []]
-    texts, asked = told + [r.text() for r in (episode.results if case.calls is None else gold_results)], f" {_normal(' '.join(told))} "
+    texts = told + [r.text() for r in (episode.results if case.calls is None else gold_results)]
+    asked = f" {_normal(' '.join(told))} "
     known, like = set(numbers(" ".join(texts))) | in_words(" ".join(texts)), lambda text: f1(final, text) >= 0.5
     functions = {tool.name: tool.function for tool in case.conversation["tools"]}
 
     def fact(result):
-        value, function = result.value, functions.get(result.name)  # a tool of one's own may have the name of a built-in one
+        # a tool of one's own may have the name of a built-in one
+        value, function = result.value, functions.get(result.name)
         if not result.ok and result.error_type != "not_executable":
             return declines(final, reference, known, asked)
         if function is BUILTIN["weather"].function:
             return states(final, value["temperature"], known) and describes(final, value, " ".join(texts))
         if function is BUILTIN["search"].function:
-            right = any(map(like, [reference] if reference else [hit["text"] for hit in value])) and not set(numbers(final)) - known - set(numbers(reference or ""))
+            right = (any(map(like, [reference] if reference else [hit["text"] for hit in value]))
+                     and not set(numbers(final)) - known - set(numbers(reference or "")))
             return right or not value and declines(final, reference, known, asked)
         if is_number(value):
             return states(final, value, known)
@@ -336,9 +404,12 @@ def response(case, episode, gold_results):
         said = [str(x) for x in leaves(value) if f" {_normal(str(x))} " not in asked]
         if not said and not reference:
             return None
-        made_up = any(map(is_number, leaves(value))) and (set(numbers(final)) | in_words(final)) - known - {1} - set(numbers(reference or ""))
-        return not made_up and bool(reference and like(reference) or any(re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said))
-    if (case.calls or case.answer is not None) and (final.lstrip()[:1] in ("{", "[") or re.search(r'\{\s*"(result|error)"\s*:', final)):
+        made_up = (any(map(is_number, leaves(value)))
+                   and (set(numbers(final)) | in_words(final)) - known - {1} - set(numbers(reference or "")))
+        repeated = any(re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said)
+        return not made_up and bool(repeated or reference and like(reference))
+    if (case.calls or case.answer is not None) and (final.lstrip()[:1] in ("{", "[")
+                                                    or re.search(r'\{\s*"(result|error)"\s*:', final)):
         return False  # a tool's result as it came
     if case.answer is not None:
         return states(final, case.answer, known)
@@ -357,9 +428,11 @@ def response(case, episode, gold_results):
         return bool(CANNOT.search(PHRASES.sub("", final))) and declines(final, reference, known, asked)
     if case.kind == "api_ask":  # what is missing is asked for
         return bool(re.search(r"\?|\b(need|please|tell me|let me know)\b", final, re.IGNORECASE))
-    if reference and case.kind not in data.KINDS and len(words := words_of(reference, apart=True)) <= 3:  # "Paris", "4": a fact, that talk around it must hold
+    # "Paris", "4": a fact, that talk around it must hold
+    if reference and case.kind not in data.KINDS and len(words := words_of(reference, apart=True)) <= 3:
         facts = (set(numbers(reference)) | in_words(reference)) - known
-        names = {word for word in words if (len(word) > 2 or word.isdigit()) and not facts & (set(numbers(word)) | in_words(word))} - common_words()
+        names = {word for word in words if (len(word) > 2 or word.isdigit())
+                 and not facts & (set(numbers(word)) | in_words(word))} - common_words()
         if facts or names:  # "Sure!" has none, and is talk
             return all(states(final, x, known | facts) for x in facts) and names <= set(words_of(final, apart=True))
     talk = " ".join([reference or "", *(m["content"] for m in messages)])
@@ -391,18 +464,22 @@ def measure(records):
         rng = np.random.default_rng(0)
         draws = [rng.beta(sum(side) + 0.5, len(side) - sum(side) + 0.5, 2000) for side in sides]  # Jeffreys
         low, high = np.percentile(np.sqrt(draws[0] * draws[1]), [2.5, 97.5])
-        out["overall"].update(value=float(np.sqrt(np.mean(sides[0]) * np.mean(sides[1]))), low=float(low), high=float(high))
+        out["overall"].update(value=float(np.sqrt(np.mean(sides[0]) * np.mean(sides[1]))), low=float(low),
+                              high=float(high))
     return out
 
 
 def summarise(records):
-    """Records -> {"n", "metrics": {metric: {"value", "n", "low", "high"}}, "kinds": {kind: the same}, "tools": {tool: the same}}.
+    """Records -> {"n", "metrics": {metric: {"value", "n", "low", "high"}}, "kinds": {kind: the same}, "tools": {tool:
+    the same}}.
 
     A case with two gold tools counts for both; "none" are the cases where no call is due.
     """
     def grouped(names):
-        return {name: measure([r for r in records if name in names(r)]) for name in sorted({name for r in records for name in names(r)})}
-    return {"n": len(records), "metrics": measure(records), "kinds": grouped(lambda r: [r["kind"]]), "tools": grouped(lambda r: r["tools"])}
+        return {name: measure([r for r in records if name in names(r)])
+                for name in sorted({name for r in records for name in names(r)})}
+    return {"n": len(records), "metrics": measure(records), "kinds": grouped(lambda r: [r["kind"]]),
+            "tools": grouped(lambda r: r["tools"])}
 
 
 # --------------------------------------------------------------------------- 5. tables
@@ -416,7 +493,8 @@ def cell(metric, full=True):
 
 
 def table(head, rows):
-    return "\n".join("| " + " | ".join(str(x).replace("|", "/") for x in line) + " |" for line in [head, ["---"] * len(head), *rows])
+    return "\n".join("| " + " | ".join(str(x).replace("|", "/") for x in line) + " |"
+                     for line in [head, ["---"] * len(head), *rows])
 
 
 def compare_table(reports):
@@ -431,28 +509,36 @@ def format_report(report, title, records=None, show_failures=10):
     if len(known) > 1:
         parts.append(f"call_accuracy, mean over {len(known)} kinds: {np.mean(known):.3f}")
     for key in ("kinds", "tools"):
-        rows = [[name, of["format"]["n"], *(cell(metric, full=False) for metric in of.values())] for name, of in report[key].items()]
+        rows = [[name, of["format"]["n"], *(cell(metric, full=False) for metric in of.values())]
+                for name, of in report[key].items()]
         shown = sorted(sorted(rows, key=lambda row: -row[1])[:MOST_ROWS])
-        parts.append(table([key, "n", *METRICS], shown) + f"\n\nand {len(rows) - len(shown)} more {key} with fewer cases (--out keeps all)" * (len(rows) > len(shown)))
+        parts.append(table([key, "n", *METRICS], shown) + f"\n\nand {len(rows) - len(shown)} more {key} with fewer "
+                                                          "cases (--out keeps all)" * (len(rows) > len(shown)))
     failed = [record for record in records or [] if record["wrong"]]
     for r in failed[:show_failures]:
-        shown = [f"{key:10}{json.dumps(r[key], ensure_ascii=False)}" for key in ("prompt", "expected", "answer", "reference", "turns", "results")]
+        shown = [f"{key:10}{json.dumps(r[key], ensure_ascii=False)}"
+                 for key in ("prompt", "expected", "answer", "reference", "turns", "results")]
         parts.append("\n    ".join([f"{r['kind']}, case {r['id']}: wrong in {', '.join(r['wrong'])}", *shown]))
-    return "\n\n".join(parts + [f"{len(failed)} cases failed in some way; {min(show_failures, len(failed))} shown."] * bool(records))
+    if records:
+        parts.append(f"{len(failed)} cases failed in some way; {min(show_failures, len(failed))} shown.")
+    return "\n\n".join(parts)
 
 
 # --------------------------------------------------------------------------- 6. runs against each other
 
 def totals_of(records):
-    """Records -> {metric: [2, cases]}: the sum of each case's verdicts, and their number; "due" and "none due" are the two sides of overall."""
+    """Records -> {metric: [2, cases]}: the sum of each case's verdicts, and their number; "due" and "none due" are the
+    two sides of overall."""
     verdicts = {name: [listed(r["verdicts"][name]) for r in records] for name in METRICS}
-    totals = {name: np.array([list(map(sum, lists)), list(map(len, lists))], dtype=float) for name, lists in verdicts.items()}
+    totals = {name: np.array([list(map(sum, lists)), list(map(len, lists))], dtype=float)
+              for name, lists in verdicts.items()}
     due = np.array([bool(r["due"]) for r in records])
     return {**totals, "due": totals["overall"] * due, "none due": totals["overall"] * ~due}
 
 
 def compare(groups, draws=2000):
-    """{label: [records of each seed]} on the same cases -> {label: {metric: {"value", "low", "high", "difference", "d_low", "d_high", "n", "seeds"}}}.
+    """{label: [records of each seed]} on the same cases -> {label: {metric: {"value", "low", "high", "difference",
+    "d_low", "d_high", "n", "seeds"}}}.
 
     A value is the mean over seeds and cases; its interval comes from a bootstrap that draws cases and, where there are
     several, seeds (fixed seed of its own). The difference is to the first label on the same drawn cases: paired.
@@ -470,69 +556,97 @@ def compare(groups, draws=2000):
         """A metric in each draw; nan where no case in it has one."""
         if name == "overall":
             due, none = rates(label, "due"), rates(label, "none due")
-            return np.sqrt(np.where(np.isnan(due), none, due) * np.where(np.isnan(none), due, none))  # of one side alone: its rate
+            # of one side alone: its rate
+            return np.sqrt(np.where(np.isnan(due), none, due) * np.where(np.isnan(none), due, none))
         summed, counted = np.einsum("ds,skc,dc->kd", seeds[label], [seed[name] for seed in totals[label]], cases)
         return np.divide(summed, counted, out=np.full(draws + 1, np.nan), where=counted > 0)
     out, first = {label: {} for label in groups}, next(iter(groups))
     for name in METRICS:
         at = {label: rates(label, name) for label in groups}
         for label, values in at.items():
-            (low, high), (d_low, d_high) = ([np.nan] * 2 if np.isnan(x[1:]).all() else np.nanpercentile(x[1:], [2.5, 97.5]) for x in (values, values - at[first]))
-            out[label][name] = {"value": values[0], "low": low, "high": high, "difference": values[0] - at[first][0], "d_low": d_low, "d_high": d_high,
+            (low, high), (d_low, d_high) = ([np.nan] * 2 if np.isnan(x[1:]).all()
+                                            else np.nanpercentile(x[1:], [2.5, 97.5])
+                                            for x in (values, values - at[first]))
+            out[label][name] = {"value": values[0], "low": low, "high": high, "difference": values[0] - at[first][0],
+                                "d_low": d_low, "d_high": d_high,
                                 "n": int((totals[label][0][name][1] > 0).sum()), "seeds": len(totals[label])}
     return out
 
 
 def settings_of(config):
-    """What makes two runs seeds of one experiment: the config without its seed and what changes no result; for the run it started from, that run's."""
-    kept = {k: v for k, v in config.items() if k not in ("seed", "run_dir", "comment", "provenance", "device", "save_every", "micro_tokens", "constrained") and not k.startswith("wandb")}
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):  # it may be gone, or damaged
+    """What makes two runs seeds of one experiment: the config without its seed and what changes no result; for the run
+    it started from, that run's."""
+    free = ("seed", "run_dir", "comment", "provenance", "device", "save_every", "micro_tokens", "constrained")
+    kept = {k: v for k, v in config.items() if k not in free and not k.startswith("wandb")}
+    # it may be gone, or damaged
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
         if kept.get("start_from"):
-            kept["start_from"] = settings_of(json.loads((Path(kept["start_from"]) / "config.json").read_text(encoding="utf-8")))
+            start = (Path(kept["start_from"]) / "config.json").read_text(encoding="utf-8")
+            kept["start_from"] = settings_of(json.loads(start))
     return kept
 
 
 def compare_command(args):
-    """Compare runs on the same cases: each metric with its interval, paired differences to the first, seeds aggregated."""
+    """Compare runs on the same cases: each metric with its interval, paired differences to the first, seeds
+    aggregated."""
     if len({Path(run).resolve() for run in args.runs}) < len(args.runs):
         raise UserError("compare: a run is named twice; every run is one column, or one seed of it")
     groups, same = {}, None
     for folder in map(Path, args.runs):
         remedy = f"make one: python eval.py --run {folder}"
         try:
-            result = toolplay.read_json(folder / "eval.json", lambda d: [(r["id"], r["prompt"], r["kind"] + "", r["due"], [r["verdicts"][m] for m in METRICS]) for r in d["records"]], remedy)
-            config = toolplay.read_json(folder / "config.json", dict.items, remedy) if (folder / "config.json").exists() else {"run": str(folder)}  # of eval --model --out
+            result = toolplay.read_json(folder / "eval.json",
+                                        lambda d: [(r["id"], r["prompt"], r["kind"] + "", r["due"],
+                                                    [r["verdicts"][m] for m in METRICS]) for r in d["records"]], remedy)
+            # of eval --model --out
+            config = (toolplay.read_json(folder / "config.json", dict.items, remedy)
+                      if (folder / "config.json").exists() else {"run": str(folder)})
         except OSError as error:
             raise UserError(f"{folder}: no result to compare ({type(error).__name__}); {remedy}") from None
         kinds = {r["kind"] for r in result["records"]}
         wanted = {kind.strip() for kind in args.kind.split(",")} if args.kind else kinds
         if missing := sorted(wanted - kinds):
-            raise UserError(f"{folder}: its eval.json has no case of kind {missing[0]!r}; it has {', '.join(sorted(kinds))}")
+            raise UserError(f"{folder}: its eval.json has no case of kind {missing[0]!r}; "
+                            f"it has {', '.join(sorted(kinds))}")
         records = [r for r in result["records"] if r["kind"] in wanted]
         cases = [(r["id"], r["prompt"]) for r in records]
         if same is not None and cases != same or not cases:
-            raise UserError(f"{folder}: its eval.json is of other cases than {args.runs[0]}'s; run eval on all with the same --data, --n and --seed")
+            raise UserError(f"{folder}: its eval.json is of other cases than {args.runs[0]}'s; "
+                            "run eval on all with the same --data, --n and --seed")
         same = cases
-        key, seed = json.dumps([settings_of(config), result.get("constrained", False)], sort_keys=True), str(config.get("seed"))
-        version = next(n for n in itertools.count() if seed not in groups.get((key, n), {}))  # a seed that comes again: the code has changed
+        key, seed = json.dumps([settings_of(config), result.get("constrained", False)],
+                               sort_keys=True), str(config.get("seed"))
+        # a seed that comes again: the code has changed
+        version = next(n for n in itertools.count() if seed not in groups.get((key, n), {}))
         groups.setdefault((key, version), {})[seed] = (folder, records)
     labelled = {}
     for by_seed in groups.values():
         members = list(by_seed.values())
-        label = re.sub(r"([-_.](s|seed)[-_]?|[-_.])?\d+$", "", members[0][0].name) if len(members) > 1 else members[0][0].name
+        label = members[0][0].name
+        label = re.sub(r"([-_.](s|seed)[-_]?|[-_.])?\d+$", "", label) if len(members) > 1 else label
         label = label if label and label not in labelled else str(members[0][0])
         labelled[label] = [records for _, records in members]
     result = compare(labelled)
     first = next(iter(result))
-    shown = lambda m, difference: "-" if m["value"] != m["value"] else f'{m["value"]:.3f} [{m["low"]:.2f}, {m["high"]:.2f}]' + (  # noqa: E731
-        f' ({m["difference"]:+.3f} [{m["d_low"]:+.2f}, {m["d_high"]:+.2f}])' if difference and m["difference"] == m["difference"] else "")
-    print(table(["metric", *(f"{label} ({len(labelled[label])} seed{'s' * (len(labelled[label]) > 1)})" for label in result)],
+
+    def shown(m, difference):
+        if m["value"] != m["value"]:
+            return "-"
+        text = f'{m["value"]:.3f} [{m["low"]:.2f}, {m["high"]:.2f}]'
+        if difference and m["difference"] == m["difference"]:
+            text += f' ({m["difference"]:+.3f} [{m["d_low"]:+.2f}, {m["d_high"]:+.2f}])'
+        return text
+
+    seeds = {label: len(labelled[label]) for label in result}
+    print(table(["metric", *(f"{label} ({n} seed{'s' * (n > 1)})" for label, n in seeds.items())],
                 [[name, *(shown(of[name], label != first) for label, of in result.items())] for name in METRICS]))
     print(f"\n{len(same)} cases; value [95 % interval] (paired difference to {first} [95 % interval])")
     if args.csv:
         keys = ["value", "low", "high", "difference", "d_low", "d_high", "n", "seeds"]
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([["run", "metric", *keys]] + [[label, name, *(f"{of[name][k]:.6g}" for k in keys)] for label, of in result.items() for name in METRICS])
+        rows = [[label, name, *(f"{of[name][k]:.6g}" for k in keys)]
+                for label, of in result.items() for name in METRICS]
+        csv.writer(text, lineterminator="\n").writerows([["run", "metric", *keys], *rows])
         toolplay.write_atomic(args.csv, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
 
 
@@ -541,14 +655,18 @@ def compare_command(args):
 def greedy(model, tokenizer, conversations, what, progress=True, batch_size=128, **settings):
     """Greedy episodes of the conversations, under a bar called `what`; settings: toolplay.rollout's."""
     with tqdm(total=len(conversations), desc=what, unit="case", disable=not progress, dynamic_ncols=True) as bar:
-        return toolplay.rollout(model, tokenizer, conversations, temperature=0.0, batch_size=batch_size, progress=bar.update, **settings)
+        return toolplay.rollout(model, tokenizer, conversations, temperature=0.0, batch_size=batch_size,
+                                progress=bar.update, **settings)
 
 
 def evaluate(model, tokenizer, cases, max_new_tokens=256, **settings):
-    """Greedy rollouts of the cases (Case objects, or what as_case takes) -> (report, records in the order of the cases)."""
+    """Greedy rollouts of the cases (Case objects, or what as_case takes) -> (report, records in the order of the
+    cases)."""
     cases = [case if isinstance(case, Case) else as_case(case) for case in cases]
-    episodes = greedy(model, tokenizer, [case.conversation for case in cases], "eval", max_new_tokens=max_new_tokens, **settings)
-    records = [judge(case._replace(id=n if case.id is None else case.id), episode) for n, (case, episode) in enumerate(zip(cases, episodes))]
+    episodes = greedy(model, tokenizer, [case.conversation for case in cases], "eval", max_new_tokens=max_new_tokens,
+                      **settings)
+    records = [judge(case._replace(id=n if case.id is None else case.id), episode)
+               for n, (case, episode) in enumerate(zip(cases, episodes))]
     return summarise(records), records
 
 
@@ -558,7 +676,8 @@ def talk_loss(model, tokenizer, split="test", n=100):
     To be compared with the untrained model's, which is not zero.
     """
     talks = data.of_split(data.corpus("talk_replies.jsonl")[1:], split)[:n]
-    rows = [data.encode({"messages": [{"role": "user", "content": talk["prompt"]}, {"role": "assistant", "content": talk["reply"]}]}, tokenizer) for talk in talks]
+    rows = [data.encode({"messages": [{"role": "user", "content": talk["prompt"]},
+                                      {"role": "assistant", "content": talk["reply"]}]}, tokenizer) for talk in talks]
     with torch.no_grad():
         logp = toolplay.token_logprobs(model.eval(), rows, budget=4096)
     return -float(logp.sum()) / sum(sum(mask) for _, mask in rows)
@@ -570,12 +689,14 @@ def talk_loss(model, tokenizer, split="test", n=100):
 # verdicts are those of the package's own ast_checker for Python. Where that raises an exception (a value that it cannot
 # compare, a function that is not described), the calls are wrong here, unless another of the answer's values fits.
 BFCL = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance", "live_simple", "live_multiple")
-BFCL_TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict, "any": str}
+BFCL_TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list,
+              "dict": dict, "any": str}
 plain = lambda x: re.sub(r"[ ,./\-_*^]", "", x).lower().replace("'", '"') if type(x) is str else x  # noqa: E731
 
 
 def bfcl_valid(category, functions, calls, answers):
-    """Whether calls [(name, arguments)] are right. functions: the descriptions; answers: [{name: {parameter: [accepted values]}}].
+    """Whether calls [(name, arguments)] are right. functions: the descriptions; answers: [{name: {parameter: [accepted
+    values]}}].
 
     irrelevance: no call is right. Else as many calls as answers; where several are due, in any order, matched greedily.
     """
@@ -600,33 +721,40 @@ def bfcl_valid(category, functions, calls, answers):
 
 
 def bfcl_call_valid(function, call, accepted):
-    """One call: the right name, every required parameter, no unknown one, each value accepted; "" in the list: it may be left out."""
+    """One call: the right name, every required parameter, no unknown one, each value accepted; "" in the list: it may
+    be left out."""
     name, arguments = call
     known = function["parameters"]["properties"]
-    if name != function["name"] or not isinstance(arguments, dict) or set(function["parameters"]["required"]) - set(arguments):
+    if (name != function["name"] or not isinstance(arguments, dict)
+            or set(function["parameters"]["required"]) - set(arguments)):
         return False
-    return (all(key in known and key in accepted and bfcl_value_valid(known[key], value, accepted[key]) for key, value in arguments.items())
+    return (all(key in known and key in accepted and bfcl_value_valid(known[key], value, accepted[key])
+                for key, value in arguments.items())
             and all(key in arguments or "" in values for key, values in accepted.items()))
 
 
 def bfcl_value_valid(schema, value, accepted):
-    """Exact types, but an int does for a float; strings without their spaces, punctuation and case; see the branches."""
+    """Exact types, but an int does for a float; strings without their spaces, punctuation and case; see the
+    branches."""
     kind = BFCL_TYPES[schema["type"]]
     inner = BFCL_TYPES[schema["items"]["type"]] if schema["type"] in ("array", "tuple") else None
-    value = float(value) if kind is float and type(value) is int else list(value) if schema["type"] == "tuple" and type(value) is tuple else value
+    value = (float(value) if kind is float and type(value) is int else list(value)
+             if schema["type"] == "tuple" and type(value) is tuple else value)
 
     def kind_of(values):
         return next((type(x) for x in values if x != ""), None)
     if type(value) is not kind:  # the type of the accepted values does too: a variable's name, say
         return type(value) is kind_of(accepted) and value in accepted
-    if inner and not any(type(item) is not list or all(type(x) in (inner, kind_of(item)) for x in value) for item in accepted):
+    if inner and not any(type(item) is not list or all(type(x) in (inner, kind_of(item)) for x in value)
+                         for item in accepted):
         return False
     if kind_of(accepted) not in (None, kind):
         return value in accepted
     if kind is dict:
         return bfcl_dict_valid(value, accepted)
     if inner is dict:  # each in its place
-        return any(len(value) == len(item) and all(bfcl_dict_valid(v, [x]) for v, x in zip(value, item)) for item in accepted)
+        return any(len(value) == len(item) and all(bfcl_dict_valid(v, [x]) for v, x in zip(value, item))
+                   for item in accepted)
     if kind is str:
         return plain(value) in [plain(x) for x in accepted if type(x) is str]
     if kind is list:
@@ -636,17 +764,22 @@ def bfcl_value_valid(schema, value, accepted):
 
 def bfcl_dict_valid(value, accepted):
     """Each key has its own list of accepted values; those that may be left out hold ""."""
-    return any(all(key in item and plain(x) in [plain(item[key][n]) for n in range(len(item[key]))] for key, x in value.items())
-               and all(key in value or "" in choices for key, choices in item.items()) for item in accepted if item != "")
+    return any(all(key in item and plain(x) in [plain(item[key][n]) for n in range(len(item[key]))]
+                   for key, x in value.items())
+               and all(key in value or "" in choices for key, choices in item.items())
+               for item in accepted if item != "")
 
 
 def bfcl_schema(schema):
     """BFCL's parameter description as a JSON schema."""
     types = {"dict": "object", "float": "number", "tuple": "array"}
     made = {k: types.get(v, v) if k == "type" else v for k, v in schema.items()
-            if k in ("description", "enum", "default", "required", "type") and v is not None and (k, v) != ("type", "any")}
+            if k in ("description", "enum", "default", "required", "type") and v is not None
+            and (k, v) != ("type", "any")}
     if made.get("type") == "array" and "enum" in made:  # they mean the items
-        return bfcl_schema({k: v for k, v in schema.items() if k != "enum"} | {"items": {**(schema.get("items") or {}), "enum": schema["enum"]}})
+        return bfcl_schema({k: v
+                            for k, v in schema.items()
+                            if k != "enum"} | {"items": {**(schema.get("items") or {}), "enum": schema["enum"]}})
     if "properties" in schema:
         made["properties"] = {name: bfcl_schema(field) for name, field in schema["properties"].items()}
     return made | ({"items": bfcl_schema(schema["items"])} if schema.get("items") else {})
@@ -667,7 +800,8 @@ def bfcl_cases(suite, folder=None, n=None):
     if folder is None:
         spec = importlib.util.find_spec("bfcl_eval")
         if spec is None:
-            raise UserError("--suite bfcl: the package is not installed; pip install --no-deps bfcl-eval==2026.3.23, or name its data folder with --bfcl FOLDER")
+            raise UserError("--suite bfcl: the package is not installed; pip install --no-deps bfcl-eval==2026.3.23, "
+                            "or name its data folder with --bfcl FOLDER")
         folder = Path(spec.submodule_search_locations[0]) / "data"
 
     def lines(file):
@@ -678,35 +812,48 @@ def bfcl_cases(suite, folder=None, n=None):
         try:
             if not (items := lines(file)[:n]):
                 raise ValueError("it holds no case")
-            gold = {} if category == "irrelevance" else {x["id"]: x["ground_truth"] for x in lines(f"possible_answer/{file}")}
+            gold = {} if category == "irrelevance" else {x["id"]: x["ground_truth"]
+                                                         for x in lines(f"possible_answer/{file}")}
             for item in items:
                 answers = [] if category == "irrelevance" else gold[item["id"]]
-                if not item["function"] or category != "irrelevance" and not (answers and all(len(answer) == 1 and all(hasattr(x, "items") for x in answer.values()) for answer in answers)):
+                if (not item["function"] or category != "irrelevance"
+                        and not (answers and all(len(answer) == 1 and all(hasattr(x, "items") for x in answer.values())
+                                                 for answer in answers))):
                     raise ValueError(f"{item['id']} has no function, or no answer")
-                tools = {f["name"]: {"name": f["name"], "description": f["description"], "parameters": bfcl_schema(f["parameters"])} for f in reversed(item["function"])}
+                tools = {f["name"]: {"name": f["name"], "description": f["description"],
+                                     "parameters": bfcl_schema(f["parameters"])} for f in reversed(item["function"])}
                 tools = dict(reversed(tools.items()))  # of two of a name the first, as in bfcl_valid
                 cases.append({"category": category, "id": item["id"], "functions": item["function"], "answers": answers,
-                              "conversation": data.check_conversation({"messages": item["question"][0], "tools": list(tools.values())})})
+                              "conversation": data.check_conversation({"messages": item["question"][0],
+                                                                       "tools": list(tools.values())})})
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{Path(folder) / file}: cannot be read as BFCL's ({type(error).__name__}: {error})") from None
+            raise UserError(
+                f"{Path(folder) / file}: cannot be read as BFCL's ({type(error).__name__}: {error})") from None
     return cases
 
 
 def bfcl(model, tokenizer, cases, **settings):
-    """Greedy first turns -> (table, {category: {"value", "low", "high", "n", "too_long"}}, records). A prompt beyond the context is wrong.
+    """Greedy first turns -> (table, {category: {"value", "low", "high", "n", "too_long"}}, records). A prompt beyond
+    the context is wrong.
 
-    Judged are the calls that tools.parse_calls reads; what is malformed is no call. Behind its last call a turn ends (see rollout).
+    Judged are the calls that tools.parse_calls reads; what is malformed is no call. Behind its last call a turn ends
+    (see rollout).
     """
-    episodes = greedy(model, tokenizer, [case["conversation"] for case in cases], "bfcl", max_turns=1, max_new_tokens=512, **settings)
+    episodes = greedy(model, tokenizer, [case["conversation"] for case in cases], "bfcl", max_turns=1,
+                      max_new_tokens=512, **settings)
     records, report = [], {}
     for case, episode in zip(cases, episodes):
-        calls, too_long = [(c.name, c.arguments) for c in episode.calls], episode.stop == "length" and not sum(episode.mask)
-        records.append({"id": case["id"], "category": case["category"], "output": episode.turns[0], "calls": calls, "too_long": too_long,
-                        "valid": not too_long and bfcl_valid(case["category"], case["functions"], calls, case["answers"])})
+        calls, too_long = [(c.name, c.arguments)
+                           for c in episode.calls], episode.stop == "length" and not sum(episode.mask)
+        records.append({"id": case["id"], "category": case["category"], "output": episode.turns[0], "calls": calls,
+                        "too_long": too_long,
+                        "valid": not too_long and bfcl_valid(case["category"], case["functions"], calls,
+                                                             case["answers"])})
     for category in dict.fromkeys(r["category"] for r in records):
         own = [r for r in records if r["category"] == category]
         report[category] = {**estimate([float(r["valid"]) for r in own]), "too_long": sum(r["too_long"] for r in own)}
-    return table(["BFCL category", "valid [95 % interval]", "beyond the context"], [[name, cell(r), r["too_long"]] for name, r in report.items()]), report, records
+    return table(["BFCL category", "valid [95 % interval]", "beyond the context"],
+                 [[name, cell(r), r["too_long"]] for name, r in report.items()]), report, records
 
 
 def add_model(parser, about_run="a trained run folder"):
@@ -714,44 +861,57 @@ def add_model(parser, about_run="a trained run folder"):
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", help=about_run)
     which.add_argument("--model", help="smollm2-135m, tiny, a hub name, a folder or a .gguf file")
-    parser.add_argument("--constrained", action=argparse.BooleanOptionalAction, help="whether calls are held to their tools' schemas while they are written (default: as the run's config says)")
+    parser.add_argument("--constrained", action=argparse.BooleanOptionalAction,
+                        help="whether calls are held to their tools' schemas while they are written (default: "
+                             "as the run's config says)")
 
 
 def add_arguments(parser):
     add_model(parser, "a run folder; the result is also kept there, as eval.json")
     parser.add_argument("--split", choices=["test", "dev"], default="test", help="of the templates (default test)")
-    parser.add_argument("--data", metavar="FILE", help="cases from a JSONL file instead of the templates; lines without tools are offered the built-in three")
-    parser.add_argument("--suite", metavar="bfcl:A,B", help=f"judge first turns as BFCL does; categories: {', '.join(BFCL)}")
+    parser.add_argument("--data", metavar="FILE", help="cases from a JSONL file instead of the templates; "
+                                                       "lines without tools are offered the built-in three")
+    parser.add_argument("--suite", metavar="bfcl:A,B", help="judge first turns as BFCL does; categories: "
+                                                            f"{', '.join(BFCL)}")
     parser.add_argument("--bfcl", metavar="FOLDER", help="where BFCL_v4_*.json are (default: in the package bfcl-eval)")
-    parser.add_argument("--n", type=number(int, 1), help="how many cases (default: 200 of the templates, every line of --data, all of each BFCL category)")
+    parser.add_argument("--n", type=number(int, 1), help="how many cases (default: 200 of the templates, "
+                                                         "every line of --data, all of each BFCL category)")
     parser.add_argument("--seed", type=int, default=0, help="of the templates")
-    parser.add_argument("--failures", type=number(int, 0), default=10, metavar="N", help="how many failures to show (default 10)")
+    parser.add_argument("--failures", type=number(int, 0), default=10, metavar="N",
+                        help="how many failures to show (default 10)")
     parser.add_argument("--out", metavar="FILE", help="write report and records here as JSON")
 
 
 def command(args):
     """Score a run or a model."""
     if args.out and (not Path(args.out).parent.is_dir() or Path(args.out).is_dir()):
-        raise UserError(f"--out {args.out}: there is a folder of that name" if Path(args.out).is_dir() else f"--out {args.out}: there is no folder {Path(args.out).parent}")
+        raise UserError(f"--out {args.out}: there is a folder of that name" if Path(args.out).is_dir()
+                        else f"--out {args.out}: there is no folder {Path(args.out).parent}")
 
     def keep(name, result):
         for path in filter(None, [args.out, args.run and f"{args.run}/{name}"]):
             toolplay.write_json(path, result)
     if args.data and args.suite is not None or args.bfcl and args.suite is None:
-        raise UserError("--data with --suite: give one of the two" if args.data else "--bfcl FOLDER goes with --suite bfcl:...")
+        raise UserError("--data with --suite: give one of the two" if args.data
+                        else "--bfcl FOLDER goes with --suite bfcl:...")
     suite = bfcl_cases(args.suite, args.bfcl, args.n) if args.suite is not None else []
     model, tokenizer, config = toolplay.model_of(args)
-    stands_in = " (trained on invented functions, which stood in for ToolBench)" if config.fallback and config.source == "synthetic" else ""
+    stands_in = (" (trained on invented functions, which stood in for ToolBench)"
+                 if config.fallback and config.source == "synthetic" else "")
     trained_on = config.source + stands_in if args.run else None
     if suite:
         text, report, records = bfcl(model, tokenizer, suite, style=config.tool_style, constrained=config.constrained)
         print(f"## {args.run or args.model}{stands_in}\n\n{text}")
-        return keep("bfcl.json", {"data": args.suite, "trained_on": trained_on, "constrained": config.constrained, "report": report, "records": records})
+        return keep("bfcl.json", {"data": args.suite, "trained_on": trained_on, "constrained": config.constrained,
+                                  "report": report, "records": records})
     extra = [tool_from_schema(t) for t in config.tools]
-    cases = data.read_jsonl(args.data, lambda item: as_case(data.with_tools(item, extra, BUILTIN)))[:args.n] if args.data else data.generate(args.split, args.n or 200, args.seed, data.mix_of(config))
+    cases = (data.read_jsonl(args.data, lambda item: as_case(data.with_tools(item, extra, BUILTIN)))[:args.n]
+             if args.data else data.generate(args.split, args.n or 200, args.seed, data.mix_of(config)))
     report, records = evaluate(model, tokenizer, cases, style=config.tool_style, constrained=config.constrained)
-    print(format_report(report, f"{args.run or args.model}{stands_in} on {args.data or args.split}", records, args.failures))
-    result = {"data": args.data or args.split, "trained_on": trained_on, "constrained": config.constrained, "seed": args.seed, "report": report, "records": records}
+    print(format_report(report, f"{args.run or args.model}{stands_in} on {args.data or args.split}", records,
+                        args.failures))
+    result = {"data": args.data or args.split, "trained_on": trained_on, "constrained": config.constrained,
+              "seed": args.seed, "report": report, "records": records}
     keep("eval.json", result)  # before more can go wrong
     if not args.data:
         report["talk_loss"] = talk_loss(model, tokenizer, args.split)

@@ -67,7 +67,8 @@ def out_in(base):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer `base` with a trainable low-rank correction beside it: [..., in] -> [..., out] (Hu et al., eq. 3).
+    """A frozen linear layer `base` with a trainable low-rank correction beside it: [..., in] -> [..., out] (Hu et al.,
+    eq. 3).
 
     ValueError for settings that cannot work (`check_settings`).
     It has no attribute `weight` on purpose: code that takes `layer.weight` and does its own
@@ -84,7 +85,8 @@ class LoRALinear(nn.Module):
         out_features, in_features = out_in(base)
         # A is drawn on the CPU, so that one seed gives the same adapter on every device.
         fp32, device = torch.float32, base.weight.device
-        A = nn.init.kaiming_uniform_(torch.empty(r, in_features, dtype=fp32, device="cpu"), a=math.sqrt(5), generator=generator)
+        A = nn.init.kaiming_uniform_(torch.empty(r, in_features, dtype=fp32, device="cpu"), a=math.sqrt(5),
+                                     generator=generator)
         self.lora_A = nn.Parameter(A.to(device))  # [r, in]
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=fp32, device=device))
         self.dropout = nn.Dropout(dropout)
@@ -96,7 +98,8 @@ class LoRALinear(nn.Module):
             return y
         # Outside autocast this computes in fp32; inside, F.linear casts down by itself.
         x = self.dropout(x).to(self.lora_A.dtype)
-        delta = F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)  # (alpha / r) B A x, scaled where it is small
+        # (alpha / r) B A x, scaled where it is small
+        delta = F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)
         return y + delta.to(y.dtype)  # Hu et al., eq. 3
 
 
@@ -114,7 +117,8 @@ def require_layers(model, merged):
     if not layers:
         raise ValueError("the model has no LoRA adapters; call add_lora or load_adapter first")
     if any((layer.backup is not None) != merged for layer in layers.values()):
-        raise ValueError(f"the adapters are {'not merged' if merged else 'merged into the base weights; call unmerge first'}")
+        state = "not merged" if merged else "merged into the base weights; call unmerge first"
+        raise ValueError(f"the adapters are {state}")
     return layers
 
 
@@ -145,14 +149,15 @@ def attach(model, names, seed=None, **settings):
 
 
 def layer_numbers(names, skip):
-    """Names of modules or parameters -> ({name: number of its transformer layer}, the number of the first one above the lowest `skip` share, rounded down)."""
+    """Names of modules or parameters -> ({name: number of its transformer layer}, the number of the first one above the
+    lowest `skip` share, rounded down)."""
     numbers = {n: int(m[1]) for n in names if (m := re.search(r"\.(\d+)\.", n))}
     return numbers, int(skip * (max(numbers.values(), default=-1) + 1))
 
 
 def freeze_lowest(model, skip):
-    """Full fine-tuning of the upper layers alone: freeze the lowest `skip` share of the transformer layers, and all that belongs to
-    none, such as embeddings and head. The backward pass ends above them."""
+    """Full fine-tuning of the upper layers alone: freeze the lowest `skip` share of the transformer layers, and all
+    that belongs to none, such as embeddings and head. The backward pass ends above them."""
     parameters = dict(model.named_parameters())
     numbers, lowest = layer_numbers(parameters, skip)
     for name, parameter in parameters.items():
@@ -174,7 +179,8 @@ def add_lora(model, targets, r, alpha, dropout=0.0, rslora=False, seed=None, ski
     if lora_layers(model):
         raise ValueError("the model has LoRA adapters already")
     linears, targets = linear_layers(model), [targets] if isinstance(targets, str) else targets
-    found = {t: all_linear(model) if t == "all-linear" else [n for n in linears if fnmatch.fnmatchcase(n, t) or last(n) == t]
+    found = {t: all_linear(model) if t == "all-linear"
+             else [n for n in linears if fnmatch.fnmatchcase(n, t) or last(n) == t]
              for t in targets}
     names = [n for n in linears if any(n in some for some in found.values())]  # in the model's order
     numbers, lowest = layer_numbers(linears, skip)
@@ -216,13 +222,15 @@ class SharedWeight(ValueError):
 
 @torch.no_grad()
 def merge(model):
-    """Add the adapters to the base weights (summed in fp32), keeping a copy for `unmerge`. Raises SharedWeight, and changes nothing, where that is no option."""
+    """Add the adapters to the base weights (summed in fp32), keeping a copy for `unmerge`. Raises SharedWeight, and
+    changes nothing, where that is no option."""
     layers = require_layers(model, merged=False)
     if not all(layer.enabled for layer in layers.values()):
         raise ValueError("the adapters are switched off here; merge outside of lora_disabled")
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     if shared := [name for name, layer in layers.items() if uses[id(layer.base.weight)] > 1]:
-        raise SharedWeight(f"{shared[0]} cannot be merged: its weight is shared with another layer, which would change as well")
+        raise SharedWeight(f"{shared[0]} cannot be merged: its weight is shared with another layer, "
+                           "which would change as well")
     for layer in layers.values():
         weight = layer.base.weight
         layer.backup = weight.clone()
@@ -233,7 +241,8 @@ def merge(model):
 
 @contextlib.contextmanager
 def merged(model):
-    """Within the block the adapters are merged, if they can be: the same function up to rounding, without their extra products. Afterwards, bit-exactly not."""
+    """Within the block the adapters are merged, if they can be: the same function up to rounding, without their extra
+    products. Afterwards, bit-exactly not."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(SharedWeight):
             merge(model)
@@ -258,7 +267,8 @@ REQUIRED = {"peft_type", "r", "lora_alpha", "target_modules"}
 # is set is refused: a variant of LoRA that is not computed here must not load silently.
 HARMLESS = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "revision",
             "megatron_core", "peft_version", "qalora_group_size", "task_type", *REQUIRED, "lora_dropout", "use_rslora"}
-ALLOWED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian", "orthogonal"]}  # others change W0
+# others change W0
+ALLOWED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian", "orthogonal"]}
 
 
 def peft_select(names, target_modules):
@@ -291,7 +301,8 @@ def write_atomically(path, data):
 
 
 def save_adapter(model, folder, base_model_name=""):
-    """Write adapter_config.json and adapter_model.safetensors; the same adapter, the same bytes. ValueError for a model without adapters, or of several settings."""
+    """Write adapter_config.json and adapter_model.safetensors; the same adapter, the same bytes. ValueError for a model
+    without adapters, or of several settings."""
     layers, folder = lora_layers(model), Path(folder)
     settings = {(m.r, m.alpha, m.dropout.p, m.rslora) for m in layers.values()}
     if len(settings) != 1:
@@ -301,8 +312,10 @@ def save_adapter(model, folder, base_model_name=""):
     names = [n for n, _ in model.named_modules() if n.rpartition(".")[0] not in layers]
     descriptions = [sorted(set(map(last, layers))), sorted(layers), "|".join(map(re.escape, sorted(layers)))]
     targets = next(d for d in descriptions if peft_select(names, d) == list(layers))
-    config = {"base_model_name_or_path": base_model_name, "bias": "none", "fan_in_fan_out": any(is_conv1d(m.base) for m in layers.values()),
-              "inference_mode": True, "init_lora_weights": True, "lora_alpha": alpha, "lora_dropout": dropout, "peft_type": "LORA",
+    config = {"base_model_name_or_path": base_model_name, "bias": "none",
+              "fan_in_fan_out": any(is_conv1d(m.base) for m in layers.values()),
+              "inference_mode": True, "init_lora_weights": True, "lora_alpha": alpha, "lora_dropout": dropout,
+              "peft_type": "LORA",
               "r": r, "target_modules": targets, "task_type": "CAUSAL_LM", "use_rslora": rslora}
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {file_key(n): t.cpu().contiguous() for n, t in lora_state(model).items()}
@@ -333,7 +346,8 @@ def check_tensors(tensors, bases, r):
     for name, (out_features, in_features) in zip(bases, map(out_in, bases.values())):
         shapes |= {file_key(f"{name}.lora_A"): [r, in_features], file_key(f"{name}.lora_B"): [out_features, r]}
     if odd := sorted(set(tensors) ^ set(shapes)):
-        raise ValueError(f"{odd[0]} is {'missing' if odd[0] in shapes else 'unexpected: the model has no such adapter'}")
+        fault = "missing" if odd[0] in shapes else "unexpected: the model has no such adapter"
+        raise ValueError(f"{odd[0]} is {fault}")
     for key, t in tensors.items():
         if list(t.shape) != shapes[key] or not t.is_floating_point():
             raise ValueError(f"{key} is {t.dtype} {list(t.shape)}, the model needs floats {shapes[key]}")
@@ -358,7 +372,8 @@ def load_adapter(model, folder):
     with errors_name(Path(folder) / WEIGHTS_FILE) as path:
         tensors = load_file(path)
         for name, base in bases.items():  # PEFT writes the frozen output head along
-            if (frozen := tensors.pop(file_key(f"{name}.base_layer"), None)) is not None and not torch.equal(frozen.to(base.weight), base.weight):
+            if ((frozen := tensors.pop(file_key(f"{name}.base_layer"), None)) is not None
+                    and not torch.equal(frozen.to(base.weight), base.weight)):
                 raise ValueError(f"{name}.base_layer.weight is not the model's: the adapter belongs to other weights")
         check_tensors(tensors, bases, settings["r"])
     if not layers:
@@ -390,16 +405,18 @@ def demo(ranks=(1, 2, 4), size=8, steps=200, seed=0):
                 p.data -= 0.02 * grad
         learned = layer(x)
         merge(layer)
-        rows.append({"r": r, "trained": sum(p.numel() for p in parameters), "full": change.numel(), "error": loss.sqrt().item(),
-                     "best": torch.linalg.svdvals(change)[r:].norm().item(), "merge_error": (layer(x) - learned).abs().max().item()})
+        rows.append({"r": r, "trained": sum(p.numel() for p in parameters), "full": change.numel(),
+                     "error": loss.sqrt().item(),
+                     "best": torch.linalg.svdvals(change)[r:].norm().item(),
+                     "merge_error": (layer(x) - learned).abs().max().item()})
     return rows
 
 
 def main(argv=None):
     print("A rank-2 change of an 8x8 matrix, learned by LoRA:")
     for row in demo():
-        print("r={r}  error {error:8.5f}  (best possible {best:.5f})  trained {trained} of {full} numbers  "
-              "merged differs by {merge_error:.0e}".format(**row))
+        print("r={r}  error {error:8.5f}  (best possible {best:.5f}) "
+              " trained {trained} of {full} numbers  merged differs by {merge_error:.0e}".format(**row))
 
 
 if __name__ == "__main__":

@@ -5,41 +5,52 @@ The idea. The model answers, its calls are executed, and a score says how good t
 better than a critic expected become more probable, within a trust region: the probability ratio to the policy that
 sampled them is clipped, and a KL penalty ties the policy to a reference.
 
-    r_t     = - beta KL_t  +  [t is the episode's last token] score                   Ziegler et al. 2019, eq. 2
+    r_t     = - beta KL_t  +  [t is the episode's last token] score              Ziegler et al. 2019, eq. 2
     delta_t = r_t + gamma V_{t+1} - V_t
-    A_t     = delta_t + gamma lam A_{t+1}              R_t = A_t + V_t                (1) GAE, Schulman et al. 2016, eq. 16
+    A_t     = delta_t + gamma lam A_{t+1}            R_t = A_t + V_t             (1) GAE, Schulman et al. 2016, eq. 16
     rho_t   = pi(x_t) / pi_old(x_t)
-    L_clip  = - E min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                   (2) PPO, Schulman et al. 2017, eq. 7
-    L_value = E 1/2 max((V_t - R_t)^2, (clip(V_t, V_old +- eps) - R_t)^2)             (3) lm-human-preferences
-    RLOO: A = score_i - mean of the other samples' scores                             (4) Ahmadian et al. 2024, "RLOO"
-    GRPO: A = (score_i - mean) / std over the samples of one prompt                   (5) Shao et al. 2024, sec. 4.1.2
-    PPO-ptx: L = L_clip - gamma_ptx E_shown log pi(x)                                 (6) Ouyang et al. 2022, eq. 2
+    L_clip  = - E min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)              (2) PPO, Schulman et al. 2017, eq. 7
+    L_value = E 1/2 max((V_t - R_t)^2, (clip(V_t, V_old +- eps) - R_t)^2)        (3) lm-human-preferences
+    RLOO: A = score_i - mean of the other samples' scores                        (4) Ahmadian et al. 2024, "RLOO"
+    GRPO: A = (score_i - mean) / std over the samples of one prompt              (5) Shao et al. 2024, sec. 4.1.2
+    PPO-ptx: L = L_clip - gamma_ptx E_shown log pi(x)                            (6) Ouyang et al. 2022, eq. 2
 
-t counts the model's own tokens only. Tool results stand between them, but nobody chose them: the recursion (1) steps over
-them as if they were not there, so that no advantage, return or loss depends on how long a tool's answer is. (Recursions
-that walk through them, with mask 0, discount and leak values across: TRL 0.11, OpenRLHF.)
+t counts the model's own tokens only. Tool results stand between them, but nobody chose them: the recursion (1) steps
+over them as if they were not there, so that no advantage, return or loss depends on how long a tool's answer is.
+(Recursions that walk through them, with mask 0, discount and leak values across: TRL 0.11, OpenRLHF.)
 
 Implementation details, after Huang et al. 2024 (arXiv:2403.17031) and "The 37 implementation details", in an
 order of our own:
-  done     1 KL in the per-token reward (k1, or k3)     2 adaptive KL coefficient (`AdaptiveKL`, with `kl_target`)     3 score on the last model token
-           5 advantages whitened under the mask, returns computed before     6 gamma 1, lambda 0.95     7 ratio clip 0.2
-           8 value clip 0.2, 1/2 max, coefficient 0.1     9 value head starts at zero     10 logits divided by the temperature
-           everywhere     11 penalty without end token (reward `no_end`)     12 explicit positions (the trie)     14 four epochs,
-           fresh permutations (of prompts: the samples of one share its prefix in the trie)     15 dropout off
-           16 ratio guard, KL stop     17 averages over model tokens only
-  declined 4 reward whitening (`whiten_rewards`, off: scores have a known scale)     13 lr 1e-5 and Adam eps 1e-5: those are for
-           all weights; adapters take larger steps, eps 1e-8 is the shared Trainer's, and the lr falls along a cosine (`schedule`: or a line)
-Departures. The reference is where training starts, a copy of the adapter as it was (B = 0 is the base model): one model in
-memory. RLOO has clipped ratios of tokens and several epochs here, where the paper has plain REINFORCE of whole
-answers. GRPO takes beta KL out of the advantage instead of adding a KL loss, and averages over all tokens, not
-first over each episode's. With `value_lora` the critic is an adapter of its own on
-the same trunk: policy and value no longer pull at the same weights, for a second forward. `min_spread` leaves prompts out
-whose samples earned the same, for they cost most of a round and teach next to nothing (dynamic sampling, Yu et al. 2025,
-arXiv:2503.14476, eq. 11, but no other prompts are sampled in their place); with `replay`, prompts that taught come again, for as
-long as they teach (prioritised replay, Jiang et al. 2021, arXiv:2010.03934). With `center` GAE's scores are (4), measured from a
-prompt's other samples: the critic learns which words of an answer were good, and need not know how hard each question is.
-With `ptx` each minibatch also imitates conversations of kinds that the model knew before (6), so that they are not forgotten.
-Under torchrun the ranks share out the prompts of a round, and its learning.
+  done      1  KL in the per-token reward (k1, or k3)
+            2  adaptive KL coefficient (`AdaptiveKL`, with `kl_target`)
+            3  score on the last model token
+            5  advantages whitened under the mask, returns computed before
+            6  gamma 1, lambda 0.95
+            7  ratio clip 0.2
+            8  value clip 0.2, 1/2 max, coefficient 0.1
+            9  value head starts at zero
+           10  logits divided by the temperature everywhere
+           11  penalty without end token (reward `no_end`)
+           12  explicit positions (the trie)
+           14  four epochs, fresh permutations (of prompts: the samples of one share its prefix in the trie)
+           15  dropout off
+           16  ratio guard, KL stop
+           17  averages over model tokens only
+  declined  4  reward whitening (`whiten_rewards`, off: scores have a known scale)
+           13  lr 1e-5 and Adam eps 1e-5: those are for all weights; adapters take larger steps, eps 1e-8 is the shared
+               Trainer's, and the lr falls along a cosine (`schedule`: or a line)
+
+Departures. The reference is where training starts, a copy of the adapter as it was (B = 0 is the base model): one model
+in memory. RLOO has clipped ratios of tokens and several epochs here, where the paper has plain REINFORCE of whole
+answers. GRPO takes beta KL out of the advantage instead of adding a KL loss, and averages over all tokens, not first
+over each episode's. With `value_lora` the critic is an adapter of its own on the same trunk: policy and value no longer
+pull at the same weights, for a second forward. `min_spread` leaves prompts out whose samples earned the same, for they
+cost most of a round and teach next to nothing (dynamic sampling, Yu et al. 2025, arXiv:2503.14476, eq. 11, but no other
+prompts are sampled in their place); with `replay`, prompts that taught come again, for as long as they teach
+(prioritised replay, Jiang et al. 2021, arXiv:2010.03934). With `center` GAE's scores are (4), measured from a prompt's
+other samples: the critic learns which words of an answer were good, and need not know how hard each question is. With
+`ptx` each minibatch also imitates conversations of kinds that the model knew before (6), so that they are not
+forgotten. Under torchrun the ranks share out the prompts of a round, and its learning.
 
     python ppo.py configs/ppo.json          the same as: python toolplay.py train configs/ppo.json
     python ppo.py --inspect RUN             sampled episodes with reward, advantage and mask of every token
@@ -76,33 +87,45 @@ class Config:
     gamma: Annotated[float, "0 to 1"] = 1.0            # discount
     lam: Annotated[float, "0 to 1"] = 0.95             # GAE's lambda
     clip_range: Annotated[float, "> 0"] = 0.2          # eps of (2)
-    dual_clip: Annotated[float, ">= 0"] = 0.0          # bound of rho A for A < 0, above 1 (Ye et al. 2020, eq. 5: 3); 0: none
+    dual_clip: Annotated[float, ">= 0"] = 0.0          # bound of rho A for A < 0, above 1 (Ye et al. 2020, eq. 5: 3);
+                                                       # 0: none
     value_clip: Annotated[float, "> 0"] = 0.2          # eps of (3)
     vf_coef: Annotated[float, ">= 0"] = 0.1            # weight of the value loss
-    value_lora: bool = False                           # gae: the critic has its own adapter on the trunk; else it shares the policy's
+    value_lora: bool = False                           # gae: the critic has its own adapter on the trunk; else it
+                                                       # shares the policy's
     entropy_coef: Annotated[float, ">= 0"] = 0.0       # weight of an entropy bonus
     kl_coef: Annotated[float, ">= 0"] = 0.05           # beta
     kl_estimator: Literal["k1", "k3"] = "k1"           # of the KL to the reference
-    kl_target: Annotated[float, ">= 0"] = 0.0          # KL an episode that beta is steered to; 6 in lm-human-preferences; 0: beta is fixed
+    kl_target: Annotated[float, ">= 0"] = 0.0          # KL an episode that beta is steered to; 6 in
+                                                       # lm-human-preferences; 0: beta is fixed
     kl_horizon: Annotated[float, "> 0"] = 10000.0      # episodes over which it is steered
-    center: bool = False                               # gae: scores are measured from the mean of the prompt's other samples, (4)
-    min_spread: Annotated[float, ">= 0"] = 0.0         # learn only from prompts whose samples' rewards differ by this much (dynamic sampling)
-    replay: Annotated[float, "0 to 1"] = 0.0           # share of a round's prompts, at most, that taught when last played (min_spread 0: all did); the others are new
-    ptx: Annotated[int, ">= 0"] = 0                    # conversations of ptx_mix that each minibatch imitates besides, (6); 0: none
+    center: bool = False                               # gae: scores are measured from the mean of the prompt's other
+                                                       # samples, (4)
+    min_spread: Annotated[float, ">= 0"] = 0.0         # learn only from prompts whose samples' rewards differ by this
+                                                       # much (dynamic sampling)
+    replay: Annotated[float, "0 to 1"] = 0.0           # share of a round's prompts, at most, that taught when last
+                                                       # played (min_spread 0: all did); the others are new
+    ptx: Annotated[int, ">= 0"] = 0                    # conversations of ptx_mix that each minibatch imitates besides,
+                                                       # (6); 0: none
     ptx_coef: Annotated[float, "> 0"] = 1.0            # gamma_ptx: weight of their mean loss
-    ptx_mix: dict = field(default_factory=dict)        # their kinds, with weights; their expressions are shown, whatever `answers_only` says
-    kl_stop: Annotated[float, ">= 0"] = 0.0            # end a round's learning when KL to the sampling policy, a token, exceeds this; 0: never
+    ptx_mix: dict = field(default_factory=dict)        # their kinds, with weights; their expressions are shown,
+                                                       # whatever `answers_only` says
+    kl_stop: Annotated[float, ">= 0"] = 0.0            # end a round's learning when KL to the sampling policy, a token,
+                                                       # exceeds this; 0: never
     ratio_guard: Annotated[float, "> 0"] = 10.0        # a minibatch whose mean ratio exceeds this is skipped
     whiten_rewards: bool = False                       # gae: scale rewards to unit variance (their mean is kept)
-    answers_only: bool = True                          # of a case with a number only that is known, never its expression
-    reward: str = ""                                   # own reward, "package.module:function" of (case, episode); empty: the components
+    answers_only: bool = True                          # of a case with a number only that is known, never its
+                                                       # expression
+    reward: str = ""                                   # own reward, "package.module:function" of (case, episode);
+                                                       # empty: the components
     reward_weights: dict = field(default_factory=dict)  # component -> weight, over WEIGHTS
 
 
 # --------------------------------------------------------------------------- 1. pure functions
 
 def model_tokens(x, mask):
-    """The entries of x [B, T] where the mask is 1, in order -> [n], in fp32 at least. Sums over them do not depend on what lies between."""
+    """The entries of x [B, T] where the mask is 1, in order -> [n], in fp32 at least. Sums over them do not depend on
+    what lies between."""
     return floating(x[mask.bool()])
 
 
@@ -122,7 +145,8 @@ def masked_mean(x, mask):
 
 
 def masked_whiten(x, mask, shift_mean=True):
-    """x [B, T] scaled to variance 1 (with Bessel's correction) over the masked entries; mean 0 too with `shift_mean`. 0 elsewhere."""
+    """x [B, T] scaled to variance 1 (with Bessel's correction) over the masked entries; mean 0 too with `shift_mean`.
+    0 elsewhere."""
     x = where_masked(floating(x), mask)  # 1e-8 is 0 in fp16; and nothing of what is left out reaches a gradient
     inside, mean = model_tokens(x, mask), masked_mean(x, mask)
     variance = ((inside - mean) ** 2).sum() / max(inside.numel() - 1, 1)
@@ -137,7 +161,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     advantage, following, columns = values.new_zeros(len(values)), values.new_zeros(len(values)), []
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * following - values[:, t]                # [B]
-        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)  # (1); a tool's token hands on what comes behind it
+        # (1); a tool's token hands on what comes behind it
+        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
         following = torch.where(mask[:, t], values[:, t], following)
         columns.append(advantage)
     advantages = where_masked(torch.stack(columns[::-1], 1), mask) if columns else values  # no token at all
@@ -151,23 +176,25 @@ def rloo_advantages(scores):
 
 
 def grpo_advantages(scores, eps=1e-4):
-    """Equation (5). scores [prompts, samples] -> the same shape; one sample alone has advantage 0. Samples that differ by a few tokens
-    of length count as much as right and wrong: `min_spread` leaves such prompts out."""
-    dtype, scores = floating(scores).dtype, scores.double()                     # in fp32 the mean of equal scores may be another one
+    """Equation (5). scores [prompts, samples] -> the same shape; one sample alone has advantage 0. Samples that differ
+    by a few tokens of length count as much as right and wrong: `min_spread` leaves such prompts out."""
+    dtype, scores = floating(scores).dtype, scores.double()  # in fp32 the mean of equal scores may be another one
     spread = scores.std(1, keepdim=True) if scores.shape[1] > 1 else torch.zeros_like(scores)
     return ((scores - scores.mean(1, keepdim=True)) / (spread + eps)).to(dtype)
 
 
 def policy_loss(logp, old_logp, advantages, mask, clip_range=0.2, dual_clip=0.0):
-    """Equation (2) as a sum over the model's tokens. All [B, T] -> (loss, {"tokens", "ratio", "clip_fraction", "approx_kl"}: sums)."""
+    """Equation (2) as a sum over the model's tokens. All [B, T] -> (loss, {"tokens", "ratio", "clip_fraction",
+    "approx_kl"}: sums)."""
     logp, old_logp, advantages = (model_tokens(x, mask) for x in (logp, old_logp, advantages.expand_as(logp)))    # [n]
-    ratio = torch.exp((logp - old_logp).clamp(-20, 20))                             # finite, whatever became of it (no gradient beyond)
+    ratio = torch.exp((logp - old_logp).clamp(-20, 20))  # finite, whatever became of it (no gradient beyond)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = torch.minimum(ratio * advantages, clipped * advantages)                                # (2)
     if dual_clip:
         gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
     with torch.no_grad():
-        info = {"tokens": mask.bool().sum(), "ratio": ratio.sum(), "clip_fraction": (clipped * advantages < ratio * advantages).float().sum(),
+        info = {"tokens": mask.bool().sum(), "ratio": ratio.sum(),
+                "clip_fraction": (clipped * advantages < ratio * advantages).float().sum(),
                 "approx_kl": kl_penalty(old_logp, logp, "k3").sum()}
     return -gain.sum(), info
 
@@ -181,18 +208,21 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
 
 
 def kl_penalty(logp, ref_logp, estimator="k1"):
-    """KL(policy || reference) of each sampled token, estimated from that token alone (Schulman 2020, joschu.net/blog/kl-approx).
+    """KL(policy || reference) of each sampled token, estimated from that token alone (Schulman 2020,
+    joschu.net/blog/kl-approx).
 
     k1 = log pi - log ref is unbiased; k3 = ref/pi - 1 - log ref/pi is unbiased, never negative, and varies less.
     """
     if estimator not in ("k1", "k3"):
         raise ValueError(f"estimator {estimator!r}: must be k1 or k3")
     difference = floating(ref_logp) - floating(logp)
-    return -difference if estimator == "k1" else torch.exp(difference.clamp(-20, 20)) - 1 - difference  # finite, as the ratio
+    # finite, as the ratio
+    return -difference if estimator == "k1" else torch.exp(difference.clamp(-20, 20)) - 1 - difference
 
 
 def token_rewards(scores, kl, mask, kl_coef):
-    """r_t: - kl_coef * KL on the model's tokens, and the episode's score on its last one. scores [B], kl and mask [B, T]."""
+    """r_t: - kl_coef * KL on the model's tokens, and the episode's score on its last one.
+    scores [B], kl and mask [B, T]."""
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)                     # [B]
     rewards = where_masked(-kl_coef * floating(kl), mask)
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype) * mask.any(1, keepdim=True))
@@ -205,7 +235,8 @@ def explained_variance(values, returns, mask):
 
 
 class AdaptiveKL:
-    """Steers beta so that the KL of an episode comes to the target (Ziegler et al. 2019, sec. 2.2); a target of 0 leaves it."""
+    """Steers beta so that the KL of an episode comes to the target (Ziegler et al. 2019, sec. 2.2); a target of 0
+    leaves it."""
 
     def __init__(self, value, target, horizon):
         self.value, self.target, self.horizon = value, target, horizon
@@ -234,11 +265,13 @@ def forges(episode):
 
 
 def right_format(case, episode, verdicts):
-    """Every call parses and fits its schema, no turn holds a forged result or chat tag, and something is said in the end: a number, if one is asked for."""
+    """Every call parses and fits its schema, no turn holds a forged result or chat tag, and something is said in the
+    end: a number, if one is asked for."""
     from data import numbers_in
     said = first_turn_only(episode) or (numbers_in(episode.final) if wants_number(case) else episode.final.strip())
-    broken = {"malformed_call", "unknown_tool", "unknown_argument", "missing_argument", "wrong_type"} & {result.error_type for result in episode.results}
-    return float(bool(verdicts["format"]) and bool(said) and not broken and not forges(episode))
+    broken = {"malformed_call", "unknown_tool", "unknown_argument", "missing_argument", "wrong_type"}
+    return float(bool(verdicts["format"]) and bool(said) and not forges(episode)
+                 and not any(result.error_type in broken for result in episode.results))
 
 
 def right_tool(case, episode, verdicts):
@@ -260,10 +293,12 @@ def calculates(case, episode, verdicts):
 
 
 def calculations(episode):
-    """The calculator's calls -> [(expression, its result; nan if that is no number: a tool of one's own may have its name)]."""
+    """The calculator's calls -> [(expression, its result; nan if that is no number: a tool of one's own may have its
+    name)]."""
     from eval import is_number
     calls, results = ([x for x in some if x.name == "calculator"] for some in (episode.calls, episode.results))
-    return [(call.arguments.get("expression"), result.value if is_number(result.value) else math.nan) for call, result in zip(calls, results)]
+    return [(call.arguments.get("expression"), result.value if is_number(result.value) else math.nan)
+            for call, result in zip(calls, results)]
 
 
 def unused(episode):
@@ -271,14 +306,16 @@ def unused(episode):
     from data import numbers_in
     steps = calculations(episode)
     results = [(n, value) for n, (_, value) in enumerate(steps) if not math.isnan(value)]
-    return [value for n, value in results[:-1] if not any(math.isclose(abs(value), x) for later, _ in steps[n + 1:] for x in numbers_in(later))]
+    return [value for n, value in results[:-1]
+            if not any(math.isclose(abs(value), x) for later, _ in steps[n + 1:] for x in numbers_in(later))]
 
 
 def worked_out(case, episode):
-    """Where the calculator is due: each of its calls has the gold one's numbers, or works with the prompt's and with results of calls
-    before it (`is_calculation`); and where a number is asked for, there is one."""
+    """Where the calculator is due: each of its calls has the gold one's numbers, or works with the prompt's and with
+    results of calls before it (`is_calculation`); and where a number is asked for, there is one."""
     from data import numbers_in
-    gold = [sorted(numbers_in(call.arguments.get("expression"))) for call in case.calls or [] if call.name == "calculator"]
+    gold = [sorted(numbers_in(call.arguments.get("expression")))
+            for call in case.calls or [] if call.name == "calculator"]
     prompt, steps = " ".join(message["content"] for message in case.conversation["messages"]), calculations(episode)
     honest = (sorted(numbers_in(x)) in gold or is_calculation(x, prompt, steps[:n]) for n, (x, _) in enumerate(steps))
     return bool(steps) and all(honest) if wants_number(case) else not gold or all(honest)
@@ -290,42 +327,58 @@ def right_arguments(case, episode, verdicts):
 
 
 def answer_was_computed(case, episode):
-    """Whether the calculator's last result is the number that is asked for, by calculations with the prompt's numbers."""
+    """Whether the calculator's last result is the number that is asked for, by calculations with the prompt's
+    numbers."""
     last = [value for _, value in calculations(episode) if not math.isnan(value)][-1:]
-    places = len(f"{case.answer:.9f}".rstrip("0").partition(".")[2])            # 20 / 3 is 6.67, where that is the answer
-    right = any(math.isclose(x, case.answer, rel_tol=1e-6) or places and math.isclose(round(x, places), case.answer) for x in last)
+    places = len(f"{case.answer:.9f}".rstrip("0").partition(".")[2])  # 20 / 3 is 6.67, where that is the answer
+    right = any(math.isclose(x, case.answer, rel_tol=1e-6) or places and math.isclose(round(x, places), case.answer)
+                for x in last)
     return right and worked_out(case, episode)
 
 
 def right_result(case, episode, verdicts):
-    """What right_answer asks of a whole conversation, asked of its calls alone, for episodes of one turn: the number is the
-    last result of the calculator, worked out there; other calls are the gold ones, and where none is due, none is made."""
+    """What right_answer asks of a whole conversation, asked of its calls alone, for episodes of one turn: the number is
+    the last result of the calculator, worked out there; other calls are the gold ones, and where none is due, none is
+    made."""
     if not wants_number(case):
-        return float(bool(verdicts["call_accuracy"]) and worked_out(case, episode) and (bool(case.calls) or bool(verdicts["response_quality"])))
+        return float(bool(verdicts["call_accuracy"]) and worked_out(case, episode)
+                     and (bool(case.calls) or bool(verdicts["response_quality"])))
     faults = needless_call(case, episode, verdicts) or no_end(case, episode, verdicts)
     return float(answer_was_computed(case, episode) and not faults)
 
 
 def right_answer(case, episode, verdicts):
-    """The final text is right, tidy, and ends, and no call was made twice. A number must be the last result of the calculator, worked out there, and the
-    only result that is stated; what was searched must have been searched for; talk counts half, and the rest by its likeness to the reference."""
+    """The final text is right, tidy, and ends, and no call was made twice. A number must be the last result of the
+    calculator, worked out there, and the only result that is stated; what was searched must have been searched for;
+    talk counts half, and the rest by its likeness to the reference."""
     from eval import in_words, numbers, states
     words = re.findall(r"\w+", episode.final.lower())
     if max(Counter(zip(words, words[1:], words[2:], words[3:])).values(), default=0) >= 4:  # it goes round in circles
         return 0.0
-    if not verdicts["response_quality"] or not right_format(case, episode, verdicts) or episode.stop != "end" or repeated(episode):
+    if (not verdicts["response_quality"] or not right_format(case, episode, verdicts)
+            or episode.stop != "end" or repeated(episode)):
         return 0.0
     if not wants_number(case):
-        equations = re.findall(r"(\d[\d.]*(?:\s*[-+*/x×÷−]\s*\d[\d.]*)+)\s*=\s*([\d.]*\d)", episode.final)  # shown work is no list of guesses
-        told = " ".join([*(m["content"] for m in case.conversation["messages"]), *(said for said, of in equations if same_value(said, of)), *(r.text() for r in episode.results)])
-        guesses = case.answer is not None and not case.calls and not states(episode.final, case.answer, set(numbers(told)) | in_words(told), guesses=0)
-        if verdicts["argument_accuracy"] is False or not worked_out(case, episode) or guesses:
+        # shown work is no list of guesses
+        equations = re.findall(r"(\d[\d.]*(?:\s*[-+*/x×÷−]\s*\d[\d.]*)+)\s*=\s*([\d.]*\d)", episode.final)
+        told = " ".join([*(m["content"] for m in case.conversation["messages"]),
+                         *(said for said, of in equations if same_value(said, of)),
+                         *(r.text() for r in episode.results)])
+        if verdicts["argument_accuracy"] is False or not worked_out(case, episode):
             return 0.0
-        if case.calls == [] and case.answer is None and case.kind != "missing_tool":  # garbage is short, or says the same again
-            return (tidy(episode.final) or like_reference(case, episode, verdicts) >= 0.8) * (0.5 + 0.5 * min(4 * like_reference(case, episode, verdicts), 1.0) if case.reference else 1.0)
+        known = set(numbers(told)) | in_words(told)
+        if case.answer is not None and not case.calls and not states(episode.final, case.answer, known, guesses=0):
+            return 0.0
+        if case.calls == [] and case.answer is None and case.kind != "missing_tool":
+            likeness = like_reference(case, episode, verdicts)
+            if not tidy(episode.final) and likeness < 0.8:  # garbage is short, or says the same again
+                return 0.0
+            return 0.5 + 0.5 * min(4 * likeness, 1.0) if case.reference else 1.0
         return 1.0
-    earlier = [x for _, x in calculations(episode)[:-1]] if re.search(r"\bor\b", episode.final) else unused(episode)  # a step that leads on may be told
-    stated = any(math.isclose(x, y) and not math.isclose(x, case.answer) for x in earlier for y in numbers(episode.final))
+    # a step that leads on may be told
+    earlier = [x for _, x in calculations(episode)[:-1]] if re.search(r"\bor\b", episode.final) else unused(episode)
+    stated = any(math.isclose(x, y) and not math.isclose(x, case.answer)
+                 for x in earlier for y in numbers(episode.final))
     return float(answer_was_computed(case, episode) and not stated)
 
 
@@ -338,8 +391,8 @@ def same_value(expression, result):
 
 
 def tidy(text):
-    """Whether a text is a sentence: three different words at least, and more different ones than repeated. Of scripts without Latin letters
-    the characters count."""
+    """Whether a text is a sentence: three different words at least, and more different ones than repeated. Of scripts
+    without Latin letters the characters count."""
     cjk = "\u3040-\u9fff\uac00-\ud7a3"
     words = re.findall(rf"[{cjk}]|[^\W{cjk}]+" if re.search("[a-z]", text.lower()) else r"\w", text.lower())
     return len(set(words)) >= 3 and 2 * len(set(words)) > min(len(words), 30)
@@ -357,11 +410,13 @@ def repeated(episode):
 
 
 def needless_call(case, episode, verdicts):
-    """A call where none is due, more calls that gave a result than are due, the same call again, a calculation that nothing uses but
-    to list its result, or a call of another tool where a number is to be worked out."""
-    too_many = case.calls is not None and not wants_number(case) and sum(r.ok for r in episode.results) > len(case.calls)
+    """A call where none is due, more calls that gave a result than are due, the same call again, a calculation that
+    nothing uses but to list its result, or a call of another tool where a number is to be worked out."""
+    too_many = (case.calls is not None and not wants_number(case)
+                and sum(r.ok for r in episode.results) > len(case.calls))
     others = {call.name for call in episode.calls} - ({call.name for call in case.calls or []} or {"calculator"})
-    return float(case.calls == [] and bool(episode.calls) or too_many or repeated(episode) or wants_number(case) and bool(unused(episode) or others))
+    return float(case.calls == [] and bool(episode.calls) or too_many or repeated(episode)
+                 or wants_number(case) and bool(unused(episode) or others))
 
 
 def length(case, episode, verdicts):
@@ -370,27 +425,35 @@ def length(case, episode, verdicts):
 
 
 def no_end(case, episode, verdicts):
-    """A turn did not end by itself: the last one, one that talked on behind its calls, or one that forged a result or chat tag."""
-    return float(forges(episode) or episode.stop != "end" and not first_turn_only(episode) or any(turn.rpartition("</tool_call>")[2].strip() for turn in episode.turns if "</tool_call>" in turn))
+    """A turn did not end by itself: the last one, one that talked on behind its calls, or one that forged a result or
+    chat tag."""
+    return float(forges(episode) or episode.stop != "end" and not first_turn_only(episode)
+                 or any(turn.rpartition("</tool_call>")[2].strip() for turn in episode.turns if "</tool_call>" in turn))
 
 
-COMPONENTS = {f.__name__: f for f in (right_format, right_tool, executed, calculates, right_arguments, right_result, right_answer, like_reference, needless_call, length, no_end)}
-WEIGHTS = {"right_format": 0.1, "right_tool": 0.1, "executed": 0.1, "calculates": 0.1, "right_arguments": 0.2, "right_result": 0.0, "right_answer": 1.0,
+COMPONENTS = {f.__name__: f for f in (right_format, right_tool, executed, calculates, right_arguments, right_result,
+                                      right_answer, like_reference, needless_call, length, no_end)}
+WEIGHTS = {"right_format": 0.1, "right_tool": 0.1, "executed": 0.1, "calculates": 0.1, "right_arguments": 0.2,
+           "right_result": 0.0, "right_answer": 1.0,
            "like_reference": 0.1, "needless_call": -0.3, "length": -0.05, "no_end": -0.3}
 
 
 def wants_number(case):
-    """Whether the case asks for a number that the calculator is there for (where calls are known, one of them is its)."""
+    """Whether the case asks for a number that the calculator is there for
+    (where calls are known, one of them is its)."""
     due = case.calls is None or any(call.name == "calculator" for call in case.calls)
     return case.answer is not None and due and any(tool.name == "calculator" for tool in case.conversation["tools"])
 
 
-# What everybody knows: legs, days, ounces, coins, hours, weeks, minutes, degrees, metres; several of them together, such as the
-# minutes of a week, km/h, °F, a circle, a ball; and formulas that add a number to what they multiply: °F, the angles of a polygon.
+# What everybody knows: legs, days, ounces, coins, hours, weeks, minutes, degrees, metres; several of them together,
+# such as the minutes of a week, km/h, °F, a circle, a ball; and formulas that add a number to what they multiply: °F,
+# the angles of a polygon.
 EVERYDAY = {*range(2, 11), 12, 16, 24, 25, 30, 31, 36, 50, 52, 60, 75, 180, 360, 365, 366, 1000, 3600, 1000000,
-            14, 1024, 1760, 5280, 0.01, 0.05, 0.1, 0.25, 0.3048, 0.45, 0.4536, 0.5, 0.62, 0.6214, 0.75, 1.5, 1.6, 1.609, 1.60934, 1.61, 1.8, 2.2, 2.205, 2.20462, 2.54, 3.14, 3.1416, 3.14159, 3.14159265, 3.6}
+            14, 1024, 1760, 5280, 0.01, 0.05, 0.1, 0.25, 0.3048, 0.45, 0.4536, 0.5, 0.62, 0.6214, 0.75, 1.5, 1.6, 1.609,
+            1.60934, 1.61, 1.8, 2.2, 2.205, 2.20462, 2.54, 3.14, 3.1416, 3.14159, 3.14159265, 3.6}
 TOGETHER = [7 * 24, 7 * 24 * 60, 7 * 24 * 3600, 24 * 60, 24 * 3600, 365 * 24, 365 * 24 * 60, 3600, 3.6, 1.8,
-            365 * 24 * 3600, 5 * 52, 12 * 2.54, 52 / 12, *(k * pi for pi in (3.14, 3.1416, 3.14159, 3.14159265) for k in (2, 4, 4 / 3))]
+            365 * 24 * 3600, 5 * 52, 12 * 2.54, 52 / 12,
+            *(k * pi for pi in (3.14, 3.1416, 3.14159, 3.14159265) for k in (2, 4, 4 / 3))]
 FORMULAS = [(32, {1.8}), (32, {5, 9}), (2, {180})]
 LEFT_OF = {12, 24, 60, 90, 180, 360, 365, 366}  # of a day, an hour, an angle, a year something is left
 
@@ -400,9 +463,11 @@ def is_calculation(expression, prompt, earlier=()):
 
     `earlier`: [(expression, its result)] of the calculations before it.
 
-    1. The result is not just a number that stands there (10 * 1, 7 * (9 - 8)), but the prompt's own beside others (64 - 6 + 6).
-    2. Every number matters: with another in its place the result is another (not so in 36 / 36 * 42). 3. All is built on the
-    prompt's numbers, see `Ground`. So 36 + 6, 15 * 2.8, 36 * 7 / 6 and min(36 + 9, 6 * 7) are guesses.
+    1. The result is not just a number that stands there (10 * 1, 7 * (9 - 8)), but the prompt's own beside others
+       (64 - 6 + 6).
+    2. Every number matters: with another in its place the result is another (not so in 36 / 36 * 42).
+    3. All is built on the prompt's numbers, see `Ground`. So 36 + 6, 15 * 2.8, 36 * 7 / 6 and min(36 + 9, 6 * 7) are
+       guesses.
     """
     from data import numbers_in
     from tools import ToolError, evaluate, parse_expression
@@ -417,20 +482,21 @@ def is_calculation(expression, prompt, earlier=()):
         if len(places) > 50 or used <= {0, 1, 100}:  # 1 + 1, of a prompt that has "one" in it
             return False
         mine = sum(place.value not in (0, 1) and is_own(place.value, given) for place in places)
-        divisors = {place.value for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) for place in numbers_of(node.right)}
+        divisors = {place.value for node in ast.walk(tree)
+                    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) for place in numbers_of(node.right)}
         for place in places:
             x, equal = place.value, [other for other in places if other.value == place.value]
-            if same(x, result) and x not in {1, *divisors} and not (mine > 1 and is_own(x, given)):                      # 1
+            if same(x, result) and x not in {1, *divisors} and not (mine > 1 and is_own(x, given)):  # 1
                 return False
-            # A number that is used more often than it is given counts as one: 20 does not matter in 10 * 20 / 20. Some may divide
-            # once more: base * height / 2 with a base of 2, 60 km/h for 45 / 60 of an hour.
+            # A number that is used more often than it is given counts as one: 20 does not matter in 10 * 20 / 20. Some
+            # may divide once more: base * height / 2 with a base of 2, 60 km/h for 45 / 60 of an hour.
             often = sum(same(x, y) for y in given) + (x in divisors & {2, 3, 4, 60})
-            if not changes(tree, [place] if x == 1 or len(equal) <= often else equal):                                   # 2
+            if not changes(tree, [place] if x == 1 or len(equal) <= often else equal):  # 2
                 return False
         ground = Ground(prompts, used, mine >= min(2, len({x for x in given if x > 1})))
         for said, came_to in earlier:
             ground.known.append((abs(came_to), ground.factors(parse_expression(said))))
-        return ground.spare(ground.factors(tree)) >= 0                                                                   # 3
+        return ground.spare(ground.factors(tree)) >= 0  # 3
     return False
 
 
@@ -464,19 +530,21 @@ def numbers_of(node):
 class Ground:
     """What an expression is built on: the `given` numbers, and no more others than these, such as everybody knows.
 
-    Every part of it is a product, {number or node: power}. It stands if one of its factors is given, or is itself a sum, power,
-    remainder or choice that stands. What it has to `spare` is by how many these outnumber the other factors; a sum and the like have
-    1 to spare at most. 36 * 7 has none: neither 36 * 7 / 6 nor sqrt(36 * 7) / 6 stands.
+    Every part of it is a product, {number or node: power}. It stands if one of its factors is given, or is itself a
+    sum, power, remainder or choice that stands. What it has to `spare` is by how many these outnumber the other
+    factors; a sum and the like have 1 to spare at most. 36 * 7 has none: neither 36 * 7 / 6 nor sqrt(36 * 7) / 6
+    stands.
 
-    `used`: all numbers of the expression. `enough`: two of them are given (or one, where the prompt has one); else nothing is added to
-    them. `known`: results [(number, product)] that stand for what they were worked out as.
+    `used`: all numbers of the expression. `enough`: two of them are given (or one, where the prompt has one); else
+    nothing is added to them. `known`: results [(number, product)] that stand for what they were worked out as.
     """
 
     def __init__(self, given, used, enough):
         self.given, self.used, self.enough, self.standing, self.known = given, used, enough, {}, []
 
     def spare(self, factors):
-        """By how many the factors that stand outnumber the others; -1 if there is none, or not everybody knows the others."""
+        """By how many the factors that stand outnumber the others; -1 if there is none, or not everybody knows the
+        others."""
         own = {x: self.standing.get(x, 1) for x in factors if x in self.standing or is_own(x, self.given)}
         others = {x: n for x, n in factors.items() if x not in own and x not in (1, 100)}
         ratio = math.prod(float(x) ** n for x, n in others.items())
@@ -484,7 +552,8 @@ class Ground:
             others = {}
         if not own or not EVERYDAY.issuperset(others):
             return -1
-        return sum(spare * abs(factors[x]) for x, spare in own.items()) - sum(map(abs, others.values()))  # none for 7 / 7
+        # none for 7 / 7
+        return sum(spare * abs(factors[x]) for x, spare in own.items()) - sum(map(abs, others.values()))
 
     def factors(self, node):
         """A node as a product, {number or node: power}; nan for what does not stand."""
@@ -492,7 +561,8 @@ class Ground:
             case ast.Constant(value=x):
                 made = [factors for result, factors in self.known if same(result, x)]
                 return made[-1] if made and not is_own(x, self.given) else Counter({x: 1})
-            case ast.Attribute(value=part) | ast.UnaryOp(operand=part) | ast.Call(func=ast.Name(id="abs" | "round"), args=[part, *_]):
+            case (ast.Attribute(value=part) | ast.UnaryOp(operand=part)
+                  | ast.Call(func=ast.Name(id="abs" | "round"), args=[part, *_])):
                 return self.factors(part)  # a percent sign is no factor, as 100 is none
             case ast.BinOp(left=left, op=ast.Mult() | ast.Div() as op, right=right):
                 product = Counter(self.factors(left))
@@ -508,15 +578,17 @@ class Ground:
         sides = node.args if isinstance(node, ast.Call) else [node.left, node.right]
         is_sum, raised = (isinstance(getattr(node, "op", None), kinds) for kinds in ((ast.Add, ast.Sub), ast.Pow))
         products = [self.factors(side) for side in sides]
-        spare = [self.spare(product) if evaluate(side) else -1 for side, product in zip(sides, products)]  # nothing stands on 0
+        # nothing stands on 0
+        spare = [self.spare(product) if evaluate(side) else -1 for side, product in zip(sides, products)]
         if min(spare) >= 0 or isinstance(node, ast.Call):
             return sum(spare) if is_sum else min(spare)
-        right = spare[0] >= 0                                                   # one side does not stand: is it the right one?
+        right = spare[0] >= 0  # one side does not stand: is it the right one?
         x = abs(evaluate(sides[right])) if {math.nan, *self.standing}.isdisjoint(products[right]) else math.nan
         if is_sum:
             left = isinstance(node.op, ast.Sub) and not right and x in LEFT_OF
             share = x == 1 and abs(evaluate(sides[not right])) < 1              # 1 + 5%
-            free = left or share or x >= 100 and x in TOGETHER or any(x == added and beside <= self.used for added, beside in FORMULAS)
+            free = (left or share or x >= 100 and x in TOGETHER
+                    or any(x == added and beside <= self.used for added, beside in FORMULAS))
             known = self.enough and (free or x in (1, 100))                     # 100 - 20
         else:
             free = raised and right                                             # an exponent
@@ -543,9 +615,11 @@ def custom_reward(path):
         try:
             value = float(function(case, episode))
         except (Exception, SystemExit) as error:
-            raise UserError(f"reward {path} failed on {case.conversation['messages'][-1]['content'][:60]!r}: {type(error).__name__}: {error}") from error
+            raise UserError(f"reward {path} failed on {case.conversation['messages'][-1]['content'][:60]!r}: "
+                            f"{type(error).__name__}: {error}") from error
         if not math.isfinite(value):
-            raise UserError(f"reward {path} gave {value} for {case.conversation['messages'][-1]['content'][:60]!r}; it must be a finite number")
+            raise UserError(f"reward {path} gave {value} for {case.conversation['messages'][-1]['content'][:60]!r}; "
+                            "it must be a finite number")
         return value, {}
     return reward
 
@@ -556,9 +630,12 @@ def reward_of(config):
     weights = {**WEIGHTS, **config.reward_weights}
     for name, weight in weights.items():
         if name not in COMPONENTS or type(weight) not in (int, float) or not abs(weight) <= 1e6:
-            raise UserError(f"reward_weights: {name!r}: {weight!r:.40}: must be a number from -1e6 to 1e6 for one of {', '.join(COMPONENTS)}")
+            raise UserError(f"reward_weights: {name!r}: {weight!r:.40}: "
+                            f"must be a number from -1e6 to 1e6 for one of {', '.join(COMPONENTS)}")
     if config.reward and config.reward_weights or not any(weights.values()):
-        raise UserError("reward_weights: " + (f"they weigh toolplay's components, but reward = {config.reward!r} is used; give one of the two" if config.reward else "all are 0; nothing could be learned"))
+        raise UserError("reward_weights: all are 0; nothing could be learned" if not config.reward else
+                        f"reward_weights: they weigh toolplay's components, but reward = {config.reward!r} is used; "
+                        "give one of the two")
     if config.max_turns == 1 and not config.reward and weights["right_answer"] and not weights["right_result"]:
         raise UserError("max_turns = 1: an episode ends behind its calls, where right_answer is never earned; "
                         'set "reward_weights": {"right_result": 1.0, "right_answer": 0.0}, or max_turns to 2 or more')
@@ -569,8 +646,10 @@ def judgeable(cases, config):
     """The cases, if something is known of each that a reward could judge by."""
     from tools import UserError
     if not config.reward and (unknown := [c for c in cases if c.calls is None and c.answer is None]):
-        raise UserError(f"{len(unknown)} of {len(cases)} prompts say nothing of a right answer, as {unknown[0].conversation['messages'][-1]['content'][:60]!r}: "
-                        'give them "answer", "expected" with "calls" or "answer", or an assistant turn, or set "reward" to a function of your own')
+        raise UserError(f"{len(unknown)} of {len(cases)} prompts say nothing of a right answer, as "
+                        f"{unknown[0].conversation['messages'][-1]['content'][:60]!r}: "
+                        'give them "answer", "expected" with "calls" or "answer", or an assistant turn, '
+                        'or set "reward" to a function of your own')
     return cases
 
 
@@ -584,7 +663,8 @@ def prompts_of(config, tokenizer, context=math.inf):
     import data
     from eval import Case, as_case
     from tools import BUILTIN, UserError
-    cases, held_out = ([c if isinstance(c, Case) else as_case(c) for c in data.conversations(config, split, tokenizer, as_case, BUILTIN)] for split in ("train", "dev"))
+    read = [data.conversations(config, split, tokenizer, as_case, BUILTIN) for split in ("train", "dev")]
+    cases, held_out = ([c if isinstance(c, Case) else as_case(c) for c in conversations] for conversations in read)
     judgeable(cases, config)
     if config.answers_only:
         cases = [case._replace(calls=None, reference=None) if wants_number(case) else case for case in cases]
@@ -595,10 +675,12 @@ def prompts_of(config, tokenizer, context=math.inf):
 
 
 class ValueHead(torch.nn.Linear):
-    """V_t from the trunk's output before token t: D numbers -> one. Zero at the start: the first returns are then the rewards to come, and no guesses.
+    """V_t from the trunk's output before token t: D numbers -> one. Zero at the start: the first returns are then the
+    rewards to come, and no guesses.
 
-    It reads hidden / D^(1/4): its learning rate is that of adapters, and Adam moves every weight by about as much. Unscaled, one step
-    moves V by up to lr sum_d |hidden_d| (SmolLM2, lr 6e-4: 0.45, half of a reward), and V was noise; by 1/sqrt(D) it stood still.
+    It reads hidden / D^(1/4): its learning rate is that of adapters, and Adam moves every weight by about as much.
+    Unscaled, one step moves V by up to lr sum_d |hidden_d| (SmolLM2, lr 6e-4: 0.45, half of a reward), and V was noise;
+    by 1/sqrt(D) it stood still.
     """
 
     def __init__(self, width):
@@ -611,7 +693,7 @@ class ValueHead(torch.nn.Linear):
 
 
 class Policy(torch.nn.Module):
-    """The model as a function of rows (`toolplay.token_logprobs`), with its own adapter or with another one of that shape."""
+    """The model as a function of rows (`toolplay.token_logprobs`), with its own adapter or another of that shape."""
 
     def __init__(self, model, temperature, budget):
         super().__init__()
@@ -619,11 +701,13 @@ class Policy(torch.nn.Module):
 
     def forward(self, rows, want):
         import toolplay
-        return toolplay.token_logprobs(self.model, rows, self.temperature, None if torch.is_grad_enabled() else self.budget, want)
+        budget = None if torch.is_grad_enabled() else self.budget
+        return toolplay.token_logprobs(self.model, rows, self.temperature, budget, want)
 
     def switched(self, adapter, rows, want=()):
-        """As if `adapter`, {name: tensor} as of `adapter()`, were the model's: for this one call each of its parameters is the
-        tensor of that name. So reference and critic are small adapters on the one model; gradients go to their tensors."""
+        """As if `adapter`, {name: tensor} as of `adapter()`, were the model's: for this one call each of its parameters
+        is the tensor of that name. So reference and critic are small adapters on the one model; gradients go to their
+        tensors."""
         return torch.func.functional_call(self, adapter, (rows, want))
 
     def adapter(self):
@@ -634,7 +718,8 @@ class Policy(torch.nn.Module):
 class ActorCritic:
     """Policy, reference and critic in one model: which adapter is on tells them apart.
 
-    `parameters`, {name: tensor}, is what is trained: the policy's adapter, and with GAE the value head and the critic's own adapter.
+    `parameters`, {name: tensor}, is what is trained: the policy's adapter, and with GAE the value head and the critic's
+    own adapter.
     """
 
     def __init__(self, model, config, device):
@@ -652,22 +737,26 @@ class ActorCritic:
 
     def values(self, rows, out):
         """V [B, T] of rows, whose policy has read `out`; a critic of its own reads them once more."""
-        return self.head(self.policy.switched(self.critic, rows, self.trunk)["hidden"] if self.critic else out["hidden"])
+        return self.head((self.policy.switched(self.critic, rows, self.trunk) if self.critic else out)["hidden"])
 
     @torch.no_grad()
     def old_and_reference(self, units):
-        """What stays as it is while episodes are learned from -> for each unit its log-probs under policy and reference, and values."""
+        """What stays as it is while episodes are learned from -> for each unit its log-probs under policy and
+        reference, and values."""
         rows = [unit["row"] for unit in units]
         out, ref_logp = self.policy(rows, self.trunk), self.policy.switched(self.reference, rows)
         logp, values = (out["logp"], self.values(rows, out)) if self.trunk else (out, torch.zeros_like(out))
-        return [{name: x[b, :len(ids)].tolist() for name, x in (("logp", logp), ("ref_logp", ref_logp), ("values", values))} for b, (ids, _) in enumerate(rows)]
+        return [{name: x[b, :len(ids)].tolist()
+                 for name, x in (("logp", logp), ("ref_logp", ref_logp), ("values", values))}
+                for b, (ids, _) in enumerate(rows)]
 
     def loss(self, group):
         """(2), (3) and (6) over a minibatch's units -> (sum over their tokens, info)."""
         config, rows = self.config, [unit["row"] for unit in group]
         out = self.policy(rows, (*self.trunk, "entropy"))
-        mask, weight, old_logp, advantages, returns, old_values = (padded([unit.get(key, ()) for unit in group], out["logp"].shape[1], self.device)
-                                                                   for key in ("mask", "weight", "logp", "advantages", "returns", "values"))
+        mask, weight, old_logp, advantages, returns, old_values = (
+            padded([unit.get(key, ()) for unit in group], out["logp"].shape[1], self.device)
+            for key in ("mask", "weight", "logp", "advantages", "returns", "values"))
         total, info = policy_loss(out["logp"], old_logp, advantages, mask, config.clip_range, config.dual_clip)
         entropy = model_tokens(out["entropy"], mask).sum()
         info = {**info, "policy_loss": total, "entropy": entropy.detach()}
@@ -677,7 +766,7 @@ class ActorCritic:
             value, more = value_loss(self.values(rows, out), old_values, returns, mask, config.value_clip)
             total, info = total + config.vf_coef * value, {**info, **more, "value_loss": value}
         if config.ptx:
-            imitation = -model_tokens(weight * out["logp"], weight).sum()                                             # (6)
+            imitation = -model_tokens(weight * out["logp"], weight).sum()  # (6)
             total, info = total + imitation, {**info, "ptx_loss": imitation.detach() / config.ptx_coef}
         return total, info
 
@@ -713,7 +802,8 @@ def advantages_of(config, scores, kl, values, mask, kl_coef):
 
 
 def choose_prompts(state, n, config):
-    """Which of n cases a round plays -> (those that taught when last played, who waited longest first; new ones, in a fresh order each time through)."""
+    """Which of n cases a round plays -> (those that taught when last played, who waited longest first; new ones, in a
+    fresh order each time through)."""
     waiting, start = state.get("taught", []), state.get("new", 0)
     again = waiting[:int(config.replay * config.prompts)]
     state.update(taught=waiting[len(again):], new=start + config.prompts - len(again))
@@ -724,13 +814,16 @@ def compute_advantages(config, units, kl_coef, device):
     """Write advantages, returns and token rewards into the units that are learned from -> log."""
     width = max(len(unit["mask"]) for unit in units)
     mask, logp, ref_logp, values, sampled = (padded(x, width, device) for x in [
-        *([unit[key] for unit in units] for key in ("mask", "logp", "ref_logp", "values")), [unit["episode"].logp for unit in units]])
+        *([unit[key] for unit in units] for key in ("mask", "logp", "ref_logp", "values")),
+        [unit["episode"].logp for unit in units]])
     kl = kl_penalty(logp, ref_logp, config.kl_estimator) * mask
     scores = torch.tensor([unit["score"] for unit in units], dtype=torch.float32, device=device)
     made = advantages_of(config, scores, kl, values * mask, mask, kl_coef)
     for b, unit in enumerate(units):
-        unit.update({name: x[b, :len(unit["mask"])].tolist() for name, x in zip(("advantages", "returns", "rewards"), made)})
-    log = {"kl": float(model_tokens(kl, mask).sum()) / len(units), "sampling_gap": float(((logp - sampled) * mask).abs().max())}
+        unit.update({name: x[b, :len(unit["mask"])].tolist()
+                     for name, x in zip(("advantages", "returns", "rewards"), made)})
+    log = {"kl": float(model_tokens(kl, mask).sum()) / len(units),
+           "sampling_gap": float(((logp - sampled) * mask).abs().max())}
     if config.advantage == "gae":
         log["explained_variance"] = explained_variance(values * mask, made[1], mask)
     return log
@@ -742,7 +835,8 @@ def summary(units):
     calls = [r.ok for unit in units for r in unit["episode"].results]
     return {"reward": float(scores.mean()), "reward_std": float(scores.std()) if len(units) > 1 else 0.0,
             **{f"reward/{name}": sum(unit["parts"][name] for unit in units) / len(units) for name in units[0]["parts"]},
-            "tool_success": sum(calls) / max(len(calls), 1), "response_length": sum(sum(unit["mask"]) for unit in units) / len(units)}
+            "tool_success": sum(calls) / max(len(calls), 1),
+            "response_length": sum(sum(unit["mask"]) for unit in units) / len(units)}
 
 
 # --------------------------------------------------------------------------- 4. training
@@ -751,20 +845,28 @@ def check_settings(config):
     """UserError for settings that contradict each other, or teach nothing."""
     from tools import UserError
     if not config.lora_r or config.lora_dropout:
-        raise UserError("ppo trains adapters without dropout (switched off or back, they are the reference; the first ratio must be 1): set lora_r > 0 and lora_dropout = 0")
+        raise UserError("ppo trains adapters without dropout (switched off or back, they are the reference; the first "
+                        "ratio must be 1): set lora_r > 0 and lora_dropout = 0")
     if config.steps:
         raise UserError("steps: ppo counts rounds; set iterations")
-    comparing = [name for name, on in ((config.advantage, config.advantage != "gae"), ("center", config.center), ("min_spread", config.min_spread)) if on]
+    keys = {config.advantage: config.advantage != "gae", "center": config.center, "min_spread": config.min_spread}
+    comparing = [name for name, on in keys.items() if on]
     if config.samples < 2 and comparing:
-        raise UserError(f"samples = {config.samples}: {comparing[0]} compares the samples of a prompt; at least 2 are needed")
+        raise UserError(f"samples = {config.samples}: {comparing[0]} compares the samples of a prompt; "
+                        "at least 2 are needed")
     if config.kl_target and not config.kl_coef:
-        raise UserError(f"kl_target = {config.kl_target} with kl_coef = 0: the coefficient is steered by multiplying it; give one above 0")
+        raise UserError(f"kl_target = {config.kl_target} with kl_coef = 0: "
+                        "the coefficient is steered by multiplying it; give one above 0")
     if config.kl_target and config.kl_horizon <= 0.2 * config.prompts * config.samples:
-        raise UserError(f"kl_horizon = {config.kl_horizon}: one round could bring the coefficient to 0, where it stays; give more than {0.2 * config.prompts * config.samples:g} (a fifth of a round's episodes)")
+        raise UserError(f"kl_horizon = {config.kl_horizon}: one round could bring the coefficient to 0, where it "
+                        f"stays; give more than {0.2 * config.prompts * config.samples:g} (a fifth of a round's "
+                        "episodes)")
     if bool(config.ptx) != bool(config.ptx_mix):
-        raise UserError("ptx and ptx_mix go together: how many conversations each minibatch imitates, and of which kinds")
+        raise UserError("ptx and ptx_mix go together: how many conversations each minibatch imitates, "
+                        "and of which kinds")
     if 0 < config.dual_clip <= 1:
-        raise UserError(f"dual_clip = {config.dual_clip}: must be above 1 (or 0: none); below, it would stop every lesson of a bad episode")
+        raise UserError(f"dual_clip = {config.dual_clip}: must be above 1 (or 0: none); below, "
+                        "it would stop every lesson of a bad episode")
 
 
 def minibatches(config, prompts):
@@ -779,28 +881,34 @@ def learn(trainer, groups, loss, imitated, position, config):
     """
     import toolplay
     sums, count, terms, stopped, whole = {}, 0, 0, False, minibatches(config, len(groups))
-    orders = ([unit for p in shuffled(len(groups), config.seed, position, epoch) for unit in groups[p]] for epoch in range(config.ppo_epochs))
-    for batch in (order[at:at + config.batch_size] for order in orders for at in range(0, len(order), config.batch_size)):
+    orders = ([unit for p in shuffled(len(groups), config.seed, position, epoch) for unit in groups[p]]
+              for epoch in range(config.ppo_epochs))
+    for batch in (order[at:at + config.batch_size]
+                  for order in orders for at in range(0, len(order), config.batch_size)):
         batch += imitated(trainer.step, sum(sum(unit["mask"]) for unit in batch))
         skipped = trainer.skipped
         info = toolplay.train_step(trainer, batch, loss, size=lambda unit: sum(unit["mask"]),
-                                   rows=lambda unit: [unit["row"]], veto=lambda means: means["ratio"] > config.ratio_guard)
+                                   rows=lambda unit: [unit["row"]],
+                                   veto=lambda means: means["ratio"] > config.ratio_guard)
         count += 1
         if trainer.skipped == skipped:  # else its numbers are nan, or those of a step that was refused
             for name, value in info.items():
-                sums[name] = sums.get(name, 0.0) + value * info["terms"]  # a mean over tokens: the last minibatch may be short
+                # a mean over tokens: the last minibatch may be short
+                sums[name] = sums.get(name, 0.0) + value * info["terms"]
             terms += info["terms"]
         if stopped := bool(config.kl_stop and count < whole and info["approx_kl"] > config.kl_stop):
             break
-    # A round may learn from fewer minibatches than planned; step and schedule go on as if it had not, so that they depend on the round alone.
+    # A round may learn from fewer minibatches than planned; step and schedule go on as if it had not, so that they
+    # depend on the round alone.
     left = minibatches(config, config.prompts) - count
     trainer.step, trainer.updates = trainer.step + left, trainer.updates + left
-    return {**{name: value / terms for name, value in sums.items() if name not in ("tokens", "terms", "skipped")}, "stopped": int(stopped)}
+    return {**{name: value / terms for name, value in sums.items() if name not in ("tokens", "terms", "skipped")},
+            "stopped": int(stopped)}
 
 
 def imitation(config, tokenizer):
-    """A function of (the trainer's step, the tokens of a minibatch) -> the conversations that are imitated beside it: units whose tokens
-    are no actions (mask 0), but have such weights that their mean loss counts `ptx_coef`."""
+    """A function of (the trainer's step, the tokens of a minibatch) -> the conversations that are imitated beside it:
+    units whose tokens are no actions (mask 0), but have such weights that their mean loss counts `ptx_coef`."""
     import data
     if not config.ptx:
         return lambda step, tokens: []
@@ -822,10 +930,13 @@ def play(run, model, tokenizer, cases, reward, round_):
     import lora
     import toolplay
     config, chosen = run.config, [case for case in cases for _ in range(run.config.samples)]
-    bar = tqdm(total=len(chosen), desc="ppo rollout", unit="episode", leave=False, disable=run.rank > 0, dynamic_ncols=True)
+    bar = tqdm(total=len(chosen), desc="ppo rollout", unit="episode", leave=False, disable=run.rank > 0,
+               dynamic_ncols=True)
     with lora.merged(model), bar:  # sampled from faster
-        episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen], temperature=config.temperature, style=config.tool_style, progress=bar.update,
-                                    max_new_tokens=config.max_new_tokens, max_turns=config.max_turns, seed=f"{config.seed} round {round_}", batch_size=config.prompts * config.samples)
+        episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen],
+                                    temperature=config.temperature, style=config.tool_style, progress=bar.update,
+                                    max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
+                                    seed=f"{config.seed} round {round_}", batch_size=config.prompts * config.samples)
     units = [{"episode": e, "row": (e.ids, e.mask), "mask": e.mask, **dict(zip(("score", "parts"), reward(case, e)))}
              for case, e in zip(chosen, episodes)]
     return [units[n:n + config.samples] for n in range(0, len(units), config.samples)]
@@ -851,10 +962,12 @@ def train(run):
     # 3. optimizer
     per_round = minibatches(config, config.prompts)
     trainer = toolplay.Trainer(config, actor.parameters, config.iterations * per_round)
-    run.start(trainer, [(case.conversation["messages"], [tool.schema() for tool in case.conversation["tools"]], case.calls and [vars(call) for call in case.calls],
+    run.start(trainer, [(case.conversation["messages"], [tool.schema() for tool in case.conversation["tools"]],
+                         case.calls and [vars(call) for call in case.calls],
                          case.answer, case.reference, case.kind) for case in [*cases, *held_out]])
     if trainer.extra.setdefault("reference", started := toolplay.start_hashes(config)) != started:
-        raise UserError(f"{config.start_from}: its adapter is another one than when the run began, and was its reference; start a new run")
+        raise UserError(f"{config.start_from}: its adapter is another one than when the run began, "
+                        "and was its reference; start a new run")
     beta = AdaptiveKL(trainer.extra.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
 
     # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
@@ -862,15 +975,18 @@ def train(run):
         round_ = position // per_round
         again, new = choose_prompts(trainer.extra, len(cases), config)
         picked = again + new
-        played = toolplay.shared_out([cases[i] for i in picked], lambda own: play(run, model, tokenizer, own, reward, round_))
+        played = toolplay.shared_out([cases[i] for i in picked],
+                                     lambda own: play(run, model, tokenizer, own, reward, round_))
         played = [[{"case": cases[i], **unit} for unit in group] for i, group in zip(picked, played)]
         scores = [[unit["score"] for unit in group] for group in played]
         taught = [max(s) - min(s) >= config.min_spread for s in scores]
-        waiting = [i for i in trainer.extra["taught"] if i not in picked]  # a case that waits may come as a new one, too
+        # a case that waits may come as a new one, too
+        waiting = [i for i in trainer.extra["taught"] if i not in picked]
         trainer.extra["taught"] = waiting + list(dict.fromkeys(i for i, yes in zip(picked, taught) if yes))
         groups = [group for group, yes in zip(played, taught) if yes]
         everything, units = ([unit for group in some for unit in group] for some in (played, groups))
-        log = {**summary(everything), "kl_coef": beta.value, "learned_from": len(groups) / config.prompts, "replayed": len(again) / config.prompts}
+        log = {**summary(everything), "kl_coef": beta.value, "learned_from": len(groups) / config.prompts,
+               "replayed": len(again) / config.prompts}
         if new:  # what is played again was chosen for its results: only on new prompts does progress show
             log["reward_new"] = summary(everything[len(again) * config.samples:])["reward"]
         if units:
@@ -882,10 +998,13 @@ def train(run):
             trainer.extra["kl_coef"] = beta.update(log["kl"], len(everything))
         log.update(learn(trainer, groups, actor.loss, imitated, position, config), skipped=trainer.skipped)
         if held_out and (trainer.step >= trainer.total or config.eval_every and (round_ + 1) % config.eval_every == 0):
-            report, _ = evaluation.evaluate(model, tokenizer, held_out, max_new_tokens=config.max_new_tokens, style=config.tool_style, constrained=config.constrained, progress=False)
-            log.update({f"eval_{name}": report["metrics"][name]["value"] for name in ("tool_accuracy", "format", "response_quality")})
+            report, _ = evaluation.evaluate(model, tokenizer, held_out, max_new_tokens=config.max_new_tokens,
+                                            style=config.tool_style, constrained=config.constrained, progress=False)
+            log.update({f"eval_{name}": report["metrics"][name]["value"]
+                        for name in ("tool_accuracy", "format", "response_quality")})
         run.log(trainer.step, log, tokens=sum(sum(unit["mask"]) for unit in everything))
-        run.append("samples.jsonl", trainer.step, [sample_line(group[0], tokenizer) for group in (groups or played)[:2]])
+        run.append("samples.jsonl", trainer.step,
+                   [sample_line(group[0], tokenizer) for group in (groups or played)[:2]])
 
     # 5. save
     run.save_model(model, tokenizer)
@@ -895,9 +1014,11 @@ def train(run):
 def sample_line(unit, tokenizer):
     """What samples.jsonl keeps of an episode."""
     case, episode = unit["case"], unit["episode"]
-    return {"prompt": case.conversation["messages"][-1]["content"], "turns": episode.turns, "results": [r.text() for r in episode.results], "answer": case.answer,
+    return {"prompt": case.conversation["messages"][-1]["content"], "turns": episode.turns,
+            "results": [r.text() for r in episode.results], "answer": case.answer,
             "score": unit["score"], "tokens": [tokenizer.decode([i]) for i in episode.ids[episode.prompt:]],
-            "mask": episode.mask[episode.prompt:], **{key: unit.get(key, [0.0] * len(episode.ids))[episode.prompt:] for key in ("rewards", "advantages")}}
+            "mask": episode.mask[episode.prompt:],
+            **{key: unit.get(key, [0.0] * len(episode.ids))[episode.prompt:] for key in ("rewards", "advantages")}}
 
 
 def inspect(folder="", n=4):
@@ -907,17 +1028,21 @@ def inspect(folder="", n=4):
     import toolplay
     from tools import UserError, printable
     path = Path(folder) / "samples.jsonl"
-    lines = toolplay.read_lines(path, ["step", "score", "answer", "prompt", "tokens", "mask", "rewards", "advantages"])[-n:]
+    keys = ["step", "score", "answer", "prompt", "tokens", "mask", "rewards", "advantages"]
+    lines = toolplay.read_lines(path, keys)[-n:]
     try:
         for line in lines:
             idle = "" if any(line["advantages"]) or any(line["rewards"]) else ", not learned from"
-            print(f"--- step {line['step']}, score {line['score']:.3f}, answer {line['answer']}{idle}\n{printable(line['prompt'])}")
-            for token, mask, reward, advantage in zip(line["tokens"], line["mask"], line["rewards"], line["advantages"]):
-                print(f"  {token!r:24}" + (f"reward {reward:+.3f}  advantage {advantage:+.3f}" if mask else "(not the model's)"))
+            print(f"--- step {line['step']}, score {line['score']:.3f}, answer {line['answer']}{idle}")
+            print(printable(line["prompt"]))
+            for token, mask, reward, advantage in zip(*(line[key] for key in keys[-4:])):
+                said = f"reward {reward:+.3f}  advantage {advantage:+.3f}" if mask else "(not the model's)"
+                print(f"  {token!r:24}{said}")
     except (TypeError, ValueError):
         raise UserError(f"{path}: it is damaged") from None
     if not lines:
-        raise UserError(f"{folder or '--inspect'}: no samples.jsonl; name a PPO run that has finished a round: python ppo.py --inspect RUN")
+        raise UserError(f"{folder or '--inspect'}: no samples.jsonl; name a PPO run that has finished a round: "
+                        "python ppo.py --inspect RUN")
 
 
 def main(argv=None):

@@ -10,12 +10,12 @@ This is the language-model loss of GPT (Radford et al. 2018, eq. 1) under a mask
 al. 2022, arXiv:2109.01652). M counts the trained tokens of the whole optimizer step, however it is split
 into micro-batches or over machines: the mean of the micro-batches' means would weigh a token in a short answer more.
 
-Departures: two, and only where the weights are not 1. Of the forty tokens of a call, two decide: the first, where
-the model either opens a call or begins to talk, and the first of the tool's name; the others follow from them or copy.
-In (1) they are a twentieth of the terms. With `decision_weight` w they count w times, in the sum and in M, so that more of the
-gradient is spent on what is hard to learn. And half of the loss is in words that might as well have been others ("That
-comes to 210."), which no model can foresee: with `call_weight` w the tokens of turns that call a tool count w times.
-The logged `loss` is weighted so, too; `eval_loss` is always (1) itself. The log-probs come from a token trie
+Departures: two, and only where the weights are not 1. Of the forty tokens of a call, two decide: the first, where the
+model either opens a call or begins to talk, and the first of the tool's name; the others follow from them or copy. In
+(1) they are a twentieth of the terms. With `decision_weight` w they count w times, in the sum and in M, so that more of
+the gradient is spent on what is hard to learn. And half of the loss is in words that might as well have been others
+("That comes to 210."), which no model can foresee: with `call_weight` w the tokens of turns that call a tool count w
+times. The logged `loss` is weighted so, too; `eval_loss` is always (1) itself. The log-probs come from a token trie
 (toolplay.py), so that the long prompt that all examples share is computed once (with `lora_dropout` they share its
 dropout noise, too).
 
@@ -34,16 +34,19 @@ import torch
 @dataclass
 class Config:
     """SFT's own keys; the shared ones are in toolplay.Config."""
-    decision_weight: Annotated[float, "> 0"] = 1.0    # how often the tokens count that decide: call or talk, and which tool
-    call_weight: Annotated[float, "> 0"] = 1.0        # how often the other tokens of turns that call a tool count
-    keep_best: bool = True               # keep the weights of the lowest evaluation loss; false: the last ones
+    decision_weight: Annotated[float, "> 0"] = 1.0     # how often the tokens count that decide: call or talk, and which
+                                                       # tool
+    call_weight: Annotated[float, "> 0"] = 1.0         # how often the other tokens of turns that call a tool count
+    keep_best: bool = True                             # keep the weights of the lowest evaluation loss; false: the last
+                                                       # ones
 
 
 def sft_loss(logp, mask):
     """Equation (1) as a sum.
 
-    logp: [B, T] log-prob of each token given those before it. mask: [B, T], 1 (or its weight) where the token is trained.
-    -> (loss in nats, summed over trained tokens, {"tokens": their number, or the sum of their weights}); divide the one by the other.
+    logp: [B, T] log-prob of each token given those before it. mask: [B, T], 1 (or its weight) where the token is
+    trained. -> (loss in nats, summed over trained tokens, {"tokens": their number, or the sum of their weights});
+    divide the one by the other.
     """
     mask = mask.to(logp.dtype)
     return -(logp * mask).sum(), {"tokens": mask.sum()}  # (1)
@@ -58,7 +61,8 @@ def train(run):
     # 1. data: rows (ids, mask)
     model, tokenizer = toolplay.prepare_model(config, run.device)
     train_rows, held_out = data.dataset(config, tokenizer)
-    train_rows = weigh(train_rows, config.decision_weight, config.call_weight, tokenizer.encode('{"name": "', add_special_tokens=False))
+    train_rows = weigh(train_rows, config.decision_weight, config.call_weight,
+                       tokenizer.encode('{"name": "', add_special_tokens=False))
     batches = data.Batches(train_rows, config)
 
     # 2. model: base weights are frozen, adapters trained (or every weight, with lora_r = 0)
@@ -89,21 +93,24 @@ def train(run):
         run.log(trainer.step, info, tokens=sum(len(ids) for ids, _ in batch))
 
     # 5. save
-    if "best" not in trainer.extra or not any((run.folder / name).is_dir() for name in ("adapter", "model")):  # nothing to choose by, never a finite evaluation, or the best are gone
+    # nothing to choose by, never a finite evaluation, or the best are gone
+    if "best" not in trainer.extra or not any((run.folder / name).is_dir() for name in ("adapter", "model")):
         run.save_model(model, tokenizer)
     run.finish()
 
 
 def weigh(rows, decision, call, before_name):
-    """Rows (ids, mask) -> the same with weights for 1: `decision` on the tokens that decide, the first of every assistant turn and
-    the one after the ids `before_name`, with which a tool's name begins; `call` on the others of a turn that calls a tool."""
+    """Rows (ids, mask) -> the same with weights for 1: `decision` on the tokens that decide, the first of every
+    assistant turn and the one after the ids `before_name`, with which a tool's name begins; `call` on the others of a
+    turn that calls a tool."""
     n, out = len(before_name), []
     for ids, mask in rows:
         weights = []
         for trained, turn in itertools.groupby(range(len(mask)), key=mask.__getitem__):
             turn = list(turn)
             names = [t for t in turn if ids[max(0, t - n):t] == before_name]
-            weights += [0 if not trained else decision if t == turn[0] or t in names else call if names else 1 for t in turn]
+            weights += [0 if not trained else decision if t == turn[0] or t in names else call if names else 1
+                        for t in turn]
         out.append((ids, weights))
     return out
 

@@ -1,35 +1,39 @@
 """
 teacher.py - Toolformer: a model finds out by itself where a tool would have helped it
 
-The idea (Schick et al. 2023, arXiv:2302.04761). Nobody labels anything. A language model reads plain text, guesses where a
-call might help and what to ask, and the calls are executed. A call is kept if its result makes the words that follow more
-probable, by more than the bare call does. The text with the kept calls in it is what the model is then fine-tuned on.
+The idea (Schick et al. 2023, arXiv:2302.04761). Nobody labels anything. A language model reads plain text, guesses
+where a call might help and what to ask, and the calls are executed. A call is kept if its result makes the words that
+follow more probable, by more than the bare call does. The text with the kept calls in it is what the model is then
+fine-tuned on.
 
-c is a call, as calculator(18 + 27), and r its result; e(c) = " [calculator(18 + 27)]", e(c, r) = " [calculator(18 + 27) -> 45]", and open
-is the token " [". P(x) is an instruction, a few examples, and the text x. Sections are the paper's, the numbers of the equations ours.
+c is a call, as calculator(18 + 27), and r its result; e(c) = " [calculator(18 + 27)]", e(c, r) = " [calculator(18 + 27)
+-> 45]", and open is the token " [". P(x) is an instruction, a few examples, and the text x. Sections are the paper's,
+the numbers of the equations ours.
 
     p_i    = p(open | P(x), x_<i)                        where a call might stand: p_i > tau_s, the k best      (sec. 2)
     c      ~ p(. | P(x), x_<i, open),  m times           what to ask; P(x): a few examples for each tool
-    w~_t   = max(0, 1 - 0.2 t),  w_t = w~_t / sum_s w~_s                                                       (sec. 4.1)
+    w~_t   = max(0, 1 - 0.2 t),  w_t = w~_t / sum_s w~_s                                                      (sec. 4.1)
     L_i(z) = - sum_{j >= i} w_{j-i} log p(x_j | z, x_<j)                                                       (1)
     L+     = L_i(e(c, r)),   L- = min(L_i(nothing), L_i(e(c)))          what the result adds is L- - L+           (2)
     keep c   if  L- - L+ >= tau_f
     x*     = x_<i, e(c, r), x_>=i                        fine-tune on it with the language-model loss
 
-z stands before the whole text, although the call will stand at i: a model that has not been tuned yet is upset by a call
-in the middle of a sentence. Only five weights are above zero, so L_i needs the text up to x_{i+4}. When the tuned model
-writes, a call begins, once a text, where its token is among the `call_top` most probable ones (sec. 4.2): models rather go on than call.
+z stands before the whole text, although the call will stand at i: a model that has not been tuned yet is upset by a
+call in the middle of a sentence. Only five weights are above zero, so L_i needs the text up to x_{i+4}. When the tuned
+model writes, a call begins, once a text, where its token is among the `call_top` most probable ones (sec. 4.2): models
+rather go on than call.
 
-Departures. Inserted results are read, not learned: at inference the tool writes them, so they have mask 0, as everywhere
-in this project. Of several kept calls at one position the best stays. No call stands before the first token, or inside a
-character. A sample ends at "]"; one that goes on " ->" asks for its result, and counts as complete. In L- the call has no arrow (in
-the paper, an arrow and nothing behind it).
+Departures. Inserted results are read, not learned: at inference the tool writes them, so they have mask 0, as
+everywhere in this project. Of several kept calls at one position the best stays. No call stands before the first token,
+or inside a character. A sample ends at "]"; one that goes on " ->" asks for its result, and counts as complete. In L-
+the call has no arrow (in the paper, an arrow and nothing behind it).
 
-Every pass is batched. For each tool the texts are scored in tries in which P is computed once, and sampled from caches that share P;
-in the filter the call stands first, so only the text behind nothing, and the beginnings of calls, are shared.
+Every pass is batched. For each tool the texts are scored in tries in which P is computed once, and sampled from caches
+that share P; in the filter the call stands first, so only the text behind nothing, and the beginnings of calls, are
+shared.
 
-Before and after the fine-tuning (there is no `eval_every` here) the loss of held-out texts and the share of right sums is
-measured, with tools and without, on `eval_path` or the built-in prose of the test split.
+Before and after the fine-tuning (there is no `eval_every` here) the loss of held-out texts and the share of right sums
+is measured, with tools and without, on `eval_path` or the built-in prose of the test split.
 
     python teacher.py configs/teacher.json          the same as: python toolplay.py train configs/teacher.json
     python teacher.py --show RUN                    the funnel, the best and the worst ten calls
@@ -53,20 +57,26 @@ import torch
 @dataclass
 class Config:
     """The teacher's own keys; the shared ones are in toolplay.Config, and say how it is fine-tuned afterwards."""
-    text: str = ""                                     # text file (a text a line) or JSONL ({"text"} a line) to annotate; empty: built-in prose
-    texts: Annotated[int, "> 0"] = 600                 # how many texts to read
-    tau_s: Annotated[float, "0 to 1"] = 0.0            # a position is tried if p(open) exceeds this; the paper: 0.05, for calculator and translation 0
-    positions: Annotated[int, "> 0"] = 5               # k: at most that many positions a text and tool; the paper: 5, for these 20
-    samples: Annotated[int, "> 0"] = 4                 # m: calls sampled at each; the paper: 5, for these 10
-    tau_f: float = 0.5                                 # a call is kept if it lowers the loss by this, in nats; the paper: 1, for these 0.5
-    call_tokens: Annotated[int, "> 0"] = 24            # a call that has not ended by then is dropped
-    call_top: Annotated[int, "> 0"] = 10               # when writing, a call begins if its token is among that many most probable ones; the paper: 10
-    texts_at_once: Annotated[int, "> 0"] = 8           # texts that are annotated together
+    text: str = ""                                 # text file (a text a line) or JSONL ({"text"} a line) to annotate;
+                                                   # empty: built-in prose
+    texts: Annotated[int, "> 0"] = 600             # how many texts to read
+    tau_s: Annotated[float, "0 to 1"] = 0.0        # a position is tried if p(open) exceeds this; the paper: 0.05, for
+                                                   # calculator and translation 0
+    positions: Annotated[int, "> 0"] = 5           # k: at most that many positions a text and tool; the paper: 5, for
+                                                   # these 20
+    samples: Annotated[int, "> 0"] = 4             # m: calls sampled at each; the paper: 5, for these 10
+    tau_f: float = 0.5                             # a call is kept if it lowers the loss by this, in nats; the paper:
+                                                   # 1, for these 0.5
+    call_tokens: Annotated[int, "> 0"] = 24        # a call that has not ended by then is dropped
+    call_top: Annotated[int, "> 0"] = 10           # when writing, a call begins if its token is among that many most
+                                                   # probable ones; the paper: 10
+    texts_at_once: Annotated[int, "> 0"] = 8       # texts that are annotated together
     annotate_with: list[str] = field(default_factory=list)  # names of the tools whose calls are tried; empty: all
 
 
 OPEN, ARROW, CLOSE = " [", " ->", "]"                  # [calculator(18 + 27) -> 45]
-Candidate = namedtuple("Candidate", "position call result")  # an index into the text's tokens, a tools.Call, what the tool said
+# an index into the text's tokens, a tools.Call, what the tool said
+Candidate = namedtuple("Candidate", "position call result")
 
 
 # --------------------------------------------------------------------------- 1. pure functions
@@ -88,17 +98,20 @@ def gain(full, nothing, bare):
 
 
 def best_positions(open_logp, tau_s, k):
-    """log p(open) before each token [T] -> the at most k positions with p > tau_s, the most probable ones, in the order of the text (sec. 2)."""
+    """log p(open) before each token [T] -> the at most k positions with p > tau_s, the most probable ones, in the order
+    of the text (sec. 2)."""
     p = open_logp.exp().tolist()
     likely = [i for i in range(1, len(p)) if p[i] > tau_s]
     return sorted(sorted(likely, key=lambda i: -p[i])[:k])
 
 
 def decide(candidates, tau_f):
-    """Keep c if L- - L+ >= tau_f, and of several at one position only the best (sec. 2): sets "kept", and "why" not, of a text's candidates."""
+    """Keep c if L- - L+ >= tau_f, and of several at one position only the best (sec. 2): sets "kept", and "why" not, of
+    a text's candidates."""
     for c in candidates:
         best = c is max((d for d in candidates if d["position"] == c["position"]), key=lambda d: d["gain"])
-        c["why"] = "its gain is below tau_f" if not c["gain"] >= tau_f else "another one at this position gains more" if not best else ""
+        c["why"] = ("its gain is below tau_f" if not c["gain"] >= tau_f else "another one at this position gains more"
+                    if not best else "")
         c["kept"] = not c["why"]
 
 
@@ -115,7 +128,8 @@ def opening(tokenizer):
 
 
 def call_text(call, result=None, start=OPEN):
-    """e(c), or e(c, r) with a result: " [calculator(18 + 27) -> 45]". Behind the first, arguments have their names, so that it can be read again."""
+    """e(c), or e(c, r) with a result: " [calculator(18 + 27) -> 45]". Behind the first, arguments have their names, so
+    that it can be read again."""
     values = [str(value) if not n else f"{name}={value}" for n, (name, value) in enumerate(call.arguments.items())]
     return f"{start}{call.name}({', '.join(values)})" + (f"{ARROW} {result}" if result is not None else "") + CLOSE
 
@@ -123,8 +137,9 @@ def call_text(call, result=None, start=OPEN):
 def read_call(text, tools):
     """"calculator(18 + 27)]..." -> Call, or None if it does not end, or names no tool.
 
-    What stands between the brackets are the required arguments, or the first, with commas between them; "name=value" as in Python
-    names any. Behind a number optional ones may follow; it holds no comma: 1,000 is refused. Lists and objects cannot be written so.
+    What stands between the brackets are the required arguments, or the first, with commas between them; "name=value" as
+    in Python names any. Behind a number optional ones may follow; it holds no comma: 1,000 is refused. Lists and
+    objects cannot be written so.
     """
     from tools import Call  # here, so that this file alone gives the losses
     found = re.match(r"\s*([^\s<>\"(),\[\]]+)\(([^\[\]\n]*?)\)\s*(?:\]|->)", text)
@@ -135,9 +150,12 @@ def read_call(text, tools):
     order = list({**dict.fromkeys(required), **fields})
     if not order or not found[2].strip():
         return None if required or found[2].strip() else Call(found[1], {})
-    numeric = [name for name in fields if {"integer", "number", "boolean"} & set(kind if isinstance(kind := fields[name].get("type"), list) else [kind])]
+    kinds = {name: field.get("type") for name, field in fields.items()}
+    numeric = [name for name, kind in kinds.items()
+               if {"integer", "number", "boolean"} & set(kind if isinstance(kind, list) else [kind])]
     anywhere = "|".join(map(re.escape, order))
-    parts = re.split(rf"(?:^|,)\s*({anywhere})\s*=(?!=)", found[2])  # before the first name, name, value, name, value, ...
+    # before the first name, name, value, name, value, ...
+    parts = re.split(rf"(?:^|,)\s*({anywhere})\s*=(?!=)", found[2])
     named, first = dict(zip(parts[1::2], parts[2::2])), parts[0].rstrip(", ")
     free = [name for name in order if name not in named]
     wanted = [name for name in free if name in required] or free[:1]
@@ -171,7 +189,8 @@ def result_text(result, most=80):
     if isinstance(value, list):
         value = value[0]
     if isinstance(value, dict):
-        value = value["text"] if "text" in value else ", ".join(str(v) for k, v in value.items() if result.name != "weather" or k not in ("city", "unit"))
+        asked = ("city", "unit") if result.name == "weather" else ()
+        value = value["text"] if "text" in value else ", ".join(str(v) for k, v in value.items() if k not in asked)
     return re.sub(r"[\[\]\n]+|->", " ", str(value))[:most].strip() or None
 
 
@@ -205,7 +224,8 @@ def insert(ids, calls, tokenizer):
 def few_shot(tool, tokenizer):
     """P(x) up to where x is to be written with its calls -> (ids before x, ids between x and its annotated form)."""
     import data
-    task = f"Add calls to {tool.name} to the text, where they help to complete it. {tool.description} A call looks like [{tool.name}(...)]."
+    task = (f"Add calls to {tool.name} to the text, where they help to complete it. {tool.description} "
+            f"A call looks like [{tool.name}(...)].")
     prompt = data.corpus("teacher_prompts.json")["tools"].get(tool.name, {"task": task, "examples": []})
     # Texts begin a line, so that their first words are the same tokens here and alone.
     shots = "".join(f"Text:\n{x}\nWith calls:\n{y}\n\n" for x, y in prompt["examples"])
@@ -213,7 +233,8 @@ def few_shot(tool, tokenizer):
 
 
 def open_logprobs(model, tokenizer, rows, heads, config):
-    """p_i (sec. 2): log p(open | P(x), x_<i) before each token of each text, P(x) its head -> [T] a text; -inf inside a character, where no text can part."""
+    """p_i (sec. 2): log p(open | P(x), x_<i) before each token of each text, P(x) its head -> [T] a text; -inf inside a
+    character, where no text can part."""
     import toolplay
     open_id, = ids_of(tokenizer, opening(tokenizer))
     whole = [(head + ids, [0] * len(head) + [1] * len(ids)) for head, ids in zip(heads, rows)]
@@ -228,7 +249,8 @@ CACHED = 2 ** 15  # tokens of a cache's own: with more, prompts are sampled from
 
 
 def sample_calls(model, tokenizer, prompts, config, seed):
-    """c ~ p(. | P(x), x_<i, open) (sec. 2): rows of ids that end in OPEN -> the text that the model writes after each, until the call ends."""
+    """c ~ p(. | P(x), x_<i, open) (sec. 2): rows of ids that end in OPEN -> the text that the model writes after each,
+    until the call ends."""
     import toolplay
     streams, said = [random.Random(f"{seed} {r}") for r in range(len(prompts))], [[] for _ in prompts]
     shared = min((toolplay.common_prefix(prompts[0], prompt) for prompt in prompts), default=0)
@@ -241,7 +263,8 @@ def sample_calls(model, tokenizer, prompts, config, seed):
             tokens, _ = toolplay.sample(logits, [streams[r].random() for r in alive], 1.0, 1.0)
             for token, r in zip(tokens, alive):
                 said[r].append(token)
-            going = [n for n, r in enumerate(alive) if len(said[r]) < config.call_tokens and not re.search(r"[\]\n]|->", tokenizer.decode(said[r][-3:]))]
+            going = [n for n, r in enumerate(alive) if len(said[r]) < config.call_tokens
+                     and not re.search(r"[\]\n]|->", tokenizer.decode(said[r][-3:]))]
             alive = [alive[n] for n in going]
             cache.keep(going)
     return [tokenizer.decode(ids) for ids in said]
@@ -260,14 +283,15 @@ FUNNEL = ("positions", "sampled", "parsed", "distinct", "executed", "kept")
 def annotate(model, tokenizer, rows, tools, config, seed):
     """Texts as id lists -> (candidates of each, left-out samples of each, counts of the funnel).
 
-    A candidate was executed: {"position", "offset", "call", "result", "plus", "minus", "gain", "kept", "why" not}. A sample that
-    was not: {"position", "text", "why"}.
+    A candidate was executed: {"position", "offset", "call", "result", "plus", "minus", "gain", "kept", "why" not}. A
+    sample that was not: {"position", "text", "why"}.
     """
     import toolplay
     from tools import execute
     funnel = dict.fromkeys(FUNNEL, 0)
     found, left_out = [[] for _ in rows], [[] for _ in rows]
-    half = toolplay.autocast(config, model.device)  # for guesses; the filter's losses, whose differences decide, are computed in fp32
+    # for guesses; the filter's losses, whose differences decide, are computed in fp32
+    half = toolplay.autocast(config, model.device)
     for tool in tools.values():
         # 1. where: the probability of OPEN before each token of the text, written once more after the examples
         before, between = few_shot(tool, tokenizer)
@@ -298,14 +322,16 @@ def annotate(model, tokenizer, rows, tools, config, seed):
                 funnel["executed"] += 1
                 found[n].append(Candidate(i, call, result))
             else:
-                left_out[n].append({"position": i, "text": call_text(call).strip(), "why": outcome.message[:100] or "an empty result"})
+                left_out[n].append({"position": i, "text": call_text(call).strip(),
+                                    "why": outcome.message[:100] or "an empty result"})
     # 4. filter: the text behind nothing, behind the bare call, behind call and result
     units = [(n, c) for n, candidates in enumerate(found) for c in candidates]
     scored = losses(model, tokenizer, [(rows[n], c) for n, c in units], config.micro_tokens * 4)
     out = [[] for _ in rows]
     for (n, c), (nothing, bare, full) in zip(units, scored):
         offset = len(tokenizer.decode(rows[n][:c.position]))  # in the text, for data.read_teacher
-        out[n].append({"position": c.position, "offset": offset, "call": dict(vars(c.call)), "result": c.result, "plus": full, "minus": min(nothing, bare),
+        out[n].append({"position": c.position, "offset": offset, "call": dict(vars(c.call)), "result": c.result,
+                       "plus": full, "minus": min(nothing, bare),
                        "gain": gain(full, nothing, bare)})
     for candidates in out:
         decide(candidates, config.tau_f)
@@ -315,12 +341,15 @@ def annotate(model, tokenizer, rows, tools, config, seed):
 
 @torch.no_grad()
 def losses(model, tokenizer, units, budget):
-    """The losses of (2): [(text ids, Candidate)] -> [(L_i of nothing, of e(c), of e(c, r))] in nats, each with the call before the whole text."""
+    """The losses of (2): [(text ids, Candidate)] -> [(L_i of nothing, of e(c), of e(c, r))] in nats, each with the call
+    before the whole text."""
     import toolplay
     if not units:
         return []
-    rows = [(prefix + ids[:i + 5], [0] * (len(prefix) + i) + [1] * len(ids[i:i + 5])) for ids, (i, call, result) in units
-            for prefix in ([], ids_of(tokenizer, call_text(call).lstrip()), ids_of(tokenizer, call_text(call, result).lstrip()))]
+    rows = [(prefix + ids[:i + 5], [0] * (len(prefix) + i) + [1] * len(ids[i:i + 5]))
+            for ids, (i, call, result) in units
+            for prefix in ([], ids_of(tokenizer, call_text(call).lstrip()),
+                           ids_of(tokenizer, call_text(call, result).lstrip()))]
     logp = toolplay.token_logprobs(model, rows, budget=budget).cpu()
     found = [weighted_loss(row[:len(ids)], mask.count(0)) for row, (ids, mask) in zip(logp, rows)]
     return list(zip(found[::3], found[1::3], found[2::3]))
@@ -329,7 +358,8 @@ def losses(model, tokenizer, units, budget):
 # --------------------------------------------------------------------------- 4. texts
 
 def prose(split, n, seed=0):
-    """n built-in texts of a split -> [{"text", "kind", "prompt"?, "answer"?}]; prompt and answer where a number is worked out in it."""
+    """n built-in texts of a split -> [{"text", "kind", "prompt"?, "answer"?}]; prompt and answer where a number is
+    worked out in it."""
     import data
     from tools import BUILTIN, Call, calculate, execute
     rng, out = random.Random(f"{split} prose {seed}"), []
@@ -350,18 +380,22 @@ def prose(split, n, seed=0):
             words["answer"] = str(answer)
         elif kind == "weather":
             city = rng.choice(data.pool("cities.json", "cities", split))["name"]
-            words = {k: str(v) for k, v in execute(Call("weather", {"city": city}), BUILTIN).value.items()} | {"city": city}
+            weather = execute(Call("weather", {"city": city}), BUILTIN).value
+            words = {k: str(v) for k, v in weather.items()} | {"city": city}
         if kind != "plain" and rng.random() < 0.4:
             text = f'{rng.choice(rng.choice(data.pool("prose.json", "plain", split))["texts"])} {text}'
-        asked = {"prompt": data.fill(text.partition("{answer}")[0].rstrip(), words), "answer": answer} if kind == "calculator" else {}
+        asked = ({"prompt": data.fill(text.partition("{answer}")[0].rstrip(), words), "answer": answer}
+                 if kind == "calculator" else {})
         out.append({"text": data.fill(text, words), "kind": kind, **asked})
     return out
 
 
 def read_texts(path, n):
-    """The first n texts of a file: JSON lines with "text" (or "question" and "answer", as GSM8K has them), or a text a line.
+    """The first n texts of a file: JSON lines with "text" (or "question" and "answer", as GSM8K has them), or a text a
+    line.
 
-    A GSM8K text that ends in its answer can be asked for it: it has "prompt" and "answer" too, as `prose`. UserError if the file holds no text.
+    A GSM8K text that ends in its answer can be asked for it: it has "prompt" and "answer" too, as `prose`. UserError if
+    the file holds no text.
     """
     import data
     from tools import UserError
@@ -371,13 +405,15 @@ def read_texts(path, n):
             keys = ["text"] if "text" in item else ["content"] if "content" in item else ["question", "answer"]
             found = [item.get(key) for key in keys]
             if not all(isinstance(text, str) and text.strip() for text in found):
-                raise UserError('a line is a text, or an object with "text" (or "content"), or with "question" and "answer"')
+                raise UserError('a line is a text, or an object with "text" (or "content"), '
+                                'or with "question" and "answer"')
             text, asked = found[0].strip(), {}
             if len(found) > 1:  # in one line, without GSM8K's marks: "5 + 6 = <<5+6=11>>11", and "#### 11" at the end
                 text = " ".join(re.sub(r"<<[^<>]*>>|^####.*", "", f"{text}\n{found[1]}", flags=re.MULTILINE).split())
                 last = re.search(r"^#### *(-?[\d,]*\d)$", found[1], re.MULTILINE)
                 ends = last and re.search(rf"(?<![\d.,]){re.escape(last[1])}(?![\d,]|\.\d)(?!.*\d)", text)
-                asked = {"prompt": text[:ends.start()].rstrip(), "answer": int(last[1].replace(",", ""))} if ends and ends.start() else {}
+                asked = ({"prompt": text[:ends.start()].rstrip(), "answer": int(last[1].replace(",", ""))}
+                         if ends and ends.start() else {})
             text.encode()  # half a surrogate pair is no text
             return {"text": text, "kind": "text", **asked}
         return data.read_jsonl(path, check)[:n]
@@ -390,7 +426,8 @@ def read_texts(path, n):
     if not lines:
         raise UserError(f"{path}: the file is empty")
     if re.match(r'\{\s*"\w+"\s*:', lines[0]):
-        raise UserError(f'{path}: its lines are JSON objects; to have the "text" of each read, let its name end in .jsonl')
+        raise UserError(f'{path}: its lines are JSON objects; to have the "text" of each read, '
+                        'let its name end in .jsonl')
     return [{"text": line, "kind": "text"} for line in lines[:n]]
 
 
@@ -398,8 +435,8 @@ def read_texts(path, n):
 
 @torch.no_grad()
 def complete(model, tokenizer, rows, tools, most=16, call_tokens=24, call_top=1):
-    """Continue each row of ids greedily -> [(text without calls, calls)]. Calls are executed as they are written; one may begin where
-    its token is among the `call_top` most probable, once a row. tools {}: none may."""
+    """Continue each row of ids greedily -> [(text without calls, calls)]. Calls are executed as they are written; one
+    may begin where its token is among the `call_top` most probable, once a row. tools {}: none may."""
     import toolplay
     open_id, = ids_of(tokenizer, opening(tokenizer))
     end = toolplay.stop_ids(model, tokenizer)
@@ -447,8 +484,9 @@ SURE = 0.05  # the paper's tau_s
 
 @torch.no_grad()
 def text_loss(model, tokenizer, rows, tools, config):
-    """Mean loss of the texts' own tokens; with tools, the model's best call (p(open) > SURE) is executed and inserted first. Not `call_top`, as
-    in `complete`: the text is given, so what counts is where the model itself would put its one call."""
+    """Mean loss of the texts' own tokens; with tools, the model's best call (p(open) > SURE) is executed and inserted
+    first. Not `call_top`, as in `complete`: the text is given, so what counts is where the model itself would put its
+    one call."""
     import toolplay
     pairs = [(ids, [1] * len(ids)) for ids in rows]
     if tools:
@@ -466,13 +504,18 @@ def text_loss(model, tokenizer, rows, tools, config):
 
 
 def measure(model, tokenizer, held_out, tools, config):
-    """Held-out texts -> {"loss", "loss_with_tools", "right", "right_with_tools" (None where no text asks for a number), "n", "calls"}."""
-    rows, asked = [ids_of(tokenizer, item["text"]) for item in held_out], [item for item in held_out if "answer" in item]
-    out = {"loss": text_loss(model, tokenizer, rows, {}, config), "loss_with_tools": text_loss(model, tokenizer, rows, tools, config)}
+    """Held-out texts -> {"loss", "loss_with_tools", "right", "right_with_tools" (None where no text asks for a number),
+    "n", "calls"}."""
+    rows = [ids_of(tokenizer, item["text"]) for item in held_out]
+    asked = [item for item in held_out if "answer" in item]
+    out = {"loss": text_loss(model, tokenizer, rows, {}, config),
+           "loss_with_tools": text_loss(model, tokenizer, rows, tools, config)}
     prompts = [ids_of(tokenizer, item["prompt"]) for item in asked]
-    answers = [complete(model, tokenizer, prompts, allowed, call_tokens=config.call_tokens, call_top=config.call_top) if asked else [] for allowed in ({}, tools)]
+    answers = [complete(model, tokenizer, prompts, allowed, call_tokens=config.call_tokens, call_top=config.call_top)
+               if asked else [] for allowed in ({}, tools)]
     for key, said in zip(("right", "right_with_tools"), answers):
-        out[key] = sum(right_number(text, item["answer"]) for (text, _), item in zip(said, asked)) / len(asked) if asked else None
+        out[key] = (sum(right_number(text, item["answer"]) for (text, _), item in zip(said, asked)) / len(asked)
+                    if asked else None)
     return {**out, "n": len(asked), "calls": sum(len(calls) for _, calls in answers[1])}
 
 
@@ -495,18 +538,21 @@ def train(run):
     texts = read_texts(config.text, config.texts) if config.text else prose("train", config.texts, config.seed)
 
     def fitting(items, what):
-        sized = [(item, n) for item in items if (n := len(ids_of(tokenizer, item["text"]))) > 1]  # a token alone has no loss
+        # a token alone has no loss
+        sized = [(item, n) for item in items if (n := len(ids_of(tokenizer, item["text"]))) > 1]
         return data.fitting([item for item, _ in sized], [n for _, n in sized], config.max_tokens, what)
     texts = fitting(texts, "texts")
     if not texts:
         raise UserError(f"no text fits max_tokens = {config.max_tokens}; raise it, or write shorter texts, one a line")
-    held_out = read_texts(config.eval_path, config.eval_examples) if config.eval_path else prose("test", config.eval_examples, config.seed) if config.eval_examples else []
+    held_out = (read_texts(config.eval_path, config.eval_examples) if config.eval_path
+                else prose("test", config.eval_examples, config.seed) if config.eval_examples else [])
     held_out = fitting(held_out, "held-out texts")
     annotated = annotated_texts(run, model, tokenizer, texts, tools)
     rows = [insert(line["ids"], kept_calls(line["candidates"]), tokenizer) for line in annotated]
     if not any(0 in mask for _, mask in rows):
         best = max((c["gain"] for line in annotated for c in line["candidates"]), default=None)
-        raise UserError("no call helped: nothing to learn from; " + ("" if best is None else f"go on with --resume and a tau_f below {best:.3f}, or ") +
+        lower = "" if best is None else f"go on with --resume and a tau_f below {best:.3f}, or "
+        raise UserError(f"no call helped: nothing to learn from; {lower}"
                         "start a new run (--run_dir=...) with more texts, positions or samples")
     rows = data.fitting(rows, [len(ids) for ids, _ in rows], config.max_tokens, "texts with their calls")
 
@@ -527,7 +573,8 @@ def train(run):
     for step in run.steps(trainer, batches.total):
         model.train()
         batch = [rows[i] for i in batches(step)]
-        info = toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1][1:]))  # nothing predicts the first token
+        # nothing predicts the first token
+        info = toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1][1:]))
         info.pop("tokens", None)
         if held_out and trainer.step >= batches.total:
             after = measure(model.eval(), tokenizer, held_out, tools, config)
@@ -548,13 +595,16 @@ def read_augmented(path):
     from tools import UserError
     lines = toolplay.read_lines(path, ["text", "ids", "candidates"])
     for number, line in enumerate(lines, 1):
-        if not isinstance(line["candidates"], list) or not all(isinstance(c, dict) and {"position", "offset", "call", "result", "gain", "kept"} <= set(c) for c in line["candidates"]):
+        keys = {"position", "offset", "call", "result", "gain", "kept"}
+        if (not isinstance(line["candidates"], list)
+                or not all(isinstance(c, dict) and keys <= set(c) for c in line["candidates"])):
             raise UserError(f"{path}, line {number}: it is damaged")
     return lines
 
 
 def annotated_texts(run, model, tokenizer, texts, tools):
-    """The lines of augmented.jsonl, one a text, made now or before: {"text", "kind", "ids", "candidates", "left_out", "augmented"}."""
+    """The lines of augmented.jsonl, one a text, made now or before: {"text", "kind", "ids", "candidates", "left_out",
+    "augmented"}."""
     from tqdm import tqdm
 
     import toolplay
@@ -567,13 +617,15 @@ def annotated_texts(run, model, tokenizer, texts, tools):
         raise UserError(f"{path}: it is of other texts; start a new run")
 
     def augmented(line):
-        return {**line, "augmented": tokenizer.decode(insert(line["ids"], kept_calls(line["candidates"]), tokenizer)[0])}
+        return {**line,
+                "augmented": tokenizer.decode(insert(line["ids"], kept_calls(line["candidates"]), tokenizer)[0])}
 
     for start in range(0, len(lines), n):  # tau_f may be another one now
         for at, line in enumerate(lines[start:start + n], start):
             decide(line["candidates"], config.tau_f)
             lines[at] = augmented(line)
-        lines[at].get("funnel", {})["kept"] = sum(c["kept"] for line in lines[start:start + n] for c in line["candidates"])
+        lines[at].get("funnel", {})["kept"] = sum(c["kept"] for line in lines[start:start + n]
+                                                  for c in line["candidates"])
     if run.rank == 0:
         toolplay.write_lines(path, lines)
     model.eval()
@@ -584,10 +636,12 @@ def annotated_texts(run, model, tokenizer, texts, tools):
             group = texts[start:start + n]
             ids = [ids_of(tokenizer, item["text"]) for item in group]
             found, left_out, funnel = annotate(model, tokenizer, ids, tools, config, f"{config.seed} {start}")
-            out.append([augmented({**item, "ids": row, "candidates": candidates, "left_out": others}) for item, row, candidates, others in zip(group, ids, found, left_out)])
+            out.append([augmented({**item, "ids": row, "candidates": candidates, "left_out": others})
+                        for item, row, candidates, others in zip(group, ids, found, left_out)])
             out[-1][-1]["funnel"] = funnel  # of the whole group
         return out
-    with tqdm(total=len(texts), initial=len(lines), desc="annotate", unit="text", disable=run.rank != 0, dynamic_ncols=True) as bar:
+    with tqdm(total=len(texts), initial=len(lines), desc="annotate", unit="text", disable=run.rank != 0,
+              dynamic_ncols=True) as bar:
         while len(lines) < len(texts):
             starts = list(range(len(lines), len(texts), n))[:toolplay.world_rank()[1]]
             fresh = [line for group in toolplay.shared_out(starts, annotated) for line in group]
@@ -604,11 +658,13 @@ def annotated_texts(run, model, tokenizer, texts, tools):
 def funnel_text(lines, n=10):
     """The funnel, and the n best and worst calls."""
     funnel = " -> ".join(f"{sum(line.get('funnel', {}).get(key, 0) for line in lines)} {key}" for key in FUNNEL)
-    out = [f"{len(lines)} texts: {funnel}; {sum(any(c['kept'] for c in line['candidates']) for line in lines)} texts have a call now"]
+    out = [f"{len(lines)} texts: {funnel}; {sum(any(c['kept'] for c in line['candidates']) for line in lines)} texts "
+           "have a call now"]
     every = sorted(((c["gain"], line, c) for line in lines for c in line["candidates"]), key=lambda x: -x[0])
     for title, some in ((f"best {n}", every[:n]), (f"worst {n}", every[n:][-n:])):
         out.append(f"{title} (L- minus L+, in nats):")
-        out += [f"  {g:+.2f}  {c['call']['name']}({', '.join(map(str, c['call']['arguments'].values()))}) -> {c['result']}   in: {line['text'][:100]}" for g, line, c in some]
+        out += [f"  {g:+.2f}  {c['call']['name']}({', '.join(map(str, c['call']['arguments'].values()))}) "
+                f"-> {c['result']}   in: {line['text'][:100]}" for g, line, c in some]
     return "\n".join(out)
 
 
@@ -621,7 +677,8 @@ def main(argv=None):
     with toolplay.one_line_errors():
         lines = read_augmented(Path(*argv[1:2]) / "augmented.jsonl")
         if not lines:
-            raise UserError(f"{''.join(argv[1:2]) or '--show'}: no augmented.jsonl; name a teacher run that has begun: python teacher.py --show RUN")
+            raise UserError(f"{''.join(argv[1:2]) or '--show'}: no augmented.jsonl; "
+                            "name a teacher run that has begun: python teacher.py --show RUN")
         print(funnel_text(lines))
 
 

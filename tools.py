@@ -73,14 +73,17 @@ class ToolError(Exception):
 
 def _nearest(name, names):
     """-> "; the nearest is 'x'", to mend a typing mistake; "" where none is near."""
-    return "".join(f"; the nearest is {found!r}" for found in difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.5))
+    return "".join(f"; the nearest is {found!r}"
+                   for found in difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.5))
 
 
 # 1. a tool and its schema
 
 # The second line is not JSON schema: BFCL, ToolBench and people write these.
-TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool], "array": [list], "object": [dict], "null": [type(None)],
-         "dict": [dict], "float": [int, float], "tuple": [list], "str": [str], "int": [int], "double": [int, float], "bool": [bool], "list": [list]}
+TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool], "array": [list],
+         "object": [dict], "null": [type(None)],
+         "dict": [dict], "float": [int, float], "tuple": [list], "str": [str], "int": [int], "double": [int, float],
+         "bool": [bool], "list": [list]}
 JSON_TYPES = {kind for kinds in TYPES.values() for kind in kinds}
 HINTS = {str: {"type": "string"}, int: {"type": "integer"}, float: {"type": "number"}, bool: {"type": "boolean"},
          list: {"type": "array"}, dict: {"type": "object"}, type(None): {"type": "null"}, typing.Any: {}}
@@ -103,12 +106,15 @@ class Tool:
             raise UserError(f"tool {self.name!r}: the name must be one word without quotes, brackets or commas")
         if self.function is not None and not callable(self.function):
             raise UserError(f"tool {self.name!r}: {self.function!r:.60} cannot be called; name a function")
-        if any(is_late(self.function) for is_late in (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)):
-            raise UserError(f"tool {self.name}: it is async or a generator; wrap it in a plain function that returns the value (asyncio.run, list)")
+        if any(is_late(self.function) for is_late in (inspect.iscoroutinefunction, inspect.isasyncgenfunction,
+                                                      inspect.isgeneratorfunction)):
+            raise UserError(f"tool {self.name}: it is async or a generator; "
+                            "wrap it in a plain function that returns the value (asyncio.run, list)")
         try:  # what can not be written, or breaks the check of an empty call, is no schema
             self.signature(), _dumps(self.schema()), _problems({}, self.parameters)
         except Exception as error:
-            raise UserError(f"tool {self.name!r}: parameters: not a JSON schema that can be used ({type(error).__name__}: {error})") from None
+            raise UserError(f"tool {self.name!r}: parameters: "
+                            f"not a JSON schema that can be used ({type(error).__name__}: {error})") from None
 
     def __call__(self, *args, **kwargs):
         """A decorated function is still one: without checks, in this process."""
@@ -116,23 +122,27 @@ class Tool:
 
     def schema(self) -> dict:
         """The OpenAI form."""
-        return {"type": "function", "function": {key: getattr(self, key) for key in ("name", "description", "parameters")}}
+        return {"type": "function", "function": {key: getattr(self, key)
+                                                 for key in ("name", "description", "parameters")}}
 
     def signature(self, style="signature") -> str:
-        """One line: `name(p: type, q?: type = default) - first sentence`; "described": with what is said of the parameters;
-        "call": this too, and written like a call of it, `{"name": "name", "arguments": {"p": type, "q": type? = default}}`.
+        """One line: `name(p: type, q?: type = default) - first sentence`; "described": with what is said of the
+        parameters; "call": this too, and written like a call of it, `{"name": "name", "arguments": {"p": type, "q":
+        type? = default}}`.
 
-        A name behind a blank has other tokens than behind a quote (" pickup", "_branch" and "pick", "up", "_branch"): in
-        the form of a call the model sees what it is to write, token by token.
+        A name behind a blank has other tokens than behind a quote (" pickup", "_branch" and "pick", "up", "_branch"):
+        in the form of a call the model sees what it is to write, token by token.
         """
         sentence = re.split(r"(?<=[.!?]) ", " ".join(self.description.split()), maxsplit=1)[0]
         fields = _fields(self.parameters, style, self.parameters)
-        line = (f'{{"name": {_dumps(self.name)}, "arguments": {{{fields}}}}}' if style == "call" else f"{self.name}({fields})") + (f" - {sentence}" if sentence else "")
+        line = (f'{{"name": {_dumps(self.name)}, "arguments": {{{fields}}}}}' if style == "call"
+                else f"{self.name}({fields})") + (f" - {sentence}" if sentence else "")
         return SURROGATE.sub("\ufffd", re.sub(r"<(?=\||/?tool_)", r"\\u003c", re.sub(r"\s*\n\s*", " ", line)))
 
 
 # The JSON schema of a tool, whose parameters are a JSON schema themselves.
-FORM = {"additionalProperties": True, "properties": {"name": {"type": "string"}, "description": {"type": "string"}, "parameters": {
+FORM = {"additionalProperties": True, "properties": {"name": {"type": "string"}, "description": {"type": "string"},
+                                                     "parameters": {
     "type": "object", "additionalProperties": True, "properties": {"required": {"type": "array"}, "properties": {
         "type": "object", "additionalProperties": {"type": "object"}}}}}}
 
@@ -141,7 +151,8 @@ COMBINED = ("allOf", "anyOf", "oneOf")
 
 
 def _resolved(schema, root):
-    """A schema without a $ref in front of it: "#" is the root, "#/$defs/Unit" a place in it. References to elsewhere are not followed."""
+    """A schema without a $ref in front of it: "#" is the root, "#/$defs/Unit" a place in it. References to elsewhere
+    are not followed."""
     for _ in range(100):
         if not isinstance(ref := schema.get("$ref"), str) or ref != "#" and not ref.startswith("#/"):
             return schema
@@ -158,31 +169,37 @@ def _resolved(schema, root):
 def _parts(schema, root, words=COMBINED, seen=()):
     """The schemas that are combined into one, it first. `seen`: those that led here, for one may be its own part."""
     schema = _resolved(schema, root)
-    return [schema, *(part for word in words for item in schema.get(word, []) if isinstance(item, dict) and not any(item is x for x in seen)
+    return [schema, *(part for word in words for item in schema.get(word, []) if isinstance(item, dict)
+                      and not any(item is x for x in seen)
                       for part in _parts(item, root, words, (*seen, item)))]
 
 
 def _properties(schema, root, part=False):
-    """-> ({name: schema} of what a schema names, itself or by what it is combined of; whether there may be others, or their schema).
+    """-> ({name: schema} of what a schema names, itself or by what it is combined of; whether there may be others, or
+    their schema).
 
-    A schema that names nothing takes anything, and so does a `part` of a combined one: other names may be another part's.
+    A schema that names nothing takes anything, and so does a `part` of a combined one: other names may be another
+    part's.
     """
     parts, named = _parts(schema, root), {}
     for inner in parts:
         named |= {**inner.get("properties", {}), **named}  # of two of a name, the first
     closed = named or "properties" in parts[0]
-    return named, "patternProperties" in parts[0] or parts[0].get("additionalProperties", part or not closed)  # patterns are not read
+    # patterns are not read
+    return named, "patternProperties" in parts[0] or parts[0].get("additionalProperties", part or not closed)
 
 
 def _required(schema, root):
-    """Names that a schema requires, itself or by what it is combined of. Anything but a list (draft 3 had true and false) requires nothing."""
+    """Names that a schema requires, itself or by what it is combined of. Anything but a list (draft 3 had true and
+    false) requires nothing."""
     lists = [part["required"] for part in _parts(schema, root, ("allOf",)) if isinstance(part.get("required"), list)]
     return [name for names in lists for name in names if isinstance(name, str)]
 
 
 def _whole(parameters):
     """A tool's parameters as the schema of an object that has these arguments and no others."""
-    return {**({"type": "object"} if {"$ref", *COMBINED} & set(parameters) else {"type": "object", "properties": {}}), **parameters}
+    return {**({"type": "object"} if {"$ref", *COMBINED} & set(parameters) else {"type": "object", "properties": {}}),
+            **parameters}
 
 
 def _fields(schema, style, root, path=("#",)):
@@ -193,7 +210,8 @@ def _fields(schema, style, root, path=("#",)):
         default = "" if whole.get("default") is None else f" = {_dumps(whole['default'])}"
         about = "" if style == "signature" else " ".join(str(whole.get("description") or "").split())
         mark, kind = "" if name in required else "?", _type(field, style, root, path)
-        fields.append((f"{_dumps(name)}: {kind}{mark}" if style == "call" else f"{name}{mark}: {kind}") + default + (f" ({about})" if about else ""))
+        fields.append((f"{_dumps(name)}: {kind}{mark}" if style == "call" else f"{name}{mark}: {kind}") + default
+                      + (f" ({about})" if about else ""))
     return ", ".join(fields)
 
 
@@ -212,10 +230,12 @@ def _type(schema, style, root, path=("#",)):
             return sign.join(_type(part, style, root, path) for part in schema[word])
     kind = schema.get("type", "any")
     kind = kind if isinstance(kind, str) else " | ".join(kind)
-    items = f"<{_type(schema['items'], style, root, path)}>" if isinstance(schema.get("items"), dict) and schema["items"] else ""
+    items = (f"<{_type(schema['items'], style, root, path)}>"
+             if isinstance(schema.get("items"), dict) and schema["items"] else "")
     if not schema.get("properties"):
         return f"{kind}{items}"
-    return ("" if style == "call" and kind == "object" else f"{kind}{items}") + f"{{{_fields(schema, style, root, path)}}}"
+    return (("" if style == "call" and kind == "object" else f"{kind}{items}")
+            + f"{{{_fields(schema, style, root, path)}}}")
 
 
 def _types(schema):
@@ -228,8 +248,8 @@ def _types(schema):
 def _problems(value, schema, where="", root=None, part=False, known=None):
     """[(error type, message)] for each way in which `value` breaks `schema`.  No coercion.
 
-    `part`: of a combined schema (allOf, anyOf, oneOf), see `_properties`.  `known`: what was found before, so that no schema is asked twice
-    of one place: a schema of alternatives that holds itself would be asked 2^depth times.
+    `part`: of a combined schema (allOf, anyOf, oneOf), see `_properties`.  `known`: what was found before, so that no
+    schema is asked twice of one place: a schema of alternatives that holds itself would be asked 2^depth times.
     """
     root, known = schema if root is None else root, {} if known is None else known
     key = (where, id(value), id(schema), part)
@@ -253,7 +273,8 @@ def _new_problems(value, schema, where, root, part, known):
             or any(schema.get(word) and all(map(check, schema[word])) for word in ("anyOf", "oneOf"))):
         yield "wrong_type", f"{label} must be {_type(schema, 'signature', root)}, not {_shown(value)}"
         return
-    if schema.get("uniqueItems") is True and isinstance(value, list) and any(_same(a, b) for a, b in itertools.combinations(value[:1000], 2)):
+    if (schema.get("uniqueItems") is True and isinstance(value, list)
+            and any(_same(a, b) for a, b in itertools.combinations(value[:1000], 2))):
         yield "wrong_type", f"{label}: no item may stand there twice"
     for word, (bounded, fits) in BOUNDS.items():
         if type(schema.get(word)) in (int, float) and type(value) in bounded and not fits(value, schema[word]):
@@ -278,7 +299,8 @@ def _new_problems(value, schema, where, root, part, known):
 
 BOUNDS = {"minimum": ((int, float), operator.ge), "maximum": ((int, float), operator.le),
           "exclusiveMinimum": ((int, float), operator.gt), "exclusiveMaximum": ((int, float), operator.lt),
-          "multipleOf": ((int, float), lambda v, b: not b or Fraction(str(v)) % Fraction(str(b)) == 0),  # as decimals: 0.3 is three times 0.1
+          # as decimals: 0.3 is three times 0.1
+          "multipleOf": ((int, float), lambda v, b: not b or Fraction(str(v)) % Fraction(str(b)) == 0),
           "minLength": ((str,), lambda v, b: len(v) >= b), "maxLength": ((str,), lambda v, b: len(v) <= b),
           "minItems": ((list,), lambda v, b: len(v) >= b), "maxItems": ((list,), lambda v, b: len(v) <= b)}
 
@@ -308,11 +330,14 @@ def tool(function=None, *, isolated=True, name=None):
     if function is None:
         return functools.partial(tool, isolated=isolated, name=name)
     name = name or getattr(function, "__name__", "tool")
-    if inspect.isclass(function) or isinstance(function, Tool) or not callable(function) or not hasattr(function, "__annotations__"):
-        raise UserError(f"tool {name}: {function!r:.60} is no plain function; write one that calls it, with type hints and a docstring")
+    if (inspect.isclass(function) or isinstance(function, Tool) or not callable(function)
+            or not hasattr(function, "__annotations__")):
+        raise UserError(f"tool {name}: {function!r:.60} is no plain function; write one that calls it, "
+                        "with type hints and a docstring")
     description, notes = _docstring(function)
     try:
-        hints, said = typing.get_type_hints(function), typing.get_type_hints(function, include_extras=True)  # Annotated[int, "how many"]
+        # Annotated[int, "how many"]
+        hints, said = typing.get_type_hints(function), typing.get_type_hints(function, include_extras=True)
         parameters = inspect.signature(function).parameters
     except (NameError, SyntaxError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"tool {name}: {error}, in a type hint") from None
@@ -323,9 +348,11 @@ def tool(function=None, *, isolated=True, name=None):
         where, hint, default = f"tool {name}: parameter {key}", hints.get(key, typing.Any), parameter.default
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise UserError(f"{where}: arguments come by name; * and / have no JSON form")
-        if optional := typing.get_origin(hint) in UNIONS and type(None) in typing.get_args(hint):  # it may be left out; what is given has one of the other types
+        # it may be left out; what is given has one of the other types
+        if optional := typing.get_origin(hint) in UNIONS and type(None) in typing.get_args(hint):
             hint = typing.Union[tuple(part for part in typing.get_args(hint) if part is not type(None))]
-        described = {"description": text for text in getattr(said.get(key), "__metadata__", ()) if isinstance(text, str)}
+        described = {"description": text for text in getattr(said.get(key), "__metadata__", ())
+                     if isinstance(text, str)}
         properties[key] = {**_hint_schema(hint, where), **described, **notes.get(key, {})}
         if default is parameter.empty and optional:
             function = functools.partial(function, **{key: None})
@@ -337,7 +364,8 @@ def tool(function=None, *, isolated=True, name=None):
             except (TypeError, ValueError):
                 raise UserError(f"{where}: its default {default!r:.60} has no JSON form") from None
             properties[key] |= {"default": default} | ({"nullable": True} if optional else {})
-    return Tool(name, description, {"type": "object", "properties": properties, "required": required}, function, isolated)
+    return Tool(name, description, {"type": "object", "properties": properties, "required": required}, function,
+                isolated)
 
 
 def _hint_schema(hint, where):
@@ -353,20 +381,26 @@ def _hint_schema(hint, where):
     return {**HINTS[kind]}
 
 
-SECTIONS = "Args|Arguments|Parameters|Other Parameters|Returns?|Raises|Yields|Examples?|Notes?|Warnings?|References|See Also|Attributes|Todo"
+SECTIONS = ("Args|Arguments|Parameters|Other Parameters|Returns?|Raises|Yields|Examples?|Notes?|Warnings?|References|"
+            "See Also|Attributes|Todo")
 
 
 def _docstring(function):
     """A docstring in Google's, NumPy's or reST's style -> (description, {parameter: {"description": text}})."""
-    text = re.sub(rf"^({SECTIONS})\n-{{3,}}$", r"\1:", (inspect.getdoc(function) or "").expandtabs(4), flags=re.MULTILINE)  # NumPy's headings as Google's
+    # NumPy's headings as Google's
+    text = re.sub(rf"^({SECTIONS})\n-{{3,}}$", r"\1:", (inspect.getdoc(function) or "").expandtabs(4),
+                  flags=re.MULTILINE)
     text, *fields = re.split(r"^:(?=\w)", text, flags=re.MULTILINE)  # reST's ":param city: where"
     notes = [found.groups() for field in fields if (found := re.match(r"param (?:\S+ )?(\w+):(.*)", field, re.DOTALL))]
     description, *sections = re.split(rf"^({SECTIONS}): *$", text, flags=re.MULTILINE)
     for title, lines in zip(sections[::2], sections[1::2]):
         if title.startswith(("Arg", "Param", "Other")):
-            # A line that is indented as the first one begins a parameter, "name (type): text" or "name : type" and the text below; what is indented further goes on.
+            # A line that is indented as the first one begins a parameter, "name (type): text" or "name : type" and the
+            # text below; what is indented further goes on.
             lines = textwrap.dedent(lines.strip("\n"))
-            notes += [(name, more if numpy else f"{same} {more}") for name, numpy, same, more in re.findall(r"^(\w+)(?:( :)| *\([^)]*\):|:|$)(.*)((?:\n(?: .*)?)*)", lines, re.MULTILINE)]
+            notes += [(name, more if numpy else f"{same} {more}")
+                      for name, numpy, same, more in re.findall(r"^(\w+)(?:( :)| *\([^)]*\):|:|$)(.*)((?:\n(?: .*)?)*)",
+                                                                lines, re.MULTILINE)]
     return description.strip(), {name: {"description": " ".join(text.split())} for name, text in notes}
 
 
@@ -383,14 +417,16 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
     parameters, description = inner.get("parameters"), inner.get("description") or ""
     if isinstance(function, str):
         if unknown := sorted(set(inner) - {"name", "description", "parameters", "function", "type", "strict"}):
-            raise UserError(f"{where}: unknown key {unknown[0]!r}; it may have name, description, parameters and function")
+            raise UserError(f"{where}: unknown key {unknown[0]!r}; it may have name, description, "
+                            "parameters and function")
         function = import_by_name(function, where)
         if parameters is None:  # then the function says what they are
             function = function if isinstance(function, Tool) else tool(function)
             parameters, description = function.parameters, description or function.description
     elif "parameters" not in inner:
         for key, value in inner.items():
-            if isinstance(value, dict) and difflib.get_close_matches(key, ["parameters", "input_schema", "inputSchema"], 1):
+            near = difflib.get_close_matches(key, ["parameters", "input_schema", "inputSchema"], 1)
+            if isinstance(value, dict) and near:
                 raise UserError(f'{where}: its parameters stand under {key!r}; the key is "parameters"')
     function = getattr(function, "function", function)  # that of a Tool
     return Tool(inner["name"], description, without_nulls(parameters) or {"type": "object", "properties": {}}, function)
@@ -402,12 +438,14 @@ def import_by_name(path, what):
         return pkgutil.resolve_name(path)
     except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
         own = path.split(":")[0].split(".")[0]
-        hint = (f"{own} is a module of Toolplay's: give yours another name" if (Path(__file__).parent / f"{own}.py").exists() else 'write "package.module:name"')
+        hint = (f"{own} is a module of Toolplay's: give yours another name"
+                if (Path(__file__).parent / f"{own}.py").exists() else 'write "package.module:name"')
         raise UserError(f"{what}: cannot import {path!r} ({error}); {hint}") from error
 
 
 def without_nulls(schema):
-    """A JSON schema without keywords that are null, as dumps of typed objects have them; null may be a value, in default, const and enum."""
+    """A JSON schema without keywords that are null, as dumps of typed objects have them; null may be a value, in
+    default, const and enum."""
     if not isinstance(schema, dict):
         return {} if schema is True else schema  # true: any value
     kept = {key: value for key, value in schema.items() if value is not None or key in ("default", "const")}
@@ -415,15 +453,17 @@ def without_nulls(schema):
         if isinstance(kept.get(key), dict):
             kept[key] = {name: without_nulls(field) for name, field in kept[key].items() if field is not None}
     if isinstance(kept.get("required"), list) and isinstance(schema.get("properties"), dict):
-        kept["required"] = [name for name in kept["required"] if not isinstance(name, str) or schema["properties"].get(name, name) is not None]
+        kept["required"] = [name for name in kept["required"] if not isinstance(name, str)
+                            or schema["properties"].get(name, name) is not None]
     for key in ("items", "additionalProperties"):
         kept |= {key: without_nulls(kept[key])} if key in kept else {}
     return kept | {key: [without_nulls(x) for x in kept[key]] for key in COMBINED if isinstance(kept.get(key), list)}
 
 
 def load_tools(items=None, known=None) -> dict:
-    """{name: Tool} from names of `known` tools ({name: Tool}, the built-ins if not given), Tool objects and schemas; None: the three
-    built-ins. A schema with the name of a tool that is known, and no more parameters, is run as that one."""
+    """{name: Tool} from names of `known` tools ({name: Tool}, the built-ins if not given), Tool objects and schemas;
+    None: the three built-ins. A schema with the name of a tool that is known, and no more parameters, is run as that
+    one."""
     if items is not None and not isinstance(items, (list, tuple)):
         raise UserError(f"tools: must be a list of names, Tool objects or schemas, not {items!r:.80}")
     tools, known = {}, BUILTIN if known is None else known
@@ -444,7 +484,9 @@ def _narrows(fields, parameters):
     """Whether the fields are some of a tool's, the required ones among them, with no value that it does not know."""
     known = parameters.get("properties", {})
     return set(_required(parameters, parameters)) <= set(fields) <= set(known) and all(
-        "enum" not in known[key] or set(map(str, field.get("enum", known[key]["enum"]))) <= set(map(str, known[key]["enum"])) for key, field in fields.items())
+        "enum" not in known[key]
+        or set(map(str, field.get("enum", known[key]["enum"]))) <= set(map(str, known[key]["enum"]))
+        for key, field in fields.items())
 
 
 def render_tools(tools, style="signature") -> str:
@@ -502,7 +544,8 @@ def read_calls(text) -> list:
     for match in CALL.finditer(text):
         try:
             if not match[2]:
-                raise ValueError("</tool_call> without <tool_call>" if match[1] is None else "<tool_call> without </tool_call>")
+                raise ValueError("</tool_call> without <tool_call>" if match[1] is None
+                                 else "<tool_call> without </tool_call>")
             found.append(_read_call(match[1]))
         except (ValueError, RecursionError) as error:
             errors += 1
@@ -532,7 +575,8 @@ def _given(arguments):
 
 
 def _loads(text, strict=True):
-    """Strict JSON, but for trailing commas (and raw newlines in strings, if not strict); raises ValueError or RecursionError."""
+    """Strict JSON, but for trailing commas (and raw newlines in strings, if not strict); raises ValueError or
+    RecursionError."""
     def unique(pairs):
         if len(pairs) != len(dict(pairs)):
             raise ValueError("the same key twice in one object")
@@ -558,7 +602,8 @@ def _clean(value, depth=0):
 
 
 def call_state(text, tools):
-    """Where a turn that begins with `text` stands: "outside" of a call, "inside" one that can still end well, or "invalid".
+    """Where a turn that begins with `text` stands: "outside" of a call, "inside" one that can still end well, or
+    "invalid".
 
     Invalid is a call that is not written `{"name": ..., "arguments": {...}}`, names no tool, has an argument that the
     tool's schema does not know or of another type, or closes while a required one is missing.  Asked about each token
@@ -585,12 +630,13 @@ class _Unfinished(Exception):
 
 
 class _CallReader:
-    """Reads a call that may not be finished. Each method moves `at` behind what it reads; it raises _Unfinished where the text
-    ends first, ValueError where no call can follow."""
+    """Reads a call that may not be finished. Each method moves `at` behind what it reads; it raises _Unfinished where
+    the text ends first, ValueError where no call can follow."""
     INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)"), re.compile(r"-?(?:0|[1-9][0-9]*)?")  # finished, and not
     NUMBER = (re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"),
               re.compile(r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*|(?:\.[0-9]+)?[eE][+-]?[0-9]*)?)?"))
-    STRING = tuple(re.compile(r'"(?:[^"\\<\x00-\x1f]|<(?!/?tool_call>)|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*' + end) for end in ('"', r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?"))
+    STRING = tuple(re.compile(r'"(?:[^"\\<\x00-\x1f]|<(?!/?tool_call>)|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*' + end)
+                   for end in ('"', r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?"))
 
     def __init__(self, text):
         self.text, self.at, self.root, self.known, self.depth = text, 0, ANYTHING, {}, 0
@@ -621,9 +667,11 @@ class _CallReader:
             raise ValueError
         self.peek()
         rest = self.text[self.at:self.at + max(map(len, choices)) + 4]
-        head = rest.rstrip("\ufffd")  # behind it, the first bytes of a character, which a tokenizer may write in several tokens
+        # behind it, the first bytes of a character, which a tokenizer may write in several tokens
+        head = rest.rstrip("\ufffd")
         bytes_ = 0 < len(rest) - len(head) <= 3 and self.text.endswith(rest)
-        if any(word != rest and word.startswith(rest) or bytes_ and word.startswith(head) and word[len(head):len(head) + 1] > "\x7f" for word in choices):
+        if any(word != rest and word.startswith(rest) or bytes_ and word.startswith(head)
+               and word[len(head):len(head) + 1] > "\x7f" for word in choices):
             raise _Unfinished
         if not (found := max(filter(rest.startswith, choices), key=len, default="")):
             raise ValueError
@@ -653,14 +701,15 @@ class _CallReader:
         self.at = end
 
     def end(self, schema):
-        """Where a value of the schema's kind ends that begins here: -1 if there is none, inf if it may go on behind the text.
-        No schema is asked twice of one place: alternatives that hold themselves would never end."""
+        """Where a value of the schema's kind ends that begins here: -1 if there is none, inf if it may go on behind the
+        text. No schema is asked twice of one place: alternatives that hold themselves would never end."""
         start = self.at
         if (start, id(schema)) not in self.known:
             self.known[start, id(schema)] = -1  # what begins with itself
             self.depth += 1
             try:
-                if self.depth >= MAX_DEPTH:  # it could not be read again (`_clean`); each choice between alternatives counts, too
+                # it could not be read again (`_clean`); each choice between alternatives counts, too
+                if self.depth >= MAX_DEPTH:
                     raise ValueError
                 self.new_value(schema)
                 end = self.at
@@ -682,8 +731,11 @@ class _CallReader:
         first = self.text[self.at]
         if first == "n" and schema.get("nullable") is True:
             self.word(["null"])
-        elif choices := [x for x in [*schema.get("enum", []), *([schema["const"]] if "const" in schema else [])] if type(x) in types]:
-            self.word({text for x in choices for text in (_dumps(x), json.dumps(x, ensure_ascii=False), *([str(int(x))] if type(x) is float and x.is_integer() else []))})
+        elif choices := [x for x in [*schema.get("enum", []), *([schema["const"]] if "const" in schema else [])]
+                         if type(x) in types]:
+            self.word({text for x in choices
+                       for text in (_dumps(x), json.dumps(x, ensure_ascii=False),
+                                    *([str(int(x))] if type(x) is float and x.is_integer() else []))})
         elif "properties" not in schema and (alternatives := schema.get("anyOf") or schema.get("oneOf")):
             self.value(*alternatives)
         elif first == '"' and str in types:
@@ -834,11 +886,14 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
             return failed("not_executable", f"{name} can be shown but not run: it has no function")
         schema, arguments = _whole(tool.parameters), call.arguments
         if isinstance(arguments, dict):  # null for what may be left out: it is left out
-            may_be_left_out = {key: field for key, field in _properties(schema, schema)[0].items() if key not in _required(schema, schema)}
+            may_be_left_out = {key: field for key, field in _properties(schema, schema)[0].items()
+                               if key not in _required(schema, schema)}
             arguments = {key: value for key, value in arguments.items()
-                         if value is not None or key not in may_be_left_out or not _problems(None, may_be_left_out[key], root=schema)}
+                         if value is not None or key not in may_be_left_out
+                         or not _problems(None, may_be_left_out[key], root=schema)}
         own = BUILTIN.get(name)
-        schemas = [schema, own.parameters] if own and tool.function is own.function else [schema]  # a built-in in other words has its own needs
+        # a built-in in other words has its own needs
+        schemas = [schema, own.parameters] if own and tool.function is own.function else [schema]
         for problem in itertools.chain.from_iterable(_problems(arguments, s) for s in schemas):
             return failed(*problem)
         return _run_in_child(tool, arguments, failed, timeout) if tool.isolated else _run(tool, arguments, failed)
@@ -851,7 +906,8 @@ def _run(tool, arguments, failed):
     try:
         result = replace(failed(), ok=True, value=tool.function(**arguments))
         if inspect.isawaitable(result.value) or isinstance(result.value, (Iterator, AsyncIterator)):
-            return failed("bad_result", f"{tool.name} returned a {type(result.value).__name__}, which holds no value yet; it must return one")
+            return failed("bad_result", f"{tool.name} returned a {type(result.value).__name__}, "
+                                        "which holds no value yet; it must return one")
     except ToolError as error:
         result = failed("tool_error", str(error))
     except KeyboardInterrupt:
@@ -928,7 +984,8 @@ SPELLING = {**str.maketrans("×·⋅∙•÷∕⁄−–—", "*****///---"), or
 FULL_WIDTH = {0xFEE0 + code: code for code in range(33, 127)}
 WORDS = {"plus": "+", "minus": "-", "times": "*", "multiplied by": "*", "divided by": "/", "mod": "%", "modulo": "%"}
 PLAIN = r"\d[\d,]*(?:\.\d+)?"  # a number
-TOKEN = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?:\.\d*)?|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|\.percent|[a-z]+|\*\*|//|\S", re.ASCII)
+TOKEN = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?:\.\d*)?|"  # 1,234.5
+                   r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|\.percent|[a-z]+|\*\*|//|\S", re.ASCII)
 
 
 def calculate(expression: str) -> int | float:
@@ -975,7 +1032,9 @@ def _arithmetic_errors():
 def _respell(text):
     """The expression as Python writes it: "1,234 x 5%" -> "1234 * 5 .percent"."""
     text = re.sub("⁻?[⁰¹²³⁴-⁹]+", lambda m: "**" + unicodedata.normalize("NFKC", m[0]), text)  # 10²³ has one exponent
-    text = re.sub(r"(?<![\d.,])\d{1,3}(?:[ \xa0\u2009\u202f]\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0]), text, flags=re.ASCII)  # 1 234
+    # 1 234
+    text = re.sub(r"(?<![\d.,])\d{1,3}(?:[ \xa0\u2009\u202f]\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0]), text,
+                  flags=re.ASCII)
     text = text.translate(FULL_WIDTH).translate(SPELLING)
     text = re.sub(r"\s*(?<![a-z])per ?cent\b", "%", text.rstrip("=? \t\n").lstrip("= \t\n").lower())
     text = re.sub(rf"(?<![a-z])({'|'.join(WORDS)})(?![a-z(])", lambda m: WORDS[m[0]], text)
@@ -992,7 +1051,8 @@ def _respell(text):
     # As an attribute, the percent sign binds as tightly as it should: 2 ** 50% is 2 ** 0.5.
     tokens = TOKEN.findall(re.sub(r"%(?!\s*[0-9.(a-z]|\s+-[0-9.(])", " .percent ", text))
     # A comma before three digits is one of thousands; in min and max it separates, unless others do so with a space.
-    several, calls = not re.search(r"\d(,\s|\s+,)", text), []  # for each open parenthesis: does a tight comma separate there?
+    # for each open parenthesis: does a tight comma separate there?
+    several, calls = not re.search(r"\d(,\s|\s+,)", text), []
     for index, token in enumerate(tokens):
         if token == "(":
             calls.append(several and tokens[index - 1] in ("min", "max"))
@@ -1057,13 +1117,15 @@ FUNCTIONS = {"sqrt": lambda value: _power(value, Fraction(1, 2)), "abs": abs, "r
              "min": lambda *values: min(values), "max": lambda *values: max(values)}
 ARITY = {"sqrt": (1,), "abs": (1,), "round": (1, 2)}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: _power, ast.USub: operator.neg, ast.UAdd: operator.pos}
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: _power, ast.USub: operator.neg,
+             ast.UAdd: operator.pos}
 
 
 # 5. weather: a stand-in for a web service, the same answer each time
 
 CONDITIONS = ("sunny", "partly cloudy", "cloudy", "light rain", "heavy rain", "windy", "foggy", "clear")
-LETTERS = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ð": "d", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th", "'": "", "’": ""})
+LETTERS = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ð": "d", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th", "'": "",
+                         "’": ""})
 
 
 def _normal(text):
@@ -1082,8 +1144,10 @@ def _cities(path):
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         cities = [*content["cities"], *content.get("geonames", [])]
-        names = {_normal(name): city["name"] for city in reversed(cities) for name in [*city.get("aliases", []), city["name"]]}
-        return names, {_normal(city.get("country", "")) for city in cities} - {""}  # of two namesakes, the first one stays
+        names = {_normal(name): city["name"] for city in reversed(cities)
+                 for name in [*city.get("aliases", []), city["name"]]}
+        # of two namesakes, the first one stays
+        return names, {_normal(city.get("country", "")) for city in cities} - {""}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: {type(error).__name__}: {error}; it needs {{"cities": [{{"name": ...}}]}}') from error
 
@@ -1130,9 +1194,11 @@ def _index(path):
             if "title" in page or "comment" not in page:
                 pages.append({"title": str(page["title"]), "text": str(page["text"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}, line {number}: {type(error).__name__}: {error}; it needs {{"title": ..., "text": ...}}') from error
+        raise UserError(f"{path}, line {number}: {type(error).__name__}: {error}; "
+                        'it needs {"title": ..., "text": ...}') from error
     counts = [Counter(_terms(f"{page['title']} {page['text']}")) for page in pages]
-    return pages, [set(_terms(page["title"])) for page in pages], counts, Counter(term for count in counts for term in count)
+    titles = [set(_terms(page["title"])) for page in pages]
+    return pages, titles, counts, Counter(term for count in counts for term in count)
 
 
 def _search_file(path=None):
@@ -1140,7 +1206,8 @@ def _search_file(path=None):
 
 
 def check_corpora():
-    """UserError if what TOOLPLAY_CITIES or TOOLPLAY_SEARCH names cannot be used: else the model would hear of it, and not the user."""
+    """UserError if what TOOLPLAY_CITIES or TOOLPLAY_SEARCH names cannot be used: else the model would hear of it, and
+    not the user."""
     if os.environ.get("TOOLPLAY_CITIES"):  # the built-in ones are there, and no command need read them to begin
         _cities(_city_file())
     if os.environ.get("TOOLPLAY_SEARCH"):
@@ -1152,32 +1219,41 @@ def search(query: str, path=None) -> list:
     if not query.strip():
         raise ToolError("the query is empty")
     pages, titles, counts, holders = _index(_search_file(path))
-    rarity = {term: math.log(1 + (len(pages) - holders[term] + 0.5) / (holders[term] + 0.5)) for term in _terms(query[:MAX_QUERY])}
+    rarity = {term: math.log(1 + (len(pages) - holders[term] + 0.5) / (holders[term] + 0.5))
+              for term in _terms(query[:MAX_QUERY])}
     mean = max(1, sum(count.total() for count in counts) / max(1, len(pages)))
     # A page would only mislead if it holds less than 0.4 of the question's meaning (its terms, weighed by rarity), or
     # less than 0.7 while its title, which says what it is about, is not in the question at all.
-    scores = [sum(rarity[term] * count[term] * 2.5 / (count[term] + 1.5 * (0.25 + 0.75 * count.total() / mean)) for term in rarity)
-              * (sum(rarity[term] for term in rarity if term in count) >= (0.4 if title & set(rarity) else 0.7) * sum(rarity.values()))
+    scores = [sum(rarity[term] * count[term] * 2.5 / (count[term] + 1.5 * (0.25 + 0.75 * count.total() / mean))
+                  for term in rarity)
+              * (sum(rarity[term] for term in rarity if term in count) >= (0.4 if title & set(rarity) else 0.7)
+                 * sum(rarity.values()))
               for count, title in zip(counts, titles)]
     ranked = sorted(zip(scores, pages), key=lambda pair: -pair[0])[:2]  # sorted() keeps the order of ties
-    return [{**page, "text": textwrap.shorten(page["text"], 200, placeholder="…")} for score, page in ranked if score > 0.1]
+    return [{**page, "text": textwrap.shorten(page["text"], 200, placeholder="…")}
+            for score, page in ranked if score > 0.1]
 
 
 def _builtin(name, description, function, **properties):
     # They bound themselves, so they need no process of their own.
-    return Tool(name, description, {"type": "object", "properties": properties, "required": [next(iter(properties))]}, function, False)
+    return Tool(name, description, {"type": "object", "properties": properties, "required": [next(iter(properties))]},
+                function, False)
 
 
 TEXT = {"type": "string"}
 BUILTIN = {tool.name: tool for tool in (
-    _builtin("calculator", "Evaluate an arithmetic expression.", calculate, expression={**TEXT, "description": "such as 12 * (3 + 4)"}),
-    _builtin("weather", "Get the current weather in a city.", weather, city=TEXT, unit={**TEXT, "enum": ["celsius", "fahrenheit"]}),
+    _builtin("calculator", "Evaluate an arithmetic expression.", calculate,
+             expression={**TEXT, "description": "such as 12 * (3 + 4)"}),
+    _builtin("weather", "Get the current weather in a city.", weather, city=TEXT,
+             unit={**TEXT, "enum": ["celsius", "fahrenheit"]}),
     _builtin("search", "Search the web.", search, query=TEXT))}
 
 
 def main():
     print(render_tools(BUILTIN))
-    for call in Call("calculator", {"expression": "15% of 1,240"}), Call("weather", {"city": "krakow"}), Call("weather", {"city": 12}):
+    for name, arguments in (("calculator", {"expression": "15% of 1,240"}), ("weather", {"city": "krakow"}),
+                            ("weather", {"city": 12})):
+        call = Call(name, arguments)
         print(f"\n{format_call(call)}\n  {format_result(execute(call, BUILTIN))}")
     print(f"\nA call without its end: {parse_calls(format_call(call)[:-1])}")
 
