@@ -1,5 +1,6 @@
 """
-common.py - what the benchmarks share: sides in processes of their own, the clock, the memory, FLOPs and the machine's peak
+common.py - what the benchmarks share: sides in processes of their own, the clock, the memory, FLOPs and the machine's
+peak
 
 Each side of a comparison is a function of (folder, options) and runs in a fresh process, one after the other, never at
 once; the first role prepares what the others read. Memory is ru_maxrss of the process.
@@ -9,13 +10,15 @@ token (only there the head runs). A product of [N, in] with [in, out] is 2 N in 
     frozen linear layers    2 N in out forward, the same backward (gradient of the input; frozen weights have none)
     LoRA, per layer         2 N r (in + out) forward, twice that backward (gradients of A and B, and of the input)
     head                    2 n D V forward, the same backward
-Left out: the input gradient of the first block's q, k and v (embeddings are frozen, nobody asks for it); attention, norms,
-the softmax and the optimizer (so the share is slightly too low, never too high). The peak is the best of several
+Left out: the input gradient of the first block's q, k and v (embeddings are frozen, nobody asks for it); attention,
+norms, the softmax and the optimizer (so the share is slightly too low, never too high). The peak is the best of several
 square fp32 torch.mm in the same process, after training.
 
 The peers are extras for these scripts alone. torch and transformers stay as they are with exactly this line:
 
-    .venv/bin/pip install --no-deps trl==1.16.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 pandas==3.1.1 pyarrow==26.0.1 python-dateutil==4.0.0 tzdata==2026.6 xxhash==4.1.0 psutil==7.2.2 requests==2.34.2 charset-normalizer==3.5.2 urllib3==2.8.0
+    .venv/bin/pip install --no-deps trl==1.16.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 dill==0.4.1 \
+        multiprocess==0.70.19 pandas==3.1.1 pyarrow==26.0.1 python-dateutil==4.0.0 tzdata==2026.6 xxhash==4.1.0 \
+        psutil==7.2.2 requests==2.34.2 charset-normalizer==3.5.2 urllib3==2.8.0
 """
 import argparse
 import datetime
@@ -58,24 +61,28 @@ def run_roles(script, options, roles, wanted, text):
     with tempfile.TemporaryDirectory() as name:
         for role in wanted:
             print(f"{role} ...", file=sys.stderr)
-            command = [sys.executable, str(Path(script).resolve()), f"--role={role}", f"--folder={name}", *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items())]
+            command = [sys.executable, str(Path(script).resolve()), f"--role={role}", f"--folder={name}",
+                       *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items())]
             if subprocess.run(command).returncode:
                 sys.exit(f"{role}: failed (see above)")
             sides[role] = json.loads(Path(name, f"{role}.json").read_text())
     lines, summary = text(sides)
     facts = next(side["provenance"] for side in sides.values() if "provenance" in side)
     packages = {**facts["packages"], **next((side["versions"] for side in sides.values() if "versions" in side), {})}
-    lines += [f"seed {options.seed}, {datetime.date.today()}, {cpu_name()}, {facts['threads']} threads, commit {facts['git_commit']}",
+    lines += [f"seed {options.seed}, {datetime.date.today()}, {cpu_name()}, {facts['threads']} threads, "
+              f"commit {facts['git_commit']}",
               ", ".join(f"{k} {v}" for k, v in packages.items())]
     print("\n".join(lines))
     if options.out:
-        made = {**summary, "date": str(datetime.date.today()), "cpu": cpu_name(), "packages": packages, "settings": settings, "sides": sides}
+        made = {**summary, "date": str(datetime.date.today()), "cpu": cpu_name(), "packages": packages,
+                "settings": settings, "sides": sides}
         Path(options.out).write_text(json.dumps(made, indent=1) + "\n")
 
 
 def main_against_trl(script, what, prepare, ours, trl, **defaults):
     """The command line of a comparison with TRL. trl(folder, options, checkpointing); `what`: examples, pairs."""
-    roles = {"prepare": prepare, "ours": ours, "trl plain": lambda f, o: trl(f, o, False), "trl checkpointing": lambda f, o: trl(f, o, True)}
+    roles = {"prepare": prepare, "ours": ours, "trl plain": lambda f, o: trl(f, o, False),
+             "trl checkpointing": lambda f, o: trl(f, o, True)}
     made = parser(sys.modules["__main__"].__doc__.strip().splitlines()[0], **defaults)
     made.add_argument("--peers", default="plain,checkpointing", help="which TRL settings to run")
     options = made.parse_args()
@@ -90,7 +97,8 @@ def cpu_name():
 
 def measured(losses, clock):
     """clock: the time at the start and after every step."""
-    return {"losses": losses, "seconds": [b - a for a, b in zip(clock, clock[1:])], "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+    return {"losses": losses, "seconds": [b - a for a, b in zip(clock, clock[1:])],
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
 
 
 def tell(losses, clock):
@@ -135,10 +143,12 @@ def peer_model(folder):
     return model, transformers.AutoTokenizer.from_pretrained(folder / "base")
 
 
-# What TRL's trainers are told, so that both sides do the same: AdamW, cosine to zero without warm-up, given order, fp32.
+# What TRL's trainers are told, so that both sides do the same: AdamW, cosine to zero without warm-up, given order,
+# fp32.
 def peer_settings(folder, options, lr, checkpointing):
     return dict(output_dir=str(folder / "trl"), max_steps=options.steps, per_device_train_batch_size=options.batch_size,
-                gradient_accumulation_steps=1, learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=0, weight_decay=0.0,
+                gradient_accumulation_steps=1, learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=0,
+                weight_decay=0.0,
                 adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, max_grad_norm=MAX_NORM, max_length=None,
                 train_sampling_strategy="sequential", gradient_checkpointing=checkpointing,
                 bf16=False, fp16=False, use_cpu=True, seed=options.seed, dataloader_pin_memory=False,
@@ -179,7 +189,8 @@ def step_flops(model, units, budget):
     import lora
     import toolplay
     groups = toolplay.micro_batches(units, budget)
-    nodes, predicting = map(sum, zip(*(toolplay.trie_size([row for u in group for row in units[u]]) for group in groups)))
+    nodes, predicting = map(sum, zip(*(toolplay.trie_size([row for u in group for row in units[u]])
+                                       for group in groups)))
     flops = 4 * predicting * model.get_output_embeddings().weight.numel()
     for name, layer in lora.lora_layers(model).items():
         first = ".layers.0.self_attn." in name and not name.endswith("o_proj")  # no input gradient there
@@ -205,8 +216,10 @@ def with_share_of_peak(out, model, steps, budget, seed):
     """Add nodes, FLOPs and the share of the peak to a side's numbers; steps: the units of each step."""
     import toolplay
     counts, peak = [step_flops(model, units, budget) for units in steps], matmul_peak()
-    return {**out, "nodes": [c["nodes"] for c in counts], "gflop": [c["flops"] / 1e9 for c in counts], "matmul_peak_gflops": peak / 1e9,
-            "share_of_peak": [c["flops"] / s / peak for c, s in zip(counts, out["seconds"])], "provenance": toolplay.provenance(seed)}
+    return {**out, "nodes": [c["nodes"] for c in counts], "gflop": [c["flops"] / 1e9 for c in counts],
+            "matmul_peak_gflops": peak / 1e9,
+            "share_of_peak": [c["flops"] / s / peak for c, s in zip(counts, out["seconds"])],
+            "provenance": toolplay.provenance(seed)}
 
 
 def against_peers(sides, options, what, tolerance):
@@ -224,13 +237,18 @@ def against_peers(sides, options, what, tolerance):
         theirs = summary["per_s"][name] = speed_of(side)
         ratio = summary["speed_ratio"][name] = speed / theirs
         peak = summary["peak_ratio"][name] = us["peak_mib"] / side["peak_mib"]
-        difference = summary["max_loss_difference"][name] = max(abs(a - b) for a, b in zip(us["losses"][:n], side["losses"][:n]))
-        lines.append(f"{name:<20}{theirs:>11.2f}{ratio:>7.2f}x{side['peak_mib']:>10.0f}{peak:>7.2f}x{difference:>15.1e}")
+        difference = max(abs(a - b) for a, b in zip(us["losses"][:n], side["losses"][:n]))
+        summary["max_loss_difference"][name] = difference
+        lines.append(f"{name:<20}{theirs:>11.2f}{ratio:>7.2f}x{side['peak_mib']:>10.0f}{peak:>7.2f}x"
+                     f"{difference:>15.1e}")
     info = sides["prepare"]
+    agree = ", ".join(f"{p}: {'yes' if d <= tolerance else 'NO'}" for p, d in summary["max_loss_difference"].items())
+    gflop, nodes = (statistics.median(us[key][first:]) for key in ("gflop", "nodes"))
     lines += [
         "",
-        f"losses of the first {n} steps agree to {tolerance}: " + ", ".join(f"{p}: {'yes' if d <= tolerance else 'NO'}" for p, d in summary["max_loss_difference"].items()),
-        f"our step: {statistics.median(us['gflop'][first:]):.0f} GFLOP on {statistics.median(us['nodes'][first:]):.0f} trie nodes, "
-        f"{summary['share_of_matmul_peak']:.0%} of the measured fp32 matmul peak ({us['matmul_peak_gflops']:.0f} GFLOP/s)",
-        f"{options.model}, batch {options.batch_size}, {options.steps} steps, first {first} are warm-up, {info['tokens'] / info['examples']:.0f} tokens for each of the {what}; ratios: ours / theirs"]
+        f"losses of the first {n} steps agree to {tolerance}: {agree}",
+        f"our step: {gflop:.0f} GFLOP on {nodes:.0f} trie nodes, {summary['share_of_matmul_peak']:.0%} of the measured "
+        f"fp32 matmul peak ({us['matmul_peak_gflops']:.0f} GFLOP/s)",
+        f"{options.model}, batch {options.batch_size}, {options.steps} steps, first {first} are warm-up, "
+        f"{info['tokens'] / info['examples']:.0f} tokens for each of the {what}; ratios: ours / theirs"]
     return lines, summary

@@ -1,14 +1,16 @@
 """
 dpo_vs_trl.py - our DPO step against TRL's DPOTrainer: the same pairs, the same losses, less time, less memory
 
-Both sides train the same LoRA adapter of smollm2-135m on the same pairs (a gold conversation and its copy with one fault,
-dpo.corrupted_pairs of data.generate("train", seed 0)) in the same order, in fp32, with the same AdamW, step size, clipping and
-loss (sigmoid, beta 0.1, mean over a batch of 8). The reference is the adapter that training starts from. The trained tokens
-are those of the last turn, all of a pair's answer, so that TRL's completion mask says the same as ours.
+Both sides train the same LoRA adapter of smollm2-135m on the same pairs (a gold conversation and its copy with one
+fault, dpo.corrupted_pairs of data.generate("train", seed 0)) in the same order, in fp32, with the same AdamW, step
+size, clipping and loss (sigmoid, beta 0.1, mean over a batch of 8). The reference is the adapter that training starts
+from. The trained tokens are those of the last turn, all of a pair's answer, so that TRL's completion mask says the same
+as ours.
 
-Fairness. TRL computes its reference in every step (its default); ours once, beforehand: that time is shared out over our
-steps, as if the data were passed over once only. TRL runs "plain" (no gradient checkpointing: its fastest) and
-"checkpointing" (its default). The first two steps are warm-up. How memory and FLOPs are counted, and what to install: common.py.
+Fairness. TRL computes its reference in every step (its default); ours once, beforehand: that time is shared out over
+our steps, as if the data were passed over once only. TRL runs "plain" (no gradient checkpointing: its fastest) and
+"checkpointing" (its default). The first two steps are warm-up. How memory and FLOPs are counted, and what to install:
+common.py.
 
     .venv/bin/python benchmarks/dpo_vs_trl.py --out benchmarks/dpo_vs_trl.json
 """
@@ -28,7 +30,8 @@ def prepare(folder, options):
     import dpo
     tokenizer = common.prepare_model(folder, options)
     count = options.steps * options.batch_size
-    gold = [{**c, "tools": TOOLS} for c in data.generate("train", 2 * count + 100, options.seed) if c["kind"] != "missing_tool"]
+    gold = [{**c, "tools": TOOLS} for c in data.generate("train", 2 * count + 100, options.seed)
+            if c["kind"] != "missing_tool"]
     pairs = [pair[:2] for pair in dpo.corrupted_pairs(gold, tokenizer, options.seed)][:count]
     if len(pairs) < count:
         sys.exit(f"only {len(pairs)} pairs for {options.steps} steps of {options.batch_size}")
@@ -47,7 +50,8 @@ def ours(folder, options):
     import dpo
     import toolplay
     from sft import pad_mask
-    config = toolplay.load_config({"method": "dpo", "lr": LR, "schedule": "cosine", "warmup": 0, "max_grad_norm": common.MAX_NORM,
+    config = toolplay.load_config({"method": "dpo", "lr": LR, "schedule": "cosine", "warmup": 0,
+                                   "max_grad_norm": common.MAX_NORM,
                                    "batch_size": options.batch_size, "precision": "fp32", "device": "cpu"})
     pairs = json.loads((folder / "pairs.json").read_text())
     model = common.our_model(folder)
@@ -72,7 +76,9 @@ def ours(folder, options):
         losses.append(toolplay.train_step(trainer, batch, loss, rows=lambda unit: list(unit[:2]))["loss"])
         clock.append(time.perf_counter())
         common.tell(losses, clock)
-    out = common.with_share_of_peak(common.measured(losses, clock), model, [[list(unit[:2]) for unit in batch] for batch in batches], config.micro_tokens, options.seed)
+    out = common.with_share_of_peak(common.measured(losses, clock), model,
+                                    [[list(unit[:2]) for unit in batch] for batch in batches], config.micro_tokens,
+                                    options.seed)
     return {**out, "seconds": [s + reference_s / len(batches) for s in out["seconds"]], "reference_s": reference_s}
 
 
@@ -81,10 +87,12 @@ def trl(folder, options, checkpointing):
     model, tokenizer = common.peer_model(folder)
     import trl
     from datasets import Dataset
-    pairs, columns = json.loads((folder / "pairs.json").read_text()), {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    pairs = json.loads((folder / "pairs.json").read_text())
+    columns = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     for (chosen, mask), (rejected, _) in pairs:
         start = mask.index(1)
-        for name, ids in (("prompt_ids", chosen[:start]), ("chosen_ids", chosen[start:]), ("rejected_ids", rejected[start:])):
+        for name, ids in (("prompt_ids", chosen[:start]), ("chosen_ids", chosen[start:]),
+                          ("rejected_ids", rejected[start:])):
             columns[name].append(ids)
     losses, clock = [], []
     Trainer, callback = common.recorded(trl.DPOTrainer, losses, clock)
@@ -92,8 +100,10 @@ def trl(folder, options, checkpointing):
     class Given(Trainer):
         def _prepare_dataset(self, dataset, *args):
             return dataset  # it is tokenised
-    settings = trl.DPOConfig(**common.peer_settings(folder, options, LR, checkpointing), beta=BETA, loss_type=["sigmoid"])
-    Given(model=model, args=settings, train_dataset=Dataset.from_dict(columns), callbacks=[callback], processing_class=tokenizer).train()
+    settings = trl.DPOConfig(**common.peer_settings(folder, options, LR, checkpointing), beta=BETA,
+                             loss_type=["sigmoid"])
+    Given(model=model, args=settings, train_dataset=Dataset.from_dict(columns), callbacks=[callback],
+          processing_class=tokenizer).train()
     return {**common.measured(losses, clock), "versions": common.peer_versions()}
 
 

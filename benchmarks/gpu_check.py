@@ -4,9 +4,10 @@ gpu_check.py - does the GPU compute what the CPU does, and how fast is a trainin
     python benchmarks/gpu_check.py                       SmolLM2-135M
     python benchmarks/gpu_check.py --model tiny --steps 3
 
-Prints, for eight conversations: the largest difference of the log-probs and the relative difference of the gradients between
-CPU (fp32) and GPU (fp32, fp16, bf16), then examples per second, loss scale and peak memory of real training steps in each
-precision. The first loss scale is far too large on purpose: steps that overflow must be skipped and counted, and the rest train.
+Prints, for eight conversations: the largest difference of the log-probs and the relative difference of the gradients
+between CPU (fp32) and GPU (fp32, fp16, bf16), then examples per second, loss scale and peak memory of real training
+steps in each precision. The first loss scale is far too large on purpose: steps that overflow must be skipped and
+counted, and the rest train.
 """
 import argparse
 import sys
@@ -24,12 +25,14 @@ import toolplay
 
 
 def gradients(model, rows):
-    """Log-probs [B, T] and the adapters' gradients of the summed loss, computed where the model is; in fp32 on the CPU."""
+    """Log-probs [B, T] and the adapters' gradients of the summed loss, computed where the model is; in fp32 on the
+    CPU."""
     model.zero_grad(set_to_none=True)
     device = model.get_input_embeddings().weight.device
     logp = toolplay.token_logprobs(model, rows)
     sft.sft_loss(logp, sft.pad_mask(rows, device))[0].backward()
-    return logp.detach().float().cpu(), torch.cat([p.grad.reshape(-1).float().cpu() for p in lora.lora_parameters(model)])
+    return logp.detach().float().cpu(), torch.cat([p.grad.reshape(-1).float().cpu()
+                                                   for p in lora.lora_parameters(model)])
 
 
 def main():
@@ -40,7 +43,8 @@ def main():
     if not torch.cuda.is_available():
         raise SystemExit("gpu_check: this machine has no usable GPU")
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    config = toolplay.load_config({"model": options.model, "examples": 8 * (options.steps + 1), "eval_examples": 0, "batch_size": 8, "max_tokens": 4096, "micro_tokens": 16384})
+    config = toolplay.load_config({"model": options.model, "examples": 8 * (options.steps + 1), "eval_examples": 0,
+                                   "batch_size": 8, "max_tokens": 4096, "micro_tokens": 16384})
     model, tokenizer = toolplay.load_model(options.model)
     rows, _ = data.dataset(config, tokenizer)
     lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, seed=0)
@@ -53,7 +57,8 @@ def main():
     for name, dtype in (("fp32", None), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
         with torch.autocast("cuda", dtype, enabled=dtype is not None):
             logp_gpu, gradient_gpu = gradients(model, rows[:8])
-        print(f"{name}: log-probs differ by at most {float((logp - logp_gpu).abs().max()):.1e}, gradients by {float((gradient - gradient_gpu).norm() / gradient.norm()):.1e} (relative)")
+        print(f"{name}: log-probs differ by at most {float((logp - logp_gpu).abs().max()):.1e}, gradients by "
+              f"{float((gradient - gradient_gpu).norm() / gradient.norm()):.1e} (relative)")
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = {n: p.detach().clone() for n, p in parameters.items()}
 
@@ -76,8 +81,10 @@ def main():
             torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
             losses.append(info["loss"])
-        print(f"{precision}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, {8 / sorted(times)[len(times) // 2]:.1f} examples/s, {info['skipped']} of {options.steps} steps skipped, "
-              f"loss scale {trainer.scaler.get_scale():.0f}, peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+        print(f"{precision}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, {8 / sorted(times)[len(times) // 2]:.1f} "
+              f"examples/s, {info['skipped']} of {options.steps} steps skipped, "
+              f"loss scale {trainer.scaler.get_scale():.0f}, "
+              f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":

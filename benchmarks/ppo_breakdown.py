@@ -1,8 +1,9 @@
 """
 ppo_breakdown.py - where the time of a PPO round goes: rollout, reference and old log-probs, update
 
-Runs some rounds of a PPO config as it stands, with a clock around the three parts; "other" is the reward, the log and the checkpoint. The first round is warm-up. The share of
-the matmul peak is that of the update alone; how FLOPs are counted: common.py.
+Runs some rounds of a PPO config as it stands, with a clock around the three parts; "other" is the reward, the log and
+the checkpoint. The first round is warm-up. The share of the matmul peak is that of the update alone; how FLOPs are
+counted: common.py.
 
     .venv/bin/python benchmarks/ppo_breakdown.py --config configs/ppo.json --start-from RUN
 """
@@ -17,7 +18,8 @@ import common
 def ours(folder, options):
     import ppo
     import toolplay
-    overrides = [f"--iterations={options.rounds}", f"--run_dir={tempfile.mkdtemp(dir=folder)}/run", "--eval_examples=0", "--eval_every=0"]
+    overrides = [f"--iterations={options.rounds}", f"--run_dir={tempfile.mkdtemp(dir=folder)}/run", "--eval_examples=0",
+                 "--eval_every=0"]
     overrides += [f"--start_from={options.start_from}"] if options.start_from else []
     if options.rounds < 2:
         sys.exit("--rounds: the first is warm-up; give 2 or more")
@@ -37,7 +39,8 @@ def ours(folder, options):
         setattr(owner, name, wrapped)
     clocked(toolplay, "rollout", "rollout", lambda seconds, args: models.append(args[0]))
     clocked(ppo.ActorCritic, "old_and_reference", "reference")
-    clocked(toolplay, "train_step", "update", lambda seconds, args: steps.append((len(rounds), seconds, [[unit["row"]] for unit in args[1]])))
+    clocked(toolplay, "train_step", "update",
+            lambda seconds, args: steps.append((len(rounds), seconds, [[unit["row"]] for unit in args[1]])))
     log = toolplay.Run.log
     begin = [time.perf_counter()]
 
@@ -50,18 +53,22 @@ def ours(folder, options):
     toolplay.Run.log = logged
     ppo.train(toolplay.Run(config))
     peak = common.matmul_peak()
-    shares = [common.step_flops(models[0], units, config.micro_tokens)["flops"] / seconds / peak for n, seconds, units in steps if n]
-    return {"rounds": rounds, "share_of_peak": statistics.median(shares or [0.0]), "matmul_peak_gflops": peak / 1e9, "provenance": toolplay.provenance(config.seed),
+    shares = [common.step_flops(models[0], units, config.micro_tokens)["flops"] / seconds / peak
+              for n, seconds, units in steps if n]
+    return {"rounds": rounds, "share_of_peak": statistics.median(shares or [0.0]), "matmul_peak_gflops": peak / 1e9,
+            "provenance": toolplay.provenance(config.seed),
             "episodes": config.prompts * config.samples}
 
 
 def text(sides):
     us = sides["ours"]
-    mean = {key: statistics.mean(r.get(key, 0.0) for r in us["rounds"][1:]) for key in ("rollout", "reference", "update", "whole", "tokens")}
+    mean = {key: statistics.mean(r.get(key, 0.0) for r in us["rounds"][1:])
+            for key in ("rollout", "reference", "update", "whole", "tokens")}
     mean["other"] = mean["whole"] - mean["rollout"] - mean["reference"] - mean["update"]
     parts = ("rollout", "reference", "update", "other", "whole")
     lines = [f"{part:<12}{mean[part]:>8.2f} s{mean[part] / mean['whole']:>7.0%}" for part in parts]
-    return [*lines, f"{us['episodes']} episodes, {mean['tokens']:.0f} sampled tokens a round; the update reaches {us['share_of_peak']:.0%} of the matmul peak "
+    return [*lines, f"{us['episodes']} episodes, {mean['tokens']:.0f} sampled tokens a round; "
+                    f"the update reaches {us['share_of_peak']:.0%} of the matmul peak "
             f"({us['matmul_peak_gflops']:.0f} GFLOP/s)"], {"seconds": mean, "share_of_matmul_peak": us["share_of_peak"]}
 
 

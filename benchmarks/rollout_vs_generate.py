@@ -1,12 +1,12 @@
 """
 rollout_vs_generate.py - our batched sampling against transformers.generate
 
-Both sides sample one assistant turn for each of 16 prompts x 4 samples (data.generate("test", seed 0), the three tools in the
-system prompt) from the same weights at temperature 1, at most 64 tokens a turn, in fp32. A token counts when it was sampled
-up to its row's end of turn; what generate computes behind that end is its loss. Each side runs three times; the first is
-warm-up, the better of the others counts. Ours shares the prompt of a row with all rows that have it and lets finished rows
-leave; generate pads on the left and goes on until its last row ends. With --run the weights are a trained run's (adapter
-merged), whose turns end early; without it the base model's, which likes to go on.
+Both sides sample one assistant turn for each of 16 prompts x 4 samples (data.generate("test", seed 0), the three tools
+in the system prompt) from the same weights at temperature 1, at most 64 tokens a turn, in fp32. A token counts when it
+was sampled up to its row's end of turn; what generate computes behind that end is its loss. Each side runs three times;
+the first is warm-up, the better of the others counts. Ours shares the prompt of a row with all rows that have it and
+lets finished rows leave; generate pads on the left and goes on until its last row ends. With --run the weights are a
+trained run's (adapter merged), whose turns end early; without it the base model's, which likes to go on.
 
     .venv/bin/python benchmarks/rollout_vs_generate.py [--run RUN] --out benchmarks/rollout_vs_generate.json
 """
@@ -32,7 +32,8 @@ def prepare(folder, options):
         model, tokenizer = toolplay.load_model(options.model)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    kept = [c for c in data.generate("test", 4 * options.prompts, options.seed) if c["kind"] != "missing_tool"][:options.prompts]
+    kept = [c for c in data.generate("test", 4 * options.prompts, options.seed)
+            if c["kind"] != "missing_tool"][:options.prompts]
     chats = [{"messages": c["messages"][:1], "tools": TOOLS} for c in kept]
     (folder / "chats.json").write_text(json.dumps(chats))
     (folder / "ids.json").write_text(json.dumps([data.encode(c, tokenizer, generation=True)[0] for c in chats]))
@@ -55,7 +56,8 @@ def ours(folder, options):
     chats = [chat for chat in json.loads((folder / "chats.json").read_text()) for _ in range(options.samples)]
 
     def sample(seed):
-        episodes = toolplay.rollout(model, tokenizer, chats, max_new_tokens=options.max_new_tokens, max_turns=1, seed=seed, batch_size=len(chats))
+        episodes = toolplay.rollout(model, tokenizer, chats, max_new_tokens=options.max_new_tokens, max_turns=1,
+                                    seed=seed, batch_size=len(chats))
         return sum(sum(e.mask) for e in episodes)
     return timed(sample)
 
@@ -73,7 +75,8 @@ def transformers_generate(folder, options):
     def sample(seed):
         torch.manual_seed(seed)
         with torch.no_grad():
-            out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=options.max_new_tokens,
+            out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                                 max_new_tokens=options.max_new_tokens,
                                  eos_token_id=end, pad_token_id=end)[:, width:].tolist()
         return sum(row.index(end) + 1 if end in row else len(row) for row in out)
     return timed(sample) | {"versions": {"transformers": transformers.__version__, "torch": torch.__version__}}
@@ -84,12 +87,15 @@ ROLES = {"prepare": prepare, "ours": ours, "generate": transformers_generate}
 
 def text(sides):
     speed = {name: sides[name]["tokens"] / sides[name]["seconds"] for name in ("ours", "generate")}
-    lines = [f"{name:<12}{sides[name]['tokens']:>7} tokens{sides[name]['seconds']:>8.2f} s{speed[name]:>9.1f} tokens/s" for name in speed]
-    return [*lines, f"ratio {speed['ours'] / speed['generate']:.2f}"], {"tokens_per_s": speed, "ratio": speed["ours"] / speed["generate"]}
+    lines = [f"{name:<12}{sides[name]['tokens']:>7} tokens{sides[name]['seconds']:>8.2f} s{speed[name]:>9.1f} tokens/s"
+             for name in speed]
+    return [*lines, f"ratio {speed['ours'] / speed['generate']:.2f}"], {"tokens_per_s": speed,
+                                                                        "ratio": speed["ours"] / speed["generate"]}
 
 
 def main():
-    parser = common.parser("our rollout against transformers.generate", prompts=16, samples=4, max_new_tokens=64, run="")
+    parser = common.parser("our rollout against transformers.generate", prompts=16, samples=4, max_new_tokens=64,
+                           run="")
     common.run_roles(__file__, parser.parse_args(), ROLES, list(ROLES), text)
 
 

@@ -1,14 +1,14 @@
 """
 sft_vs_trl.py - our SFT step against TRL's SFTTrainer: the same numbers, less time, less memory
 
-Both sides train the same LoRA adapter (r 16, alpha 32, all linear layers) of smollm2-135m on the same token ids and masks
-in the same order, in fp32, with the same AdamW, step size, clipping and loss (mean over the trained tokens of a batch of 16).
-The workload is data.generate("train", seed 0) with the same three tools offered everywhere.
+Both sides train the same LoRA adapter (r 16, alpha 32, all linear layers) of smollm2-135m on the same token ids and
+masks in the same order, in fp32, with the same AdamW, step size, clipping and loss (mean over the trained tokens of a
+batch of 16). The workload is data.generate("train", seed 0) with the same three tools offered everywhere.
 
 Fairness. TRL pads to the longest row of the batch (its default) and runs twice: "plain" without gradient checkpointing,
-which is its fastest, and "checkpointing" with it, which is its default and its smallest memory. Ours has one setting; read
-it against both rows. Seconds are measured from the end of a step to the end of the next, all that a trainer does between
-included. The first two steps are warm-up. How memory and FLOPs are counted, and what to install: common.py.
+which is its fastest, and "checkpointing" with it, which is its default and its smallest memory. Ours has one setting;
+read it against both rows. Seconds are measured from the end of a step to the end of the next, all that a trainer does
+between included. The first two steps are warm-up. How memory and FLOPs are counted, and what to install: common.py.
 
     .venv/bin/python benchmarks/sft_vs_trl.py --out benchmarks/sft_vs_trl.json
 """
@@ -33,14 +33,16 @@ def prepare(folder, options):
     if len(rows) < count:
         sys.exit(f"only {len(rows)} examples for {options.steps} steps of {options.batch_size}")
     (folder / "rows.json").write_text(json.dumps(rows))
-    return {"examples": len(rows), "tokens": sum(len(ids) for ids, _ in rows), "trained_tokens": sum(sum(mask) for _, mask in rows)}
+    return {"examples": len(rows), "tokens": sum(len(ids) for ids, _ in rows),
+            "trained_tokens": sum(sum(mask) for _, mask in rows)}
 
 
 def ours(folder, options):
     """The loop of sft.train without its run folder, evaluation and log."""
     import sft
     import toolplay
-    config = toolplay.load_config({"method": "sft", "lr": LR, "schedule": "cosine", "warmup": 0, "max_grad_norm": common.MAX_NORM,
+    config = toolplay.load_config({"method": "sft", "lr": LR, "schedule": "cosine", "warmup": 0,
+                                   "max_grad_norm": common.MAX_NORM,
                                    "batch_size": options.batch_size, "precision": "fp32", "device": "cpu"})
     rows = json.loads((folder / "rows.json").read_text())
     model = common.our_model(folder)
@@ -56,7 +58,8 @@ def ours(folder, options):
         losses.append(toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1]))["loss"])
         clock.append(time.perf_counter())
         common.tell(losses, clock)
-    return common.with_share_of_peak(common.measured(losses, clock), model, [[[row] for row in batch] for batch in batches], config.micro_tokens, options.seed)
+    return common.with_share_of_peak(common.measured(losses, clock), model,
+                                     [[[row] for row in batch] for batch in batches], config.micro_tokens, options.seed)
 
 
 def trl(folder, options, checkpointing):
@@ -69,7 +72,8 @@ def trl(folder, options, checkpointing):
                                  "labels": [[i if m else -100 for i, m in zip(ids, mask)] for ids, mask in rows]})
     losses, clock = [], []
     Trainer, callback = common.recorded(trl.SFTTrainer, losses, clock)
-    settings = trl.SFTConfig(**common.peer_settings(folder, options, LR, checkpointing), packing=False, padding_free=False, shuffle_dataset=False)
+    settings = trl.SFTConfig(**common.peer_settings(folder, options, LR, checkpointing), packing=False,
+                             padding_free=False, shuffle_dataset=False)
     Trainer(model, settings, train_dataset=dataset, callbacks=[callback], processing_class=tokenizer).train()
     return {**common.measured(losses, clock), "versions": common.peer_versions()}
 

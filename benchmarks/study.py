@@ -1,21 +1,24 @@
 """
 study.py - what DPO and PPO teach that imitation does not: every run, every score, every picture, in one command
 
-    .venv/bin/python benchmarks/study.py                 everything, about six hours on two cores; what is done is skipped
-    .venv/bin/python benchmarks/study.py start gae-0     only these
-    .venv/bin/python benchmarks/study.py table plot      the table, docs/ppo.png and docs/dpo.png from the runs that are there
+    .venv/bin/python benchmarks/study.py              everything, about six hours on two cores; what is done is skipped
+    .venv/bin/python benchmarks/study.py start gae-0  only these
+    .venv/bin/python benchmarks/study.py table plot   the table, docs/ppo.png and docs/dpo.png from the runs there are
 
-All runs start from one SFT checkpoint (configs/sft_start.json), which has seen no family of story problems of more than one
-operation (seven single ones among the canonical examples, and everyday sums of several, it has). Then PPO and DPO as their configs say, and the rivals for as long as PPO takes:
+All runs start from one SFT checkpoint (configs/sft_start.json), which has seen no family of story problems of more than
+one operation (seven single ones among the canonical examples, and everyday sums of several, it has). Then PPO and DPO
+as their configs say, and the rivals for as long as PPO takes:
 
     gae-0 gae-1 gae-2, rloo-0, grpo-0    ppo.py from answers alone (configs/ppo.json, other seeds and advantages)
     sft-0 sft-1 sft-2                    more SFT on fresh examples of what the checkpoint was trained on: the control
-    rft-0                                the honest rival: sample, keep what answered right, fine-tune on that (Yuan et al. 2023)
+    rft-0                                the honest rival: sample, keep what answered right, fine-tune on that
+                                         (Yuan et al. 2023)
     dpo-0 dpo-1 dpo-2                    configs/dpo.json
     base                                 the untrained model
 
-Scores: runs/study/test.jsonl, the test split: word problems of several operations (story families that no run has seen), and
-as many of other kinds, half of them without a call that is due, or with a trap. `table` prints them; any two are compared by
+Scores: runs/study/test.jsonl, the test split: word problems of several operations (story families that no run has
+seen), and as many of other kinds, half of them without a call that is due, or with a trap. `table` prints them; any two
+are compared by
 
     .venv/bin/python toolplay.py compare --kind two_steps runs/study/start runs/study/gae-* ...
 """
@@ -30,8 +33,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RUNS = ROOT / "runs" / "study"
 N = 300  # test cases of either part
-OTHERS = {"no_tool": 8, "trap": 8, "missing_tool": 3, "arithmetic": 4, "everyday": 4, "one_step": 4, "weather": 4, "search": 4, "two_calls": 1, "tool_error": 1}
-STAGES = ["start", *(f"{name}-{seed}" for seed in range(3) for name in ("gae", "sft", "dpo")), "rloo-0", "grpo-0", "rft-0", "base", "table", "plot"]
+OTHERS = {"no_tool": 8, "trap": 8, "missing_tool": 3, "arithmetic": 4, "everyday": 4, "one_step": 4, "weather": 4,
+          "search": 4, "two_calls": 1, "tool_error": 1}
+STAGES = ["start", *(f"{name}-{seed}" for seed in range(3) for name in ("gae", "sft", "dpo")), "rloo-0", "grpo-0",
+          "rft-0", "base", "table", "plot"]
 
 
 def toolplay(*argv):
@@ -53,13 +58,15 @@ def train(name, config, *overrides):
     folder = RUNS / name
     if not (folder / "adapter").is_dir():
         done = (folder / "config.json").exists()
-        toolplay("train", folder if done else ROOT / "configs" / config, *(["--resume"] if done else [f"--run_dir={folder}", *overrides]))
+        toolplay("train", folder if done else ROOT / "configs" / config,
+                 *(["--resume"] if done else [f"--run_dir={folder}", *overrides]))
     if not (folder / "eval.json").exists():
         toolplay("eval", "--run", folder, "--data", cases(), "--failures", 0)
 
 
 def rejection_sampling(name, seed):
-    """Sample from the start, keep what answered right, and train on it, with the old kinds beside it as PPO has them."""
+    """Sample from the start, keep what answered right, and train on it, with the old kinds beside it as PPO has
+    them."""
     import data
     import ppo
     import toolplay as tp
@@ -71,17 +78,27 @@ def rejection_sampling(name, seed):
         kept, begin = [], time.time()
         for at in range(0, len(cases), 32):
             group = cases[at:at + 32]
-            episodes = tp.rollout(model, tokenizer, [c.conversation for c in group for _ in range(4)], max_new_tokens=48, max_turns=3, seed=f"{seed} {at}", batch_size=128)
+            episodes = tp.rollout(model, tokenizer, [c.conversation for c in group for _ in range(4)],
+                                  max_new_tokens=48, max_turns=3, seed=f"{seed} {at}", batch_size=128)
             for n, case in enumerate(group):
-                right = [e for e in episodes[4 * n:4 * n + 4] if ppo.score(case, e)[1]["right_answer"] == 1 and len(e.turns) == 2]
-                for e in {str(e.calls): e for e in right}.values():  # different ways to the answer teach more than one (Yuan et al., sec. 3.3)
-                    messages = [*case.conversation["messages"], {"role": "assistant", "content": "", "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls]},
-                                *({"role": "tool", "content": r.text()} for r in e.results), {"role": "assistant", "content": e.final}]
-                    kept.append({"kind": case.kind, "messages": messages, "tools": [tool.name for tool in case.conversation["tools"]]})
-        print(f"{len(kept)} right answers to {len(cases)} prompts, 4 samples each, {(time.time() - begin) / 60:.1f} minutes")
-        kept += [{key: c[key] for key in ("kind", "messages", "tools")} for c in data.generate("train", len(kept) // 2, seed + 1, config.ptx_mix)]
+                right = [e for e in episodes[4 * n:4 * n + 4] if ppo.score(case, e)[1]["right_answer"] == 1
+                         and len(e.turns) == 2]
+                # different ways to the answer teach more than one (Yuan et al., sec. 3.3)
+                for e in {str(e.calls): e for e in right}.values():
+                    messages = [*case.conversation["messages"],
+                                {"role": "assistant", "content": "",
+                                 "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls]},
+                                *({"role": "tool", "content": r.text()} for r in e.results),
+                                {"role": "assistant", "content": e.final}]
+                    kept.append({"kind": case.kind, "messages": messages,
+                                 "tools": [tool.name for tool in case.conversation["tools"]]})
+        print(f"{len(kept)} right answers to {len(cases)} prompts, 4 samples each, "
+              f"{(time.time() - begin) / 60:.1f} minutes")
+        kept += [{key: c[key] for key in ("kind", "messages", "tools")}
+                 for c in data.generate("train", len(kept) // 2, seed + 1, config.ptx_mix)]
         tp.write_lines(path, kept)
-    train(name, "sft_start.json", f"--seed={seed}", "--source=jsonl", f"--path={path}", "--mix={}", f"--start_from={RUNS / 'start'}", f"--steps={RFT_STEPS}",
+    train(name, "sft_start.json", f"--seed={seed}", "--source=jsonl", f"--path={path}", "--mix={}",
+          f"--start_from={RUNS / 'start'}", f"--steps={RFT_STEPS}",
           "--lr=0.0005", "--eval_every=0", "--eval_examples=0")
 
 
@@ -97,13 +114,15 @@ def stage(name, minutes):
     elif name == "base":
         if not (RUNS / name / "eval.json").exists():
             (RUNS / name).mkdir(exist_ok=True)
-            toolplay("eval", "--model", "smollm2-135m", "--data", cases(), "--failures", 0, "--out", RUNS / name / "eval.json")
+            toolplay("eval", "--model", "smollm2-135m", "--data", cases(), "--failures", 0, "--out",
+                     RUNS / name / "eval.json")
     elif name in ("table", "plot"):
         {"table": table, "plot": plot}[name]()
     elif method in ("gae", "rloo", "grpo"):
         train(name, "ppo.json", start, f"--seed={seed}", f"--advantage={method}")
     elif method == "sft":
-        train(name, "sft_start.json", start, f"--seed={int(seed) + 1}", f"--examples={int(minutes * 60 / STEP_S) * 8}", "--lr=0.0005", "--eval_every=0", "--eval_examples=0")
+        train(name, "sft_start.json", start, f"--seed={int(seed) + 1}", f"--examples={int(minutes * 60 / STEP_S) * 8}",
+              "--lr=0.0005", "--eval_every=0", "--eval_examples=0")
     elif method == "dpo":
         train(name, "dpo.json", start, f"--seed={seed}")
     else:
@@ -111,25 +130,30 @@ def stage(name, minutes):
 
 
 def table():
-    """Every method that has been scored, seeds together: means with 95 % intervals, and paired differences to the start; what is right, and what is wrong."""
+    """Every method that has been scored, seeds together: means with 95 % intervals, and paired differences to the
+    start; what is right, and what is wrong."""
     import eval as evaluation
     methods = ("start", "base", "sft", "rft", "dpo", "gae", "rloo", "grpo")
     scored = {m: sorted([*RUNS.glob(f"{m}/eval.json"), *RUNS.glob(f"{m}-[0-9]/eval.json")]) for m in methods}
     if not scored["start"]:
         sys.exit(f"{RUNS}/start has not been scored, and all are compared to it: python benchmarks/study.py start")
-    records = {m: [json.loads(path.read_text(encoding="utf-8"))["records"] for path in paths] for m, paths in scored.items() if paths}
+    records = {m: [json.loads(path.read_text(encoding="utf-8"))["records"] for path in paths]
+               for m, paths in scored.items() if paths}
 
     def new():
         return ["run", "seeds"], [[m, len(seeds)] for m, seeds in records.items()]
 
     def column(to, title, metric, which, fault=False):
         """A metric over the cases that `which` picks, and its difference to the start; `fault`: one minus it."""
-        result = evaluation.compare({m: [[r for r in seed if which(r)] for seed in seeds] for m, seeds in records.items()})
+        result = evaluation.compare({m: [[r for r in seed if which(r)] for seed in seeds]
+                                     for m, seeds in records.items()})
         to[0].extend([f"{title} (n = {result['start'][metric]['n']})", "to the start"])
         for row, of in zip(to[1], result.values()):
-            x = {key: fault - value if fault and key in ("value", "low", "high") else -value if fault else value for key, value in of[metric].items()}
+            x = {key: fault - value if fault and key in ("value", "low", "high") else -value if fault else value
+                 for key, value in of[metric].items()}
             low, high, d_low, d_high = *sorted((x["low"], x["high"])), *sorted((x["d_low"], x["d_high"]))
-            row.extend([f"{x['value']:.3f} [{low:.2f}, {high:.2f}]", f"{x['difference'] + 0:+.3f} [{d_low:+.2f}, {d_high:+.2f}]" if row[0] != "start" else ""])
+            row.extend([f"{x['value']:.3f} [{low:.2f}, {high:.2f}]", f"{x['difference'] + 0:+.3f} [{d_low:+.2f}, "
+                                                                     f"{d_high:+.2f}]" if row[0] != "start" else ""])
 
     def other(r):
         return r["kind"] != "two_steps"
@@ -158,15 +182,18 @@ def plot():
         means = [sum(part) / len(part) for n in range(len(values)) for part in [values[max(0, n - smooth + 1):n + 1]]]
         axis.plot(range(1, len(means) + 1), means, color=colour, alpha=0.9, label=label)
     colours = {"gae": "#4477aa", "rloo": "#cc3311", "grpo": "#228833", "dpo": "#4477aa"}
-    for name, unit, methods, keys in (("ppo", "round", ("gae", "rloo", "grpo"), ("reward_new", "kl", "entropy", "learned_from")),
-                                      ("dpo", "step", ("dpo",), ("rewards/margin", "rewards/accuracy", "logp/chosen", "logp/rejected"))):
+    for name, unit, methods, keys in (("ppo", "round", ("gae", "rloo", "grpo"),
+                                       ("reward_new", "kl", "entropy", "learned_from")),
+                                      ("dpo", "step", ("dpo",), ("rewards/margin", "rewards/accuracy", "logp/chosen",
+                                                                 "logp/rejected"))):
         figure = Figure(figsize=(16, 3.6), layout="tight")
         axes = figure.subplots(1, 4)
         for key, axis in zip(keys, axes):
             for method in methods:
                 for folder in sorted(RUNS.glob(f"{method}-[0-9]")):
                     if (folder / "metrics.jsonl").exists():
-                        curve(axis, folder, key, None if method in axis.get_legend_handles_labels()[1] else method, colours[method])
+                        curve(axis, folder, key, None if method in axis.get_legend_handles_labels()[1] else method,
+                              colours[method])
             axis.set(title=f"{key}, moving mean of 5 {unit}s", xlabel=unit)
             axis.spines[["top", "right"]].set_visible(False)
         if axes[0].lines:
@@ -178,7 +205,9 @@ def plot():
 def main():
     parser = argparse.ArgumentParser(description="what DPO and PPO teach that imitation does not")
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)} (default: all)")
-    parser.add_argument("--minutes", type=float, default=22.0, help="budget of the SFT runs, at STEP_S seconds a step (default 22; timing.jsonl of gae-0 says what PPO took)")
+    parser.add_argument("--minutes", type=float, default=22.0, help="budget of the SFT runs, at STEP_S seconds a step "
+                                                                    "(default 22; timing.jsonl of gae-0 says what PPO "
+                                                                    "took)")
     options = parser.parse_args()
     if unknown := set(options.stages) - set(STAGES):
         parser.error(f"unknown stage {sorted(unknown)[0]}; stages are {', '.join(STAGES)}")

@@ -5,8 +5,9 @@ study_data.py - manual, synthetic and teacher data at equal numbers of examples:
     .venv/bin/python benchmarks/study_data.py --table    the table and docs/data.png from the runs that are there
 
 Each run is SmolLM2-135M after --steps steps of SFT on N conversations of one source: the templates (data.MIX), invented
-functions (data.SYNTHETIC), or what a run of teacher.py found (--teacher). Scored on the test split of the templates, and on
-invented functions of domains that no run has seen; call accuracy: the first turn's calls are exactly right, or rightly none.
+functions (data.SYNTHETIC), or what a run of teacher.py found (--teacher). Scored on the test split of the templates,
+and on invented functions of domains that no run has seen; call accuracy: the first turn's calls are exactly right, or
+rightly none.
 """
 import argparse
 import json
@@ -37,7 +38,8 @@ def score(folder, name, options):
     if not (run / "adapter").is_dir():
         path = [f"--path={options.teacher}"] if source == "teacher" else []
         toolplay("train", *(["--resume", run] if (run / "config.json").exists() else [
-            ROOT / "configs" / "study_data.json", f"--run_dir={run}", f"--source={source}", f"--examples={n}", f"--seed={seed}", f"--steps={options.steps}", *path]))
+            ROOT / "configs" / "study_data.json", f"--run_dir={run}", f"--source={source}", f"--examples={n}",
+            f"--seed={seed}", f"--steps={options.steps}", *path]))
     out = {}
     for what, path in cases(folder, options.cases).items():
         if not (made := run / f"{what}.json").exists():
@@ -63,7 +65,8 @@ def table(folder, options, seeds):
     print(f"| data | examples | {' | '.join(CASES)} |\n| --- | ---: |{' ---: |' * len(CASES)}")
     for place, (source, colour) in enumerate(zip(SOURCES, ("#4477aa", "#cc3311", "#228833"))):
         for at, n in enumerate(options.sizes):
-            done = [score(folder, (source, n, seed), options) for seed in seeds if (folder / f"{source}-{n}-{seed}" / "functions.json").exists()]
+            done = [score(folder, (source, n, seed), options)
+                    for seed in seeds if (folder / f"{source}-{n}-{seed}" / "functions.json").exists()]
             if not done:
                 continue
             cells = []
@@ -71,7 +74,8 @@ def table(folder, options, seeds):
                 shares, x = [sum(run[what]) / len(run[what]) for run in done], at + 0.25 * place
                 cells.append(f"{statistics.mean(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})")
                 axis.bar(x, statistics.mean(shares), 0.22, color=colour, alpha=0.3)
-                axis.plot([x] * len(shares), shares, "o", color=colour, alpha=0.7, label=None if source in axis.get_legend_handles_labels()[1] else source)
+                axis.plot([x] * len(shares), shares, "o", color=colour, alpha=0.7,
+                          label=None if source in axis.get_legend_handles_labels()[1] else source)
             print(f"| {source} | {n} | {' | '.join(cells)} |")
     if not axes[0].lines:
         sys.exit(f"{folder}: no run there has been scored; run this without --table")
@@ -86,7 +90,8 @@ def table(folder, options, seeds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--teacher", default="runs/teacher", help="the run of teacher.py that the teacher data come from (default runs/teacher)")
+    parser.add_argument("--teacher", default="runs/teacher", help="the run of teacher.py that the teacher data come "
+                                                                  "from (default runs/teacher)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[50, 200], help="numbers of examples (default 50 200)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of every run (default 50)")
@@ -94,7 +99,8 @@ def main():
     parser.add_argument("--folder", default="runs/study_data")
     parser.add_argument("--table", action="store_true", help="only the table and the picture")
     options = parser.parse_args()
-    folder, options.teacher = Path(options.folder).resolve(), str(Path(options.teacher).resolve())  # the runs' own place is the repository
+    # the runs' own place is the repository
+    folder, options.teacher = Path(options.folder).resolve(), str(Path(options.teacher).resolve())
     try:  # at once, not after two hours
         import matplotlib  # noqa: F401
     except ImportError:
@@ -102,10 +108,12 @@ def main():
     if not options.table:
         same_settings(folder, {"teacher": options.teacher, "steps": options.steps, "cases": options.cases})
         if not (Path(options.teacher) / "adapter").is_dir():
-            toolplay("train", *(["--resume", options.teacher] if (Path(options.teacher) / "config.json").exists() else [ROOT / "configs" / "teacher.json", f"--run_dir={options.teacher}"]))
+            toolplay("train", *(["--resume", options.teacher] if (Path(options.teacher) / "config.json").exists()
+                                else [ROOT / "configs" / "teacher.json", f"--run_dir={options.teacher}"]))
         import data
         if (found := len(data.read_teacher(options.teacher, "train", max(options.sizes)))) < max(options.sizes):
-            sys.exit(f"{options.teacher}: its calls make {found} conversations, and --sizes asks for {max(options.sizes)}: the sources would not be compared at equal numbers")
+            sys.exit(f"{options.teacher}: its calls make {found} conversations, and --sizes asks for "
+                     f"{max(options.sizes)}: the sources would not be compared at equal numbers")
         for seed in range(options.seeds):
             for n in options.sizes:
                 for source in SOURCES:

@@ -34,12 +34,14 @@ def model(name, seed=0):
         elif name == "qwen3":
             made = t.Qwen3ForCausalLM(t.Qwen3Config(**sizes(head_dim=16)))
         elif name == "gpt2":
-            made = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.25,
+            made = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=1024,
+                                                  initializer_range=0.25,
                                                   bos_token_id=256, eos_token_id=257))
         elif name == "mistral":  # every layer sees a window of eight tokens
             made = t.MistralForCausalLM(t.MistralConfig(**sizes(sliding_window=8)))
         elif name == "gemma3":  # one layer with a window, one without
-            made = t.Gemma3ForCausalLM(t.Gemma3TextConfig(**sizes(head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"])))
+            made = t.Gemma3ForCausalLM(t.Gemma3TextConfig(**sizes(head_dim=8, sliding_window=8,
+                                                                  layer_types=["sliding_attention", "full_attention"])))
     return made.eval()
 
 
@@ -55,7 +57,8 @@ def random_rows(seed, most=9, longest=24):
     rows = [fresh(rng.randint(2, longest))]
     for _ in range(rng.randint(most // 2, most - 1)):
         other, cut = rng.choice(rows), rng.randint(0, longest)
-        rows.append(rng.choice([fresh(rng.randint(1, longest)), other + fresh(rng.randint(1, 5)), other[:cut + 1], other[:cut] + fresh(4), list(other), fresh(1)]))
+        rows.append(rng.choice([fresh(rng.randint(1, longest)), other + fresh(rng.randint(1, 5)), other[:cut + 1], other[:cut] + fresh(4),
+                                list(other), fresh(1)]))
     rng.shuffle(rows)
     return [(ids, [int(rng.random() < 0.6) for _ in ids]) for ids in rows]
 
@@ -90,7 +93,8 @@ class Zygote:
     """
 
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("zygote.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("zygote.py"))], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True)
 
     def start(self, scenario, ranks=1, timeout=60, **args):
         self.process.stdin.write(json.dumps({"scenario": scenario, "ranks": ranks, "timeout": timeout, "args": args}) + "\n")
@@ -123,7 +127,8 @@ def killed_then_resumed(config, place, nth, uninterrupted, files):
 def recorded_gradients(monkeypatch):
     """A list that gets the whole gradient of every training step from here on."""
     gradients, clip = [], torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda ps, *a: (gradients.append(torch.cat([p.grad.flatten() for p in ps if p.grad is not None])), clip(ps, *a))[1])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda ps, *a: (gradients.append(torch.cat([p.grad.flatten() for p in ps if p.grad is not None])), clip(ps, *a))[1])
     return gradients
 
 

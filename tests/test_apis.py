@@ -14,7 +14,8 @@ KINDS = [kind for kind in data.KINDS if kind.startswith("api_")]
 
 @pytest.fixture(scope="module")
 def made():
-    return {(split, kind): data.generate(split, n, 0, {kind: 1}) for split, n in (("train", 150), ("dev", 30), ("test", 60)) for kind in KINDS}
+    return {(split, kind): data.generate(split, n, 0, {kind: 1}) for split, n in (("train", 150), ("dev", 30), ("test", 60))
+            for kind in KINDS}
 
 
 def parameters(function):
@@ -28,7 +29,8 @@ def test_there_are_enough_of_them():
     functions = [(d["name"], tuple(f["words"])) for d in domains for f in d["functions"]]
     assert len(domains) >= 25 and len(set(functions)) == len(functions) >= 300
     types = Counter("enum" if "enum" in p else p["type"] for d in domains for f in d["functions"] for p in parameters(f))
-    assert set(types) == {"string", "integer", "number", "boolean", "enum", "array", "object"} and min(types.values()) >= 10
+    assert set(types) == {"string", "integer", "number", "boolean", "enum", "array", "object"}
+    assert min(types.values()) >= 10
     assert all(1 <= len(f["parameters"]) <= 6 and any(p["required"] for p in f["parameters"]) for d in domains for f in d["functions"])
     assert any(not p["required"] and "default" in p for d in domains for f in d["functions"] for p in f["parameters"])
 
@@ -44,15 +46,19 @@ def test_every_function_can_be_asked_for():
                 text, several = writer.request(shown, spread=spread)
                 assert "{" not in text and 1 <= len(several) <= spread
                 for arguments in several:
-                    assert not list(_problems(arguments, {**tool["parameters"], "type": "object"})), (domain["name"], function["words"], arguments)
+                    assert not list(_problems(arguments, {**tool["parameters"], "type": "object"})), (domain["name"], function["words"],
+                                                                                                      arguments)
                     assert set(tool["parameters"]["required"]) <= set(arguments)
 
 
 def test_domains_belong_to_one_split(made):
-    families = {split: {c["family"] for (s, _), cs in made.items() if s == split for c in cs if "." in c["family"]} for split in ("train", "dev", "test")}
+    families = {split: {c["family"] for (s, _), cs in made.items() if s == split for c in cs if "." in c["family"]}
+                for split in ("train", "dev", "test")}
     domains = {split: {family.partition(".")[0] for family in families[split]} for split in families}
-    assert not domains["train"] & domains["test"] and not domains["train"] & domains["dev"] and not domains["dev"] & domains["test"]
-    words = {split: {tuple(f["words"]) for d in data.corpus("apis.json")["domains"] if d["split"] == split for f in d["functions"]} for split in families}
+    assert not domains["train"] & domains["test"] and not domains["train"] & domains["dev"]
+    assert not domains["dev"] & domains["test"]
+    words = {split: {tuple(f["words"]) for d in data.corpus("apis.json")["domains"] if d["split"] == split for f in d["functions"]}
+             for split in families}
     assert not words["train"] & words["test"] and not words["train"] & words["dev"] and not words["dev"] & words["test"]
 
 
@@ -62,7 +68,8 @@ def test_calls_fit_the_tools_that_are_offered(made):
             tools = load_tools(c["tools"])
             calls = c["messages"][1].get("tool_calls", [])
             assert bool(calls) is (kind not in ("api_ask", "api_none"))
-            assert len(calls) == {"api_parallel": len(calls)}.get(kind, len(calls[:1])) and (kind != "api_parallel" or len(calls) >= 2)
+            assert len(calls) == {"api_parallel": len(calls)}.get(kind, len(calls[:1]))
+            assert (kind != "api_parallel" or len(calls) >= 2)
             for call in calls:
                 assert not list(_problems(call["arguments"], {"type": "object", **tools[call["name"]].parameters})), c
             assert len(tools) >= {"api_choice": 2}.get(kind, 1)
@@ -71,7 +78,8 @@ def test_calls_fit_the_tools_that_are_offered(made):
 
 def test_the_request_says_what_the_call_needs(made):
     """Codes, names and titles stand in the message word for word, but for what a whole sentence says in words of its own."""
-    told = {(name, str(value)) for name, items in data.corpus("api_sentences.json")["sentences"].items() for item in items if isinstance(item, list) for value in item[1].values()}
+    told = {(name, str(value)) for name, items in data.corpus("api_sentences.json")["sentences"].items()
+            for item in items if isinstance(item, list) for value in item[1].values()}
     found = 0
     for c in made["train", "api_one"] + made["test", "api_choice"]:
         text = c["messages"][0]["content"].lower()
@@ -87,7 +95,8 @@ def test_styles_and_masks(made):
     names = [tool["name"] for (split, _), cs in made.items() if split == "train" for c in cs for tool in c["tools"]]
     masked = [n for n in names if n.startswith("func_")]
     assert 0.05 < len(masked) / len(names) < 0.25
-    assert any("." in n for n in names) and any("_" in n and "." not in n and n not in masked for n in names) and any(n != n.lower() for n in names)
+    assert any("." in n for n in names) and any("_" in n and "." not in n and n not in masked for n in names)
+    assert any(n != n.lower() for n in names)
     assert not set(names) & set(BUILTIN)
 
 
@@ -104,7 +113,8 @@ def test_parallel_calls_differ_in_one_value_in_all_or_in_their_function(made):
 
 def test_offers_come_again_in_training_only(made):
     """The trie computes a shared set of tools once; scores on the other splits are of independent sets."""
-    offers = {split: [json.dumps(c["tools"]) for c in data.generate(split, 700, 0, {kind: 1 for kind in KINDS})] for split in ("train", "test")}
+    offers = {split: [json.dumps(c["tools"]) for c in data.generate(split, 700, 0, {kind: 1 for kind in KINDS})]
+              for split in ("train", "test")}
     assert len(set(offers["train"])) < 0.87 * 700 and len(set(offers["test"])) > 0.92 * 700
 
 
@@ -120,8 +130,10 @@ def test_questions_back_and_refusals(made):
     for c in refused:
         domain, _, words = c["family"].partition(".")
         offered = {tool["description"] for tool in c["tools"]}
-        near += any(offered & set(f["descriptions"]) for d in data.corpus("apis.json")["domains"] if d["name"] == domain for f in d["functions"])
-        function = next(f for d in data.corpus("apis.json")["domains"] if d["name"] == domain for f in d["functions"] if "_".join(f["words"]) == words)
+        near += any(offered & set(f["descriptions"]) for d in data.corpus("apis.json")["domains"] if d["name"] == domain
+                    for f in d["functions"])
+        function = next(f for d in data.corpus("apis.json")["domains"] if d["name"] == domain
+                        for f in d["functions"] if "_".join(f["words"]) == words)
         assert not any(tool["description"] in function["descriptions"] for tool in c["tools"])
     assert 0.3 < near / len(refused) < 0.8  # a function of the same domain is offered, but another one than asked for
 
@@ -144,9 +156,11 @@ def test_whole_sentences_say_every_required_value():
         for item in items:
             text, told = (item, {}) if isinstance(item, str) else item
             slots = re.findall(r"{(\w+)}", text)
-            assert len(set(slots)) == len(slots) and set(slots) | set(told) <= set(parameters) and required <= set(slots) | set(told) and not set(slots) & set(told), (name, text)
+            assert len(set(slots)) == len(slots) and not set(slots) & set(told), (name, text)
+            assert required <= set(slots) | set(told) <= set(parameters), (name, text)
             assert not any(parameters[slot]["type"] in ("boolean", "object") for slot in slots), (name, text)
-            assert not list(_problems(told, {"type": "object", "properties": {key: writer.field(parameters[key]) for key in told}})), (name, text, told)
+            assert not list(_problems(told, {"type": "object", "properties": {key: writer.field(parameters[key]) for key in told}})), (
+                name, text, told)
 
 
 def test_whole_sentences_are_used():
@@ -155,7 +169,8 @@ def test_whole_sentences_are_used():
     sentences = data.corpus("api_sentences.json")["sentences"]
 
     def written(c):
-        forms = [re.sub(r"\\{\w+\\}", "(.+)", re.escape(text if isinstance(text, str) else text[0])) for text in sentences.get(c["family"].partition(".")[2], [])]
+        forms = [re.sub(r"\\{\w+\\}", "(.+)", re.escape(text if isinstance(text, str) else text[0]))
+                 for text in sentences.get(c["family"].partition(".")[2], [])]
         return any(re.fullmatch(form + "?", c["messages"][0]["content"], re.IGNORECASE) for form in forms)
     whole = [c for c in made if written(c)]
     assert 0.25 < len(whole) / len(made) < 0.65
@@ -164,14 +179,17 @@ def test_whole_sentences_are_used():
 def test_a_whole_sentence_can_say_an_object_in_its_own_words():
     function = {"words": ["send", "it"], "descriptions": ["Sends it."], "requests": ["Send {..}"], "result": {}, "parameters": [
         {"name": ["to", "whom"], "type": "object", "description": ["who"], "required": True, "properties": [
-            {"name": ["full", "name"], "type": "string", "description": ["name"], "required": True, "values": "person", "phrases": ["{v}"]}]},
-        {"name": ["how", "fast"], "type": "string", "description": ["speed"], "required": False, "enum": ["by_land", "by_air"], "phrases": {"by_land": ["slowly"], "by_air": ["fast"]}}]}
+            {"name": ["full", "name"], "type": "string", "description": ["name"], "required": True, "values": "person",
+             "phrases": ["{v}"]}]},
+        {"name": ["how", "fast"], "type": "string", "description": ["speed"], "required": False, "enum": ["by_land", "by_air"],
+         "phrases": {"by_land": ["slowly"], "by_air": ["fast"]}}]}
     writer = data.ApiWriter("train", random.Random(0), False)
     writer.sentence = lambda f: ("Send it to Bo Lind {how_fast}.", {"to_whom", "how_fast"}, {"to_whom": {"full_name": "Bo Lind"}})
     for style, keys in (("camel", ("toWhom", "fullName", "howFast")), ("snake", ("to_whom", "full_name", "how_fast"))):
         writer.style, writer.masked = style, False
         text, [arguments] = writer.request(function)
-        assert arguments == {keys[0]: {keys[1]: "Bo Lind"}, keys[2]: arguments[keys[2]]} and text == f"Send it to Bo Lind {arguments[keys[2]].replace('_', ' ')}."
+        assert arguments == {keys[0]: {keys[1]: "Bo Lind"}, keys[2]: arguments[keys[2]]}
+        assert text == f"Send it to Bo Lind {arguments[keys[2]].replace('_', ' ')}."
 
 
 def test_requests_do_not_contradict_themselves():

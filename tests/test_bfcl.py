@@ -22,7 +22,8 @@ SUITE = "bfcl:" + ",".join(evaluation.BFCL)
 def official():
     pytest.importorskip("bfcl_eval")
     mapping = type("Any", (dict,), {"__missing__": lambda self, key: types.SimpleNamespace(underscore_to_dot=False)})()
-    sys.modules["bfcl_eval.constants.model_config"] = types.SimpleNamespace(MODEL_CONFIG_MAPPING=mapping)  # the real one imports every vendor's client
+    # the real one imports every vendor's client
+    sys.modules["bfcl_eval.constants.model_config"] = types.SimpleNamespace(MODEL_CONFIG_MAPPING=mapping)
     from bfcl_eval.constants.enums import Language
     from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker
 
@@ -58,9 +59,11 @@ def other_value(value, rng):
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         options += [float(value), int(value) if value == value and abs(value) < 1e15 else 0, value + 1, -value, str(value), bool(value)]
     if isinstance(value, list):
-        options += [value[::-1], value[:-1], value + value[:1], tuple(value), [str(x) for x in value], [other_value(x, rng) for x in value], ", ".join(map(str, value))]
+        options += [value[::-1], value[:-1], value + value[:1], tuple(value), [str(x) for x in value], [other_value(x, rng) for x in value],
+                    ", ".join(map(str, value))]
     if isinstance(value, dict):
-        options += [dict(list(value.items())[1:]), {**value, "zz": 1}, {k: other_value(v, rng) for k, v in value.items()}, list(value.items())]
+        options += [dict(list(value.items())[1:]), {**value, "zz": 1}, {k: other_value(v, rng) for k, v in value.items()},
+                    list(value.items())]
     return rng.choice(options)
 
 
@@ -113,7 +116,8 @@ def test_verdicts_are_the_official_ones(official, cases):
 
 def test_verdicts_on_calls_that_are_easily_confused(official):
     """5.0 equals 5 and is another call; what the official checker stumbles over is wrong."""
-    number = {"name": "f", "parameters": {"type": "dict", "properties": {"mu": {"type": "float"}, "n": {"type": "integer"}}, "required": ["mu"]}}
+    number = {"name": "f", "parameters": {"type": "dict", "properties": {"mu": {"type": "float"}, "n": {"type": "integer"}},
+                                          "required": ["mu"]}}
     answers = [{"f": {"mu": [5.0], "n": [2, ""]}}, {"f": {"mu": [5.0, 5], "n": [2]}}]
     for values in itertools.permutations([5.0, 5]):
         calls = [("f", {"mu": value, "n": 2}) for value in values]
@@ -121,7 +125,8 @@ def test_verdicts_on_calls_that_are_easily_confused(official):
     assert not evaluation.bfcl_valid("simple_python", [number], [("f", {"mu": 10 ** 400})], answers[:1])
     nested = {"name": "f", "parameters": {"type": "dict", "properties": {"d": {"type": "dict"}}, "required": []}}
     assert not evaluation.bfcl_valid("simple_python", [nested], [("f", {"d": {"a": "b"}})], [{"f": {"d": [{"a": {"b": [1]}}]}}])
-    assert not evaluation.bfcl_valid("simple_python", [{"name": "f", "parameters": {"type": "dict", "properties": {}}}], [("f", {})], [{"f": {}}])
+    assert not evaluation.bfcl_valid("simple_python", [{"name": "f", "parameters": {"type": "dict", "properties": {}}}], [("f", {})],
+                                     [{"f": {}}])
 
 
 def filled(answer, functions):
@@ -136,10 +141,13 @@ def filled(answer, functions):
 def test_invented_functions_have_no_name_of_bfcl(official):
     """Nothing of it is trained on, and no chance likeness may look as if."""
     from bfcl_eval.constants.eval_config import PROMPT_PATH
-    found = [json.loads(line) for path in Path(PROMPT_PATH).glob("BFCL_v4_*.json") if "format" not in path.name for line in path.read_text(encoding="utf-8").splitlines()]
+    found = [json.loads(line) for path in Path(PROMPT_PATH).glob("BFCL_v4_*.json") if "format" not in path.name
+             for line in path.read_text(encoding="utf-8").splitlines()]
     same = lambda name: re.sub("[^a-z0-9]", "", name.rpartition(".")[2].lower())  # noqa: E731
     taken = {same(function["name"]) for case in found if isinstance(case.get("function"), list) for function in case["function"]}
-    assert len(taken) > 1000 and not [f["words"] for domain in data.corpus("apis.json")["domains"] for f in domain["functions"] if same("".join(f["words"])) in taken]
+    assert len(taken) > 1000
+    assert not [f["words"] for domain in data.corpus("apis.json")["domains"]
+                for f in domain["functions"] if same("".join(f["words"])) in taken]
 
 
 def test_gold_answers_are_right(cases):
@@ -161,11 +169,15 @@ def test_irrelevance_never_stands_alone():
 
 
 def tiny_suite(tmp_path):
-    tool = {"name": "math.add", "description": "Add.", "parameters": {"type": "dict", "properties": {"a": {"type": "integer"}, "b": {"type": "float"}}, "required": ["a"]}}
+    tool = {"name": "math.add", "description": "Add.",
+            "parameters": {"type": "dict", "properties": {"a": {"type": "integer"}, "b": {"type": "float"}}, "required": ["a"]}}
     for category, question in (("simple_python", "Add 1 and 2"), ("irrelevance", "Sing")):
-        (tmp_path / f"BFCL_v4_{category}.json").write_text(json.dumps({"id": f"{category}_0", "question": [[{"role": "user", "content": question}]], "function": [tool]}) + "\n")
+        (tmp_path / f"BFCL_v4_{category}.json").write_text(json.dumps({"id": f"{category}_0",
+                                                                       "question": [[{"role": "user", "content": question}]],
+                                                                       "function": [tool]}) + "\n")
     (tmp_path / "possible_answer").mkdir()
-    (tmp_path / "possible_answer" / "BFCL_v4_simple_python.json").write_text(json.dumps({"id": "simple_python_0", "ground_truth": [{"math.add": {"a": [1], "b": [2.0, ""]}}]}) + "\n")
+    (tmp_path / "possible_answer" / "BFCL_v4_simple_python.json").write_text(
+        json.dumps({"id": "simple_python_0", "ground_truth": [{"math.add": {"a": [1], "b": [2.0, ""]}}]}) + "\n")
     return tmp_path
 
 
@@ -183,13 +195,15 @@ def test_a_model_is_judged(tmp_path, capsys):
     assert result["report"]["simple_python"]["n"] == 1 and len(result["records"]) == 2
 
 
-@pytest.mark.parametrize("suite, words", [("bfcl:simple", "must be bfcl:"), ("other", "must be bfcl:"), ("bfcl:multiple", "cannot be read")])
+@pytest.mark.parametrize("suite, words", [("bfcl:simple", "must be bfcl:"), ("other", "must be bfcl:"),
+                                          ("bfcl:multiple", "cannot be read")])
 def test_mistakes(tmp_path, suite, words):
     with pytest.raises(UserError, match=words):
         evaluation.bfcl_cases(suite, tiny_suite(tmp_path))
 
 
-@pytest.mark.parametrize("line", ['{"id": "a"}', '[1]', '{"id": "a", "question": [], "function": []}', '{"id": "a", "question": [[]], "function": [{"name": "f"}]}', "{", "[" * 200000])
+@pytest.mark.parametrize("line", ['{"id": "a"}', '[1]', '{"id": "a", "question": [], "function": []}',
+                                  '{"id": "a", "question": [[]], "function": [{"name": "f"}]}', "{", "[" * 200000])
 def test_a_damaged_suite_is_one_line(tmp_path, line):
     folder = tiny_suite(tmp_path)
     (folder / "BFCL_v4_simple_python.json").write_text(line + "\n")
@@ -197,7 +211,9 @@ def test_a_damaged_suite_is_one_line(tmp_path, line):
         evaluation.bfcl_cases("bfcl:simple_python", folder)
 
 
-@pytest.mark.parametrize("gold", ["", '{"id": "other", "ground_truth": [{"f": {}}]}', *(json.dumps({"id": "simple_python_0", "ground_truth": truth}) for truth in (None, [], [{}], ["abc"], [{"f": {}, "g": {}}], [{"f": None}]))])
+@pytest.mark.parametrize("gold", ["", '{"id": "other", "ground_truth": [{"f": {}}]}',
+                                  *(json.dumps({"id": "simple_python_0", "ground_truth": truth})
+                                    for truth in (None, [], [{}], ["abc"], [{"f": {}, "g": {}}], [{"f": None}]))])
 def test_gold_that_is_missing_or_no_answer_is_one_line(tmp_path, gold):
     """Else silence would be right, or the judge break down after minutes of sampling."""
     folder = tiny_suite(tmp_path)
@@ -210,7 +226,8 @@ def test_a_suite_without_cases_is_no_suite_and_none_counts_twice(tmp_path, capsy
     folder = tiny_suite(tmp_path)
     assert len(evaluation.bfcl_cases("bfcl:simple_python,simple_python", folder)) == 1
     (folder / "BFCL_v4_simple_python.json").write_text("\n")
-    for options in (["--suite", "bfcl:simple_python", "--bfcl", str(folder)], ["--suite", ""], ["--suite", "bfcl:multiple", "--data", "x"], ["--bfcl", str(folder)]):
+    for options in (["--suite", "bfcl:simple_python", "--bfcl", str(folder)], ["--suite", ""], ["--suite", "bfcl:multiple", "--data", "x"],
+                    ["--bfcl", str(folder)]):
         with pytest.raises(SystemExit) as exit_:
             toolplay.main(["eval", "--model", "tiny", *options])
         assert exit_.value.code == 2 and capsys.readouterr().err.startswith("error: ")

@@ -16,7 +16,8 @@ import toolplay
 from tools import Tool, UserError
 
 ROOT = Path(toolplay.__file__).parent
-TINY = ["--method=sft", "--model=tiny", "--examples=24", "--eval_examples=4", "--batch_size=4", "--steps=4", "--save_every=2", "--eval_every=2",
+TINY = ["--method=sft", "--model=tiny", "--examples=24", "--eval_examples=4", "--batch_size=4", "--steps=4", "--save_every=2",
+        "--eval_every=2",
         "--max_tokens=4000", "--lora_r=2"]
 
 
@@ -52,7 +53,8 @@ def test_sft_py_is_the_same_run(run, tmp_path):
     import sft
     sft.main([str(ROOT / "configs" / "sft_tiny.json"), *TINY, f"--run_dir={tmp_path / 'x'}"])
     assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
-    assert (tmp_path / "x" / "adapter" / "adapter_model.safetensors").read_bytes() == (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "x" / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def test_an_existing_run_is_not_overwritten(run, capsys):
@@ -85,16 +87,19 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(argv, words, capsys, tmp_pa
 
 
 def test_resuming_what_never_began_begins_it(tmp_path, capsys):
-    out = cli("train", ROOT / "configs" / "sft_tiny.json", "--resume", f"--run_dir={tmp_path / 'r'}", "--steps=1", "--examples=8", "--eval_examples=0", capsys=capsys)
+    out = cli("train", ROOT / "configs" / "sft_tiny.json", "--resume", f"--run_dir={tmp_path / 'r'}", "--steps=1", "--examples=8",
+              "--eval_examples=0", capsys=capsys)
     assert "nothing to resume" in out.err and (tmp_path / "r" / "adapter").is_dir()
 
 
 def test_predict_streams_resumes_and_reports_bad_lines(run, tmp_path, capsys):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    weather = {"type": "function", "function": {"name": "get_rain", "description": "Rain.", "parameters": {"type": "object", "properties": {}}}}
+    weather = {"type": "function", "function": {"name": "get_rain", "description": "Rain.",
+                                                "parameters": {"type": "object", "properties": {}}}}
     good = [{"id": "a", "prompt": "What is 2 + 2?"}, {"id": 2, "messages": [{"role": "user", "content": "hi"}]},
             {"id": "c", "prompt": "rain?", "tools": [weather]}, {"id": "d", "prompt": "no tools", "tools": []}]
-    bad = ["{broken", '{"prompt": "no id"}', '{"id": "x"}', '{"id": "y", "messages": []}', '{"id": "a", "prompt": "again"}', '{"id": "z", "prompt": "p", "tools": 3}']
+    bad = ["{broken", '{"prompt": "no id"}', '{"id": "x"}', '{"id": "y", "messages": []}', '{"id": "a", "prompt": "again"}',
+           '{"id": "z", "prompt": "p", "tools": 3}']
     source.write_text("\n".join([json.dumps(g) for g in good[:2]] + bad + [json.dumps(g) for g in good[2:]]) + "\n")
     out = cli("predict", "--run", run, "--input", source, "--output", target, "--max-new-tokens", 5, capsys=capsys)
     for number in range(3, 9):
@@ -109,17 +114,21 @@ def test_predict_streams_resumes_and_reports_bad_lines(run, tmp_path, capsys):
 
 
 def test_predict_into_a_file_by_way_of_stdout(run, tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "hi"}\n{"id": Infinity, "prompt": "hi"}\n' + json.dumps({"id": 2, "prompt": "long " * 1000}) + "\n")
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "hi"}\n{"id": Infinity, "prompt": "hi"}\n'
+                                       + json.dumps({"id": 2, "prompt": "long " * 1000}) + "\n")
     with open(tmp_path / "out.jsonl", "w") as out:
-        done = subprocess.run([sys.executable, ROOT / "toolplay.py", "predict", "--run", run, "--input", tmp_path / "in.jsonl", "--output", "/dev/stdout", "--max-new-tokens", "3"],
+        done = subprocess.run([sys.executable, ROOT / "toolplay.py", "predict", "--run", run, "--input", tmp_path / "in.jsonl", "--output",
+                               "/dev/stdout", "--max-new-tokens", "3"],
                               stdout=out, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 0 and [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [1]
+    assert done.returncode == 0
+    assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [1]
     assert "line 2:" in done.stderr and "no room for an answer" in done.stderr
 
 
 def test_predict_keeps_what_it_did_not_write(run, tmp_path, capsys):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text('{"id": 1, "prompt": "half a character: \\ud800"}\n{"id": "\\udfff", "prompt": "hi"}\n{"id": 2, "prompt": "hi"}\n{"id": 3, "prompt": "ho"}\n')
+    source.write_text('{"id": 1, "prompt": "half a character: \\ud800"}\n{"id": "\\udfff", "prompt": "hi"}\n{"id": 2, "prompt": '
+                      '"hi"}\n{"id": 3, "prompt": "ho"}\n')
     answer = {"id": 2, "output": "a line\u2028and another", "calls": [], "results": [], "final": "caf\u00e9"}
     target.write_text(json.dumps(answer, ensure_ascii=False) + "\n" + '{"id": 3, "output": "café'[:-1], encoding="utf-8")
     target.write_bytes(target.read_bytes() + "é".encode()[:1])  # killed in the middle of a character
@@ -159,13 +168,15 @@ def test_chat_remembers_its_calls(monkeypatch, capsys):
     def rollout(model, tokenizer, chats, tools, **more):
         said.append(chats[0]["messages"])
         e = toolplay.Episode([], [], [], 0, turns=[call, "391."], final="391.", stop="end")
-        e.calls, e.results = [Call("calculator", {"expression": "17 * 23"})], [toolplay.execute(Call("calculator", {"expression": "17 * 23"}), tools)]
+        e.calls, e.results = [Call("calculator",
+                                   {"expression": "17 * 23"})], [toolplay.execute(Call("calculator", {"expression": "17 * 23"}), tools)]
         return [e]
     monkeypatch.setattr(toolplay, "rollout", rollout)
     monkeypatch.setattr("builtins.input", lambda prompt="": next(inputs))
     out = cli("chat", "--model", "tiny", capsys=capsys).out
     assert 'calculator(expression="17 * 23")' in out and '{"result": 391}' in out
-    assert [m["role"] for m in said[1]] == ["user", "assistant", "tool", "assistant", "user", "assistant", "tool", "assistant"][:len(said[1])]
+    assert [m["role"] for m in said[1]] == ["user", "assistant", "tool", "assistant", "user", "assistant", "tool",
+                                            "assistant"][:len(said[1])]
     assert said[1][2]["content"] == '<tool_response>{"result": 391}</tool_response>'
 
 
@@ -185,20 +196,26 @@ def test_custom_tools_from_a_json_file(tmp_path, capsys, monkeypatch):
                                  "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}}]))
     from tools import Call, execute
     assert execute(Call("shout", {"text": "a"}), toolplay.read_tools(file)).value == "A"
-    for text in ("{", '["nosuch"]', '[{"name": "x", "description": "", "function": "nomodule_x:f", "parameters": {"type": "object", "properties": {}}}]'):
+    for text in ("{", '["nosuch"]', '[{"name": "x", "description": "", "function": "nomodule_x:f", "parameters": {"type": "object", '
+                                    '"properties": {}}}]'):
         file.write_text(text)
-        assert cli("predict", "--model", "tiny", "--tools", file, "--input", "x", "--output", "y", code=2, capsys=capsys).err.count("\n") == 1
+        assert cli("predict", "--model", "tiny", "--tools", file, "--input", "x", "--output", "y", code=2,
+                   capsys=capsys).err.count("\n") == 1
 
 
 def test_tools_of_a_line_by_name(run, tmp_path, capsys, monkeypatch):
     """A name in a line's tools means the tool of that name that is at hand, from --tools too."""
     (tmp_path / "shouting.py").write_text("def shout(text: str) -> str:\n    \"\"\"Shout.\"\"\"\n    return text.upper()\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "t.json").write_text(json.dumps(["calculator", {"name": "shout", "function": "shouting:shout"}]))  # what it takes, the function says
+    # what it takes, the function says
+    (tmp_path / "t.json").write_text(json.dumps(["calculator", {"name": "shout", "function": "shouting:shout"}]))
     assert toolplay.read_tools(tmp_path / "t.json")["shout"].signature() == "shout(text: string) - Shout."
-    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "a", "tools": ["calculator", "shout"]}\n{"id": 2, "prompt": "a", "tools": ["weather", "nosuch"]}\n')
-    out = cli("predict", "--run", run, "--tools", tmp_path / "t.json", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--max-new-tokens", 2, capsys=capsys)
-    assert [json.loads(x)["id"] for x in (tmp_path / "out.jsonl").read_text().splitlines()] == [1] and "nosuch" in out.err
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "a", "tools": ["calculator", "shout"]}\n{"id": 2, "prompt": "a", "tools": '
+                                       '["weather", "nosuch"]}\n')
+    out = cli("predict", "--run", run, "--tools", tmp_path / "t.json", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl",
+              "--max-new-tokens", 2, capsys=capsys)
+    assert [json.loads(x)["id"] for x in (tmp_path / "out.jsonl").read_text().splitlines()] == [1]
+    assert "nosuch" in out.err
     known = toolplay.read_tools(tmp_path / "t.json")
     mixed = ["weather", {"name": "shout", "description": "In other words.", "parameters": known["shout"].parameters}]
     chat = data.check_conversation({"messages": [{"role": "user", "content": "a"}], "tools": mixed}, {**toolplay.BUILTIN, **known})
@@ -208,18 +225,23 @@ def test_tools_of_a_line_by_name(run, tmp_path, capsys, monkeypatch):
 def test_tools_of_a_line_in_other_spellings(run, tmp_path, capsys, monkeypatch):
     """The older key, and JSON text; what is offered is what the line says, and run is what is at hand."""
     offered, dial = [], {"name": "dial", "description": "Dial.", "parameters": {"type": "object", "properties": {}}}
-    monkeypatch.setattr(toolplay, "rollout", lambda model, tokenizer, chats, **more: [offered.append([(t.name, t.function is not None) for t in c["tools"]]) or
-                                                                                        toolplay.Episode([], [], [], 0, turns=["x"], final="x", stop="end") for c in chats])
-    lines = [{"id": 1, "prompt": "a", "functions": [dial]}, {"id": 2, "prompt": "a", "tools": json.dumps([dial, "calculator"])}, {"id": 3, "prompt": "a", "tools": None, "functions": []}]
+    monkeypatch.setattr(toolplay, "rollout",
+                        lambda model, tokenizer, chats, **more: [
+                            offered.append([(t.name, t.function is not None) for t in c["tools"]])
+                            or toolplay.Episode([], [], [], 0, turns=["x"], final="x", stop="end") for c in chats])
+    lines = [{"id": 1, "prompt": "a", "functions": [dial]}, {"id": 2, "prompt": "a", "tools": json.dumps([dial, "calculator"])},
+             {"id": 3, "prompt": "a", "tools": None, "functions": []}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     cli("predict", "--run", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", capsys=capsys)
     assert offered == [[("dial", False)], [("dial", False), ("calculator", True)], []]
     import eval as evaluation
     expected = {"calls": [{"name": "dial", "arguments": {}}]}
     assert evaluation.as_case({"prompt": "a", "functions": [dial], "expected": expected}).calls[0].name == "dial"
-    assert [t if isinstance(t, str) else t["name"] for t in data.with_tools(lines[0], [Tool("convert", "", {}, None)])["tools"][:1]] == ["dial"]
+    assert [t if isinstance(t, str) else t["name"]
+            for t in data.with_tools(lines[0], [Tool("convert", "", {}, None)])["tools"][:1]] == ["dial"]
     (tmp_path / "in.jsonl").write_text('{"id": 9, "prompt": "a"}')
-    assert "3 of other prompts" in cli("predict", "--run", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", capsys=capsys).out
+    assert "3 of other prompts" in cli("predict", "--run", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl",
+                                       capsys=capsys).out
 
 
 def test_a_corpus_that_is_not_there_is_the_users_to_know(tmp_path, capsys, monkeypatch):
@@ -235,7 +257,8 @@ def test_trie_and_validate(capsys):
 
 
 def start(*argv, **env):
-    return subprocess.Popen([sys.executable, str(ROOT / "toolplay.py"), *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    return subprocess.Popen([sys.executable, str(ROOT / "toolplay.py"), *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True,
                             cwd=ROOT, env={**os.environ, **env})
 
 
@@ -289,13 +312,17 @@ def test_calls_are_held_to_the_schemas_where_the_run_or_the_user_says_so(run, tm
     """eval, its BFCL suite, predict: the config's word, unless the command line has one."""
     asked, cases, rollout = [], tmp_path / "cases.jsonl", toolplay.rollout
     cases.write_text('{"id": 1, "prompt": "hi"}\n')
-    monkeypatch.setattr(toolplay, "rollout", lambda *args, **kwargs: asked.append(kwargs["constrained"]) or rollout(*args, **{**kwargs, "max_new_tokens": 4}))
+    monkeypatch.setattr(toolplay, "rollout", lambda *args, **kwargs: asked.append(kwargs["constrained"])
+                        or rollout(*args, **{**kwargs, "max_new_tokens": 4}))
     held = tmp_path / "held"
     shutil.copytree(run, held)
     config = json.loads((held / "config.json").read_text())
     toolplay.write_json(held / "config.json", {**config, "constrained": True})
-    for n, (verb, folder, flag, expected) in enumerate([("eval", run, [], False), ("eval", held, [], True), ("eval", held, ["--no-constrained"], False), ("predict", run, ["--constrained"], True), ("predict", held, [], True)]):
-        where = ["--data", cases, "--out", tmp_path / "r.json"] if verb == "eval" else ["--input", cases, "--output", tmp_path / f"{n}.jsonl"]
+    for n, (verb, folder, flag, expected) in enumerate([("eval", run, [], False), ("eval", held, [], True),
+                                                        ("eval", held, ["--no-constrained"], False),
+                                                        ("predict", run, ["--constrained"], True), ("predict", held, [], True)]):
+        where = (["--data", cases, "--out", tmp_path / "r.json"] if verb == "eval"
+                 else ["--input", cases, "--output", tmp_path / f"{n}.jsonl"])
         cli(verb, "--run", folder, *where, *flag, capsys=capsys)
         assert asked.pop() is expected and not asked
         assert verb == "predict" or json.loads((tmp_path / "r.json").read_text())["constrained"] is expected
@@ -321,13 +348,16 @@ def test_lines_that_are_not_to_be_learned_are_skipped(tmp_path, capsys):
     """OpenAI's weight 0 on every answer of a line."""
     lines = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho", "weight": n}]} for n in (1, 0)]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert "line 2: it has no assistant message (or only such of weight 0)" in cli("trie", ROOT / "configs" / "sft_tiny.json", "--source=jsonl", f"--path={tmp_path / 'm.jsonl'}", capsys=capsys).err
+    assert "line 2: it has no assistant message (or only such of weight 0)" in cli("trie", ROOT / "configs" / "sft_tiny.json",
+                                                                                   "--source=jsonl", f"--path={tmp_path / 'm.jsonl'}",
+                                                                                   capsys=capsys).err
 
 
 def test_full_fine_tuning_saves_a_model(tmp_path, capsys):
     cli("train", ROOT / "configs" / "sft_tiny.json", *TINY, "--lora_r=0", "--lr=0.0001", f"--run_dir={tmp_path / 'x'}", capsys=capsys)
     model, tokenizer, _ = toolplay.load_run(tmp_path / "x")
-    assert toolplay.rollout(model, tokenizer, [{"messages": [{"role": "user", "content": "hi"}]}], {}, temperature=0, max_new_tokens=3)[0].turns
+    assert toolplay.rollout(model, tokenizer, [{"messages": [{"role": "user", "content": "hi"}]}], {}, temperature=0,
+                            max_new_tokens=3)[0].turns
 
 
 def test_config_reference_names_every_key():
@@ -399,7 +429,8 @@ def test_predict_goes_on_from_a_first_line_that_a_kill_cut_off(run, tmp_path, ca
     (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "Hi"}\n')
     for held, code in (('{"id": 1, "output": "half', 0), ('{"id', 0), ("some notes of mine", 2), ('{"id": 1, "output": "half\nmore', 2)):
         (tmp_path / "out.jsonl").write_text(held)
-        cli("predict", "--run", run, "--max-new-tokens", "2", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", code=code, capsys=capsys)
+        cli("predict", "--run", run, "--max-new-tokens", "2", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl",
+            code=code, capsys=capsys)
         if code:
             assert (tmp_path / "out.jsonl").read_text() == held
         else:
@@ -407,14 +438,18 @@ def test_predict_goes_on_from_a_first_line_that_a_kill_cut_off(run, tmp_path, ca
 
 
 def test_a_run_and_a_model_are_told_apart(run, tmp_path, capsys):
-    assert "it is a run folder, not a model; eval, predict and chat take it as --run" in cli("chat", "--model", run, code=2, capsys=capsys).err
+    assert "it is a run folder, not a model; eval, predict and chat take it as --run" in cli("chat", "--model", run, code=2,
+                                                                                             capsys=capsys).err
     toolplay.load_model("tiny")[0].save_pretrained(tmp_path / "m")
-    assert f"it is a model, not a run folder; use --model {tmp_path / 'm'}" in cli("chat", "--run", tmp_path / "m", code=2, capsys=capsys).err
+    assert f"it is a model, not a run folder; use --model {tmp_path / 'm'}" in cli("chat", "--run", tmp_path / "m", code=2,
+                                                                                   capsys=capsys).err
 
 
-@pytest.mark.parametrize("key, text, words", [("steps", "1" + "0" * 400, "below 2^63"), ("lora_targets", '["nope"]', "lora_targets, lora_skip: no linear layer matches nope")])
+@pytest.mark.parametrize("key, text, words", [("steps", "1" + "0" * 400, "below 2^63"),
+                                              ("lora_targets", '["nope"]', "lora_targets, lora_skip: no linear layer matches nope")])
 def test_settings_that_no_run_can_have(tmp_path, capsys, key, text, words):
-    assert words in cli("train", toolplay.ROOT / "configs/sft_tiny.json", f"--{key}={text}", f"--run_dir={tmp_path / 'r'}", code=2, capsys=capsys).err
+    assert words in cli("train", toolplay.ROOT / "configs/sft_tiny.json", f"--{key}={text}", f"--run_dir={tmp_path / 'r'}", code=2,
+                        capsys=capsys).err
 
 
 def test_text_settings_may_look_like_json():
@@ -426,9 +461,11 @@ def test_a_state_space_model_is_sampled_from():
     import transformers
     torch = toolplay.torch
     torch.manual_seed(0)
-    model = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=258, hidden_size=16, state_size=4, num_hidden_layers=1)).eval()
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=258, hidden_size=16, state_size=4,
+                                                                   num_hidden_layers=1)).eval()
     tokenizer = toolplay.load_model("tiny")[1]
-    episode = toolplay.rollout(model, tokenizer, [{"messages": [{"role": "user", "content": "Hi"}]}], {}, temperature=0.0, max_new_tokens=5, max_turns=1)[0]
+    episode = toolplay.rollout(model, tokenizer, [{"messages": [{"role": "user", "content": "Hi"}]}], {}, temperature=0.0, max_new_tokens=5,
+                               max_turns=1)[0]
     ids = episode.ids[:episode.prompt]
     for token in episode.ids[episode.prompt:]:
         assert token == int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())

@@ -29,7 +29,8 @@ def complaint(source, overrides=()):
 def test_defaults_then_file_then_override(file):
     path = file({"comment": "why", "lr": 0.5, "batch_size": 4})
     config = load_config(path, ["--batch_size=8", "--model=tiny", "--lora_targets=[\"q_proj\"]", "--wandb=true", "--epochs=2"])
-    assert (config.lr, config.batch_size, config.model, config.lora_targets, config.wandb, config.epochs) == (0.5, 8, "tiny", ["q_proj"], True, 2)
+    assert (config.lr, config.batch_size, config.model, config.lora_targets, config.wandb,
+            config.epochs) == (0.5, 8, "tiny", ["q_proj"], True, 2)
     assert config.warmup == toolplay.Config().warmup and config.keep_best is True  # the method's own keys are there
     assert config.run_dir == "runs/mine" and load_config({}).run_dir == "runs/sft"
     assert load_config(path, ["--lr=1", "--lr=2"]).lr == 2
@@ -47,7 +48,8 @@ def test_defaults_are_not_shared():
     assert load_config({}).lora_targets == ["all-linear"]
 
 
-@pytest.mark.parametrize("key, near", [("learning_rat", None), ("lora_rank", "lora_"), ("batchsize", "batch_size"), ("LR", None), ("keep_bst", "keep_best"), ("", None)])
+@pytest.mark.parametrize("key, near", [("learning_rat", None), ("lora_rank", "lora_"), ("batchsize", "batch_size"), ("LR", None),
+                                       ("keep_bst", "keep_best"), ("", None)])
 def test_unknown_keys(file, key, near):
     path = file({key: 1})
     text = complaint(path)
@@ -58,11 +60,15 @@ def test_unknown_keys(file, key, near):
 
 BAD = [("lr", value) for value in (0, -1, "fast", None, True, [], float("nan"), float("inf"), -float("inf"))] + [
     ("batch_size", value) for value in (0, -3, 2.5, 2.0, "4", None, False, float("nan"), float("inf"))] + [
-    ("steps", -1), ("seed", -1), ("seed", 0.5), ("warmup", 1.1), ("warmup", -0.1), ("lora_dropout", 2), ("epochs", 0), ("weight_decay", -1e-9),
-    ("model", 5), ("model", None), ("run_dir", ["x"]), ("wandb", 1), ("wandb", "yes"), ("keep_best", 0), ("lora_targets", "q_proj"), ("lora_targets", [1]),
-    ("wandb_tags", {}), ("mix", []), ("mix", {"poetry": 1}), ("mix", {"arithmetic": -1}), ("mix", {"arithmetic": "much"}), ("mix", {"arithmetic": float("nan")}),
+    ("steps", -1), ("seed", -1), ("seed", 0.5), ("warmup", 1.1), ("warmup", -0.1), ("lora_dropout", 2), ("epochs", 0),
+    ("weight_decay", -1e-9),
+    ("model", 5), ("model", None), ("run_dir", ["x"]), ("wandb", 1), ("wandb", "yes"), ("keep_best", 0), ("lora_targets", "q_proj"),
+    ("lora_targets", [1]),
+    ("wandb_tags", {}), ("mix", []), ("mix", {"poetry": 1}), ("mix", {"arithmetic": -1}), ("mix", {"arithmetic": "much"}),
+    ("mix", {"arithmetic": float("nan")}),
     ("epochs", 1e308), ("lr", 1e-300), ("mix", {"arithmetic": 1e308, "weather": 1e308}), ("path", "a\0b"), ("run_dir", "\0"),
-    ("tools", {}), ("schedule", "square"), ("schedule", 3), ("schedule", ["cosine"]), ("precision", "fp8"), ("device", "tpu"), ("source", None),
+    ("tools", {}), ("schedule", "square"), ("schedule", 3), ("schedule", ["cosine"]), ("precision", "fp8"), ("device", "tpu"),
+    ("source", None),
     ("tool_style", {}), ("method", "magic"), ("method", 1), ("method", ["sft"]), ("method", None)]
 
 
@@ -74,7 +80,8 @@ def test_wrong_values(file, key, value):
     if (key, value) == ("model", 5):  # on the command line a number is as good a name as any
         assert load_config({}, ["--model=5"]).model == "5"
         return
-    assert "must be" in complaint({}, [f"--{key}={json.dumps(value)}"]) and "command line" in complaint({}, [f"--{key}={json.dumps(value)}"])
+    assert "must be" in complaint({}, [f"--{key}={json.dumps(value)}"])
+    assert "command line" in complaint({}, [f"--{key}={json.dumps(value)}"])
 
 
 def test_the_complaint_says_what_was_given_and_what_is_allowed():
@@ -84,15 +91,18 @@ def test_the_complaint_says_what_was_given_and_what_is_allowed():
     assert complaint({"warmup": 3}) == "config: warmup = 3: must be a number 0 to 1"
 
 
-@pytest.mark.parametrize("key, value", [("lr", 1), ("lr", 1e-30), ("epochs", 3), ("warmup", 0), ("warmup", 1), ("steps", 0), ("lora_r", 0), ("weight_decay", 0),
+@pytest.mark.parametrize("key, value", [("lr", 1), ("lr", 1e-30), ("epochs", 3), ("warmup", 0), ("warmup", 1), ("steps", 0), ("lora_r", 0),
+                                        ("weight_decay", 0),
                                         ("lora_targets", ["q_proj"]), ("mix", {"weather": 0.5}), ("model", "ünï/cødé"), ("eval_every", 0)])
 def test_good_values(file, key, value):
     assert getattr(load_config(file({key: value})), key) == value
 
 
 @pytest.mark.parametrize("content, says", [
-    ('{"lr": 1, "lr": 2}', '"lr" stands twice'), ('{"mix": {"weather": 1, "weather": 2}}', "twice"), ("", "JSON"), ("{", "JSON"), ("{'lr': 1}", "JSON"),
-    ('{"lr": 1,}', "JSON"), ("lr = 1", "JSON"), ("[]", "object"), ("3", "object"), ("null", "object"), ("[" * 100000, "JSON"), ('{"lr": 1} x', "JSON")])
+    ('{"lr": 1, "lr": 2}', '"lr" stands twice'), ('{"mix": {"weather": 1, "weather": 2}}', "twice"), ("", "JSON"), ("{", "JSON"),
+    ("{'lr': 1}", "JSON"),
+    ('{"lr": 1,}', "JSON"), ("lr = 1", "JSON"), ("[]", "object"), ("3", "object"), ("null", "object"), ("[" * 100000, "JSON"),
+    ('{"lr": 1} x', "JSON")])
 def test_files_that_are_no_config(file, content, says):
     path = file(content)
     text = complaint(path)
@@ -122,7 +132,8 @@ def test_values_that_belong_together():
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"lora_dropout": 1}, "0 to below 1"), ({"lora_skip": 1.0}, "0 to below 1"), ({"lora_targets": []}, "lora_targets"), ({"tools": [5]}, "tools: 5"), ({"tools": ["calculator"]}, "must be an object"),
+    ({"lora_dropout": 1}, "0 to below 1"), ({"lora_skip": 1.0}, "0 to below 1"), ({"lora_targets": []}, "lora_targets"),
+    ({"tools": [5]}, "tools: 5"), ({"tools": ["calculator"]}, "must be an object"),
     ({"data": "jsonl", "source": "jsonl"}, "another name")])
 def test_what_would_fail_later_fails_at_once(settings, words):
     assert words in complaint(settings)

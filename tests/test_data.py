@@ -99,7 +99,8 @@ def test_any_chat_template(template, first, end):
     assert ids[:len(prompt)] == prompt
 
 
-@pytest.mark.parametrize("template", [Template.LLAMA2, Template.GEMMA, "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"])
+@pytest.mark.parametrize("template", [Template.LLAMA2, Template.GEMMA, "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% "
+                                                                       "endfor %}"])
 def test_an_assistant_may_begin(template):
     """Its words are trained as its own, not read as the user's."""
     said = [{"role": "assistant", "content": "Hi, I am Bo."}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
@@ -117,13 +118,16 @@ def test_an_empty_system_text_may_be_refused_too():
 
 
 def test_data_that_python_makes_import_no_code_either():
-    chat = data.check_conversation({"messages": [{"role": "user", "content": "x"}], "tools": ({"name": "x", "description": "", "parameters": {"type": "object", "properties": {}}, "function": "os:getcwd"},)})
+    chat = data.check_conversation({"messages": [{"role": "user", "content": "x"}],
+                                    "tools": ({"name": "x", "description": "", "parameters": {"type": "object", "properties": {}},
+                                               "function": "os:getcwd"},)})
     assert chat["tools"][0].function is None
 
 
 def test_a_value_keeps_its_capital_behind_another_request():
     """ "..., and Oslo weather": the call says Oslo."""
-    assert data.decapitalise("Oslo weather", [data.Call("weather", {"city": "Oslo"})]) == "Oslo weather" == data.decapitalise("Oslo weather", [data.Call("x", {"cities": ["Oslo"]})])
+    for call in (data.Call("weather", {"city": "Oslo"}), data.Call("x", {"cities": ["Oslo"]})):
+        assert data.decapitalise("Oslo weather", [call]) == "Oslo weather"
     assert data.decapitalise("Please add it", [data.Call("weather", {"city": "Oslo"})]) == "please add it"
     for c in data.generate("train", 60, 1, {"two_calls": 1}) + data.generate("train", 60, 1, {"api_parallel": 1}):
         prompt = c["messages"][0]["content"]
@@ -132,32 +136,41 @@ def test_a_value_keeps_its_capital_behind_another_request():
 
 
 def test_a_template_may_refuse_and_added_words_are_words():
-    tokenizer = plain_tokenizer(Template.GEMMA.replace("{% for m in messages %}", "{% for m in messages %}{% if loop.index0 and m['role'] == messages[loop.index0 - 1]['role'] %}"
+    tokenizer = plain_tokenizer(Template.GEMMA.replace("{% for m in messages %}", "{% for m in messages %}{% if loop.index0 and m['role'] "
+                                                                                  "== messages[loop.index0 - 1]['role'] %}"
                                                        "{{ raise_exception('roles must alternate') }}{% endif %}", 1))
     user = {"role": "user", "content": "One.\n\nTwo <b>three</b>.<end_of_turn>"}
     with pytest.raises(UserError, match="refuses the turns .*roles must alternate"):
         data.encode({"messages": [user, user]}, tokenizer)
     tokenizer.add_tokens(["\n\n", "<b>", "<tool_call>"])  # no special tokens
-    ids, mask = data.encode({"messages": [user, {"role": "assistant", "content": "", "tool_calls": [{"name": "search", "arguments": {"query": "x"}}]}], "tools": ["search"]}, tokenizer)
+    ids, mask = data.encode({"messages": [user,
+                                          {"role": "assistant", "content": "",
+                                           "tool_calls": [{"name": "search", "arguments": {"query": "x"}}]}], "tools": ["search"]},
+                            tokenizer)
     text = tokenizer.decode(ids)
     assert "One.\n\nTwo <b>three</b>.<\u200bend_of_turn>" in text and '<tool_call>{"name": "search"' in text
 
 
 @pytest.mark.parametrize("layout, header", [
-    ("<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>", "<|im_start|>assistant<|im_sep|>"), ("<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n", "<|im_start|>assistant\n")])
+    ("<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>", "<|im_start|>assistant<|im_sep|>"),
+    ("<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n", "<|im_start|>assistant\n")])
 def test_chatml_s_tokens_in_another_layout(layout, header):
     """Phi-4's, and one with a token before all (InternLM's): the tokenizer's own template holds. Without such a token it is ChatML's."""
     for start in ("", "</s>"):
-        tokenizer = plain_tokenizer(f"{start}{{% for m in messages %}}{layout}{{% endfor %}}{{% if add_generation_prompt %}}{header}{{% endif %}}")
+        tokenizer = plain_tokenizer(f"{start}{{% for m in messages %}}{layout}{{% endfor %}}{{% if add_generation_prompt %}}{header}{{% "
+                                    f"endif %}}")
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|im_sep|>"]})
         assert data.is_chatml(tokenizer) == (header[-1] == "\n" and not start)
         text = tokenizer.decode(data.encode({"messages": [{"role": "user", "content": "U"}]}, tokenizer, generation=True)[0])
-        assert text.startswith(start + "<|im_start|>") and text.endswith("U<|im_end|>" + "\n" * (header[-1] == "\n") + header)
+        assert text.startswith(start + "<|im_start|>")
+        assert text.endswith("U<|im_end|>" + "\n" * (header[-1] == "\n") + header)
 
 
 @pytest.mark.parametrize("template, tag", [
-    *[("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}", tag) for tag in ("<|user|>", "<|assistant|>")],
-    ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}</s>{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}", "[/INST]")])
+    *[("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% "
+       "endif %}", tag) for tag in ("<|user|>", "<|assistant|>")],
+    ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}</s>{% else %}[INST] {{ m['content'] }} [/INST]{% endif "
+     "%}{% endfor %}", "[/INST]")])
 def test_tags_that_are_plain_text_cannot_be_forged(template, tag):
     """By a user or a tool's result; what the model itself says stays as it is, and so do other brackets."""
     tokenizer = plain_tokenizer(template)
@@ -166,21 +179,26 @@ def test_tags_that_are_plain_text_cannot_be_forged(template, tag):
     assert f"U [1] <b>[A] {tag[0]}\u200b{tag[1:]} V" in said and tag in own
 
 
-PHI = ("{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}<|{{ m['role'] }}|>\n{{ m['content'] }}<end_of_turn>\n{% endif %}{% endfor %}"
+PHI = ("{% for m in messages %}{% if m['role'] in ('user', 'assistant') "
+       "%}<|{{ m['role'] }}|>\n{{ m['content'] }}<end_of_turn>\n{% endif %}{% endfor %}"
        "{% if add_generation_prompt %}<|assistant|>\n{% else %}</s>{% endif %}")
 THINKS = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}"
 
 
 @pytest.mark.parametrize("template", [
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}",
-    "{% for m in messages %}{% if m.role == 'assistant' %}<A>{{ m.content }}<e>{% else %}<U>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<A><think>\n{% endif %}"])
+    "{% for m in messages %}{% if m.role == 'assistant' %}<A>{{ m.content }}<e>{% else %}<U>{{ m.content }}{% endif %}{% endfor %}{% if "
+    "add_generation_prompt %}<A><think>\n{% endif %}"])
 def test_a_thought_may_open_on_the_line_of_the_header(template):
     """The header is what any answer begins with: nothing of it is trained."""
     tok = toolplay.load_model("tiny")[1]
     tok.chat_template = template
-    ids, mask = data.encode({"messages": [{"role": role, "content": text} for role, text in (("user", "U"), ("assistant", "one"), ("user", "V"), ("assistant", "two"))]}, tok)
+    ids, mask = data.encode({"messages": [{"role": role, "content": text}
+                                          for role, text in (("user", "U"), ("assistant", "one"), ("user", "V"), ("assistant", "two"))]},
+                            tok)
     said = tok.decode([i for i, m in zip(ids, mask) if m])
-    assert said.startswith("one") and "two" in said and not [x for x in ("<A>", "assistant", "U", "V", "think") if x in said]
+    assert said.startswith("one") and "two" in said
+    assert not [x for x in ("<A>", "assistant", "U", "V", "think") if x in said]
 
 
 @pytest.mark.parametrize("template, opens", [(PHI, "<|assistant|>\n"), (THINKS, "<|assistant|>\n<think>\n")])
@@ -188,31 +206,39 @@ def test_templates_that_leave_out_the_system_text_end_the_whole_or_open_a_though
     tokenizer = plain_tokenizer(template)
     ids, mask = data.encode(CHAT, tokenizer)
     text = tokenizer.decode(ids)
-    assert "</s>" not in text and "calculator(" in text and "Be kind." in text  # the tools are there, whatever the template does with a system text
-    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]).endswith("391, and sunny.<end_of_turn>") and data.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    # the tools are there, whatever the template does with a system text
+    assert "</s>" not in text and "calculator(" in text and "Be kind." in text
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]).endswith("391, and sunny.<end_of_turn>")
+    assert data.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<end_of_turn>")
     prompt = tokenizer.decode(data.encode({**CHAT, "messages": CHAT["messages"][:2]}, tokenizer, generation=True)[0])
     assert prompt.endswith(opens) and text.startswith(prompt.removesuffix("<think>\n"))
 
 
 def test_a_template_without_an_end_of_turn_teaches_to_stop_all_the_same():
-    tokenizer = plain_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
-    chat = {"messages": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A."}, {"role": "user", "content": "V"}, {"role": "assistant", "content": "B."}]}
+    tokenizer = plain_tokenizer("{% for m in messages %}{{ m['role'] }}: "
+                                "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    chat = {"messages": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A."}, {"role": "user", "content": "V"},
+                         {"role": "assistant", "content": "B."}]}
     ids, mask = data.encode(chat, tokenizer)
-    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "A.</s>B.</s>" and data.end_of_turn(tokenizer) == tokenizer.eos_token_id
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "A.</s>B.</s>"
+    assert data.end_of_turn(tokenizer) == tokenizer.eos_token_id
 
 
 def test_results_of_equal_ids_keep_their_order():
     calls = [{"id": "c", "name": "calculator", "arguments": {"expression": str(n)}} for n in range(2)]
     results = [{"role": "tool", "tool_call_id": "c", "content": text} for text in ("one", "two")]
-    chat = data.check_conversation({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": calls}, *results], "tools": ["calculator"]})
+    chat = data.check_conversation({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": calls}, *results],
+                                    "tools": ["calculator"]})
     assert [m["content"] for m in chat["messages"][2:]] == ["one", "two"]
 
 
 def test_a_corpus_of_ones_own_that_cannot_be_read_is_an_error(tmp_path):
     """Not a tool that failed: that would be learned from."""
     for name in ("TOOLPLAY_CITIES", "TOOLPLAY_SEARCH"):
-        done = subprocess.run([sys.executable, "data.py", "--n", "60", "--out", str(tmp_path / "x.jsonl")], cwd=small.ROOT, env={**os.environ, name: "/nope"}, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith("error: /nope") and len(done.stderr.splitlines()) == 1 and not (tmp_path / "x.jsonl").exists()
+        done = subprocess.run([sys.executable, "data.py", "--n", "60", "--out", str(tmp_path / "x.jsonl")], cwd=small.ROOT,
+                              env={**os.environ, name: "/nope"}, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: /nope") and len(done.stderr.splitlines()) == 1
+        assert not (tmp_path / "x.jsonl").exists()
 
 
 def test_template_that_rewrites_history_is_refused():
@@ -281,7 +307,8 @@ def test_all_kinds_and_tool_sets_appear(splits):
 def test_splits_share_no_template_family_and_no_wording():
     bare = lambda text: re.sub(r"[\s,.?!;:]+", " ", re.sub("['’]", "", re.sub(r"\{\w+\}", "#", text.casefold()))).strip()  # noqa: E731
     everywhere = {}  # whatever a file calls its slots
-    for name, key in (("arithmetic.json", "families"), ("everyday.json", "families"), ("weather.json", "families"), ("traps.json", "families"), ("stories_add.json", "families"),
+    for name, key in (("arithmetic.json", "families"), ("everyday.json", "families"), ("weather.json", "families"),
+                      ("traps.json", "families"), ("stories_add.json", "families"),
                       ("stories_mul.json", "families"), ("search_questions.json", "families")):
         owner, ids = {}, set()
         for family in data.corpus(name)[key]:
@@ -289,9 +316,12 @@ def test_splits_share_no_template_family_and_no_wording():
             ids.add(family["id"])
             for text in family.get("texts") or [item["text"] for item in family["items"]]:
                 normal = re.sub(r"[\s,.?!;:]+", " ", text.lower()).strip()
-                assert owner.setdefault(normal, family["split"]) == everywhere.setdefault(bare(text), family["split"]) == family["split"], text
-    for name, key in (("search_questions.json", "plain"), ("search_questions.json", "wrappers"), ("register.json", "openers"), ("register.json", "rambles"),
-                      ("register.json", "rambles_after"), ("register.json", "closers"), ("extra.json", "joiners"), ("extra.json", "two_cities")):
+                assert owner.setdefault(normal,
+                                        family["split"]) == everywhere.setdefault(bare(text), family["split"]) == family["split"], text
+    for name, key in (("search_questions.json", "plain"), ("search_questions.json", "wrappers"), ("register.json", "openers"),
+                      ("register.json", "rambles"),
+                      ("register.json", "rambles_after"), ("register.json", "closers"), ("extra.json", "joiners"),
+                      ("extra.json", "two_cities")):
         owner = {}
         for item in data.corpus(name)[key]:
             assert owner.setdefault(item["text"].lower(), item["split"]) == item["split"], item
@@ -305,7 +335,8 @@ def test_splits_share_no_city_entity_or_talk():
     for kind, entities in data.corpus("search_questions.json")["entities"].items():
         owner = {}
         for entity in entities:
-            assert owner.setdefault(fold(entity["name"]), entity["split"]) == entity["split"] == cities.get(fold(entity["name"]), entity["split"]), (kind, entity)
+            assert owner.setdefault(fold(entity["name"]),
+                                    entity["split"]) == entity["split"] == cities.get(fold(entity["name"]), entity["split"]), (kind, entity)
     talk = {}
     for line in data.corpus("talk_replies.jsonl")[1:]:
         assert talk.setdefault(fold(line["prompt"]), line["split"]) == line["split"], line
@@ -318,15 +349,18 @@ def test_questions_of_one_split_ask_for_nothing_of_another():
     """In lower case, too, as they are typed. Left out are words that are names elsewhere: "a go board", "I go"."""
     questions = data.corpus("search_questions.json")
     owners = {}
-    for item in [*data.corpus("cities.json")["cities"], *data.corpus("cities.json")["geonames"], *(e for kind in questions["entities"].values() for e in kind)]:
+    for item in [*data.corpus("cities.json")["cities"], *data.corpus("cities.json")["geonames"],
+                 *(e for kind in questions["entities"].values() for e in kind)]:
         owners.setdefault(item["name"].casefold(), set()).add(item["split"])
     by_first = {}
     for name in owners.keys() - {"go", "darwin", "iron", "africa"}:
         by_first.setdefault(re.findall(r"\w+", name)[0], []).append(name)
-    texts = [*questions["plain"], *({"text": text, "split": family["split"]} for family in questions["families"] for text in family["texts"])]
+    texts = [*questions["plain"], *({"text": text, "split": family["split"]} for family in questions["families"]
+                                    for text in family["texts"])]
     for item in texts:
         text = item["text"].casefold()
-        named = [name for word in set(re.findall(r"\w+", text)) for name in by_first.get(word, []) if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+        named = [name for word in set(re.findall(r"\w+", text)) for name in by_first.get(word, [])
+                 if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
         assert all(item["split"] in owners[name] for name in named), (item, named)
 
 
@@ -344,12 +378,14 @@ def test_no_name_of_one_split_stands_in_a_text_of_another():
         elif split and isinstance(x, str):
             texts[split].append(x)
     for path in data.CORPORA.glob("*.json"):
-        if path.name not in ("apis.json", "api_sentences.json", "prose.json", "teacher_prompts.json"):  # these have domains, or are not asked
+        # these have domains, or are not asked
+        if path.name not in ("apis.json", "api_sentences.json", "prose.json", "teacher_prompts.json"):
             walk(data.corpus(path.name), "train" if path.name == "canonical.json" else None)
     for talk in data.corpus("talk_replies.jsonl")[1:]:
         texts[talk["split"]].append(talk["prompt"])
     words = {split: set(re.findall(r"\w+", " ".join(all_))) for split, all_ in texts.items()}
-    names = [*data.corpus("cities.json")["cities"], *data.corpus("cities.json")["geonames"], *(e for kind in data.corpus("search_questions.json")["entities"].values() for e in kind)]
+    names = [*data.corpus("cities.json")["cities"], *data.corpus("cities.json")["geonames"],
+             *(e for kind in data.corpus("search_questions.json")["entities"].values() for e in kind)]
     for name, owner in {(x["name"], x["split"]) for x in names if x["name"][0].isupper()}:
         for split in set(texts) - {owner}:
             if set(re.findall(r"\w+", name)) <= words[split]:
@@ -368,7 +404,8 @@ def test_generated_splits_share_no_value(splits):
             cities = row["facts"].get("city") or []
             facts += [("city", c.casefold().split(",")[0]) for c in ([cities] if isinstance(cities, str) else cities)]
             facts += [("entity", row["facts"]["entity"].casefold())] if row["facts"].get("entity") else []
-            facts += [("expression", re.sub(r"[ ()]", "", c["arguments"]["expression"])) for m in row["messages"] for c in m.get("tool_calls", [])
+            facts += [("expression", re.sub(r"[ ()]", "", c["arguments"]["expression"])) for m in row["messages"]
+                      for c in m.get("tool_calls", [])
                       if c["name"] == "calculator" and row["family"] != "zero"]
             for fact in facts + [("prompt", row["messages"][0]["content"].casefold())]:
                 assert seen.setdefault(fact, split) == split, (fact, row)
@@ -394,7 +431,8 @@ def test_every_family_can_be_drawn_in_its_split():
             assert any(writer.calculator_call(family) for _ in range(5)), family["id"]
 
 
-@pytest.mark.parametrize("n,words", [(0, "zero"), (13, "thirteen"), (42, "forty-two"), (100, "one hundred"), (342, "three hundred and forty-two"),
+@pytest.mark.parametrize("n,words", [(0, "zero"), (13, "thirteen"), (42, "forty-two"), (100, "one hundred"),
+                                     (342, "three hundred and forty-two"),
                                      (1005, "one thousand and five"), (70000, "seventy thousand"), (2000300, "two million three hundred")])
 def test_number_words(n, words):
     assert data.number_words(n) == words
@@ -412,7 +450,8 @@ def test_gold_calls_survive_the_grammar(splits):
 def test_epoch_order_is_a_permutation_that_groups_prompts():
     rows = [([k % 3] * 40 + [k], [0] * 40 + [1]) for k in range(50)]
     order = data.epoch_order(rows, 0, 0, 8)
-    assert sorted(order) == list(range(50)) and order != data.epoch_order(rows, 0, 1, 8) and order == data.epoch_order(rows, 0, 0, 8)
+    assert sorted(order) == list(range(50)) and order != data.epoch_order(rows, 0, 1, 8)
+    assert order == data.epoch_order(rows, 0, 0, 8)
     changes = sum(rows[a][0][0] != rows[b][0][0] for a, b in zip(order, order[1:]))
     assert changes < 12
 
@@ -449,20 +488,23 @@ def test_data_never_decides_which_code_is_imported(schema):
 def test_other_spellings_of_a_conversation():
     call = lambda key, x: {"id": key, "type": "function", "function": {"name": "calculator", "arguments": json.dumps({"expression": x})}}  # noqa: E731
     item = {"tools": '["calculator"]', "messages": [
-        {"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "1+1 "}, {"type": "text", "text": "and 2+2"}]},
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "1+1 "}, {"type": "text", "text": "and 2+2"}]},
         {"role": "assistant", "content": None, "tool_calls": [call("a", "1+1"), call("b", "2+2")]},
         {"role": "tool", "tool_call_id": "b", "content": {"result": 4}}, {"role": "tool", "tool_call_id": "a", "content": "2"},
         {"role": "assistant", "content": "2 and 4", "tool_calls": None}]}
     checked = data.check_conversation(item)
     assert [m["role"] for m in checked["messages"]] == ["system", "user", "assistant", "tool", "tool", "assistant"]
-    assert [m["content"] for m in checked["messages"][3:5]] == ["2", '{"result": 4}'] and checked["messages"][1]["content"] == "1+1 and 2+2"
+    assert [m["content"] for m in checked["messages"][3:5]] == ["2", '{"result": 4}']
+    assert checked["messages"][1]["content"] == "1+1 and 2+2"
     assert checked["messages"][2]["tool_calls"][1] == {"name": "calculator", "arguments": {"expression": "2+2"}}
     assert all(set(m) <= {"role", "content", "tool_calls"} for m in checked["messages"])
     assert data.check_conversation(checked)["messages"] == checked["messages"]
 
 
 @pytest.mark.parametrize("change", [
-    {"messages": [{"role": "user", "content": "half \ud800"}]}, {"tools": "no json"}, {"tools": [{"name": "f", "parameters": {"properties": {"x": {"type": 5}}}}]},
+    {"messages": [{"role": "user", "content": "half \ud800"}]}, {"tools": "no json"},
+    {"tools": [{"name": "f", "parameters": {"properties": {"x": {"type": 5}}}}]},
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"function": None, "name": None}]}]},
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"x": NaN}'}]}]}])
 def test_what_cannot_be_written_is_a_bad_line(tmp_path, capsys, change):
@@ -481,13 +523,16 @@ def test_tool_results_in_data_forge_no_tag():
 def test_numbers_and_money_are_written_in_the_ways_people_have():
     written = lambda value, kind: {data.write_value(value, kind, random.Random(n)) for n in range(300)}  # noqa: E731
     assert {"twelve hundred", "one thousand two hundred"} <= written(1200, "word")
-    assert written(2000, "word") == {"two thousand"} and written(1047, "word") == {"one thousand and forty-seven", "one thousand forty-seven", "one thousand and forty seven"}
+    assert written(2000, "word") == {"two thousand"}
+    assert written(1047, "word") == {"one thousand and forty-seven", "one thousand forty-seven", "one thousand and forty seven"}
     assert {"$64.50", "64.50", "£64.50", "€64.50", "64.50 euros", "64.50 USD"} <= written(64.5, "money")  # a bare amount is money, too
-    assert {"$3,000", "3,000", "3000", "3000 bucks"} <= written(3000, "dollars") and written(18, "pct") >= {"18%", "18 percent"}
+    assert {"$3,000", "3,000", "3000", "3000 bucks"} <= written(3000, "dollars")
+    assert written(18, "pct") >= {"18%", "18 percent"}
 
 
 def test_a_spoken_request_has_words_only_where_one_says_them():
-    family = {"id": "f", "expression": "{a} * {p} - {b}", "slots": {"a": "num 20 900", "b": "int 20 900", "p": "dec 1 9"}, "negative": True, "texts": ["take {b} off {a} times {p}"]}
+    family = {"id": "f", "expression": "{a} * {p} - {b}", "slots": {"a": "num 20 900", "b": "int 20 900", "p": "dec 1 9"}, "negative": True,
+              "texts": ["take {b} off {a} times {p}"]}
     writer = data.Writer("train", random.Random(0))
     for _ in range(20):
         text, calls, _, values = writer.calculator_call(family, spoken=True)
@@ -518,7 +563,8 @@ def test_values_of_every_split_are_ordinary_numbers():
 @pytest.mark.parametrize("method", ["sft", "dpo", "ppo"])
 def test_the_configs_own_tools_are_offered_whatever_the_source(tmp_path, method):
     """Beside those of a line, and in the place of one of the same name; the other sources likewise."""
-    conv = {"name": "conv", "description": "Convert.", "parameters": {"type": "object", "properties": {"x": {"type": "number"}}}, "function": "math:sqrt"}
+    conv = {"name": "conv", "description": "Convert.", "parameters": {"type": "object", "properties": {"x": {"type": "number"}}},
+            "function": "math:sqrt"}
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "conv", "arguments": {"x": 4}}]}
     ask, bare = {"role": "user", "content": "convert 4"}, {k: v for k, v in conv.items() if k != "function"}
     lines = [{"messages": [ask, call], "tools": ["weather"]}, {"messages": [ask, call], "tools": [bare]}, {"messages": [ask, call]}]
@@ -527,10 +573,12 @@ def test_the_configs_own_tools_are_offered_whatever_the_source(tmp_path, method)
     path = tmp_path / "lines.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     more = {"iterations": 1, "prompts": 2, "samples": 2, "max_new_tokens": 4} if method == "ppo" else {"steps": 1}
-    config = toolplay.load_config({"method": method, "model": "tiny", "source": "jsonl", "path": str(path), "tools": [conv], "max_tokens": 4000, "run_dir": str(tmp_path / "run"), **more})
+    config = toolplay.load_config({"method": method, "model": "tiny", "source": "jsonl", "path": str(path), "tools": [conv],
+                                   "max_tokens": 4000, "run_dir": str(tmp_path / "run"), **more})
     if method == "ppo":
         cases, _ = __import__("ppo").prompts_of(config, toolplay.load_model("tiny")[1])
-        assert [sorted(t.name for t in case.conversation["tools"]) for case in cases] == [["conv", "weather"], ["conv"], ["calculator", "conv", "search", "weather"]]
+        assert [sorted(t.name for t in case.conversation["tools"])
+                for case in cases] == [["conv", "weather"], ["conv"], ["calculator", "conv", "search", "weather"]]
         assert all(t.function for case in cases for t in case.conversation["tools"])
     __import__(method).train(toolplay.Run(config))
     made = data.conversations(toolplay.load_config({"tools": [conv], "examples": 5}), "train", None)
@@ -539,7 +587,8 @@ def test_the_configs_own_tools_are_offered_whatever_the_source(tmp_path, method)
 
 def test_a_line_that_trains_nothing_is_a_bad_line(tmp_path, capsys):
     path = tmp_path / "lines.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n')
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n{"messages": [{"role": "user", "content": "hi"}, {"role": '
+                    '"assistant", "content": "ho"}]}\n')
     rows, _ = data.dataset(toolplay.load_config({"source": "jsonl", "path": str(path), "max_tokens": 4000}), toolplay.load_model("tiny")[1])
     assert len(rows) == 1 and "line 1" in capsys.readouterr().err
 
@@ -553,7 +602,8 @@ def test_the_easy_kinds_of_the_demo(split):
     assert {re.fullmatch(r"[\d.]+ ([-+*/]) [\d.]+", expression)[1] for expression in sums} == set("+-*/")
     hard = {kind["kind"] for kind in data.corpus("talk_prompts.json")["kinds"] if kind.get("lookup") or kind.get("mentions")}
     talk = {c["family"] for c in made if c["kind"] == "small_talk"}
-    assert len(hard) > 50 and len(talk) > 5 and not talk & hard and not any(family.startswith("trap_") for family in talk)
+    assert len(hard) > 50 and len(talk) > 5 and not talk & hard
+    assert not any(family.startswith("trap_") for family in talk)
 
 
 def test_no_reply_to_talk_is_an_echo():
@@ -629,19 +679,24 @@ def test_a_tools_list_is_its_result_and_no_text_parts():
 def test_no_arguments_as_servers_send_them():
     call = {"function": {"name": "now", "arguments": ""}}
     tools = [{"name": "now", "description": "", "parameters": {}}]
-    made = data.check_conversation({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}], "tools": tools})
+    made = data.check_conversation({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}],
+                                    "tools": tools})
     assert made["messages"][1]["tool_calls"] == [{"name": "now", "arguments": {}}]
     call["function"]["arguments"] = "[" * 5000
     with pytest.raises(UserError, match="a tool call needs"):
-        data.check_conversation({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}], "tools": tools})
+        data.check_conversation({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}],
+                                 "tools": tools})
 
 
 def test_joiners_of_invented_requests_belong_to_one_split():
     for key in ("joined", "again"):
         templates = data.corpus("answers.json")["api"][key]
-        assert {x["split"] for x in templates} == {"train", "dev", "test"} and len({x["text"] for x in templates}) == len(templates)
-    said = {split: " ".join(m["content"] for c in data.generate(split, 60, 1, {"api_parallel": 1}) for m in c["messages"][:1]) for split in ("train", "test")}
-    assert "In addition, " in said["test"] and "In addition, " not in said["train"] and "Besides, " in said["train"] and "Besides, " not in said["test"]
+        assert {x["split"] for x in templates} == {"train", "dev", "test"}
+        assert len({x["text"] for x in templates}) == len(templates)
+    said = {split: " ".join(m["content"] for c in data.generate(split, 60, 1, {"api_parallel": 1}) for m in c["messages"][:1])
+            for split in ("train", "test")}
+    assert "In addition, " in said["test"] and "In addition, " not in said["train"] and "Besides, " in said["train"]
+    assert "Besides, " not in said["test"]
 
 
 # ---------------------------------------------------------------- other people's spellings
@@ -651,29 +706,37 @@ OFFER = {"name": "w", "description": "d", "parameters": {"type": "object", "prop
 
 
 def test_openais_first_spelling_of_calls():
-    old = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "function_call": {"name": "w", "arguments": '{"c": "P"}'}},
+    old = {"messages": [{"role": "user", "content": "x"},
+                        {"role": "assistant", "content": None, "function_call": {"name": "w", "arguments": '{"c": "P"}'}},
                         {"role": "function", "name": "w", "content": "5"}, {"role": "assistant", "content": "Five."}], "functions": [OFFER]}
-    new = {"messages": [old["messages"][0], {"role": "assistant", "content": "", "tool_calls": [CALLED]}, {"role": "tool", "content": "5"}, old["messages"][3]], "tools": [OFFER]}
+    new = {"messages": [old["messages"][0], {"role": "assistant", "content": "", "tool_calls": [CALLED]}, {"role": "tool", "content": "5"},
+                        old["messages"][3]], "tools": [OFFER]}
     assert data.encode(old, small.tokenizer()) == data.encode(new, small.tokenizer())
 
 
 def test_a_turn_of_weight_0_is_not_learned():
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bad", "weight": 0}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "good"}]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bad", "weight": 0}, {"role": "user", "content": "b"},
+            {"role": "assistant", "content": "good"}]
     ids, mask = data.encode({"messages": chat}, small.tokenizer())
     assert small.tokenizer().decode([i for i, m in zip(ids, mask) if m]) == "good<|im_end|>"
     assert ids == data.encode({"messages": [{k: v for k, v in m.items() if k != "weight"} for m in chat]}, small.tokenizer())[0]
-    assert data.encode({"messages": [{**m, "weight": None} for m in chat]}, small.tokenizer()) == data.encode({"messages": [{k: v for k, v in m.items() if k != "weight"} for m in chat]}, small.tokenizer())
+    assert data.encode({"messages": [{**m, "weight": None} for m in chat]},
+                       small.tokenizer()) == data.encode({"messages": [{k: v for k, v in m.items() if k != "weight"} for m in chat]},
+                                                         small.tokenizer())
     with pytest.raises(UserError, match="weight"):
         data.check_conversation({"messages": [{**chat[0], "weight": 0}]})
 
 
-@pytest.mark.parametrize("message, word", [({"content": "<tool_call>{bad</tool_call>"}, "cannot be read"), ({"tool_calls": [{"name": " ", "arguments": {}}]}, "needs \"name\""),
-                                           ({"tool_calls": [{"name": "w", "arguments": '{"c": "P", "c": "Q"}'}]}, "needs \"name\""), ({"content": [{"type": "image_url", "image_url": {}}]}, "image_url")])
+@pytest.mark.parametrize("message, word", [({"content": "<tool_call>{bad</tool_call>"}, "cannot be read"),
+                                           ({"tool_calls": [{"name": " ", "arguments": {}}]}, "needs \"name\""),
+                                           ({"tool_calls": [{"name": "w", "arguments": '{"c": "P", "c": "Q"}'}]}, "needs \"name\""),
+                                           ({"content": [{"type": "image_url", "image_url": {}}]}, "image_url")])
 def test_what_could_not_be_read_again_is_not_trained(tmp_path, capsys, message, word):
     good = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
     bad = {"messages": [good["messages"][0], {"role": "assistant", **message}]}
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, (good, bad))))
-    rows, _ = data.dataset(toolplay.load_config({"method": "sft", "model": "tiny", "source": "jsonl", "path": str(tmp_path / "c.jsonl")}), small.tokenizer())
+    rows, _ = data.dataset(toolplay.load_config({"method": "sft", "model": "tiny", "source": "jsonl", "path": str(tmp_path / "c.jsonl")}),
+                           small.tokenizer())
     assert len(rows) == 1 and "line 2" in (said := capsys.readouterr().err) and word in said
 
 
@@ -702,7 +765,8 @@ def test_arguments_without_end_are_the_users_mistake():
     for _ in range(3000):
         deep = [deep]
     with pytest.raises(UserError):
-        data.check_conversation({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"name": "w", "arguments": {"c": deep}}]}]})
+        data.check_conversation({"messages": [{"role": "user", "content": "x"},
+                                              {"role": "assistant", "tool_calls": [{"name": "w", "arguments": {"c": deep}}]}]})
 
 
 def test_no_city_is_there_twice():
@@ -714,6 +778,7 @@ def test_no_city_is_there_twice():
 
 
 def test_meaningless_names_belong_to_one_split():
-    names = {split: {t["name"] for c in data.generate(split, 300, 1, {"api_choice": 1}) for t in c["tools"]} for split in ("train", "dev", "test")}
+    names = {split: {t["name"] for c in data.generate(split, 300, 1, {"api_choice": 1}) for t in c["tools"]}
+             for split in ("train", "dev", "test")}
     masked = {split: {n for n in found if re.fullmatch(r"(func|method|api)_\d", n)} for split, found in names.items()}
     assert all(masked.values()) and not names["train"] & names["test"] and not names["train"] & names["dev"]

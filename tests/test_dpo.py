@@ -23,7 +23,8 @@ import toolplay
 from tools import BUILTIN, Call, UserError, parse_calls
 
 ROOT = Path(toolplay.__file__).parent
-PC, PR, RC, RR = [torch.tensor(x, dtype=torch.float64) for x in ([-10.0, -3.0, -7.5], [-12.0, -2.5, -7.5], [-11.0, -2.0, -7.5], [-11.5, -4.0, -7.5])]
+PC, PR, RC, RR = [torch.tensor(x, dtype=torch.float64) for x in ([-10.0, -3.0, -7.5], [-12.0, -2.5, -7.5], [-11.0, -2.0, -7.5],
+                                                                 [-11.5, -4.0, -7.5])]
 H = [(-10 + 11) - (-12 + 11.5), (-3 + 2) - (-2.5 + 4), 0.0]  # 1.5, -2.5, 0
 log_sigmoid = lambda x: -math.log(1 + math.exp(-x))  # noqa: E731
 
@@ -40,7 +41,8 @@ log_sigmoid = lambda x: -math.log(1 + math.exp(-x))  # noqa: E731
 def test_losses_by_hand(variant, smoothing, by_hand, beta):
     loss, info = dpo.dpo_loss(PC, PR, RC, RR, beta, variant, smoothing)
     assert loss.item() == pytest.approx(sum(by_hand(h, beta, smoothing) for h in H), rel=1e-12)
-    assert info["rewards/chosen"].item() == pytest.approx(beta * (1 - 1 + 0)) and info["rewards/rejected"].item() == pytest.approx(beta * (-0.5 + 1.5))
+    assert info["rewards/chosen"].item() == pytest.approx(beta * (1 - 1 + 0))
+    assert info["rewards/rejected"].item() == pytest.approx(beta * (-0.5 + 1.5))
     assert info["rewards/margin"].item() == pytest.approx(beta * sum(H)) and info["rewards/accuracy"].item() == 1
     assert info["logp/chosen"].item() == -20.5 and info["logp/rejected"].item() == -22
 
@@ -88,7 +90,8 @@ def test_meaningless_settings_are_refused(variant, smoothing):
         dpo.dpo_loss(PC, PR, RC, RR, 0.1, variant, smoothing)
 
 
-@pytest.mark.parametrize("more, words", [({"beta": 0}, "beta"), ({"beta": -1}, "beta"), ({"beta": math.nan}, "beta"), ({"ref_chosen_logp": None}, "reference")])
+@pytest.mark.parametrize("more, words", [({"beta": 0}, "beta"), ({"beta": -1}, "beta"), ({"beta": math.nan}, "beta"),
+                                         ({"ref_chosen_logp": None}, "reference")])
 def test_what_makes_no_loss_is_refused(more, words):
     with pytest.raises(ValueError, match=words):
         dpo.dpo_loss(**{"policy_chosen_logp": PC, "policy_rejected_logp": PR, "ref_chosen_logp": RC, "ref_rejected_logp": RR, **more})
@@ -97,7 +100,8 @@ def test_what_makes_no_loss_is_refused(more, words):
 def test_sequence_logp():
     logp, mask = torch.tensor([[-1.0, -2.0, -4.0], [-1.0, -1.0, -1.0]]), torch.tensor([[0, 1, 1], [0, 0, 0]])
     assert dpo.sequence_logp(torch.where(mask.bool(), logp, math.nan), mask).tolist() == [-6, 0]  # whatever stands where nothing is trained
-    assert dpo.sequence_logp(logp, mask).tolist() == [-6, 0] and dpo.sequence_logp(logp, mask, mean=True).tolist() == [-3, 0]
+    assert dpo.sequence_logp(logp, mask).tolist() == [-6, 0]
+    assert dpo.sequence_logp(logp, mask, mean=True).tolist() == [-3, 0]
 
 
 def test_alone_in_an_empty_folder(tmp_path):
@@ -145,7 +149,8 @@ def test_corruptions(gold, name):
 
 def test_no_talk_breaks_a_corruption():
     for talk in data.corpus("talk_replies.jsonl")[1:]:
-        c = {"messages": [{"role": "user", "content": talk["prompt"]}, {"role": "assistant", "content": talk["reply"]}], "tools": ["calculator", "weather", "search"]}
+        c = {"messages": [{"role": "user", "content": talk["prompt"]}, {"role": "assistant", "content": talk["reply"]}],
+             "tools": ["calculator", "weather", "search"]}
         assert dpo.needless_call(c, random.Random(1))
 
 
@@ -175,12 +180,15 @@ def test_pairs_as_trl_writes_them():
     lists = {key: [{"role": "user" if key == "prompt" else "assistant", "content": value}] for key, value in text.items()}
     whole = {"chosen": lists["prompt"] + lists["chosen"], "rejected": lists["prompt"] + lists["rejected"]}
     pair = dpo.read_pair(text, tokenizer())
-    assert pair == dpo.read_pair(lists, tokenizer()) == dpo.read_pair(whole, tokenizer()) == dpo.read_pair({**whole, "prompt": None}, tokenizer())
-    assert pair == dpo.read_pair({key: value[0] for key, value in lists.items()}, tokenizer())  # a message is a list of one
+    for line in (lists, whole, {**whole, "prompt": None}, {key: value[0] for key, value in lists.items()}):
+        assert dpo.read_pair(line, tokenizer()) == pair  # the last: a message is a list of one
     tool = {"name": "f", "description": "Do.", "parameters": {"type": "object", "properties": {}}}
-    assert dpo.read_pair({**text, "tools": [tool]}, tokenizer()) == dpo.read_pair({**text, "tools": [json.dumps(tool)]}, tokenizer()) == dpo.read_pair({**text, "tools": json.dumps([tool])}, tokenizer())
-    assert dpo.read_pair({**text, "tools": [tool]}, tokenizer()) == dpo.read_pair({**text, "functions": [tool]}, tokenizer()) != pair
-    assert pair == dpo.read_pair({**whole, "prompt": "2+2"}, tokenizer()) == dpo.read_pair({**whole, "prompt": lists["prompt"]}, tokenizer())  # UltraFeedback: the prompt is there twice
+    offered = dpo.read_pair({**text, "tools": [tool]}, tokenizer())
+    assert offered != pair
+    for more in ({"tools": [json.dumps(tool)]}, {"tools": json.dumps([tool])}, {"functions": [tool]}):
+        assert dpo.read_pair({**text, **more}, tokenizer()) == offered
+    for prompt in ("2+2", lists["prompt"]):  # UltraFeedback: the prompt is there twice
+        assert dpo.read_pair({**whole, "prompt": prompt}, tokenizer()) == pair
 
 
 def test_only_one_side_may_repeat_the_prompt():
@@ -191,14 +199,18 @@ def test_only_one_side_may_repeat_the_prompt():
 
 def test_pairs_in_two_spellings():
     """Ids and arguments as text are no difference; an answer that ends where the other goes on is one."""
-    user, result, said = {"role": "user", "content": "2+2"}, {"role": "tool", "content": "4", "tool_call_id": "b"}, {"role": "assistant", "content": "4"}
+    user, result, said = {"role": "user", "content": "2+2"}, {"role": "tool", "content": "4",
+                                                              "tool_call_id": "b"}, {"role": "assistant", "content": "4"}
     plain = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2+2"}}]}
-    openai = {"role": "assistant", "content": None, "tool_calls": [{"id": "b", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "2+2"}'}}]}
+    openai = {"role": "assistant", "content": None,
+              "tool_calls": [{"id": "b", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "2+2"}'}}]}
     line = {"prompt": [user], "tools": ["calculator"]}
     with pytest.raises(UserError, match="the same"):
         dpo.read_pair({**line, "chosen": [plain], "rejected": [openai]}, tokenizer())
-    other = dpo.read_pair({**line, "chosen": [plain, {"role": "tool", "content": "4"}, said], "rejected": [openai, result, {**said, "content": "5"}]}, tokenizer())
-    assert [tokenizer().decode([i for i, m in zip(ids, mask) if m]) for ids, mask in other[:2]] == ["4<|im_end|>", "5<|im_end|>"]  # the call is prompt
+    other = dpo.read_pair({**line, "chosen": [plain, {"role": "tool", "content": "4"}, said],
+                           "rejected": [openai, result, {**said, "content": "5"}]}, tokenizer())
+    # the call is prompt
+    assert [tokenizer().decode([i for i, m in zip(ids, mask) if m]) for ids, mask in other[:2]] == ["4<|im_end|>", "5<|im_end|>"]
     early = dpo.read_pair({**line, "chosen": [openai, result, said], "rejected": [plain]}, tokenizer())
     assert all("calculator" in tokenizer().decode([i for i, m in zip(ids, mask) if m]) for ids, mask in early[:2])
     for wrong, words in (({"chosen": []}, '"chosen" is empty'), ({"prompt": None}, "no .prompt.")):
@@ -206,20 +218,28 @@ def test_pairs_in_two_spellings():
             dpo.read_pair({**line, "chosen": "4", "rejected": "5", **wrong}, tokenizer())
 
 
-@pytest.mark.parametrize("line", [[], {"chosen": "a"}, {"chosen": "a", "rejected": "b"}, {"prompt": "x", "chosen": "a", "rejected": "a"}, {"prompt": 1, "chosen": "a", "rejected": "b"},
+@pytest.mark.parametrize("line", [[], {"chosen": "a"}, {"chosen": "a", "rejected": "b"}, {"prompt": "x", "chosen": "a", "rejected": "a"},
+                                  {"prompt": 1, "chosen": "a", "rejected": "b"},
                                   {"prompt": "x", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"},
-                                  {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "I say"}], "chosen": "yes", "rejected": "no"},  # a turn half said
-                                  {"prompt": "hello", "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]},
-                                  {"prompt": "q", "chosen": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "ok"}],
-                                   "rejected": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "y"}, {"role": "assistant", "content": "ok"}]}])
+                                  # a turn half said
+                                  {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "I say"}], "chosen": "yes",
+                                   "rejected": "no"},
+                                  {"prompt": "hello", "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+                                   "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]},
+                                  {"prompt": "q", "chosen": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "x"},
+                                                             {"role": "assistant", "content": "ok"}],
+                                   "rejected": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "y"},
+                                                {"role": "assistant", "content": "ok"}]}])
 def test_bad_pairs_are_named(line):
     with pytest.raises(UserError):
         dpo.read_pair(line, tokenizer())
 
 
 @pytest.mark.parametrize("line", [
-    {"prompt": "Hi", **{side: [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}},
-    {"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], **{side: [{"role": "user", "content": "x"}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}}])
+    {"prompt": "Hi", **{side: [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": side}]
+                        for side in ("chosen", "rejected")}},
+    {"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+     **{side: [{"role": "user", "content": "x"}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}}])
 def test_odd_but_good_pairs(line):
     assert dpo.read_pair(line, tokenizer()).why == "given"
 
@@ -227,14 +247,16 @@ def test_odd_but_good_pairs(line):
 def test_a_prompt_in_another_form_is_not_there_twice():
     whole = {side: [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     plain = dpo.read_pair({"prompt": "", **whole}, tokenizer())
-    for prompt in ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], [{"role": "user", "content": "Hi", "name": None}], "Hi"):
+    for prompt in ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], [{"role": "user", "content": "Hi", "name": None}],
+                   "Hi"):
         assert dpo.read_pair({"prompt": prompt, **whole}, tokenizer()) == plain
 
 
 # ---------------------------------------------------------------- training
 
 def config(tmp_path, **more):
-    return toolplay.load_config({"method": "dpo", "model": "tiny", "examples": 16, "eval_examples": 4, "max_tokens": 4000, "batch_size": 4, "lora_r": 2, "steps": 4,
+    return toolplay.load_config({"method": "dpo", "model": "tiny", "examples": 16, "eval_examples": 4, "max_tokens": 4000, "batch_size": 4,
+                                 "lora_r": 2, "steps": 4,
                                  "eval_every": 2, "save_every": 1, "lr": 0.01, "run_dir": str(tmp_path / "run"), **more})
 
 
@@ -249,7 +271,8 @@ def test_a_run(tmp_path, variant, capsys):
     assert "times fewer" in capsys.readouterr().err and lines[0]["trie_saving"] > 1 and "trie_saving" not in lines[1]
     first = {"sigmoid": math.log(2), "robust": math.log(2), "ipo": 25, "hinge": 1}
     if variant in first:  # the policy starts as its reference
-        assert lines[0]["loss"] == pytest.approx(first[variant], abs=1e-5) and lines[0]["rewards/margin"] == pytest.approx(0, abs=1e-5)
+        assert lines[0]["loss"] == pytest.approx(first[variant], abs=1e-5)
+        assert lines[0]["rewards/margin"] == pytest.approx(0, abs=1e-5)
     assert {"rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logp/chosen", "logp/rejected"} <= set(lines[0])
     assert "eval_accuracy" in lines[1] and (tmp_path / "run" / "adapter").is_dir()
 
@@ -267,13 +290,15 @@ def test_any_split_into_micro_batches_gives_the_same_step(tmp_path, monkeypatch,
     net = small.model("gpt2").double()  # Llama's norms compute in fp32 whatever the model does
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (copy.deepcopy(net), tokenizer()))
     message = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
-    lines = [{"prompt": message("user", f"{n}?"), "chosen": message("assistant", "Yes." * n), "rejected": message("assistant", "No, " * (4 - n))} for n in (1, 2, 3)]
+    lines = [{"prompt": message("user", f"{n}?"), "chosen": message("assistant", "Yes." * n),
+              "rejected": message("assistant", "No, " * (4 - n))} for n in (1, 2, 3)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     start = config(tmp_path / "start", source="jsonl", path=str(tmp_path / "pairs.jsonl"), seed=5, eval_examples=0, steps=2)
     train(start)  # an adapter that is not zero
     gradients = small.recorded_gradients(monkeypatch)
     for budget in (10 ** 6, 1, 120):
-        train(config(tmp_path / str(budget), source="jsonl", path=str(tmp_path / "pairs.jsonl"), micro_tokens=budget, batch_size=3, steps=1, start_from=start.run_dir,
+        train(config(tmp_path / str(budget), source="jsonl", path=str(tmp_path / "pairs.jsonl"), micro_tokens=budget, batch_size=3, steps=1,
+                     start_from=start.run_dir,
                      variant=variant, label_smoothing=0.1, eval_examples=0))
     whole, *others = gradients
     assert whole.norm() > 0
@@ -299,7 +324,8 @@ def test_sums_over_parts_are_the_sum_in_fp32(variant, sizes):
     assert (gradient(sizes) - whole).norm() <= 1e-6 * whole.norm() > 0
 
 
-RESUMED = {"method": "dpo", "model": "tiny", "examples": 8, "eval_examples": 2, "max_tokens": 4000, "batch_size": 4, "lora_r": 2, "steps": 3, "eval_every": 2, "save_every": 1,
+RESUMED = {"method": "dpo", "model": "tiny", "examples": 8, "eval_examples": 2, "max_tokens": 4000, "batch_size": 4, "lora_r": 2,
+           "steps": 3, "eval_every": 2, "save_every": 1,
            "lr": 0.01, "micro_tokens": 1, "device": "cpu"}
 
 
@@ -313,7 +339,8 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("place, nth", [("start", 1), ("step", 3), ("accumulation", 6)])
 def test_kill_9_then_resume_is_bit_identical(uninterrupted, tmp_path, place, nth):
-    small.killed_then_resumed(dict(RESUMED, run_dir=str(tmp_path / "run")), place, nth, uninterrupted, ["metrics.jsonl", "reference.json", "adapter/adapter_model.safetensors"])
+    small.killed_then_resumed(dict(RESUMED, run_dir=str(tmp_path / "run")), place, nth, uninterrupted,
+                              ["metrics.jsonl", "reference.json", "adapter/adapter_model.safetensors"])
 
 
 def test_resume_is_bit_identical_and_reads_the_reference(tmp_path, monkeypatch):
@@ -330,7 +357,8 @@ def test_resume_is_bit_identical_and_reads_the_reference(tmp_path, monkeypatch):
         patch.setattr(toolplay.Run, "log", stop)
         with pytest.raises(KeyboardInterrupt):
             train(cut)
-    monkeypatch.setattr(dpo, "sequence_logp", lambda *a, f=dpo.sequence_logp, **k: f(*a, **k) if torch.is_grad_enabled() or a[0].shape[0] < 20 else pytest.fail("reference computed again"))
+    monkeypatch.setattr(dpo, "sequence_logp", lambda *a, f=dpo.sequence_logp, **k: f(*a, **k) if torch.is_grad_enabled()
+                        or a[0].shape[0] < 20 else pytest.fail("reference computed again"))
     train(cut, resume=True)
     for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "reference.json"):
         assert (Path(whole.run_dir) / name).read_bytes() == (Path(cut.run_dir) / name).read_bytes(), name
@@ -382,14 +410,17 @@ def test_pairs_from_the_policys_own_samples(tmp_path, monkeypatch, capsys):
     tok = tokenizer()
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (model("llama"), tok))
     monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (weights["length"] * sum(episode.ids[episode.prompt:]) / 1000, {}))
-    c = config(tmp_path, pairs="sampled", examples=6, eval_examples=2, samples=3, max_new_tokens=6, mix={"arithmetic": 1}, reward_weights={"length": 1.0})
+    c = config(tmp_path, pairs="sampled", examples=6, eval_examples=2, samples=3, max_new_tokens=6, mix={"arithmetic": 1},
+               reward_weights={"length": 1.0})
     lines = train(c)
-    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and re.search("pairs of 6 prompts with 3 answers each", capsys.readouterr().err)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert re.search("pairs of 6 prompts with 3 answers each", capsys.readouterr().err)
     pairs, held_out = json.loads((tmp_path / "run" / "pairs.json").read_text())
     assert 4 <= len(pairs) <= 6 and 1 <= len(held_out) <= 2  # a prompt whose answers score alike gives none
     for chosen, rejected, why in pairs:
         start = chosen[1].index(1)
-        assert chosen[0][:start] == rejected[0][:start] and sum(chosen[0][start:]) > sum(rejected[0][start:]) and why.startswith("reward")
+        assert chosen[0][:start] == rejected[0][:start] and sum(chosen[0][start:]) > sum(rejected[0][start:])
+        assert why.startswith("reward")
     monkeypatch.setattr(toolplay, "rollout", lambda *a, **k: pytest.fail("sampled again"))
     train(c, resume=True)
 
@@ -402,7 +433,8 @@ def test_twins_differ_in_the_offered_tools_alone(monkeypatch):
 
     def rollout(model, tokenizer, conversations, **more):
         rows = [data.encode(c, tok, generation=True)[0] for c in conversations]
-        return [toolplay.Episode(ids + [65], [0] * len(ids) + [1], [0.0] * (len(ids) + 1), len(ids), calls=[toolplay.Call("weather", {"city": "X"})] if n != 1 else [])
+        return [toolplay.Episode(ids + [65], [0] * len(ids) + [1], [0.0] * (len(ids) + 1), len(ids),
+                                 calls=[toolplay.Call("weather", {"city": "X"})] if n != 1 else [])
                 for n, ids in enumerate(rows)]
     monkeypatch.setattr(toolplay, "rollout", rollout)
     monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (0.0, {}))
@@ -415,13 +447,16 @@ def test_twins_differ_in_the_offered_tools_alone(monkeypatch):
     text = lambda row, trained: tok.decode([i for i, m in zip(*row) if m == trained])  # noqa: E731
     chats, calls = chats[:1] + chats[2:12], calls[:1] + calls[2:12]
     for chat, call, (chosen, rejected, _) in zip(chats, calls, twins):
-        assert [vars(c) for c in parse_calls(text(chosen, 1))[0]] == [call] and text(rejected, 1).startswith(chat["messages"][1]["content"])
+        assert [vars(c) for c in parse_calls(text(chosen, 1))[0]] == [call]
+        assert text(rejected, 1).startswith(chat["messages"][1]["content"])
         assert text(chosen, 0) == text(rejected, 0) and chat["messages"][0]["content"] in text(chosen, 0)
         assert all(f"{data.tool_name(tool)}(" in text(chosen, 0) for tool in [*chat["tools"], call["name"]])
 
 
-@pytest.mark.parametrize("facts", [None, "x", {}, {"withheld": 3}, {"withheld": {"name": "weather"}}, {"withheld": {"name": 3, "arguments": {}}},
-                                   {"withheld": {"name": "foo", "arguments": {}}}, {"withheld": {"name": "search", "arguments": {}}}, {"withheld": {"name": "weather", "arguments": 3}}])
+@pytest.mark.parametrize("facts", [None, "x", {}, {"withheld": 3}, {"withheld": {"name": "weather"}},
+                                   {"withheld": {"name": 3, "arguments": {}}},
+                                   {"withheld": {"name": "foo", "arguments": {}}}, {"withheld": {"name": "search", "arguments": {}}},
+                                   {"withheld": {"name": "weather", "arguments": 3}}])
 def test_facts_that_are_not_ours_make_no_twin(facts):
     assert dpo.withheld({"facts": facts, "tools": ["search"]}) is None
     assert dpo.withheld({"facts": {"withheld": {"name": "weather", "arguments": {}}}}) and dpo.withheld({}) is None
@@ -430,7 +465,8 @@ def test_facts_that_are_not_ours_make_no_twin(facts):
 def test_a_turn_of_the_prompt_is_no_gold_answer(monkeypatch):
     """chosen: gold, and a line whose expected answer is not in its messages: the turn that is there was said before."""
     tok = tokenizer()
-    line = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "2 + 2?"}], "tools": [],
+    line = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"},
+                         {"role": "user", "content": "2 + 2?"}], "tools": [],
             "expected": {"calls": [], "answer": 4}}
 
     def rollout(model, tokenizer, conversations, **more):
@@ -443,7 +479,8 @@ def test_a_turn_of_the_prompt_is_no_gold_answer(monkeypatch):
 
 
 def test_digits_without_end_make_a_pair_too():
-    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2 + 2"}}]},
+    messages = [{"role": "user", "content": "2 + 2?"},
+                {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2 + 2"}}]},
                 {"role": "tool", "content": '{"result": 4}'}, {"role": "assistant", "content": "9" * 5000}]
     made = dpo.ignores_result({"messages": messages, "tools": ["calculator"]}, random.Random(0))
     assert made and made[-1]["content"] != "9" * 5000
@@ -451,7 +488,8 @@ def test_digits_without_end_make_a_pair_too():
 
 def test_a_call_behind_a_result_is_no_final_answer():
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2 + 2"}}]}
-    gold = {"messages": [{"role": "user", "content": "2 + 2, doubled?"}, call, {"role": "tool", "content": '{"result": 4}'}, call], "tools": ["calculator"]}
+    gold = {"messages": [{"role": "user", "content": "2 + 2, doubled?"}, call, {"role": "tool", "content": '{"result": 4}'}, call],
+            "tools": ["calculator"]}
     assert dpo.corrupted_pairs([gold], tokenizer(), faults=["endless", "ignores_result"]) == []
 
 
@@ -459,10 +497,13 @@ def test_what_makes_no_pair_is_corrupted(monkeypatch):
     """pairs: both. The policy's own faults, and one of the named faults where it makes none."""
     tok = tokenizer()
     chats = data.generate("train", 30, 0, {"no_tool": 1, "weather": 1, "two_calls": 1})
-    monkeypatch.setattr(toolplay, "rollout", lambda model, tok, chats, **more: [toolplay.Episode(ids + [65], [0] * len(ids) + [1], [0.0] * (len(ids) + 1), len(ids))
-                                                                                   for c in chats for ids in [data.encode(c, tok, generation=True)[0]]])
+    monkeypatch.setattr(toolplay, "rollout",
+                        lambda model, tok, chats, **more: [
+                            toolplay.Episode(ids + [65], [0] * len(ids) + [1], [0.0] * (len(ids) + 1), len(ids))
+                            for c in chats for ids in [data.encode(c, tok, generation=True)[0]]])
     monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (2.0 - (case.kind == "weather"), {}))
-    settings = {"method": "dpo", "pairs": "both", "chosen": "gold", "samples": 1, "min_best": 2.0, "max_tokens": 9000, "faults": ["call_left_out", "needless_call"]}
+    settings = {"method": "dpo", "pairs": "both", "chosen": "gold", "samples": 1, "min_best": 2.0, "max_tokens": 9000,
+                "faults": ["call_left_out", "needless_call"]}
     pairs = dpo.sampled_pairs(None, tok, chats, toolplay.load_config(settings))
     kinds = [c["kind"] for c in chats]
     expected = {"weather": "reward 1.00 against the example's", "two_calls": "call_left_out", "no_tool": "needless_call"}
@@ -488,8 +529,10 @@ def test_faults_of_the_policy_against_the_examples_own_turn(tmp_path, monkeypatc
     tok = tokenizer()
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (model("llama"), tok))
     seen = []
-    monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (seen.append(case) or float(len(seen) <= 6) * 2, {}))  # the first three prompts: no fault
-    c = config(tmp_path, pairs="sampled", chosen="gold", examples=6, eval_examples=0, samples=2, max_new_tokens=6, max_turns=1, mix={"arithmetic": 1}, min_best=2.0, min_gap=0.5,
+    # the first three prompts: no fault
+    monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (seen.append(case) or float(len(seen) <= 6) * 2, {}))
+    c = config(tmp_path, pairs="sampled", chosen="gold", examples=6, eval_examples=0, samples=2, max_new_tokens=6, max_turns=1,
+               mix={"arithmetic": 1}, min_best=2.0, min_gap=0.5,
                reward_weights={"right_answer": 0.0})
     train(c)
     pairs, _ = json.loads((tmp_path / "run" / "pairs.json").read_text())
@@ -498,7 +541,8 @@ def test_faults_of_the_policy_against_the_examples_own_turn(tmp_path, monkeypatc
     for (chosen, rejected, why), case in zip(pairs, golds[3:]):
         start = chosen[1].index(1)
         assert chosen[0][:start] == rejected[0][:start] and rejected[1][start] == 1
-        assert parse_calls(tok.decode(chosen[0][start:]))[0] == list(case.calls) and [i for i, m in zip(*chosen) if m][-1] == data.end_of_turn(tok)
+        assert parse_calls(tok.decode(chosen[0][start:]))[0] == list(case.calls)
+        assert [i for i, m in zip(*chosen) if m][-1] == data.end_of_turn(tok)
         assert why == "reward 0.00 against the example's"
 
 
@@ -515,7 +559,8 @@ def test_faults_that_apply_nowhere_are_one_line(tmp_path):
 
 def test_conversations_without_an_answer_make_no_pair():
     asked = {"messages": [{"role": "user", "content": "Hi"}], "tools": ["calculator"]}
-    greeted = {"messages": [{"role": "assistant", "content": "Hello!"}, *asked["messages"], {"role": "assistant", "content": "Hi."}], "tools": ["calculator"]}
+    greeted = {"messages": [{"role": "assistant", "content": "Hello!"}, *asked["messages"], {"role": "assistant", "content": "Hi."}],
+               "tools": ["calculator"]}
     alone = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "Yes."}], "tools": ["calculator"]}
     assert dpo.corrupted_pairs([asked, greeted, alone], tokenizer()) == []
 
@@ -527,12 +572,15 @@ def test_calls_without_a_list_of_tools():
 
 
 def test_bad_lines_of_prompts_are_skipped_by_number(tmp_path, capsys):
-    user, call = {"role": "user", "content": "2+2"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "nothing", "arguments": {}}]}
-    lines = [{"messages": [user, call]}, {"messages": [user, {**call, "tool_calls": [{"name": "calculator", "arguments": {"expression": "2+2"}}]}]}]
+    user, call = {"role": "user", "content": "2+2"}, {"role": "assistant", "content": "",
+                                                      "tool_calls": [{"name": "nothing", "arguments": {}}]}
+    lines = [{"messages": [user, call]},
+             {"messages": [user, {**call, "tool_calls": [{"name": "calculator", "arguments": {"expression": "2+2"}}]}]}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     c = config(tmp_path, source="jsonl", path=str(tmp_path / "c.jsonl"), pairs="both")
     prompts = dpo.prompts_of(c, "train", tokenizer())
-    assert len(prompts) == 1 and [tool.name for tool in prompts[0]["tools"]] == list(BUILTIN) and evaluation.as_case(prompts[0]).calls  # it names no tools
+    # it names no tools
+    assert len(prompts) == 1 and [tool.name for tool in prompts[0]["tools"]] == list(BUILTIN) and evaluation.as_case(prompts[0]).calls
     assert "line 1: the expected call names tool 'nothing'" in capsys.readouterr().err
 
 
@@ -548,13 +596,15 @@ def test_a_file_may_hold_pairs_and_conversations(tmp_path):
     lines = [{"prompt": "2+2", "chosen": "4", "rejected": "5"}, *({"messages": c["messages"], "tools": c["tools"]} for c in gold)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     pairs, _ = dpo.datasets(config(tmp_path, source="jsonl", path=str(tmp_path / "p.jsonl")), tokenizer())
-    assert [pair.why for pair in pairs][0] == "given" and len(pairs) == 3 and set(p.why for p in pairs[1:]) <= set(dpo.CORRUPTIONS)
+    assert [pair.why for pair in pairs][0] == "given" and len(pairs) == 3
+    assert set(p.why for p in pairs[1:]) <= set(dpo.CORRUPTIONS)
 
 
 def test_given_pairs_are_read_where_others_are_sampled(tmp_path, capsys):
     model, tok = toolplay.load_model("tiny")
     gold = data.generate("train", 2, 0, {"weather": 1})
-    lines = [{"prompt": "2+2", "chosen": "4", "rejected": "5"}, *({"messages": c["messages"], "tools": c["tools"]} for c in gold), {"prompt": "2+2", "chosen": "4"}]
+    lines = [{"prompt": "2+2", "chosen": "4", "rejected": "5"}, *({"messages": c["messages"], "tools": c["tools"]} for c in gold),
+             {"prompt": "2+2", "chosen": "4"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     c = config(tmp_path, source="jsonl", path=str(tmp_path / "p.jsonl"), pairs="both", max_new_tokens=4, samples=2)
     read = dpo.prompts_of(c, "train", tok)
@@ -566,7 +616,8 @@ def test_given_pairs_are_read_where_others_are_sampled(tmp_path, capsys):
 def test_a_turn_that_is_not_to_be_learned_is_no_gold_answer():
     """OpenAI's "weight": 0. Without a trained token on the chosen side only the rejected one would be learned from."""
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2 + 2"}}]}
-    messages = [{"role": "user", "content": "2 + 2?"}, {**call, "weight": 0}, {"role": "tool", "content": '{"result": 4}'}, {"role": "assistant", "content": "4."}]
+    messages = [{"role": "user", "content": "2 + 2?"}, {**call, "weight": 0}, {"role": "tool", "content": '{"result": 4}'},
+                {"role": "assistant", "content": "4."}]
     gold = data.check_conversation({"messages": messages, "tools": ["calculator", "weather"]})
     tok = toolplay.load_model("tiny")[1]
     found = {name: dpo.corrupted_pairs([gold], tok, 0, "signature", [name]) for name in dpo.CORRUPTIONS}
@@ -578,7 +629,8 @@ def test_a_turn_that_is_not_to_be_learned_is_no_gold_answer():
 def test_an_answer_without_a_token_is_no_rejected_one(monkeypatch):
     """A prompt as long as the context leaves no room for one."""
     net, tok = toolplay.load_model("tiny")
-    c = toolplay.load_config({"method": "dpo", "model": "tiny", "pairs": "sampled", "chosen": "gold", "max_turns": 1, "min_best": 1.0, "max_tokens": 9000, "max_new_tokens": 3,
+    c = toolplay.load_config({"method": "dpo", "model": "tiny", "pairs": "sampled", "chosen": "gold", "max_turns": 1, "min_best": 1.0,
+                              "max_tokens": 9000, "max_new_tokens": 3,
                               "reward_weights": {"right_tool": 1.0, "right_answer": 0.0}}, [])
     long = {"messages": [{"role": "user", "content": "a " * 2200}, {"role": "assistant", "content": "ok"}], "tools": []}
     for length, pairs in ((2200, 0), (20, 1)):
@@ -587,27 +639,33 @@ def test_an_answer_without_a_token_is_no_rejected_one(monkeypatch):
 
 
 def test_an_argument_that_may_be_missing_is_no_fault():
-    tool = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["b"]}}
+    tool = {"name": "f", "description": "",
+            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["b"]}}
     chat = lambda **arguments: {"tools": [tool], "messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}]}  # noqa: E731
-    assert dpo.missing_argument(chat(a=1, b=2), None)[-1]["tool_calls"][0]["arguments"] == {"a": 1} and dpo.missing_argument(chat(a=1), None) is None
+    assert dpo.missing_argument(chat(a=1, b=2), None)[-1]["tool_calls"][0]["arguments"] == {"a": 1}
+    assert dpo.missing_argument(chat(a=1), None) is None
 
 
 def test_a_turn_of_the_prompt_is_no_answer_to_keep_up():
     model, tok = toolplay.load_model("tiny")
-    greeted = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "2+2?"}], "tools": ["calculator"],
+    greeted = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"},
+                            {"role": "user", "content": "2+2?"}], "tools": ["calculator"],
                "expected": {"calls": [{"name": "calculator", "arguments": {"expression": "2+2"}}]}}
-    c = toolplay.load_config({"method": "dpo", "model": "tiny", "pairs": "both", "samples": 2, "max_new_tokens": 2, "max_turns": 1, "min_gap": 1e9, "reward_weights": {"right_answer": 0.0, "right_tool": 1.0}})
+    c = toolplay.load_config({"method": "dpo", "model": "tiny", "pairs": "both", "samples": 2, "max_new_tokens": 2, "max_turns": 1,
+                              "min_gap": 1e9, "reward_weights": {"right_answer": 0.0, "right_tool": 1.0}})
     assert dpo.sampled_pairs(model, tok, [greeted], c) == []
 
 
-@pytest.mark.parametrize("settings, message", [({"pairs": "sampled", "samples": 1}, "at least 2 are needed"), ({"pairs": "sampled", "chosen": "gold", "max_turns": 3}, "set max_turns = 1")])
+@pytest.mark.parametrize("settings, message", [({"pairs": "sampled", "samples": 1}, "at least 2 are needed"),
+                                               ({"pairs": "sampled", "chosen": "gold", "max_turns": 3}, "set max_turns = 1")])
 def test_settings_that_fit_each_other_badly(settings, message):
     with pytest.raises(UserError, match=message):
         dpo.check_settings(toolplay.load_config({"method": "dpo", **settings}))
 
 
 def test_gold_against_a_single_sample():
-    dpo.check_settings(toolplay.load_config({"method": "dpo", "pairs": "sampled", "chosen": "gold", "samples": 1, "max_turns": 1, "reward_weights": {"right_answer": 0.0}}))
+    dpo.check_settings(toolplay.load_config({"method": "dpo", "pairs": "sampled", "chosen": "gold", "samples": 1, "max_turns": 1,
+                                             "reward_weights": {"right_answer": 0.0}}))
 
 
 def test_a_new_variant_is_one_function():
@@ -625,7 +683,8 @@ def test_a_new_variant_is_one_function():
 @pytest.mark.parametrize("arguments", [{"seats": 4}, {"ok": True}, {"ratio": 0.5}, {"days": ["Monday", "Friday"]}])
 def test_a_wrong_argument_of_any_type(arguments):
     call = {"name": "book", "arguments": arguments}
-    worse = dpo.wrong_argument({"messages": [{"role": "user", "content": "Book it."}, {"role": "assistant", "content": "", "tool_calls": [call]}]}, random.Random(0))
+    worse = dpo.wrong_argument({"messages": [{"role": "user", "content": "Book it."},
+                                             {"role": "assistant", "content": "", "tool_calls": [call]}]}, random.Random(0))
     [changed] = worse[-1]["tool_calls"]
     assert changed["arguments"] != arguments and changed["arguments"].keys() == arguments.keys()
     assert [type(x) for x in changed["arguments"].values()] == [type(x) for x in arguments.values()]
@@ -634,7 +693,8 @@ def test_a_wrong_argument_of_any_type(arguments):
 @pytest.mark.parametrize("more", ["both", "corrupted"])
 def test_a_pair_that_holds_messages_too_is_a_pair(tmp_path, more):
     """UltraFeedback's lines have "messages" beside prompt, chosen and rejected."""
-    line = {"prompt": "2+2", **{side: [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}}
+    line = {"prompt": "2+2", **{side: [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": side}]
+                                for side in ("chosen", "rejected")}}
     line["messages"] = line["chosen"]
     (tmp_path / "p.jsonl").write_text(json.dumps(line) + "\n")
     config = toolplay.load_config({"method": "dpo", "model": "tiny", "source": "jsonl", "path": str(tmp_path / "p.jsonl"), "pairs": more})
@@ -644,5 +704,6 @@ def test_a_pair_that_holds_messages_too_is_a_pair(tmp_path, more):
 
 def test_half_precision_is_compared_in_fp32():
     logps = [torch.tensor(x) for x in ([-760.0, -30.0], [-761.0, -31.0], [-750.0, -30.5], [-760.5, -30.0])]
-    for ours, exact in zip(dpo.dpo_loss(*(x.half() for x in logps))[1].items(), dpo.dpo_loss(*(x.half().float() for x in logps))[1].items()):
+    for ours, exact in zip(dpo.dpo_loss(*(x.half() for x in logps))[1].items(),
+                           dpo.dpo_loss(*(x.half().float() for x in logps))[1].items()):
         assert ours == exact

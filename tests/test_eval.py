@@ -66,18 +66,25 @@ TALK = case("tell me a joke about cats", [], final="Why did the cat sit down? It
 def test_a_weather_tool_of_one_s_own_has_results_of_its_own():
     """They are judged as those of any tool: by the numbers and texts in them."""
     for more in ({"unit": None}, {"unit": ""}, {"unit": "C"}, {"unit": "celsius", "city": {"name": "Oslo"}}):
-        mine = Tool("weather", "", {"type": "object", "properties": {"x": {"type": "string"}}}, lambda x, more=more: {"temperature": 12, "city": "Oslo", **more}, isolated=False)
-        asked = SUM._replace(conversation={"messages": [{"role": "user", "content": "x?"}], "tools": [mine]}, calls=[Call("weather", {"x": "?"})], answer=None, reference=None)
-        assert [verdicts(asked, format_call(Call("weather", {"x": "?"})), final)["response_quality"] for final in ("It is 12 there.", "It is 13 there.")] == [True, False]
+        mine = Tool("weather", "", {"type": "object", "properties": {"x": {"type": "string"}}},
+                    lambda x, more=more: {"temperature": 12, "city": "Oslo", **more}, isolated=False)
+        asked = SUM._replace(conversation={"messages": [{"role": "user", "content": "x?"}], "tools": [mine]},
+                             calls=[Call("weather", {"x": "?"})], answer=None, reference=None)
+        assert [verdicts(asked, format_call(Call("weather", {"x": "?"})), final)["response_quality"]
+                for final in ("It is 12 there.", "It is 13 there.")] == [True, False]
 
 
 def test_answers_as_people_write_them():
-    assert evaluation.states("It is minus 3 degrees in Oslo.", -3, set()) and not evaluation.states("It is minus 3 degrees in Oslo.", 3, set())
-    assert evaluation.states("A spider has eight legs.", 8, set()) and not evaluation.states("A spider has eighty legs.", 8, set())
+    assert evaluation.states("It is minus 3 degrees in Oslo.", -3, set())
+    assert not evaluation.states("It is minus 3 degrees in Oslo.", 3, set())
+    assert evaluation.states("A spider has eight legs.", 8, set())
+    assert not evaluation.states("A spider has eighty legs.", 8, set())
     assert evaluation.states("That's one thousand two hundred and five.", 1205, set())
     assert evaluation.describes("Nice and sunny, 17 degrees!", {"city": "Paris", "unit": "celsius"}, "") is True
-    assert evaluation.same_expression("0.15 * 100", "15 / 100 * 100") and not evaluation.same_expression("17 * 23", "391 * 1")
-    given = evaluation.as_case({"prompt": "17 * 23?", "answer": 391, "expected": {"calls": [{"name": "calculator", "arguments": {"expression": "17 * 23"}}]}})
+    assert evaluation.same_expression("0.15 * 100", "15 / 100 * 100")
+    assert not evaluation.same_expression("17 * 23", "391 * 1")
+    given = evaluation.as_case({"prompt": "17 * 23?", "answer": 391,
+                                "expected": {"calls": [{"name": "calculator", "arguments": {"expression": "17 * 23"}}]}})
     assert given.answer == 391
     assert not verdicts(SUM, format_call(calc("17*23")), 'The answer is {"result": 391}')["response_quality"]
 
@@ -100,7 +107,8 @@ def test_tool_accuracy_when_due(turn, right):
     assert verdicts(SUM, turn)["tool_accuracy"] is right
 
 
-@pytest.mark.parametrize("turn", [format_call(calc("1 + 1")), "<tool_call>{broken}</tool_call>", "<tool_call>", "ha </tool_call>", "hm <tool_call"])
+@pytest.mark.parametrize("turn", [format_call(calc("1 + 1")), "<tool_call>{broken}</tool_call>", "<tool_call>", "ha </tool_call>",
+                                  "hm <tool_call"])
 def test_what_looks_like_a_call_is_calling_when_none_is_due(turn):
     got = verdicts(TALK, turn)
     assert got["tool_accuracy"] is False and got["format"] is False and got["overall"] is False
@@ -125,14 +133,16 @@ def test_format_when_none_is_due(turn, stop):
 @pytest.mark.parametrize("tool, key, gold, got, same", [
     ("calculator", "expression", "17 * 23", "23*17", True), ("calculator", "expression", "17 * 23", "391", False),
     ("calculator", "expression", "17 * 23", " (391.0) = ", False), ("calculator", "expression", "17 * 23", "-(-391)", False),
-    *[("calculator", "expression", "17 * 23", x, False) for x in ("39100%", "0 - -391", "0--391")], ("calculator", "expression", "5 - 8", "0 - 3", False), ("calculator", "expression", "5 - 8", "-(8 - 5)", True),
+    *[("calculator", "expression", "17 * 23", x, False) for x in ("39100%", "0 - -391", "0--391")],
+    ("calculator", "expression", "5 - 8", "0 - 3", False), ("calculator", "expression", "5 - 8", "-(8 - 5)", True),
     ("calculator", "expression", "5", "5.0", True), ("calculator", "expression", "15 / 100 * 80", "15% of 80", True),
     ("calculator", "expression", "17 * 23", "17 * 24", False), ("calculator", "expression", "1 / 3", "0.5 - 0.1666666666667", True),
     ("calculator", "expression", "5 / 0", "7 / 0", True), ("calculator", "expression", "5 / 0", "5 + ", False),
     ("calculator", "expression", "5 / 0", "5 + 0", False), ("calculator", "expression", "9 ** 900", "9 ** 900", True),
     ("calculator", "expression", "9 ** 900", "0.5 + 1", False), ("calculator", "expression", "1 + 1", "9**9**9**9", False),
     ("weather", "city", "Kraków", "krakow", True), ("weather", "city", "Paris, France", "paris", True),
-    ("weather", "city", "Paris", "London", False), ("weather", "city", ", x", ", y", False), ("weather", "unit", "celsius", "fahrenheit", False),
+    ("weather", "city", "Paris", "London", False), ("weather", "city", ", x", ", y", False),
+    ("weather", "unit", "celsius", "fahrenheit", False),
     ("search", "query", "How do bees make honey?", "bees make honey", True), ("search", "query", QUERY, "how do ants make honey", False),
     ("search", "query", QUERY, "honey", False), ("search", "query", "who are you", "what is it", False),
     ("other", "n", 5, 5.0, True), ("other", "n", 1, True, False), ("other", "n", "5", 5, False), ("other", "op", "+", "-", False)])
@@ -144,7 +154,8 @@ def test_optional_arguments():
     gold, stated = Call("weather", {"city": "Paris"}), Call("weather", {"city": "Paris", "unit": "celsius"})
     assert evaluation.same_call(gold, stated) and evaluation.same_call(stated, gold)
     assert not evaluation.same_call(gold, Call("weather", {"city": "Paris", "unit": "fahrenheit"}))
-    assert not evaluation.same_call(gold, Call("weather", {})) and not evaluation.same_call(gold, Call("weather", {"city": "Paris", "day": "x"}))
+    assert not evaluation.same_call(gold, Call("weather", {}))
+    assert not evaluation.same_call(gold, Call("weather", {"city": "Paris", "day": "x"}))
     assert not evaluation.same_call(gold, Call("weather", {"city": ["Paris"]}))
 
 
@@ -178,7 +189,8 @@ def test_only_the_first_turn_counts_for_tools_and_arguments():
 
 
 def test_execution():
-    assert verdicts(SUM, format_call(calc("1 / 0")) + format_call(calc("2 + 2")) + "<tool_call>x</tool_call>")["execution"] == [False, True, False]
+    assert verdicts(SUM, format_call(calc("1 / 0")) + format_call(calc("2 + 2")) + "<tool_call>x</tool_call>")["execution"] == [
+        False, True, False]
     lost = case("weather in Atlantis?", [Call("weather", {"city": "Atlantis"})])
     assert verdicts(lost, format_call(Call("weather", {"city": "atlantis"})))["execution"] == [True]
     assert verdicts(lost, format_call(Call("weather", {"town": "atlantis"})))["execution"] == [False]
@@ -190,7 +202,8 @@ def test_execution():
 
 @pytest.mark.parametrize("answer, text, right", [
     (391, "17 * 23 is 391.", True), (391, "391", True), (391, "It is 392.", False), (391, "It is 3910", False), (391, "none", False),
-    (391, "$391.00 in all", True), (1234, "It costs $1,234.", True), (1234, "1,234,000", False), (-5, "It is -5 degrees", True), (-5, "It is −5°C", True),
+    (391, "$391.00 in all", True), (1234, "It costs $1,234.", True), (1234, "1,234,000", False), (-5, "It is -5 degrees", True),
+    (-5, "It is −5°C", True),
     (5, "It is -5", False), (12.5, "12.50 dollars", True), (20 / 3, "about 6.67", True), (20 / 3, "6.7", True), (20 / 3, "6", False),
     (0.4, "0", False), (1000, "1003", False), (4321.942375, "4,321.94", True), (25, "25kg", True), (3, "x3", False), (7, "2-7", True),
     (391, "1 2 3 4 391", False), (391, "5, 6 or 391", True), (10 ** 20, "1e20", True), (5, "9" * 400, False)])
@@ -198,19 +211,28 @@ def test_numeric_answers(answer, text, right):
     assert evaluation.states(text, answer, set()) is right
 
 
-@pytest.mark.parametrize("text, answer, right", [("That makes minus 3.", -3, True), ("You get negative 3.", -3, True), ("Minus three.", -3, True), ("10 minus 3", -3, False), ("ten minus 3", -3, False),
-                                                 ("ten minus three", -3, False), ("It is 210, not 7560.", 210, True), ("The total is 12, which is not 10.", 12, True), ("It is not 12.", 12, False),
-                                                 ("12 is wrong.", 12, False), ("Six. Seven. Eight. Nine.", 8, False), ("Eight, one more than seven.", 8, True),
-                                                 ("The answer is not 6.67.", 20 / 3, False), ("It is not 0.33.", 1 / 3, False), ("There are zero eggs left.", 0, True), ("Zero.", 0, True), ("10 apples minus 3 is 7.", -3, False),
-                                                 ("First, take seven. That gives 6.", 6, True), ("A spider does not have eight legs.", 8, False),
-                                                 ("It isn't eighty, it is eight.", 8, True), ("She doesn't have 42 stickers.", 42, False), ("You have minus 3 dollars left.", -3, True), ("The balance is **minus 3**.", -3, True),
-                                                 ("It leaves minus three.", -3, True), ("one thousand, two hundred and five", 1205, True), ("That makes a hundred.", 100, True)])
+@pytest.mark.parametrize("text, answer, right", [("That makes minus 3.", -3, True), ("You get negative 3.", -3, True),
+                                                 ("Minus three.", -3, True), ("10 minus 3", -3, False), ("ten minus 3", -3, False),
+                                                 ("ten minus three", -3, False), ("It is 210, not 7560.", 210, True),
+                                                 ("The total is 12, which is not 10.", 12, True), ("It is not 12.", 12, False),
+                                                 ("12 is wrong.", 12, False), ("Six. Seven. Eight. Nine.", 8, False),
+                                                 ("Eight, one more than seven.", 8, True),
+                                                 ("The answer is not 6.67.", 20 / 3, False), ("It is not 0.33.", 1 / 3, False),
+                                                 ("There are zero eggs left.", 0, True), ("Zero.", 0, True),
+                                                 ("10 apples minus 3 is 7.", -3, False),
+                                                 ("First, take seven. That gives 6.", 6, True),
+                                                 ("A spider does not have eight legs.", 8, False),
+                                                 ("It isn't eighty, it is eight.", 8, True), ("She doesn't have 42 stickers.", 42, False),
+                                                 ("You have minus 3 dollars left.", -3, True), ("The balance is **minus 3**.", -3, True),
+                                                 ("It leaves minus three.", -3, True), ("one thousand, two hundred and five", 1205, True),
+                                                 ("That makes a hundred.", 100, True)])
 def test_below_zero_contrasts_and_guesses_in_words(text, answer, right):
     assert evaluation.states(text, answer, set()) is right
 
 
 def test_numbers_of_the_prompt_in_words_are_no_guesses():
-    case = evaluation.as_case({"prompt": "Tom has three apples, four pears, five plums and six figs. How many is that?", "answer": 18, "expected": {"calls": [{"name": "calculator", "arguments": {"expression": "3 + 4 + 5 + 6"}}]}})
+    case = evaluation.as_case({"prompt": "Tom has three apples, four pears, five plums and six figs. How many is that?", "answer": 18,
+                               "expected": {"calls": [{"name": "calculator", "arguments": {"expression": "3 + 4 + 5 + 6"}}]}})
     turns = [format_call(case.calls[0]), "Three apples, four pears, five plums and six figs make 18 fruits."]
     episode = SimpleNamespace(turns=turns, calls=case.calls, results=[execute(c, BUILTIN) for c in case.calls], final=turns[1], stop="end")
     assert evaluation.judge(case, episode)["verdicts"]["response_quality"]
@@ -218,7 +240,8 @@ def test_numbers_of_the_prompt_in_words_are_no_guesses():
 
 
 def test_short_replies_are_replies():
-    for text in ("I'm fine!", "Don't worry!", "That’s wonderful!", "You're amazing!", "Can't complain!", "Congratulations!", "Sweet dreams!"):
+    for text in ("I'm fine!", "Don't worry!", "That’s wonderful!", "You're amazing!", "Can't complain!", "Congratulations!",
+                 "Sweet dreams!"):
         assert evaluation.worded(text, "Hello there, how are you doing today?"), text
     assert not any(evaluation.worded(text, "Hello there") for text in ("asdf qwer", "t", "m.", "re", "ll ve", "qzx wvk t jjq"))
 
@@ -257,12 +280,17 @@ def test_a_missing_tool_must_be_owned_up_to():
 
 
 def test_results_of_tools_of_ones_own():
-    """The value that came is to be said; where there is none to compare with, nothing is known. A name does not make a tool a built-in one."""
+    """The value that came is to be said; where there is none to compare with, nothing is known. A name does not make a tool a built-in
+    one."""
     schema = {"type": "object", "properties": {"x": {"type": "string"}}}
-    for name, value, right, wrong in (("find", "Ann", "The name is ann.", "Sorry, I cannot tell."), ("weather", "sunny", "It's sunny!", "It's wet."), ("weather", {"temp": 3}, "It is 3 now", "It is 33 now"),
-                                      ("search", ["a", "b"], "It is a.", "No, none."), ("pair", {"a": [1, "two"]}, "two of them", "Sorry, nothing.")):
+    for name, value, right, wrong in (("find", "Ann", "The name is ann.", "Sorry, I cannot tell."),
+                                      ("weather", "sunny", "It's sunny!", "It's wet."),
+                                      ("weather", {"temp": 3}, "It is 3 now", "It is 33 now"),
+                                      ("search", ["a", "b"], "It is a.", "No, none."),
+                                      ("pair", {"a": [1, "two"]}, "two of them", "Sorry, nothing.")):
         mine = Tool(name, "", schema, lambda x, value=value: value, isolated=False)
-        asked = SUM._replace(conversation={"messages": [{"role": "user", "content": "x?"}], "tools": [mine]}, calls=[Call(name, {"x": "?"})], answer=None, reference=None)
+        asked = SUM._replace(conversation={"messages": [{"role": "user", "content": "x?"}], "tools": [mine]},
+                             calls=[Call(name, {"x": "?"})], answer=None, reference=None)
         turn = format_call(Call(name, {"x": "?"}))
         assert [verdicts(asked, turn, final)["response_quality"] for final in (right, wrong)] == [True, False], name
     empty = asked._replace(conversation={**asked.conversation, "tools": [Tool("pair", "", schema, lambda x: None, isolated=False)]})
@@ -286,14 +314,17 @@ def test_null_is_left_out_as_execute_does_it():
     assert not evaluation.same_call(Call("weather", {"city": None}), Call("weather", {}), tools)
 
 
-@pytest.mark.parametrize("prompt, reply, reference", [("Good morning!", "Good morning!", "Good morning!"), ("Thank you!", "Thank you too!", None), ("What is 40 and 2?", "42", "42"), ("你好", "您好,很高兴见到你", None)])
+@pytest.mark.parametrize("prompt, reply, reference", [("Good morning!", "Good morning!", "Good morning!"),
+                                                      ("Thank you!", "Thank you too!", None), ("What is 40 and 2?", "42", "42"),
+                                                      ("你好", "您好,很高兴见到你", None)])
 def test_short_and_foreign_replies(prompt, reply, reference):
     assert verdicts(case(prompt, [], final=reference), reply)["response_quality"] is True
 
 
 def test_words_beside_a_call_are_no_reference():
     turn = {"role": "assistant", "content": "Let me look that up.", "tool_calls": [{"name": "search", "arguments": {"query": QUERY}}]}
-    asked = evaluation.as_case({"messages": [{"role": "user", "content": QUERY}, turn, {"role": "tool", "content": "..."}], "tools": ["search"]})
+    asked = evaluation.as_case({"messages": [{"role": "user", "content": QUERY}, turn, {"role": "tool", "content": "..."}],
+                                "tools": ["search"]})
     assert asked.reference is None and asked.calls == [Call("search", {"query": QUERY})]
 
 
@@ -317,7 +348,8 @@ def test_without_expectation_only_format_and_execution():
     assert report["metrics"]["overall"] == {"value": None, "n": 0, "low": None, "high": None} and report["tools"] == {}
 
 
-@pytest.mark.parametrize("text", ["<tool_call>" * 5000, "\ud800 half", "<tool_call>{\"name\": \"calculator\", \"arguments\": {\"expression\": \"9**9**9\"}}</tool_call>",
+@pytest.mark.parametrize("text", ["<tool_call>" * 5000, "\ud800 half", "<tool_call>{\"name\": \"calculator\", \"arguments\": "
+                                                                       "{\"expression\": \"9**9**9\"}}</tool_call>",
                                   "1," * 20000, "9" * 5000, "a " * 5000, "<|im_end|>" * 100, "</tool_call>\x00", "(" * 1000])
 def test_hostile_output_is_judged(text):
     for given in (SUM, TALK, case("weather in Atlantis?", [Call("weather", {"city": "Atlantis"})])):
@@ -337,7 +369,8 @@ def test_what_is_expected_is_spelled_right():
 def games():
     made = []
     for n in range(12):
-        made += [case(f"what is {n + 12} times {n + 31}", [calc(f"{n + 12} * {n + 31}")], (n + 12) * (n + 31), f"That makes {(n + 12) * (n + 31)}."),
+        made += [case(f"what is {n + 12} times {n + 31}", [calc(f"{n + 12} * {n + 31}")], (n + 12) * (n + 31),
+                      f"That makes {(n + 12) * (n + 31)}."),
                  case(f"weather in {CITIES[n % 5]} please", [Call("weather", {"city": CITIES[n % 5]})]),
                  case(QUERY, [Call("search", {"query": QUERY})]),
                  case(f"tell me story number {n} about a dragon", [], final="Once upon a time there was a dragon.")]
@@ -349,7 +382,8 @@ def right_turns(given):
         return ["Once there was a small green dragon who liked tea."]
     tools = load_tools(None)
     result = execute(given.calls[0], tools).value
-    words = {"calculator": lambda: f"It is {result}.", "weather": lambda: f"It is {result['temperature']} degrees.", "search": lambda: result[0]["text"]}
+    words = {"calculator": lambda: f"It is {result}.", "weather": lambda: f"It is {result['temperature']} degrees.",
+             "search": lambda: result[0]["text"]}
     return ["\n".join(map(format_call, given.calls)), words[given.calls[0].name]()]
 
 
@@ -360,11 +394,14 @@ POLICIES = {
     "words": lambda c, n: ["abc"],
     "echo": lambda c, n: [c.conversation["messages"][-1]["content"]],
     "every number": lambda c, n: [" ".join(map(str, range(2000)))],
-    "calls twice": lambda c, n: [right_turns(c)[0] * 2, right_turns(c)[-1]] if c.calls else [format_call(calc("1 + 1")) * 2, right_turns(c)[-1]],
-    "all tools": lambda c, n: ["".join(map(format_call, [calc("1 + 1"), Call("weather", {"city": "Paris"}), Call("search", {"query": QUERY})]))],
+    "calls twice": lambda c, n: [right_turns(c)[0] * 2, right_turns(c)[-1]] if c.calls
+    else [format_call(calc("1 + 1")) * 2, right_turns(c)[-1]],
+    "all tools": lambda c, n: ["".join(map(format_call, [calc("1 + 1"), Call("weather", {"city": "Paris"}),
+                                                         Call("search", {"query": QUERY})]))],
     "silence": lambda c, n: [""],
     "the same call again": lambda c, n: [right_turns(c)[0], *right_turns(c)] if c.calls else [format_call(calc("1 + 1"))],
-    "the result as it came": lambda c, n: [right_turns(c)[0], *([execute(c.calls[0], load_tools(None)).text()] if c.calls else [])] if c.calls else ["{}"],
+    "the result as it came": lambda c, n: [right_turns(c)[0], *([execute(c.calls[0], load_tools(None)).text()] if c.calls else [])]
+    if c.calls else ["{}"],
 }
 
 
@@ -397,16 +434,19 @@ def test_intervals():
 def test_report_and_tables():
     records = [evaluation.judge(c, play(c, *right_turns(c))) for c in games()] + [evaluation.judge(SUM, play(SUM, "no | idea", "x"))]
     report = evaluation.summarise(records)
-    assert report["n"] == 49 and set(report["tools"]) == {"calculator", "weather", "search", "none"} and set(report["kinds"]) == {"test"}
+    assert report["n"] == 49 and set(report["tools"]) == {"calculator", "weather", "search", "none"}
+    assert set(report["kinds"]) == {"test"}
     assert report["tools"]["calculator"]["tool_accuracy"]["n"] == 13
     text = evaluation.format_report(report, "Title", records)
     assert "Title (49 cases)" in text and "17 * 23" in text and "no | idea" in text and "1 cases failed" in text
     assert "no | idea" not in evaluation.format_report(report, "Title", records, show_failures=0)
-    report["tools"] = {f"tool_{n:02}": report["tools"]["calculator" if n == 7 else "search"] for n in range(40)}  # of hundreds, those with most cases
+    # of hundreds, those with most cases
+    report["tools"] = {f"tool_{n:02}": report["tools"]["calculator" if n == 7 else "search"] for n in range(40)}
     text = evaluation.format_report(report, "Title")
     assert "| tool_07 |" in text and "| tool_30 |" not in text and "and 15 more tools" in text
     table = evaluation.compare_table({"before": report, "after": report}).splitlines()
-    assert table[0] == "| metric | before | after |" and len(table) == 2 + len(evaluation.METRICS) and {line.count("|") for line in table} == {4}
+    assert table[0] == "| metric | before | after |" and len(table) == 2 + len(evaluation.METRICS)
+    assert {line.count("|") for line in table} == {4}
     json.dumps([report, records], allow_nan=False)
 
 
@@ -414,10 +454,13 @@ def test_report_and_tables():
 
 def test_training_form():
     turn = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2 + 2"}}]}
-    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "2 + 2?"}, turn, {"role": "tool", "content": '{"result": 4}'},
-                {"role": "assistant", "content": "It is 4."}, {"role": "user", "content": "Thanks"}, {"role": "assistant", "content": "Bye."}]
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "2 + 2?"}, turn,
+                {"role": "tool", "content": '{"result": 4}'},
+                {"role": "assistant", "content": "It is 4."}, {"role": "user", "content": "Thanks"},
+                {"role": "assistant", "content": "Bye."}]
     got = evaluation.as_case({"messages": messages, "tools": ["calculator"], "kind": "arithmetic", "answer": 4, "id": "a1"})
-    assert got.conversation["messages"] == messages[:2] and [tool.name for tool in got.conversation["tools"]] == ["calculator"]
+    assert got.conversation["messages"] == messages[:2]
+    assert [tool.name for tool in got.conversation["tools"]] == ["calculator"]
     assert (got.calls, got.answer, got.reference, got.kind, got.id) == ([calc("2 + 2")], 4, "It is 4.", "arithmetic", "a1")
     got = evaluation.as_case({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}]})
     assert (got.calls, got.reference, len(got.conversation["tools"])) == ([], "Hello!", 3)
@@ -426,21 +469,30 @@ def test_training_form():
 def test_expectation_form():
     call = {"type": "function", "function": {"name": "calculator", "arguments": '{"expression": "2 + 2"}'}}
     history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "2 + 2?"}]
-    got = evaluation.as_case({"id": 7, "messages": history, "tools": None, "part": "arithmetic", "expected": {"calls": [call], "answer": 4}})
-    assert got.conversation["messages"] == history and got.calls == [calc("2 + 2")] and got.reference is None and got.kind == "arithmetic"
+    got = evaluation.as_case({"id": 7, "messages": history, "tools": None, "part": "arithmetic",
+                              "expected": {"calls": [call], "answer": 4}})
+    assert got.conversation["messages"] == history and got.calls == [calc("2 + 2")] and got.reference is None
+    assert got.kind == "arithmetic"
     got = evaluation.as_case({"prompt": "2 + 2?", "tools": [], "expected": {"calls": [], "answer": None, "final": "Four."}})
     assert got.calls == [] and got.conversation["tools"] == [] and got.reference == "Four."
-    assert evaluation.as_case({"prompt": [{"role": "user", "content": "2 + 2?"}], "answer": 4}) == evaluation.as_case({"prompt": "2 + 2?", "answer": 4})  # TRL's form
+    # TRL's form
+    assert evaluation.as_case({"prompt": [{"role": "user", "content": "2 + 2?"}],
+                               "answer": 4}) == evaluation.as_case({"prompt": "2 + 2?", "answer": 4})
     got = evaluation.as_case({"prompt": "2 + 2?", "expected": {"answer": 4}})
     assert got.calls is None and got.answer == 4
     assert verdicts(got, "It is 4.")["response_quality"] is True and verdicts(got, "It is 4.")["overall"] is None
 
 
-BAD = [5, [], {}, {"prompt": 5}, {"prompt": None}, {"messages": []}, {"messages": "x"}, {"messages": [{"role": "user", "content": "a"}], "tools": "x"},
-       {"prompt": "a", "tools": ["nothing"]}, {"prompt": "a", "tools": [5]}, {"prompt": "a", "expected": "x"}, {"prompt": "a", "expected": []},
-       {"prompt": "a", "expected": {"calls": "x"}}, {"prompt": "a", "expected": {"calls": [{"name": 5}]}}, {"prompt": "a", "expected": {"calls": [3]}},
-       {"prompt": "a", "expected": {"calls": [], "answer": "four"}}, {"prompt": "a", "answer": True}, {"prompt": "a", "answer": float("nan")},
-       {"prompt": "a", "expected": {"final": 5}}, {"prompt": "a", "tools": [], "expected": {"calls": [{"name": "search", "arguments": {}}]}},
+BAD = [5, [], {}, {"prompt": 5}, {"prompt": None}, {"messages": []}, {"messages": "x"},
+       {"messages": [{"role": "user", "content": "a"}], "tools": "x"},
+       {"prompt": "a", "tools": ["nothing"]}, {"prompt": "a", "tools": [5]}, {"prompt": "a", "expected": "x"},
+       {"prompt": "a", "expected": []},
+       {"prompt": "a", "expected": {"calls": "x"}}, {"prompt": "a", "expected": {"calls": [{"name": 5}]}},
+       {"prompt": "a", "expected": {"calls": [3]}},
+       {"prompt": "a", "expected": {"calls": [], "answer": "four"}}, {"prompt": "a", "answer": True},
+       {"prompt": "a", "answer": float("nan")},
+       {"prompt": "a", "expected": {"final": 5}},
+       {"prompt": "a", "tools": [], "expected": {"calls": [{"name": "search", "arguments": {}}]}},
        {"messages": [{"role": "assistant", "content": "first"}]}, {"messages": [{"role": "system", "content": "only"}]}]
 
 
@@ -452,7 +504,8 @@ def test_a_bad_case_has_a_reason(item):
 
 def test_bad_lines_are_reported_by_number(tmp_path, capsys):
     path = tmp_path / "cases.jsonl"
-    path.write_text('{"prompt": "hi"}\nnot json\n{"prompt": "a", "expected": 1}\n{"prompt": "\\ud800"}\n{"prompt": "bye"}\n', encoding="utf-8")
+    path.write_text('{"prompt": "hi"}\nnot json\n{"prompt": "a", "expected": 1}\n{"prompt": "\\ud800"}\n{"prompt": "bye"}\n',
+                    encoding="utf-8")
     assert len(data.read_jsonl(path, evaluation.as_case)) == 2
     assert [line.split(":")[0][-6:] for line in capsys.readouterr().err.splitlines()] == ["line 2", "line 3", "line 4"]
 
@@ -465,9 +518,11 @@ def tiny():
 
 
 def test_evaluate_keeps_order_and_is_deterministic(tiny):
-    items = [{"id": n, "prompt": p, "tools": t, "expected": {"calls": []}} for n, (p, t) in enumerate([("a", []), ("b", None), ("c", []), ("d", ["search"])])]
+    items = [{"id": n, "prompt": p, "tools": t, "expected": {"calls": []}}
+             for n, (p, t) in enumerate([("a", []), ("b", None), ("c", []), ("d", ["search"])])]
     report, records = evaluation.evaluate(*tiny, items, batch_size=3, max_new_tokens=4, progress=False)
-    assert [r["id"] for r in records] == [0, 1, 2, 3] and [r["prompt"] for r in records] == list("abcd") and report["n"] == 4
+    assert [r["id"] for r in records] == [0, 1, 2, 3] and [r["prompt"] for r in records] == list("abcd")
+    assert report["n"] == 4
     _, alone = evaluation.evaluate(*tiny, items[2:3], max_new_tokens=4, progress=False)
     assert alone[0] == records[2] and alone[0]["turns"]
 
@@ -503,7 +558,8 @@ def test_what_is_not_the_same():
     assert not same("search", "query", "who won the world cup in 1998", "who won the world cup in 2002")
     assert same("search", "query", "collect rainwater Colorado legal", "is it legal to collect rainwater in Colorado")
     assert not same("sql", "query", "select * from t where id = 3", "select * from t where id = 4")
-    assert not same("weather", "city", "Paris, France", "Paris, Texas") and same("weather", "city", "São Paulo, Brazil", "sao paulo brazil")
+    assert not same("weather", "city", "Paris, France", "Paris, Texas")
+    assert same("weather", "city", "São Paulo, Brazil", "sao paulo brazil")
     assert not same("f", "x", "C++", "C#") and not same("f", "x", "-5", "5") and same("f", "x", "New-York.", "new york")
     assert not evaluation.same_expression("17 * 23", "391 * 1") and not evaluation.same_expression("17 * 23", "391 + 0")
     assert evaluation.same_expression("64.50 * 0.18", "18 / 100 * 64.5")
@@ -514,7 +570,8 @@ def test_hedged_and_denied_answers(text):
     assert not evaluation.states(text, 391, {17, 23})
 
 
-@pytest.mark.parametrize("text, right", [("Paris: 17°C, cloudy.", True), ("17 degrees", True), ("In Rome it is 17°C.", False), ("It's 17°F in Paris.", False)])
+@pytest.mark.parametrize("text, right", [("Paris: 17°C, cloudy.", True), ("17 degrees", True), ("In Rome it is 17°C.", False),
+                                         ("It's 17°F in Paris.", False)])
 def test_a_weather_report_keeps_unit_and_city(text, right):
     assert evaluation.describes(text, {"city": "Paris", "unit": "celsius", "temperature": 17}, "how is it in Paris") is right
 
@@ -526,18 +583,25 @@ def test_a_call_without_tags_is_still_a_call():
 
 
 @pytest.mark.parametrize("text, answer, right", [
-    ("391 isn't the answer", 391, False), ("391 wasn't right", 391, False), ("I don't think it is 391.", 391, False), ("It can't possibly be 391.", 391, False), ("It's neither 391 nor 392", 391, False),
-    ("Anything but 391", 391, False), ("391 is not a lot", 391, True), ("It is 391, isn't it?", 391, True), ("Don't worry, it is 391", 391, True), ("If you do not tip, the bill is 391", 391, True),
-    ("about 63", 62.5, True), ("about 62", 62.5, True), ("$0.13", 0.125, True), ("7.3", 7.25, True), ("7.4", 7.25, False), ("In Oslo it's –3°C.", 3, False), ("In Oslo it's –3°C.", -3, True),
-    ("It's currently minus 3°C", 3, False), ("It's currently minus 3°C", -3, True), ("That works out as minus 12", -12, True), ("10 minus 3 is 7", 7, True), ("No one knows.", 1, False),
-    ("One moment, please.", 1, False), ("There is only one left.", 1, True), ("12'345", 12345, True), ("1\u202f234", 1234, True), ("3.91E2", 391, True), ("3–5 degrees", 5, True)])
+    ("391 isn't the answer", 391, False), ("391 wasn't right", 391, False), ("I don't think it is 391.", 391, False),
+    ("It can't possibly be 391.", 391, False), ("It's neither 391 nor 392", 391, False),
+    ("Anything but 391", 391, False), ("391 is not a lot", 391, True), ("It is 391, isn't it?", 391, True),
+    ("Don't worry, it is 391", 391, True), ("If you do not tip, the bill is 391", 391, True),
+    ("about 63", 62.5, True), ("about 62", 62.5, True), ("$0.13", 0.125, True), ("7.3", 7.25, True), ("7.4", 7.25, False),
+    ("In Oslo it's –3°C.", 3, False), ("In Oslo it's –3°C.", -3, True),
+    ("It's currently minus 3°C", 3, False), ("It's currently minus 3°C", -3, True), ("That works out as minus 12", -12, True),
+    ("10 minus 3 is 7", 7, True), ("No one knows.", 1, False),
+    ("One moment, please.", 1, False), ("There is only one left.", 1, True), ("12'345", 12345, True), ("1\u202f234", 1234, True),
+    ("3.91E2", 391, True), ("3–5 degrees", 5, True)])
 def test_how_people_say_a_number_or_deny_it(text, answer, right):
     assert evaluation.states(text, answer, set()) is right
 
 
 @pytest.mark.parametrize("gold, got, same", [
-    ("17 * 23", "1x391", False), ("17 * 23", "39.1E1*1", False), ("17 * 23", "1/(1/391)", False), ("100 * 1.15", "115 * 1", False), ("100 * 2", "200 * 1", False), ("80 * 1.25", "80 * 125 / 100", True),
-    ("80 * 1.25", "80 + 80 * 25 / 100", True), ("400 / 4", "400 * 25 / 100", True), ("0.5 * 120", "120 * 30 / 60", True), ("15% of 100", "100 * 0.15", True), ("200 * 0.5", "200 * 50 / 100", True)])
+    ("17 * 23", "1x391", False), ("17 * 23", "39.1E1*1", False), ("17 * 23", "1/(1/391)", False), ("100 * 1.15", "115 * 1", False),
+    ("100 * 2", "200 * 1", False), ("80 * 1.25", "80 * 125 / 100", True),
+    ("80 * 1.25", "80 + 80 * 25 / 100", True), ("400 / 4", "400 * 25 / 100", True), ("0.5 * 120", "120 * 30 / 60", True),
+    ("15% of 100", "100 * 0.15", True), ("200 * 0.5", "200 * 50 / 100", True)])
 def test_a_guess_in_an_expression(gold, got, same):
     assert evaluation.same_expression(gold, got) is same
 
@@ -547,15 +611,19 @@ def test_a_negation_makes_another_question():
 
 
 @pytest.mark.parametrize("text, right", [
-    ("There is no rain in Oslo today, it's sunny.", False), ("You need a coat in Oslo, it is not warm.", False), ("I have no doubt you will like it.", False), ("It's eighty-four, no doubt; there is no trick.", False),
-    ("I lack the tool for that.", True), ("I do not have a weather tool.", True), ("My tools don't cover the weather.", True), ("Weather data is unavailable.", True), ("I haven't got a forecast.", True), ("I would need a weather service for that.", True)])
+    ("There is no rain in Oslo today, it's sunny.", False), ("You need a coat in Oslo, it is not warm.", False),
+    ("I have no doubt you will like it.", False), ("It's eighty-four, no doubt; there is no trick.", False),
+    ("I lack the tool for that.", True), ("I do not have a weather tool.", True), ("My tools don't cover the weather.", True),
+    ("Weather data is unavailable.", True), ("I haven't got a forecast.", True), ("I would need a weather service for that.", True)])
 def test_a_refusal_is_no_guess(text, right):
     asked = case("weather in Oslo?", [], final="I have no weather tool here.", kind="missing_tool", tools=[])
     assert verdicts(asked, text)["response_quality"] is right
 
 
-@pytest.mark.parametrize("text, right", [("Not bad at all: sunny!", False), ("No problem! It is sunny in Atlantis.", False), ("It's sunny with no clouds", False), ("No problem: it is twenty-one degrees in Atlantis.", False),
-                                         ("Atlantis is missing from my list.", True), ("The city is invalid.", True), ("I can't find Atlantis.", True)])
+@pytest.mark.parametrize("text, right", [("Not bad at all: sunny!", False), ("No problem! It is sunny in Atlantis.", False),
+                                         ("It's sunny with no clouds", False), ("No problem: it is twenty-one degrees in Atlantis.", False),
+                                         ("Atlantis is missing from my list.", True), ("The city is invalid.", True),
+                                         ("I can't find Atlantis.", True)])
 def test_an_error_is_no_weather(text, right):
     call = Call("weather", {"city": "Atlantis"})
     assert verdicts(case("weather in Atlantis", [call], kind="tool_error"), format_call(call), text)["response_quality"] is right
@@ -571,8 +639,11 @@ def test_a_search_is_not_retold_with_other_numbers(tmp_path, monkeypatch):
     assert verdicts(asked, format_call(call), re.sub(r"\d+", lambda m: str(int(m[0]) + 137), hit))["overall"] is False
 
 
-@pytest.mark.parametrize("text", ['{"name": "weather", "parameters": {"city": "Paris"}}', '{"arguments": {"city": "Paris"}, "name": "weather"}', "{'name': 'weather', 'arguments': {'city': 'Paris'}}", 'weather(city: "Paris")',
-                                  '<function=weather>{"city": "Paris"}</function>', 'Action: weather\nAction Input: {"city": "Paris"}', '<Tool_Call>{"city": "Paris"}', 'Weather(city="Paris")'])
+@pytest.mark.parametrize("text", ['{"name": "weather", "parameters": {"city": "Paris"}}',
+                                  '{"arguments": {"city": "Paris"}, "name": "weather"}',
+                                  "{'name': 'weather', 'arguments': {'city': 'Paris'}}", 'weather(city: "Paris")',
+                                  '<function=weather>{"city": "Paris"}</function>', 'Action: weather\nAction Input: {"city": "Paris"}',
+                                  '<Tool_Call>{"city": "Paris"}', 'Weather(city="Paris")'])
 def test_a_call_in_another_models_spelling_is_a_call(text):
     asked = case("What does the word weather mean?", [], final="The state of the air.")
     assert verdicts(asked, text)["tool_accuracy"] is False and verdicts(asked, text)["format"] is False
@@ -585,14 +656,16 @@ def test_missing_tool_needs_more_than_a_negative_word():
 
 
 def test_a_perfect_score_on_few_cases_is_not_certain():
-    records = [{"due": due, "verdicts": {**dict.fromkeys(evaluation.METRICS), "execution": [], "overall": True}} for due in [True] * 5 + [False] * 5]
+    records = [{"due": due, "verdicts": {**dict.fromkeys(evaluation.METRICS), "execution": [], "overall": True}}
+               for due in [True] * 5 + [False] * 5]
     assert evaluation.measure(records)["overall"]["low"] < 0.9
 
 
 def test_compare(tmp_path, capsys):
     """Two seeds of one config against another run on the same cases: means, paired differences, one column per config."""
     def records(right):
-        return [{"id": n, "kind": f"k{n % 2}", "prompt": f"p{n}", "due": n % 2 == 0, "verdicts": {name: (None if name == "argument_accuracy" and n % 2 else [ok] if name == "execution" else ok)
+        return [{"id": n, "kind": f"k{n % 2}", "prompt": f"p{n}", "due": n % 2 == 0,
+                 "verdicts": {name: (None if name == "argument_accuracy" and n % 2 else [ok] if name == "execution" else ok)
                                                                            for name in evaluation.METRICS}} for n, ok in enumerate(right)]
     runs = {"sft": ([True, False] * 10, 0), "ppo-s1": ([True] * 15 + [False] * 5, 1), "ppo-s2": ([True] * 19 + [False], 2)}
     for name, (right, seed) in runs.items():
@@ -609,7 +682,8 @@ def test_compare(tmp_path, capsys):
     assert len(lines) == 1 + 2 * len(evaluation.METRICS) and float(lines[1][3]) <= 0.5 <= float(lines[1][4])
     toolplay.main([*argv, "--kind", "k1"])  # the odd ones, which the first run gets all wrong
     out = capsys.readouterr().out
-    assert "10 cases" in out and "0.000" in next(line for line in out.splitlines() if line.startswith("| tool_accuracy"))
+    assert "10 cases" in out
+    assert "0.000" in next(line for line in out.splitlines() if line.startswith("| tool_accuracy"))
     toolplay.main(["compare", str(tmp_path / "ppo-s1"), str(shutil.copytree(tmp_path / "ppo-s1", tmp_path / "other-code"))])
     assert "ppo-s1 (1 seed)" in (out := capsys.readouterr().out) and "other-code (1 seed)" in out  # one seed cannot be two
     with pytest.raises(SystemExit):
@@ -625,7 +699,8 @@ def test_compare(tmp_path, capsys):
     (tmp_path / "base").mkdir()
     shutil.copy(tmp_path / "sft" / "eval.json", tmp_path / "base")
     toolplay.main(["compare", *(str(tmp_path / name) for name in ("base", "dpo,1", "dpo,2")), "--csv", str(tmp_path / "out.csv")])
-    assert "base (1 seed)" in (out := capsys.readouterr().out) and "dpo, (2 seeds)" in out and {len(row) for row in csv.reader((tmp_path / "out.csv").open())} == {10}
+    assert "base (1 seed)" in (out := capsys.readouterr().out) and "dpo, (2 seeds)" in out
+    assert {len(row) for row in csv.reader((tmp_path / "out.csv").open())} == {10}
     same = evaluation.compare({"a": [records([True, False] * 10)], "b": [records([True, False] * 10)]}, 200)["b"]["tool_accuracy"]
     assert same["difference"] == same["d_low"] == same["d_high"] == 0  # the same cases are drawn for both: paired
     (tmp_path / "sft" / "eval.json").write_text(json.dumps({"records": records([True] * 3)}))
@@ -634,13 +709,16 @@ def test_compare(tmp_path, capsys):
     assert "other cases" in capsys.readouterr().err
 
 
-HOTEL = {"name": "hotel", "description": "Prices.", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
+HOTEL = {"name": "hotel", "description": "Prices.", "parameters": {"type": "object", "properties": {"city": {"type": "string"}},
+                                                                   "required": ["city"]}}
 
 
-@pytest.mark.parametrize("final, right", [("A hotel there costs 40 a night.", True), ("It's 40.", True), ("Yes, it's 40.", True), ("How much is a hotel in Oslo?", False), ("Oslo", False),
+@pytest.mark.parametrize("final, right", [("A hotel there costs 40 a night.", True), ("It's 40.", True), ("Yes, it's 40.", True),
+                                          ("How much is a hotel in Oslo?", False), ("Oslo", False),
                                           ("A hotel in Oslo is 999 a night.", False), ("It is full, and 40 or 999.", False)])
 def test_a_tool_of_ones_own_must_have_said_it(final, right):
-    case = evaluation.Case({"messages": [{"role": "user", "content": "How much is a hotel in Oslo?"}], "tools": []}, [Call("hotel", {"city": "Oslo"})], None, "A hotel there costs 40 a night.", "test", 0)
+    case = evaluation.Case({"messages": [{"role": "user", "content": "How much is a hotel in Oslo?"}], "tools": []},
+                           [Call("hotel", {"city": "Oslo"})], None, "A hotel there costs 40 a night.", "test", 0)
     episode = SimpleNamespace(final=final, stop="end", results=[])
     assert evaluation.response(case, episode, [Result("hotel", True, {"city": "Oslo", "price": 40, "state": "full"})]) is right
 
@@ -654,8 +732,11 @@ def test_an_invented_success_is_wrong_where_nothing_fits_or_something_is_missing
             assert not verdicts(given, one["messages"][0]["content"])["response_quality"]
 
 
-@pytest.mark.parametrize("reference, final, right", [("Paris", "I like cats.", False), ("Paris", "It is Paris, of course.", True), ("4", "It is 5.", False), ("4", "2 + 2 = 4.", True), ("4", "It is four.", True), ("It is 4.", "Four.", True), ("\U0001F44D", "\U0001F44D", True),
-                                                     ("You're welcome!", "No problem at all.", True), *[("Sure!", text, False) for text in ("", "zzq zzq", "and the capital of France?")]])
+@pytest.mark.parametrize("reference, final, right", [("Paris", "I like cats.", False), ("Paris", "It is Paris, of course.", True),
+                                                     ("4", "It is 5.", False), ("4", "2 + 2 = 4.", True), ("4", "It is four.", True),
+                                                     ("It is 4.", "Four.", True), ("\U0001F44D", "\U0001F44D", True),
+                                                     ("You're welcome!", "No problem at all.", True),
+                                                     *[("Sure!", text, False) for text in ("", "zzq zzq", "and the capital of France?")]])
 def test_a_short_reference_is_a_fact(reference, final, right):
     assert verdicts(case("and the capital of France?", [], final=reference), final)["response_quality"] is right
 
@@ -667,7 +748,9 @@ def test_percents_of_a_round_number_are_no_guess():
 
 
 def test_more_calls_than_the_gold_makes_cost_the_whole():
-    given = evaluation.as_case({"messages": [{"role": "user", "content": "17 * 23?"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "17 * 23"}}]},
+    given = evaluation.as_case({"messages": [{"role": "user", "content": "17 * 23?"},
+                                             {"role": "assistant", "content": "",
+                                              "tool_calls": [{"name": "calculator", "arguments": {"expression": "17 * 23"}}]},
                                              {"role": "tool", "content": '{"result": 391}'}, {"role": "assistant", "content": "391."}]})
     right, needless = format_call(calc("17 * 23")), format_call(calc("23 * 18"))
     assert verdicts(given, right, "391.")["overall"] and not verdicts(given, right, needless, "391.")["overall"]

@@ -177,7 +177,8 @@ def test_without_adapters_the_lowest_layers_can_be_frozen():
     model = toy()
     for skip, frozen in ((0.5, ("blocks.1.",)), (0.49, ("blocks.0.", "blocks.1."))):
         freeze_lowest(model, skip)
-        assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if n.startswith(frozen)}
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters()
+                                                                               if n.startswith(frozen)}
     with pytest.raises(ValueError, match="leaves no layer"):
         freeze_lowest(model, 1.0)
 
@@ -580,7 +581,8 @@ def test_we_read_peft_files(tmp_path, kind, targets, rslora):
 
 def test_the_frozen_head_that_peft_writes_along(tmp_path):
     peft = pytest.importorskip("peft")
-    theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)).eval()
+    theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head", "q_proj"],
+                                                                init_lora_weights=False)).eval()
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
     assert any(key.endswith("base_layer.weight") for key in safetensors.torch.load_file(tmp_path / "adapter_model.safetensors"))
     ours = tiny("llama")

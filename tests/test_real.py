@@ -29,7 +29,8 @@ def test_greedy_rollout_is_transformers_generate(real):
     episodes = toolplay.rollout(model, tokenizer, chats, temperature=0, max_new_tokens=12, max_turns=1)
     for chat, episode in zip(chats, episodes):
         ids, _ = data.encode(chat, tokenizer, generation=True)
-        theirs = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=data.end_of_turn(tokenizer), pad_token_id=2)[0].tolist()
+        theirs = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=data.end_of_turn(tokenizer),
+                                pad_token_id=2)[0].tolist()
         assert episode.ids == theirs
 
 

@@ -29,7 +29,8 @@ def zygote():
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name, words in (("train", WORDS), ("dev", WORDS[::3])):
-        lines = [{"messages": [{"role": "system", "content": "."}, {"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": w}]} for n, w in enumerate(words)]
+        lines = [{"messages": [{"role": "system", "content": "."}, {"role": "user", "content": f"{n}?"},
+                               {"role": "assistant", "content": w}]} for n, w in enumerate(words)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     return folder
 
@@ -37,8 +38,10 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def config(corpus, tmp_path):
     def make(name="run", **more):
-        return {"model": "tiny", "source": "jsonl", "path": str(corpus / "train.jsonl"), "eval_path": str(corpus / "dev.jsonl"), "run_dir": str(tmp_path / name),
-                "device": "cpu", "batch_size": 3, "steps": 7, "save_every": 2, "eval_every": 3, "lora_r": 4, "lora_dropout": 0.3, "lr": 0.01, "micro_tokens": 40, **more}
+        return {"model": "tiny", "source": "jsonl", "path": str(corpus / "train.jsonl"), "eval_path": str(corpus / "dev.jsonl"),
+                "run_dir": str(tmp_path / name),
+                "device": "cpu", "batch_size": 3, "steps": 7, "save_every": 2, "eval_every": 3, "lora_r": 4, "lora_dropout": 0.3,
+                "lr": 0.01, "micro_tokens": 40, **more}
     return make
 
 
@@ -52,7 +55,8 @@ def results(folder):
     """The bytes that must not depend on anything but config and seed."""
     folder = Path(folder)
     files = [folder / "metrics.jsonl", *sorted((folder / "adapter").glob("*")), *sorted((folder / "model").glob("*"))]
-    out = {str(f.relative_to(folder)): f.read_bytes() for f in files if not f.name.startswith(".")}  # a killed process may leave a temporary file
+    # a killed process may leave a temporary file
+    out = {str(f.relative_to(folder)): f.read_bytes() for f in files if not f.name.startswith(".")}
     assert len(out) >= 3
     return out
 
@@ -62,7 +66,8 @@ def test_two_runs_are_bit_identical(config):
     assert a == b
     assert a != results(train(config("c", seed=1)))
     lines = [json.loads(line) for line in a["metrics.jsonl"].splitlines()]
-    assert [x["step"] for x in lines] == list(range(1, 8)) and [x["step"] for x in lines if "eval_loss" in x] == [3, 6, 7]
+    assert [x["step"] for x in lines] == list(range(1, 8))
+    assert [x["step"] for x in lines if "eval_loss" in x] == [3, 6, 7]
     assert lines[-1]["eval_loss"] < lines[0]["loss"]
 
 
@@ -102,8 +107,10 @@ def killed_then_resumed(zygote, config, *kills, pid=None):
     return results(config["run_dir"]), left
 
 
-KILLS = [("start", 1), ("step", 1), ("step", 6), ("log", 5), ("checkpoint", 2), ("inside the checkpoint", 1), ("inside the checkpoint", 3), ("fsync", 1), ("fsync", 9),
-         ("rename", 1), ("rename", 4), ("rename", 6), ("rename", 8), ("removing the old checkpoint", 2), ("saving the model", 2), ("end", 1)]
+KILLS = [("start", 1), ("step", 1), ("step", 6), ("log", 5), ("checkpoint", 2), ("inside the checkpoint", 1), ("inside the checkpoint", 3),
+         ("fsync", 1), ("fsync", 9),
+         ("rename", 1), ("rename", 4), ("rename", 6), ("rename", 8), ("removing the old checkpoint", 2), ("saving the model", 2),
+         ("end", 1)]
 
 
 @pytest.mark.parametrize("place, nth", KILLS)
@@ -113,7 +120,8 @@ def test_kill_9_then_resume_gives_the_same_bytes(zygote, uninterrupted, config, 
 
 
 def test_killed_again_and_again(zygote, uninterrupted, config):
-    got, left = killed_then_resumed(zygote, config(), ("inside the checkpoint", 1), ("log", 3), ("rename", 4), ("checkpoint", 1), ("inside the checkpoint", 1), ("step", 1))
+    got, left = killed_then_resumed(zygote, config(), ("inside the checkpoint", 1), ("log", 3), ("rename", 4), ("checkpoint", 1),
+                                    ("inside the checkpoint", 1), ("step", 1))
     assert got == uninterrupted(config())
     assert not [name for name in left if name.startswith(".step")]  # half checkpoints are cleared away
 
@@ -125,7 +133,8 @@ def test_killed_in_a_container(zygote, uninterrupted, config, kills):
     assert got == uninterrupted(config())
 
 
-@pytest.mark.parametrize("more", [{"lora_r": 0, "lr": 1e-3}, {"lora_r": 0, "lora_skip": 0.5}, {"keep_best": False}, {"eval_every": 0}, {"precision": "fp16"},
+@pytest.mark.parametrize("more", [{"lora_r": 0, "lr": 1e-3}, {"lora_r": 0, "lora_skip": 0.5}, {"keep_best": False}, {"eval_every": 0},
+                                  {"precision": "fp16"},
                                   {"schedule": "linear", "warmup": 0.5, "weight_decay": 0.1}, {"steps": 0, "epochs": 2.5}], ids=str)
 def test_other_kinds_of_runs_resume_too(zygote, uninterrupted, config, more):
     got, _ = killed_then_resumed(zygote, config(**more), ("inside the checkpoint", 2))
@@ -220,16 +229,19 @@ def damage(folder, how):
 @pytest.fixture(scope="module")
 def checkpoint(corpus, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("good") / "run"
-    return train({"model": "tiny", "source": "jsonl", "path": str(corpus / "train.jsonl"), "eval_examples": 0, "run_dir": str(run_dir), "device": "cpu", "steps": 1, "lora_r": 2})
+    return train({"model": "tiny", "source": "jsonl", "path": str(corpus / "train.jsonl"), "eval_examples": 0, "run_dir": str(run_dir),
+                  "device": "cpu", "steps": 1, "lora_r": 2})
 
 
-@pytest.mark.parametrize("how", ["cut state", "empty state", "no state", "garbage state", "foreign state", "state is a list", "cut weights", "empty weights", "no weights",
+@pytest.mark.parametrize("how", ["cut state", "empty state", "no state", "garbage state", "foreign state", "state is a list", "cut weights",
+                                 "empty weights", "no weights",
                                  "empty folder"])
 def test_a_damaged_checkpoint_is_one_clear_line(checkpoint, tmp_path, how):
     folder = tmp_path / "run"
     shutil.copytree(checkpoint, folder)
     damage(newest_checkpoint(folder), how)
-    config = load_config({**{k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "provenance"}, "run_dir": str(folder)})
+    config = load_config({**{k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "provenance"},
+                          "run_dir": str(folder)})
     with pytest.raises(UserError) as error:
         train(dict(vars(config)), resume=True)
     assert "step-00000001" in str(error.value) and "\n" not in str(error.value)

@@ -17,7 +17,8 @@ from tools import BUILTIN, Call, format_call, tool
 
 NAMES = ["llama", "qwen3", "gpt2", "mistral", "gemma3"]  # the last two go one row at a time
 END = 257
-CHATS = [{"messages": [{"role": "user", "content": text}]} for text in ("hi", "How much is 2 + 2?", "x", "Tell me a story, please.", "hi there")]
+CHATS = [{"messages": [{"role": "user", "content": text}]}
+         for text in ("hi", "How much is 2 + 2?", "x", "Tell me a story, please.", "hi there")]
 CALL = format_call(Call("calculator", {"expression": "17 * 23"}))
 
 
@@ -74,7 +75,8 @@ def test_rows_may_have_seeds_of_their_own(net):
     prompts = [{"messages": [{"role": "user", "content": "hi"}]}] * 3
     turns = lambda some, seed: [e.turns for e in toolplay.rollout(net, tokenizer(), some, seed=seed, max_new_tokens=8)]  # noqa: E731
     together = turns(prompts, ["a", "b", "a"])
-    assert together[:2] == turns(prompts[:1], ["a"]) + turns(prompts[:1], ["b"]) and together[0] != together[1] and together[0] != together[2]
+    assert together[:2] == turns(prompts[:1], ["a"]) + turns(prompts[:1], ["b"]) and together[0] != together[1]
+    assert together[0] != together[2]
 
 
 def test_global_random_state_is_left_alone(net):
@@ -113,7 +115,8 @@ def test_finished_rows_leave_and_the_prefix_is_read_once():
     net, sizes = model("llama"), []
     toolplay.takes_trie(net)  # the trial runs forwards of its own
     rows = [data.encode(c, tokenizer(), generation=True)[0][:-1] for c in CHATS]
-    hook = net.model.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    hook = net.model.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)),
+                                               with_kwargs=True)
     done = []
     script = {"hi": ["<|im_end|>"], "x": ["abc<|im_end|>"]}
     with pytest.MonkeyPatch.context() as patch:
@@ -237,8 +240,11 @@ def test_a_call_is_executed(net, say):
                         ('\n<|im_start|>tool\n<tool_response>{"result": 391}</tool_response><|im_end|>\n<|im_start|>assistant\n', 0),
                         ("It is 391.<|im_end|>", 1)]
     # The episode is the very row that supervised training makes of the same conversation.
-    whole = {"messages": [{"role": "user", "content": "17 * 23?"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "17 * 23"}}]},
-                          {"role": "tool", "content": '{"result": 391}'}, {"role": "assistant", "content": "It is 391."}], "tools": ["calculator"]}
+    whole = {"messages": [{"role": "user", "content": "17 * 23?"},
+                          {"role": "assistant", "content": "",
+                           "tool_calls": [{"name": "calculator", "arguments": {"expression": "17 * 23"}}]},
+                          {"role": "tool", "content": '{"result": 391}'}, {"role": "assistant", "content": "It is 391."}],
+             "tools": ["calculator"]}
     ids, mask = data.encode(whole, tokenizer())
     assert (e.ids, e.mask) == (ids[:-1], mask[:-1])  # but for the newline behind the last turn
 
@@ -293,14 +299,16 @@ def test_malformed_and_good_calls_keep_their_order(llama, say):
     assert [r.ok for r in e.results] == [False, True]
 
 
-@pytest.mark.parametrize("tail", [" The answer is 391, I think.", "\n\nHello", '<tool_response>{"result": 999}</tool_response>', "\n<tool_ball>", "."])
+@pytest.mark.parametrize("tail", [" The answer is 391, I think.", "\n\nHello", '<tool_response>{"result": 999}</tool_response>',
+                                  "\n<tool_ball>", "."])
 def test_talking_on_after_a_call_ends_the_turn(llama, say, tail):
     [e] = say(llama, {"q": [f"{CALL}{tail} and so on, and so on, and so on<|im_end|>", "391<|im_end|>"]})
     assert e.turns[0].startswith(CALL) and len(e.turns[0]) <= len(CALL) + len(tail) + 8
     assert e.calls == [Call("calculator", {"expression": "17 * 23"})] and e.results[0].value == 391
     (text, _), (told, mask), _ = added(e)
     assert text == e.turns[0] and mask == 0
-    assert told.startswith('<|im_end|>\n<|im_start|>tool\n<tool_response>{"result": 391}')  # the end that the model did not choose trains nothing
+    # the end that the model did not choose trains nothing
+    assert told.startswith('<|im_end|>\n<|im_start|>tool\n<tool_response>{"result": 391}')
     assert (e.final, e.stop) == ("391", "end")
 
 
@@ -453,7 +461,8 @@ def test_tools_of_a_conversation_bring_no_code(llama, monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_calls_keep_to_the_schema(name, monkeypatch):
-    """The script wants a wrong parameter, a wrong value, a decimal for an integer, and to end too early; what it wants is refused there alone."""
+    """The script wants a wrong parameter, a wrong value, a decimal for an integer, and to end too early; what it wants is refused there
+    alone."""
     class Wishes(Script):
         def sample(self, logits, draws, temperature, top_p):
             wished = [self.next(self.rows[int(n)]) for n in logits[:, -1]]
@@ -474,14 +483,16 @@ def test_calls_keep_to_the_schema(name, monkeypatch):
     assert [r.error_type for r in held[0].results] != ["unknown_tool"] and not held[3].turns[0].startswith(early[:-10])
     assert [e.ids for e in held[1:3]] == [e.ids for e in free[1:3]]  # what is right is left alone
     for e in held[:2]:
-        assert not e.errors and all(r.error_type not in ("unknown_tool", "unknown_argument", "wrong_type", "missing_argument") for r in e.results)
+        assert not e.errors
+        assert all(r.error_type not in ("unknown_tool", "unknown_argument", "wrong_type", "missing_argument") for r in e.results)
 
 
 def test_a_refused_token_is_drawn_again_in_proportion():
     import numpy as np
     logits, rng = torch.tensor([2.0, 1.0, 0.5, 0.0]), np.random.default_rng(0)
     allowed = lambda *token: "inside" if not token or token[0] in (1, 3) else "invalid"  # noqa: E731
-    drawn = [toolplay.valid_token(logits, *(x[0] for x in toolplay.sample(logits[None], [rng.random()], 1.0, 1.0)), allowed, set(), rng, 1.0, 1.0) for _ in range(4000)]
+    drawn = [toolplay.valid_token(logits, *(x[0] for x in toolplay.sample(logits[None], [rng.random()], 1.0, 1.0)), allowed, set(), rng,
+                                  1.0, 1.0) for _ in range(4000)]
     policy = torch.log_softmax(logits, -1)
     assert {t for t, _ in drawn} == {1, 3} and all(abs(logp - float(policy[t])) < 1e-6 for t, logp in drawn)
     share = sum(t == 1 for t, _ in drawn) / len(drawn)
@@ -489,4 +500,5 @@ def test_a_refused_token_is_drawn_again_in_proportion():
     assert torch.equal(logits, torch.tensor([2.0, 1.0, 0.5, 0.0]))
     assert toolplay.valid_token(logits, 0, -0.5, allowed, {1}, rng, 0, 1.0)[0] == 3  # a turn does not end inside a call
     assert toolplay.valid_token(logits, 0, -0.5, lambda *token: "invalid", set(), rng, 0, 1.0) == (0, -0.5)  # broken before
-    assert toolplay.valid_token(logits, 0, -0.5, lambda *token: "invalid" if token else "inside", set(), rng, 0, 1.0, tries=3) == (0, -0.5)  # nothing is right
+    # nothing is right
+    assert toolplay.valid_token(logits, 0, -0.5, lambda *token: "invalid" if token else "inside", set(), rng, 0, 1.0, tries=3) == (0, -0.5)

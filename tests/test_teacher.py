@@ -30,7 +30,8 @@ def test_weights_and_losses_by_hand():
     logp = torch.tensor([-9.0, -1.0, -2.0, -3.0, -4.0, -5.0, -9.0])
     assert teacher.weighted_loss(logp, 1) == pytest.approx((1 + 0.8 * 2 + 0.6 * 3 + 0.4 * 4 + 0.2 * 5) / 3)
     assert teacher.weighted_loss(logp, 5) == pytest.approx((5 + 0.8 * 9) / 3)  # the text ends: the weights stay as they are
-    assert teacher.gain(1.0, 3.0, 2.5) == 1.5 and teacher.gain(1.0, 1.2, 2.5) == pytest.approx(0.2)  # beyond nothing and beyond the bare call
+    # beyond nothing and beyond the bare call
+    assert teacher.gain(1.0, 3.0, 2.5) == 1.5 and teacher.gain(1.0, 1.2, 2.5) == pytest.approx(0.2)
 
 
 def test_positions():
@@ -48,8 +49,10 @@ def test_alone_in_an_empty_folder(tmp_path):
 # ---------------------------------------------------------------- calls in plain text
 
 @pytest.mark.parametrize("text, call", [
-    ("calculator(2 * 3)] apples", CALC), (" calculator( 2 * 3 ) -> 6]", CALC), ("weather(Quebec City)]", Call("weather", {"city": "Quebec City"})),
-    ("search(who wrote (1984)?)]", Call("search", {"query": "who wrote (1984)?"})), ("calculator(2 * 3", None), ("calculator()]", None), ("nothing(2)]", None), ("2 * 3]", None), ("", None)])
+    ("calculator(2 * 3)] apples", CALC), (" calculator( 2 * 3 ) -> 6]", CALC),
+    ("weather(Quebec City)]", Call("weather", {"city": "Quebec City"})),
+    ("search(who wrote (1984)?)]", Call("search", {"query": "who wrote (1984)?"})), ("calculator(2 * 3", None), ("calculator()]", None),
+    ("nothing(2)]", None), ("2 * 3]", None), ("", None)])
 def test_read_call(text, call):
     assert teacher.read_call(text, BUILTIN) == call
 
@@ -61,7 +64,8 @@ def test_a_damaged_line_is_one_line(tmp_path, capsys):
     assert stop.value.code == 2 and "line 1: it is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [{"source": "jsonl", "path": "x.jsonl"}, {"source": "toolbench"}, {"mix": {"weather": 1}}, {"data": "synthetic"}])
+@pytest.mark.parametrize("more", [{"source": "jsonl", "path": "x.jsonl"}, {"source": "toolbench"}, {"mix": {"weather": 1}},
+                                  {"data": "synthetic"}])
 def test_conversations_are_nothing_for_the_teacher(more):
     with pytest.raises(UserError, match='"text" names a file'):
         toolplay.load_config({"method": "teacher", **more}, [])
@@ -75,20 +79,32 @@ def test_lines_of_json_under_another_name_are_no_prose(tmp_path):
     assert [x["text"] for x in teacher.read_texts(tmp_path / "b.txt", 5)] == ["Page one\fgoes on\u2028here", "and two"]
 
 
-@pytest.mark.parametrize("text, call", [("unit.convert(5)]", Call("unit.convert", {"n": 5})), ("get-time()]", Call("get-time", {})), ("unit.convert()]", None)])
+@pytest.mark.parametrize("text, call", [("unit.convert(5)]", Call("unit.convert", {"n": 5})), ("get-time()]", Call("get-time", {})),
+                                        ("unit.convert()]", None)])
 def test_calls_of_tools_of_ones_own(text, call):
-    tools = load_tools([{"name": "get-time", "description": "", "parameters": {}}, {"name": "unit.convert", "description": "", "parameters": {"properties": {"n": {"type": "integer"}}, "required": ["n"]}}])
+    tools = load_tools([{"name": "get-time", "description": "", "parameters": {}},
+                        {"name": "unit.convert", "description": "",
+                         "parameters": {"properties": {"n": {"type": "integer"}}, "required": ["n"]}}])
     assert teacher.read_call(text, tools) == call
 
 
-@pytest.mark.parametrize("text, arguments", [("convert(5, GBP)]", {"amount": 5, "currency": "GBP"}), ("convert(5)]", {"amount": 5}), ("convert(5, currency='GBP')]", {"amount": 5, "currency": "GBP"}),
-                                             ("convert(currency='GBP', amount=5)]", {"amount": 5, "currency": "GBP"}), ("pop(year=2000, country='France')]", {"country": "France", "year": 2000}),
-                                             ("pop(France, 2000)]", {"country": "France", "year": 2000}), ("weather(city='Oslo', unit='celsius')]", {"city": "Oslo", "unit": "celsius"}),
-                                             ("weather(Oslo, Norway)]", {"city": "Oslo, Norway"}), ("calculator(max(1, 2))]", {"expression": "max(1, 2)"})])
+@pytest.mark.parametrize("text, arguments", [("convert(5, GBP)]", {"amount": 5, "currency": "GBP"}), ("convert(5)]", {"amount": 5}),
+                                             ("convert(5, currency='GBP')]", {"amount": 5, "currency": "GBP"}),
+                                             ("convert(currency='GBP', amount=5)]", {"amount": 5, "currency": "GBP"}),
+                                             ("pop(year=2000, country='France')]", {"country": "France", "year": 2000}),
+                                             ("pop(France, 2000)]", {"country": "France", "year": 2000}),
+                                             ("weather(city='Oslo', unit='celsius')]", {"city": "Oslo", "unit": "celsius"}),
+                                             ("weather(Oslo, Norway)]", {"city": "Oslo, Norway"}),
+                                             ("calculator(max(1, 2))]", {"expression": "max(1, 2)"})])
 def test_arguments_by_place_and_by_name(text, arguments):
     field = {"number": {"type": "number"}, "text": {"type": "string"}}
-    tools = load_tools([*BUILTIN, {"name": "convert", "description": "", "parameters": {"type": "object", "properties": {"amount": field["number"], "currency": field["text"]}, "required": ["amount"]}},
-                        {"name": "pop", "description": "", "parameters": {"type": "object", "properties": {"country": field["text"], "year": {"type": "integer"}}, "required": ["country", "year"]}}])
+    tools = load_tools([*BUILTIN,
+                        {"name": "convert", "description": "",
+                         "parameters": {"type": "object", "properties": {"amount": field["number"], "currency": field["text"]},
+                                        "required": ["amount"]}},
+                        {"name": "pop", "description": "",
+                         "parameters": {"type": "object", "properties": {"country": field["text"], "year": {"type": "integer"}},
+                                        "required": ["country", "year"]}}])
     call = teacher.read_call(text, tools)
     assert call.arguments == arguments and list(call.arguments) == list(arguments)
     assert teacher.read_call(teacher.call_text(call, start=""), tools) == call  # what is written into the text is what was tried
@@ -100,7 +116,8 @@ def test_arguments_by_place_and_by_name(text, arguments):
 def test_results_in_words():
     said = lambda name, **arguments: teacher.result_text(execute(Call(name, arguments), BUILTIN))  # noqa: E731
     assert said("calculator", expression="2 * 3") == "6" and said("calculator", expression="1 / 0") is None
-    assert said("weather", city="Oslo").split(", ")[0].lstrip("-").isdigit() and said("weather", city="Nowhereville") is None
+    assert said("weather", city="Oslo").split(", ")[0].lstrip("-").isdigit()
+    assert said("weather", city="Nowhereville") is None
     assert 10 < len(said("search", query="Eiffel Tower")) <= 80
 
 
@@ -124,7 +141,8 @@ def naive(model, ids):
 
 def test_the_filters_losses_are_those_of_one_by_one():
     model, tok = small.model("llama"), small.tokenizer()
-    units = [(teacher.ids_of(tok, text), Candidate(i, CALC, "6")) for text, i in (("3 pairs, so 6 shoes", 12), ("3 pairs, so 6 shoes", 5), ("ab", 1), ("Twice 3 is 6.", 11))]
+    units = [(teacher.ids_of(tok, text), Candidate(i, CALC, "6"))
+             for text, i in (("3 pairs, so 6 shoes", 12), ("3 pairs, so 6 shoes", 5), ("ab", 1), ("Twice 3 is 6.", 11))]
     for (ids, (i, call, result)), got in zip(units, teacher.losses(model, tok, units, budget=50)):
         for prefix, loss in zip(("", "[calculator(2 * 3)]", "[calculator(2 * 3) -> 6]"), got):
             head = teacher.ids_of(tok, prefix)
@@ -145,14 +163,17 @@ def test_the_probability_of_a_call_is_that_of_one_by_one():
 
 
 def settings(**more):
-    return SimpleNamespace(**{"tau_s": 0.0, "positions": 3, "samples": 2, "tau_f": 0.5, "call_tokens": 24, "micro_tokens": 1024, "precision": "fp32", **more})
+    return SimpleNamespace(**{"tau_s": 0.0, "positions": 3, "samples": 2, "tau_f": 0.5, "call_tokens": 24, "micro_tokens": 1024,
+                              "precision": "fp32", **more})
 
 
 def test_half_precision_is_for_guesses_not_for_the_filter(monkeypatch):
     model, tok = small.model("llama"), small.tokenizer()
     rows, seen = [teacher.ids_of(tok, "3 pairs, so 6 shoes")], {}
-    monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: seen.update(guess=torch.is_autocast_enabled("cpu")) or ["calculator(2 * 3)]"] * len(prompts))
-    monkeypatch.setattr(teacher, "losses", lambda m, t, units, b: seen.update(verdict=torch.is_autocast_enabled("cpu")) or [(3.0, 2.0, 1.2)] * len(units))
+    monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: seen.update(guess=torch.is_autocast_enabled("cpu"))
+                        or ["calculator(2 * 3)]"] * len(prompts))
+    monkeypatch.setattr(teacher, "losses", lambda m, t, units, b: seen.update(verdict=torch.is_autocast_enabled("cpu"))
+                        or [(3.0, 2.0, 1.2)] * len(units))
     teacher.annotate(model, tok, rows, {"calculator": BUILTIN["calculator"]}, settings(precision="bf16"), 0)
     assert seen == {"guess": True, "verdict": False}
 
@@ -160,14 +181,19 @@ def test_half_precision_is_for_guesses_not_for_the_filter(monkeypatch):
 def test_the_funnel(monkeypatch):
     model, tok = small.model("llama"), small.tokenizer()
     rows = [teacher.ids_of(tok, text) for text in ("3 pairs, so 6 shoes", "A quiet day.")]
-    monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: [["calculator(2 * 3)]", "calculator(1 / 0)]", "no call", "calculator(2 * 4)]"][n % 4] for n in range(len(prompts))])
-    monkeypatch.setattr(teacher, "losses", lambda m, t, units, b: [(3.0, 2.0, 1.2 if c.result == "6" else 1.6) for _, c in units])  # gains 0.8 and 0.4
+    monkeypatch.setattr(teacher, "sample_calls",
+                        lambda m, t, prompts, c, seed: [["calculator(2 * 3)]", "calculator(1 / 0)]", "no call", "calculator(2 * 4)]"][n % 4]
+                                                        for n in range(len(prompts))])
+    # gains 0.8 and 0.4
+    monkeypatch.setattr(teacher, "losses", lambda m, t, units, b: [(3.0, 2.0, 1.2 if c.result == "6" else 1.6) for _, c in units])
     found, left_out, funnel = teacher.annotate(model, tok, rows, {"calculator": BUILTIN["calculator"]}, settings(), 0)
     assert funnel == {"positions": 6, "sampled": 12, "parsed": 9, "distinct": 9, "executed": 6, "kept": 3}
     for candidates in found:
-        assert [c["kept"] for c in candidates] == [c["result"] == "6" for c in candidates] and all(c["minus"] == 2.0 for c in candidates)
+        assert [c["kept"] for c in candidates] == [c["result"] == "6" for c in candidates]
+        assert all(c["minus"] == 2.0 for c in candidates)
         assert all(c["kept"] == (not c["why"]) for c in candidates)
-    assert sorted((x["why"], x["text"]) for row in left_out for x in row) == 3 * [("division by zero", "[calculator(1 / 0)]")] + 3 * [("no call of calculator", "no call")]
+    assert sorted((x["why"], x["text"]) for row in left_out
+                  for x in row) == 3 * [("division by zero", "[calculator(1 / 0)]")] + 3 * [("no call of calculator", "no call")]
 
 
 def test_what_the_text_goes_on_with_is_kept_and_what_is_unrelated_is_not(monkeypatch):
@@ -183,7 +209,8 @@ def test_what_the_text_goes_on_with_is_kept_and_what_is_unrelated_is_not(monkeyp
     monkeypatch.setattr(teacher, "best_positions", lambda logp, tau_s, k: [len(logp) - 2])
     rows = [teacher.ids_of(tok, text) for text in ("So he has 6.", "So he has no.", "So he has 9.")]
     found, _, funnel = teacher.annotate(model, tok, rows, {"calculator": BUILTIN["calculator"]}, settings(samples=1), 0)
-    assert [[c["kept"] for c in candidates] for candidates in found] == [[True], [False], [False]] and funnel["kept"] == 1
+    assert [[c["kept"] for c in candidates] for candidates in found] == [[True], [False], [False]]
+    assert funnel["kept"] == 1
 
 
 def test_no_call_stands_inside_a_character():
@@ -197,9 +224,11 @@ def test_no_call_stands_inside_a_character():
 
 def test_one_call_at_a_position(monkeypatch):
     model, tok = small.model("llama"), small.tokenizer()
-    monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: ["calculator(2 * 3)]", "calculator(2 * 4)]"] * (len(prompts) // 2))
+    monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: ["calculator(2 * 3)]", "calculator(2 * 4)]"]
+                        * (len(prompts) // 2))
     monkeypatch.setattr(teacher, "losses", lambda m, t, units, b: [(3.0, 3.0, 1.0 if c.result == "8" else 2.0) for _, c in units])
-    found, _, funnel = teacher.annotate(model, tok, [teacher.ids_of(tok, "Twice 3 is 6.")], {"calculator": BUILTIN["calculator"]}, settings(), 0)
+    found, _, funnel = teacher.annotate(model, tok, [teacher.ids_of(tok, "Twice 3 is 6.")], {"calculator": BUILTIN["calculator"]},
+                                        settings(), 0)
     assert funnel["executed"] == 6 and funnel["kept"] == 3 and {c["result"] for c in found[0] if c["kept"]} == {"8"}
 
 
@@ -234,7 +263,8 @@ def continued(script, text):
 
 
 def test_calls_are_executed_while_the_text_is_written(monkeypatch):
-    script = ["2 pairs of 3: [calculator(2 * 3) -> 6] 6 shoes", "In Nowhere: [weather(Nowhere) -> ] fog", "No call: [what] is this", "Open: [calculator(1 + 1 + 1 + 1 + 1 + 1"]
+    script = ["2 pairs of 3: [calculator(2 * 3) -> 6] 6 shoes", "In Nowhere: [weather(Nowhere) -> ] fog", "No call: [what] is this",
+              "Open: [calculator(1 + 1 + 1 + 1 + 1 + 1"]
     monkeypatch.setattr(toolplay, "SharedPrefixCache", Scripted)
     monkeypatch.setattr(toolplay, "agree", lambda *trial: True)  # the trial reads logits as they are
     monkeypatch.setattr(Scripted, "follow", staticmethod(lambda text: continued(script, text)))
@@ -283,7 +313,8 @@ def test_a_cache_without_a_shared_prefix():
 
 
 def test_right_number():
-    assert teacher.right_number(" 276 pens", 276) and teacher.right_number("1,276.", 1276) and teacher.right_number("-3.50 left", -3.5)
+    assert teacher.right_number(" 276 pens", 276) and teacher.right_number("1,276.", 1276)
+    assert teacher.right_number("-3.50 left", -3.5)
     assert not teacher.right_number("27 pens, or 276", 276) and not teacher.right_number("many", 276)
 
 
@@ -291,12 +322,14 @@ def test_right_number():
 
 def test_built_in_prose():
     texts = {split: teacher.prose(split, 200, 1) for split in ("train", "test")}
-    assert texts["train"] == teacher.prose("train", 200, 1) and {x["kind"] for x in texts["train"]} == {"calculator", "weather", "search", "plain"}
+    assert texts["train"] == teacher.prose("train", 200, 1)
+    assert {x["kind"] for x in texts["train"]} == {"calculator", "weather", "search", "plain"}
     assert not {x["text"] for x in texts["train"]} & {x["text"] for x in texts["test"]}
     assert not any("{" in x["text"] for split in texts.values() for x in split)
     for item in texts["test"]:
         if "answer" in item:
-            assert item["text"].startswith(item["prompt"]) and teacher.right_number(item["text"][len(item["prompt"]):], item["answer"])
+            assert item["text"].startswith(item["prompt"])
+            assert teacher.right_number(item["text"][len(item["prompt"]):], item["answer"])
 
 
 def test_texts_from_files(tmp_path):
@@ -304,7 +337,8 @@ def test_texts_from_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "One."}\nbroken\n{"text": "Two."}\n')
     assert [x["text"] for x in teacher.read_texts(tmp_path / "a.txt", 2)] == ["One.", "Two."]
     assert [x["text"] for x in teacher.read_texts(tmp_path / "a.jsonl", 9)] == ["One.", "Two."]
-    (tmp_path / "g.JSONL").write_text(json.dumps({"question": "Two and 3?", "answer": "They are 2 + 3 = <<2+3=5>>5\n#### 5"}) + '\n{"text": "\\ud83d"}\n{"question": "?"}\n')
+    (tmp_path / "g.JSONL").write_text(json.dumps({"question": "Two and 3?", "answer": "They are 2 + 3 = <<2+3=5>>5\n#### 5"})
+                                      + '\n{"text": "\\ud83d"}\n{"question": "?"}\n')
     assert [x["text"] for x in teacher.read_texts(tmp_path / "g.JSONL", 9)] == ["Two and 3? They are 2 + 3 = 5"]
     (tmp_path / "empty.txt").write_text("\n")
     for name in ("empty.txt", "nowhere.txt"):
@@ -313,24 +347,29 @@ def test_texts_from_files(tmp_path):
 
 
 def config(tmp_path, **more):
-    return toolplay.load_config({"method": "teacher", "model": "tiny", "texts": 6, "texts_at_once": 2, "positions": 2, "samples": 2, "eval_examples": 4, "batch_size": 3, "lora_r": 2,
-                                 "max_tokens": 4000, "tau_f": -100, "steps": 2, "save_every": 1, "device": "cpu", "run_dir": str(tmp_path / "run"), **more})
+    return toolplay.load_config({"method": "teacher", "model": "tiny", "texts": 6, "texts_at_once": 2, "positions": 2, "samples": 2,
+                                 "eval_examples": 4, "batch_size": 3, "lora_r": 2,
+                                 "max_tokens": 4000, "tau_f": -100, "steps": 2, "save_every": 1, "device": "cpu",
+                                 "run_dir": str(tmp_path / "run"), **more})
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """tiny is too faint to write a call; this one knows one."""
-    monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: ["calculator(2 * 3)]" if "calculator" in str(seed) else "?" for _ in prompts])
+    monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: ["calculator(2 * 3)]" if "calculator" in str(seed) else "?"
+                                                                                 for _ in prompts])
 
 
 def test_a_run(tmp_path, calls, capsys):
     teacher.train(toolplay.Run(config(tmp_path)))
     folder = tmp_path / "run"
     lines = [json.loads(line) for line in (folder / "augmented.jsonl").read_text().splitlines()]
-    assert len(lines) == 6 and all("[calculator(2 * 3) -> 6]" in x["augmented"] for x in lines) and lines[0]["candidates"][0]["minus"] > 0
+    assert len(lines) == 6 and all("[calculator(2 * 3) -> 6]" in x["augmented"] for x in lines)
+    assert lines[0]["candidates"][0]["minus"] > 0
     result = json.loads((folder / "teacher.json").read_text())
     assert set(result["before"]) == set(result["after"]) == {"loss", "loss_with_tools", "right", "right_with_tools", "n", "calls"}
-    assert (folder / "adapter").is_dir() and "6 texts: 24 positions" in capsys.readouterr().err.replace("36 positions", "24 positions")
+    assert (folder / "adapter").is_dir()
+    assert "6 texts: 24 positions" in capsys.readouterr().err.replace("36 positions", "24 positions")
     teacher.main(["--show", str(folder)])
     assert "best 10" in capsys.readouterr().out
 
@@ -384,12 +423,14 @@ def test_a_tool_without_parameters_may_be_given_some():
 
 
 def test_gsm8k_texts_can_be_asked_for_their_answer(tmp_path):
-    lines = [{"question": "Two and 3?", "answer": "2 + 3 = <<2+3=5>>5 apples.\n#### 5"}, {"question": "How much?", "answer": "It is $<<1>>1,250.\n#### 1,250"},
+    lines = [{"question": "Two and 3?", "answer": "2 + 3 = <<2+3=5>>5 apples.\n#### 5"},
+             {"question": "How much?", "answer": "It is $<<1>>1,250.\n#### 1,250"},
              {"question": "How far?", "answer": "It is 12 miles, by bus 3.\n#### 12"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     first, second, third = teacher.read_texts(tmp_path / "a.jsonl", 9)
     assert (first["text"], first["prompt"], first["answer"]) == ("Two and 3? 2 + 3 = 5 apples.", "Two and 3? 2 + 3 =", 5)
-    assert (second["prompt"], second["answer"]) == ("How much? It is $", 1250) and "prompt" not in third  # its text does not end in the answer
+    # its text does not end in the answer
+    assert (second["prompt"], second["answer"]) == ("How much? It is $", 1250) and "prompt" not in third
 
 
 # ---------------------------------------------------------------- the calls as conversations
@@ -397,8 +438,10 @@ def test_gsm8k_texts_can_be_asked_for_their_answer(tmp_path):
 def found(tmp_path):
     """Ten texts as a teacher run leaves them: one kept call, one dropped, eight without."""
     text = "Two bags of 3 apples are 6 apples."
-    candidate = {"position": 7, "offset": text.index(" 6"), "call": {"name": "calculator", "arguments": {"expression": "2 * 3"}}, "result": "6", "kept": True}
-    lines = [{"text": text, "candidates": [candidate]}, {"text": text, "candidates": [{**candidate, "kept": False}]}] + [{"text": f"Nothing to count in text {n}.", "candidates": []} for n in range(8)]
+    candidate = {"position": 7, "offset": text.index(" 6"), "call": {"name": "calculator", "arguments": {"expression": "2 * 3"}},
+                 "result": "6", "kept": True}
+    lines = ([{"text": text, "candidates": [candidate]}, {"text": text, "candidates": [{**candidate, "kept": False}]}]
+             + [{"text": f"Nothing to count in text {n}.", "candidates": []} for n in range(8)])
     (tmp_path / "augmented.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 
@@ -409,7 +452,8 @@ def test_surviving_calls_become_conversations(tmp_path):
     with_call, = (c for c in made if c["kind"] == "calculator")
     asked, called, result, said = with_call["messages"]
     assert "Two bags of 3 apples are" in asked["content"] and " 6" not in asked["content"]
-    assert called["tool_calls"] == [{"name": "calculator", "arguments": {"expression": "2 * 3"}}] and result["content"] == '{"result": 6}'
+    assert called["tool_calls"] == [{"name": "calculator", "arguments": {"expression": "2 * 3"}}]
+    assert result["content"] == '{"result": 6}'
     assert said["content"] == "6 apples." and with_call["answer"] == 6
     line = (tmp_path / "augmented.jsonl").read_text().splitlines()[0]
     for rest, answer in (("6.", 6), ("60 apples.", None), ("6.50 a bag.", None)):  # 60 is not what the call gave
@@ -417,7 +461,8 @@ def test_surviving_calls_become_conversations(tmp_path):
         assert data.read_teacher(tmp_path / "b.jsonl", "train", 1)[0]["answer"] == answer
     without, = (c for c in made if c["kind"] == "no_tool")
     assert "tool_calls" not in without["messages"][1] and without["answer"] is None
-    assert len(data.read_teacher(tmp_path, "train", 1)) == 1 and data.read_teacher(tmp_path, "dev", 9) == []  # no call survived in the tenth text
+    # no call survived in the tenth text
+    assert len(data.read_teacher(tmp_path, "train", 1)) == 1 and data.read_teacher(tmp_path, "dev", 9) == []
 
 
 def test_a_run_without_surviving_calls_is_an_error(tmp_path):
@@ -432,16 +477,20 @@ def test_a_run_without_surviving_calls_is_an_error(tmp_path):
 @pytest.mark.parametrize("method", ["sft", "dpo", "ppo"])
 def test_they_are_data_for_every_method(tmp_path, method):
     more = {"iterations": 1, "prompts": 2, "samples": 2, "max_new_tokens": 4} if method == "ppo" else {"steps": 1}
-    config = toolplay.load_config({"method": method, "model": "tiny", "data": "teacher", "path": str(found(tmp_path)), "max_tokens": 4000, "eval_examples": 2,
+    config = toolplay.load_config({"method": method, "model": "tiny", "data": "teacher", "path": str(found(tmp_path)), "max_tokens": 4000,
+                                   "eval_examples": 2,
                                    "device": "cpu", "run_dir": str(tmp_path / "run"), **more})
     __import__(method).train(toolplay.Run(config))
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["source"] == "teacher" and (tmp_path / "run" / "adapter").is_dir()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["source"] == "teacher"
+    assert (tmp_path / "run" / "adapter").is_dir()
 
 
 def test_calls_and_results_of_a_tool_of_ones_own():
     """Without examples a model calls as in Python; results keep all that they hold."""
     from tools import Result, Tool
-    tools = {"capital": Tool("capital", "", {"type": "object", "properties": {"country": {"type": "string"}}, "required": ["country"]}, lambda country: "Paris")}
+    tools = {"capital": Tool("capital", "", {"type": "object", "properties": {"country": {"type": "string"}}, "required": ["country"]},
+                             lambda country: "Paris")}
     for written in ('capital("France")]', "capital(country=France)]", "capital(country='France')]", "capital(France) ->"):
         assert teacher.read_call(written, tools) == Call("capital", {"country": "France"})
-    assert teacher.result_text(Result("where", True, {"city": "Paris"})) == "Paris" and teacher.result_text(Result("weigh", True, {"value": 3, "unit": "kg"})) == "3, kg"
+    assert teacher.result_text(Result("where", True, {"city": "Paris"})) == "Paris"
+    assert teacher.result_text(Result("weigh", True, {"value": 3, "unit": "kg"})) == "3, kg"

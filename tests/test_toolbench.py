@@ -12,9 +12,13 @@ from tools import UserError
 
 WRAPPED = 'This is the subfunction for tool "x", you can use this tool.The description of this function is: "%s"'
 FUNCTIONS = [{"name": "find_book_for_library", "description": WRAPPED % "Find a book.", "parameters": {"type": "object", "properties": {
-                 "title": {"type": "string", "description": "its title", "example_value": "Emma"}, "is_id": {"type": "integer", "description": ""}}, "required": ["title"], "optional": ["is_id"]}},
-             {"name": "Finish", "description": "End.", "parameters": {"type": "object", "properties": {"return_type": {"type": "string", "enum": ["give_answer", "give_up_and_restart"]},
-                                                                                                       "final_answer": {"type": "string"}}, "required": ["return_type"], "optional": []}}]
+                 "title": {"type": "string", "description": "its title", "example_value": "Emma"},
+                 "is_id": {"type": "integer", "description": ""}}, "required": ["title"], "optional": ["is_id"]}},
+             {"name": "Finish", "description": "End.",
+              "parameters": {"type": "object",
+                             "properties": {"return_type": {"type": "string", "enum": ["give_answer", "give_up_and_restart"]},
+                                            "final_answer": {"type": "string"}},
+                             "required": ["return_type"], "optional": []}}]
 
 
 def call(name, arguments, content=None):
@@ -30,20 +34,25 @@ def result(text, name="find_book_for_library"):
 
 
 def tree(*middle, end=None, **more):
-    messages = [{"role": "system", "content": "You are AutoGPT"}, {"role": "user", "content": "\nFind Emma for me.\nBegin!\n"}, *middle, end or finish()]
+    messages = [{"role": "system", "content": "You are AutoGPT"}, {"role": "user", "content": "\nFind Emma for me.\nBegin!\n"}, *middle,
+                end or finish()]
     return {"win": True, "tree": {}, "forward_args": {}, "compare_candidates": [], "answer_generation": {
-        "valid_data": True, "finish_type": "give_answer", "function": FUNCTIONS, "train_messages": [messages[:3], messages], "query": "Find Emma for me.", **more}}
+        "valid_data": True, "finish_type": "give_answer", "function": FUNCTIONS, "train_messages": [messages[:3], messages],
+        "query": "Find Emma for me.", **more}}
 
 
 def dialogue(*turns, functions=FUNCTIONS):
-    start = [("system", f"You are AutoGPT.\nSpecifically, you have access to the following APIs: {functions!r}"), ("user", "\nFind Emma for me.\nBegin!\n")]
+    start = [("system", f"You are AutoGPT.\nSpecifically, you have access to the following APIs: {functions!r}"),
+             ("user", "\nFind Emma for me.\nBegin!\n")]
     return {"id": "Step 1: Find Emma", "conversations": [{"from": who, "value": text} for who, text in [*start, *turns]]}
 
 
 LLAMA_END = ("assistant", 'Thought: I know.\nAction: Finish\nAction Input: {"return_type": "give_answer", "final_answer": "It is there."}')
 INSTRUCTION = {"query": "Find Emma", "query_id": 7, "relevant APIs": [["Library", "Find Book"]], "api_list": [{
-    "category_name": "Books", "tool_name": "City Library (v2)", "api_name": "2 Find-Book", "api_description": " Finds a book. ", "method": "GET",
-    "required_parameters": [{"name": "from", "type": "DATE (YYYY-MM-DD)", "description": "first day", "default": ""}, {"name": "Max Count", "type": "NUMBER", "description": "", "default": 5}],
+    "category_name": "Books", "tool_name": "City Library (v2)", "api_name": "2 Find-Book", "api_description": " Finds a book. ",
+    "method": "GET",
+    "required_parameters": [{"name": "from", "type": "DATE (YYYY-MM-DD)", "description": "first day", "default": ""},
+                            {"name": "Max Count", "type": "NUMBER", "description": "", "default": 5}],
     "optional_parameters": [{"name": "verbose", "type": "BOOLEAN", "description": "", "default": ""}]}]}
 
 
@@ -54,21 +63,27 @@ def write(folder, name, content):
 
 
 def test_an_answer_tree(tmp_path):
-    item = tree(call("find_book_for_library", '{\n "title": "Emma",\n}', "I look it up."), result("shelf 3"), {"role": "user", "content": "Go on."})
+    item = tree(call("find_book_for_library", '{\n "title": "Emma",\n}', "I look it up."), result("shelf 3"),
+                {"role": "user", "content": "Go on."})
     c, = data.read_toolbench(write(tmp_path, "a.json", item))
-    assert [(m["role"], m["content"]) for m in c["messages"]] == [("user", "Find Emma for me."), ("assistant", "I look it up."), ("tool", '{"result": "shelf 3"}'), ("user", "Go on."),
+    assert [(m["role"], m["content"]) for m in c["messages"]] == [("user", "Find Emma for me."), ("assistant", "I look it up."),
+                                                                  ("tool", '{"result": "shelf 3"}'), ("user", "Go on."),
                                                                   ("assistant", "It is there.")]
     assert c["messages"][1]["tool_calls"] == [{"name": "find_book_for_library", "arguments": {"title": "Emma"}}]
-    assert [t.signature() for t in c["tools"]] == ["find_book_for_library(title: string, is_id?: integer) - Find a book."]  # Finish is the answer, not a tool
+    # Finish is the answer, not a tool
+    assert [t.signature() for t in c["tools"]] == ["find_book_for_library(title: string, is_id?: integer) - Find a book."]
     ids, mask = data.encode(c, small.tokenizer())
     trained = bytes(i for i, m in zip(ids, mask) if m and i < 256)
     assert sum(mask) and len(trained) > 50
 
 
 def test_a_dialogue(tmp_path):
-    turns = [("assistant", 'Thought: Look.\nAction: find_book_for_library\nAction Input: {"title": "Em\nma"}'), ("function", json.dumps({"error": "busy", "response": ""})), LLAMA_END]
-    c, = data.read_toolbench(write(tmp_path, "toolllama.json", [dialogue(*turns), dialogue(*turns[:1]), dialogue(*turns)]))  # a step of it, and a copy
-    assert c["messages"][1] == {"role": "assistant", "content": "Look.", "tool_calls": [{"name": "find_book_for_library", "arguments": {"title": "Em\nma"}}]}
+    turns = [("assistant", 'Thought: Look.\nAction: find_book_for_library\nAction Input: {"title": "Em\nma"}'),
+             ("function", json.dumps({"error": "busy", "response": ""})), LLAMA_END]
+    # a step of it, and a copy
+    c, = data.read_toolbench(write(tmp_path, "toolllama.json", [dialogue(*turns), dialogue(*turns[:1]), dialogue(*turns)]))
+    assert c["messages"][1] == {"role": "assistant", "content": "Look.",
+                                "tool_calls": [{"name": "find_book_for_library", "arguments": {"title": "Em\nma"}}]}
     assert c["messages"][2]["content"] == '{"error": "busy"}' and c["messages"][-1]["content"] == "It is there."
 
 
@@ -79,35 +94,43 @@ def test_an_instruction_is_a_question_without_an_answer(tmp_path):
         "is_from": {"type": "string", "description": "first day"}, "max_count": {"type": "integer"}, "verbose": {"type": "boolean"}}}
     twice = {**INSTRUCTION, "query": "Where is Emma? ", "api_list": INSTRUCTION["api_list"] * 2}
     c, = data.read_toolbench(write(tmp_path, "q.json", [twice, {**twice, "query": 5}, {**twice, "query": " "}]))
-    assert c["messages"] == [{"role": "user", "content": "Where is Emma?"}] and [t.name for t in c["tools"]] == [tool["name"]]
+    assert c["messages"] == [{"role": "user", "content": "Where is Emma?"}]
+    assert [t.name for t in c["tools"]] == [tool["name"]]
     assert sum(data.encode(c, small.tokenizer())[1]) == 0  # nothing of it is trained, so a run leaves it out
     with pytest.raises(UserError, match="nothing usable"):
         data.read_toolbench(tmp_path / "q.json", questions=False)
 
 
-@pytest.mark.parametrize("name, standard", [("Get Player's-ID", "get_player_s_id"), ("2fa", "get_2fa"), ("id", "is_id"), ("__A  b__", "a_b"), ("Ünï", "n"), ("class", "is_class")])
+@pytest.mark.parametrize("name, standard", [("Get Player's-ID", "get_player_s_id"), ("2fa", "get_2fa"), ("id", "is_id"),
+                                            ("__A  b__", "a_b"), ("Ünï", "n"), ("class", "is_class")])
 def test_standard_names(name, standard):
     assert data.standard_name(name) == standard
 
 
 def test_long_names_keep_their_end():
     api = {**INSTRUCTION["api_list"][0], "api_name": "a" * 80}
-    assert data.toolbench_api(api)["name"].endswith("_for_city_library_v2") and len(data.toolbench_api(api)["name"]) == 64
+    assert data.toolbench_api(api)["name"].endswith("_for_city_library_v2")
+    assert len(data.toolbench_api(api)["name"]) == 64
 
 
 def test_names_types_and_thoughts_are_repaired(tmp_path):
-    functions = [{"name": "find_book_for_library", "description": "", "parameters": {"type": "object", "required": ["title"], "properties": {
+    functions = [{"name": "find_book_for_library", "description": "",
+                  "parameters": {"type": "object", "required": ["title"], "properties": {
         "title": {"type": "string"}, "count": {"type": "integer"}, "new": {"type": "boolean"}}}}]
-    item = tree({"role": "assistant", "content": "First I think."}, call("Find-Book for Library", '{"title": 1984, "count": "3", "new": "True", "zzz": 1}', "Then I look."), result("shelf 3"),
-                call("find_book_for_library", '{"count": 3}'), result("?"), call("find_book_for_library", '{"title": "Emma", "count": "many"}'), result("?"), function=functions)
+    item = tree({"role": "assistant", "content": "First I think."},
+                call("Find-Book for Library", '{"title": 1984, "count": "3", "new": "True", "zzz": 1}', "Then I look."), result("shelf 3"),
+                call("find_book_for_library", '{"count": 3}'), result("?"),
+                call("find_book_for_library", '{"title": "Emma", "count": "many"}'), result("?"), function=functions)
     path = write(tmp_path, "a[1].json", item)
     c, = data.read_toolbench(path, report=tmp_path / "report.json")
-    assert c["messages"][1] == {"role": "assistant", "content": "First I think.\nThen I look.", "tool_calls": [{"name": "find_book_for_library", "arguments": {"title": "1984", "count": 3, "new": True}}]}
+    assert c["messages"][1] == {"role": "assistant", "content": "First I think.\nThen I look.",
+                                "tool_calls": [{"name": "find_book_for_library", "arguments": {"title": "1984", "count": 3, "new": True}}]}
     assert json.loads((tmp_path / "report.json").read_text())["calls_left_out"] == 2 and len(c["messages"]) == 4
 
 
 def test_broken_and_made_up_calls_are_never_trained_on(tmp_path):
-    bad = [call("find_book_for_library", "{title: Emma"), result("?"), call("no_such_function", "{}"), result("no such function"), call("find_book_for_library", '["Emma"]'), result("?")]
+    bad = [call("find_book_for_library", "{title: Emma"), result("?"), call("no_such_function", "{}"), result("no such function"),
+           call("find_book_for_library", '["Emma"]'), result("?")]
     path = write(tmp_path, "a.json", tree(*bad, call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3")))
     c, = data.read_toolbench(path, report=tmp_path / "report.json")
     assert [m["role"] for m in c["messages"]] == ["user", "assistant", "tool", "assistant"]
@@ -115,12 +138,16 @@ def test_broken_and_made_up_calls_are_never_trained_on(tmp_path):
 
 
 @pytest.mark.parametrize("item, why", [
-    (tree(end=finish(kind="give_up_and_restart")), "gives up"), (tree(end=call("Finish", "{broken")), "gives up"), (tree(end=finish("  ")), "gives up"),
+    (tree(end=finish(kind="give_up_and_restart")), "gives up"), (tree(end=call("Finish", "{broken")), "gives up"),
+    (tree(end=finish("  ")), "gives up"),
     (tree(end={"role": "assistant", "content": "No Finish."}), "no Finish"), (tree(train_messages=[]), "train_messages"),
-    ({"answer_generation": {"valid_data": False, "finish_type": "give_up", "function": FUNCTIONS, "query": "Find Emma."}}, "no train_messages"), (tree(train_messages={"a": 1}), "damaged"), (tree(function=None), "damaged"),
+    ({"answer_generation": {"valid_data": False, "finish_type": "give_up", "function": FUNCTIONS, "query": "Find Emma."}},
+     "no train_messages"), (tree(train_messages={"a": 1}), "damaged"), (tree(function=None), "damaged"),
     (dialogue(LLAMA_END, functions=[]) | {"conversations": [{"from": "system", "value": "no list"}]}, "functions cannot be read"),
-    (tree(call("find_book_for_library", '{"title": "Emma"'), result("?")), "all its calls are broken"), (dialogue(("gpt", "Hi."), LLAMA_END), "unknown role"),
-    (dialogue(LLAMA_END) | {"conversations": "x"}, "damaged"), (INSTRUCTION, "instruction"), ({"other": 1}, "none of ToolBench"), (7, "none of ToolBench")])
+    (tree(call("find_book_for_library", '{"title": "Emma"'), result("?")), "all its calls are broken"),
+    (dialogue(("gpt", "Hi."), LLAMA_END), "unknown role"),
+    (dialogue(LLAMA_END) | {"conversations": "x"}, "damaged"), (INSTRUCTION, "instruction"), ({"other": 1}, "none of ToolBench"),
+    (7, "none of ToolBench")])
 def test_what_cannot_be_used_is_counted(tmp_path, item, why):
     path = write(tmp_path, "a.json", [item, tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"))])
     assert len(data.read_toolbench(path, report=tmp_path / "report.json", questions=False)) == 1
@@ -138,7 +165,8 @@ def test_damaged_files_are_named(tmp_path, capsys):
     (tmp_path / "latin.json").write_bytes('{"a": "é"}'.encode("latin-1"))
     assert len(data.read_toolbench(tmp_path)) == 1
     err = capsys.readouterr().err
-    assert all(name in err for name in ("cut.json", "empty.json", "other.json", "latin.json")) and "noted  " in err and "bom.json" in err and "1 conversations from 5 files" in err
+    assert all(name in err for name in ("cut.json", "empty.json", "other.json", "latin.json")) and "noted  " in err
+    assert "bom.json" in err and "1 conversations from 5 files" in err
     assert "4  files, lines or items damaged" in err
     assert len(data.read_toolbench(str(tmp_path / "deep" / "*.json"))) == 1
     with pytest.raises(UserError, match="no such file"):
@@ -158,8 +186,11 @@ def test_results_are_clipped_until_it_fits(tmp_path):
 @pytest.mark.parametrize("method", ["sft", "dpo", "ppo"])
 def test_it_is_a_source_for_every_method(tmp_path, method):
     item = tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"))
-    config = toolplay.load_config({"method": method, "model": "tiny", "source": "toolbench", "path": str(write(tmp_path, "a.json", item)), "max_tokens": 4000,
-                                   "run_dir": str(tmp_path / "run"), **({"iterations": 1, "prompts": 1, "samples": 2, "max_new_tokens": 4} if method == "ppo" else {"steps": 1})})
+    config = toolplay.load_config({"method": method, "model": "tiny", "source": "toolbench", "path": str(write(tmp_path, "a.json", item)),
+                                   "max_tokens": 4000,
+                                   "run_dir": str(tmp_path / "run"),
+                                   **({"iterations": 1, "prompts": 1, "samples": 2, "max_new_tokens": 4} if method == "ppo"
+                                      else {"steps": 1})})
     __import__(method).train(toolplay.Run(config))
     assert (tmp_path / "run" / "adapter").is_dir()
 
@@ -177,7 +208,8 @@ def test_the_command_line(tmp_path, capsys):
 def test_exported_questions_can_be_asked(tmp_path):
     write(tmp_path, "a.json", [INSTRUCTION, {**INSTRUCTION, "query": "Find Persuasion"}])
     data.main(["--toolbench", str(tmp_path / "a.json"), "--questions", "--out", str(tmp_path / "q.jsonl")])
-    toolplay.main(["predict", "--model", "tiny", "--max-new-tokens", "2", "--input", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "o.jsonl")])
+    toolplay.main(["predict", "--model", "tiny", "--max-new-tokens", "2", "--input", str(tmp_path / "q.jsonl"), "--output",
+                   str(tmp_path / "o.jsonl")])
     assert [json.loads(line)["id"] for line in open(tmp_path / "o.jsonl")] == [1, 2]
 
 
@@ -195,16 +227,20 @@ def test_a_list_of_functions_behind_brackets_is_found(tmp_path):
     good = dialogue(("assistant", ASSISTANT), ("function", "{}"), LLAMA_END)
     for before, after in ("1.lib: [DEPRECATED] A [library](x)\n", ""), ("", " Good luck [you]!"):
         item = json.loads(json.dumps(good))
-        item["conversations"][0]["value"] = f"You have tools:\n{before}Specifically, you have access to the following APIs: {FUNCTIONS!r}{after}"
+        item["conversations"][0][
+            "value"] = f"You have tools:\n{before}Specifically, you have access to the following APIs: {FUNCTIONS!r}{after}"
         assert len(one(tmp_path, item)[0]["tools"]) == 1
     item["conversations"][0]["value"] = f"[Tools] {json.dumps(FUNCTIONS)}"
     assert len(one(tmp_path, item)[0]["tools"]) == 1
 
 
 @pytest.mark.parametrize("said, content", [
-    ('{"error": "", "response": "[{\\"id\\": 7, \\"a\\u00e9...', '{"result": "[{\\"id\\": 7, \\"aé"}'), ('{"error": "busy", "response": "abc...', '{"error": "busy abc"}'),
-    ('{"error": "", "response": "cut in \\u00...', '{"result": "cut in "}'), ('{"error": "API not working"}', '{"error": "API not working"}'),
-    ('{"error": "", "response": {"a": [1, null]}}', '{"result": "{\\"a\\": [1, null]}"}'), ("plain", '{"result": "plain"}'), ('{"error": "gone"', '{"result": "{\\"error\\": \\"gone\\""}'),
+    ('{"error": "", "response": "[{\\"id\\": 7, \\"a\\u00e9...', '{"result": "[{\\"id\\": 7, \\"aé"}'),
+    ('{"error": "busy", "response": "abc...', '{"error": "busy abc"}'),
+    ('{"error": "", "response": "cut in \\u00...', '{"result": "cut in "}'),
+    ('{"error": "API not working"}', '{"error": "API not working"}'),
+    ('{"error": "", "response": {"a": [1, null]}}', '{"result": "{\\"a\\": [1, null]}"}'), ("plain", '{"result": "plain"}'),
+    ('{"error": "gone"', '{"result": "{\\"error\\": \\"gone\\""}'),
     ('{"error": "", "response": "it\\\'s cut...', '{"result": "{\\"error\\": \\"\\", \\"response\\": \\"it\\\\\'s cut"}'),
     ('{"error": {"code": 429}, "response": ""}', '{"error": "{\\"code\\": 429}"}')])
 def test_results_are_unwrapped_also_where_toolbench_cut_them(tmp_path, said, content):
@@ -218,7 +254,8 @@ def test_objects_empty_arguments_and_a_damaged_last_step(tmp_path):
     c, _ = one(tmp_path, tree(call("find_book_for_library", '{"title": "Emma", "is_id": ""}'), GOOD[1]))
     assert c["messages"][1]["tool_calls"][0]["arguments"] == {"title": "Emma"}
     free = [{**FUNCTIONS[0], "parameters": {"type": "object", "properties": {}, "required": [], "optional": []}}, FUNCTIONS[1]]
-    c, _ = one(tmp_path, dialogue(("assistant", "Thought: t\nAction: find_book_for_library\nAction Input:"), ("function", "{}"), LLAMA_END, functions=free))
+    c, _ = one(tmp_path, dialogue(("assistant", "Thought: t\nAction: find_book_for_library\nAction Input:"), ("function", "{}"), LLAMA_END,
+                                  functions=free))
     assert c["messages"][1]["tool_calls"][0]["arguments"] == {}
     item = tree(*GOOD)
     item["answer_generation"]["train_messages"].append([])
@@ -232,12 +269,15 @@ def test_toolbench_s_own_cut_is_not_ours(tmp_path):
 
 def test_a_broken_finish_may_be_mended(tmp_path):
     c, report = one(tmp_path, tree(*GOOD, call("Finish", '{"final_answer": "It is there."}'), {"role": "function", "content": "{error}"}))
-    assert [m["role"] for m in c["messages"]] == ["user", "assistant", "tool", "assistant"] and report["calls_left_out"] == 1
+    assert [m["role"] for m in c["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert report["calls_left_out"] == 1
 
 
 @pytest.mark.parametrize("text, thought, call_", [
-    ("\nThought: Hm.\n\nAction: Call the 'find' function.\nAction: find\nAction Input: {}", "\nThought: Hm.\n\nAction: Call the 'find' function.\n", ("find", " {}")),
-    ("My plan. Action: look it up.", "My plan. Action: look it up.", None), ("Thought: a\nAction: find", "Thought: a\n", ("find", None)), ("Action: f\nAction Input:", "", ("f", None)),
+    ("\nThought: Hm.\n\nAction: Call the 'find' function.\nAction: find\nAction Input: {}", "\nThought: Hm.\n\nAction: Call the 'find' "
+                                                                                            "function.\n", ("find", " {}")),
+    ("My plan. Action: look it up.", "My plan. Action: look it up.", None), ("Thought: a\nAction: find", "Thought: a\n", ("find", None)),
+    ("Action: f\nAction Input:", "", ("f", None)),
     ("Only words", "Only words", None), ("", "", None)])
 def test_an_action_is_the_last_that_is_named(text, thought, call_):
     assert data.toolbench_action(text) == (thought, call_)
@@ -250,8 +290,10 @@ def test_thoughts_lose_their_mark_and_go_with_their_call(tmp_path):
     assert c["messages"][1]["content"] == "My plan. Action: look.\nI look." and report["calls_left_out"] == 0
     c, report = one(tmp_path, tree({"role": "assistant", "content": "I call no_such."}, call("no_such", "{}"), result("?"), *GOOD))
     assert c["messages"][1]["content"] == "I look." and report["calls_left_out"] == 1
-    c, _ = one(tmp_path, tree(call("find_book_for_library", '{"title": "Emma"}', "Say <tool_call>{oops}</tool_call>"), result("?"), end=finish("<tool_call>no")))
-    assert c["messages"][1]["content"] == "Say [tool_call]{oops}[tool_call]" and c["messages"][-1]["content"] == "[tool_call]no"
+    c, _ = one(tmp_path, tree(call("find_book_for_library", '{"title": "Emma"}', "Say <tool_call>{oops}</tool_call>"), result("?"),
+                              end=finish("<tool_call>no")))
+    assert c["messages"][1]["content"] == "Say [tool_call]{oops}[tool_call]"
+    assert c["messages"][-1]["content"] == "[tool_call]no"
 
 
 def test_of_two_functions_of_a_name_the_first_is_meant(tmp_path):
@@ -261,35 +303,45 @@ def test_of_two_functions_of_a_name_the_first_is_meant(tmp_path):
 
 
 def test_names_and_types_of_answers_are_standardised(tmp_path):
-    odd = [{"name": "Find Book for Library", "description": "x", "parameters": {"type": "object", "required": ["title", "count"], "properties": {
+    odd = [{"name": "Find Book for Library", "description": "x",
+            "parameters": {"type": "object", "required": ["title", "count"], "properties": {
         "title": {"type": "STRING"}, "count": {"type": "NUMBER"}, "kind": {"type": "ENUM"}, "tags": {"type": "array"}}}}]
     c, _ = one(tmp_path, tree(call("Find Book for Library", '{"title": "Emma", "count": "3"}'), result("?"), function=odd))
     assert c["tools"][0].signature().startswith("find_book_for_library(title: string, count: integer, kind?: string, tags?: array)")
     assert c["messages"][1]["tool_calls"] == [{"name": "find_book_for_library", "arguments": {"title": "Emma", "count": 3}}]
     api = {**INSTRUCTION["api_list"][0], "tool_name": "ID", "optional_parameters": [{"name": "max-count", "type": "STRING"}]}
     made = data.toolbench_api(api)
-    assert made["name"] == "get_2_find_book_for_id" and made["parameters"]["properties"]["max_count"] == {"type": "integer"}
+    assert made["name"] == "get_2_find_book_for_id"
+    assert made["parameters"]["properties"]["max_count"] == {"type": "integer"}
     assert data.standard_name("天气 API") == "天气_api"
 
 
 @pytest.mark.parametrize("text, arguments", [
-    ('```json\n{"title": "Emma"}\n```', {"title": "Emma"}), ("{'title': 'Emma', 'is_id': None}", {"title": "Emma"}), ('"{\\"title\\": \\"Emma\\"}"', {"title": "Emma"}),
-    ('{"title": "Emma"}\nObservation: none', {"title": "Emma"}), ('{"title": "Em\\_ma"}', {"title": "Em_ma"}), ('{"title": true, "is_id": "5.0"}', {"title": "true", "is_id": 5}),
-    ('{"title": ["a", 1]}', {"title": '["a", 1]'}), ({"title": "E\ud800"}, {"title": "E\ufffd"}), ('{"title": "Emma", "zzz": 1,}', {"title": "Emma"})])
+    ('```json\n{"title": "Emma"}\n```', {"title": "Emma"}), ("{'title': 'Emma', 'is_id': None}", {"title": "Emma"}),
+    ('"{\\"title\\": \\"Emma\\"}"', {"title": "Emma"}),
+    ('{"title": "Emma"}\nObservation: none', {"title": "Emma"}), ('{"title": "Em\\_ma"}', {"title": "Em_ma"}),
+    ('{"title": true, "is_id": "5.0"}', {"title": "true", "is_id": 5}),
+    ('{"title": ["a", 1]}', {"title": '["a", 1]'}), ({"title": "E\ud800"}, {"title": "E\ufffd"}),
+    ('{"title": "Emma", "zzz": 1,}', {"title": "Emma"})])
 def test_arguments_that_can_be_mended(tmp_path, text, arguments):
     c, report = one(tmp_path, tree(call("find_book_for_library", text), result("?")))
     assert c["messages"][1]["tool_calls"][0]["arguments"] == arguments and report["calls_left_out"] == 0
 
 
 def test_functions_without_a_letter_of_the_alphabet_cost_nothing_but_themselves(tmp_path):
-    foreign = [{"name": name, "description": "x", "parameters": {"type": "object", "properties": {"한국": {"type": "string"}}, "required": ["한국", "한국"]}} for name in ("한국", "日本 ✓", "!?", "g")]
-    c, _ = one(tmp_path, tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"), call("한국", "{}"), result("?"), function=[*foreign, *FUNCTIONS]))
-    assert [t.name for t in c["tools"]][-2:] == ["g", "find_book_for_library"] and sum("tool_calls" in m for m in c["messages"]) == 1
+    foreign = [{"name": name, "description": "x", "parameters": {"type": "object", "properties": {"한국": {"type": "string"}},
+                                                                 "required": ["한국", "한국"]}} for name in ("한국", "日本 ✓", "!?", "g")]
+    c, _ = one(tmp_path, tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"), call("한국", "{}"), result("?"),
+                              function=[*foreign, *FUNCTIONS]))
+    assert [t.name for t in c["tools"]][-2:] == ["g", "find_book_for_library"]
+    assert sum("tool_calls" in m for m in c["messages"]) == 1
     assert c["tools"][-2].parameters["required"] == ["한국"]
 
 
 def test_choices_of_numbers_may_be_texts(tmp_path):
-    function = {"name": "pick", "description": "x", "parameters": {"type": "object", "properties": {"size": {"type": "NUMBER", "enum": ["1", "2"], "default": "1"}}, "required": ["size"]}}
+    function = {"name": "pick", "description": "x",
+                "parameters": {"type": "object", "properties": {"size": {"type": "NUMBER", "enum": ["1", "2"], "default": "1"}},
+                               "required": ["size"]}}
     for argument in ("2", '"2"'):
         c, _ = one(tmp_path, tree(call("pick", f'{{"size": {argument}}}'), result("x"), function=[function, *FUNCTIONS]))
         assert c["messages"][1]["tool_calls"] == [{"name": "pick", "arguments": {"size": 2}}]
@@ -298,11 +350,14 @@ def test_choices_of_numbers_may_be_texts(tmp_path):
 
 def test_a_number_may_be_a_fraction(tmp_path):
     c, report = one(tmp_path, tree(call("find_book_for_library", '{"title": "Emma", "is_id": "5.25"}'), result("?")))
-    assert c["messages"][1]["tool_calls"][0]["arguments"] == {"title": "Emma", "is_id": 5.25} and report["calls_left_out"] == 0
-    assert next(t for t in c["tools"] if t.name == "find_book_for_library").parameters["properties"]["is_id"]["type"] == "number"  # what is learned fits what is read
+    assert c["messages"][1]["tool_calls"][0]["arguments"] == {"title": "Emma", "is_id": 5.25}
+    assert report["calls_left_out"] == 0
+    # what is learned fits what is read
+    assert next(t for t in c["tools"] if t.name == "find_book_for_library").parameters["properties"]["is_id"]["type"] == "number"
 
 
-@pytest.mark.parametrize("text", ['{"title": NaN}', {"title": float("nan")}, [], '{"zzz": 1}', '{"title": "Emma"', "{'title': {1, 2}}", '{"title": "a", "title": "b"}', "__import__('os')", '{"title": null}'])
+@pytest.mark.parametrize("text", ['{"title": NaN}', {"title": float("nan")}, [], '{"zzz": 1}', '{"title": "Emma"', "{'title': {1, 2}}",
+                                  '{"title": "a", "title": "b"}', "__import__('os')", '{"title": null}'])
 def test_arguments_that_can_not(tmp_path, text):
     c, report = one(tmp_path, tree(call("find_book_for_library", text), result("?"), *GOOD))
     assert len(c["messages"]) == 4 and report["calls_left_out"] == 1
@@ -311,7 +366,9 @@ def test_arguments_that_can_not(tmp_path, text):
 def test_wrong_shapes_are_named_whatever_they_are(tmp_path):
     folder = tmp_path / "files"
     folder.mkdir()
-    for n, item in enumerate([{"answer_generation": None}, {"conversations": 5}, tree(*GOOD, function=[{**FUNCTIONS[0], "name": float("nan")}]), tree(*GOOD, function=[{**FUNCTIONS[0], "description": 5}]),
+    for n, item in enumerate([{"answer_generation": None}, {"conversations": 5},
+                              tree(*GOOD, function=[{**FUNCTIONS[0], "name": float("nan")}]),
+                              tree(*GOOD, function=[{**FUNCTIONS[0], "description": 5}]),
                               {"query": "x", "api_list": [{"tool_name": None, "api_name": "a"}]}]):
         write(folder, f"{n}.json", item)
     write(folder, "lines.json", "\n".join(map(json.dumps, [tree(*GOOD), [tree(*GOOD, end=finish("Yes."))], None])))
@@ -320,7 +377,8 @@ def test_wrong_shapes_are_named_whatever_they_are(tmp_path):
     (folder / "loop").symlink_to(folder)
     assert len(data.read_toolbench(folder, report=tmp_path / "report.txt")) == 3
     report = json.loads((tmp_path / "report.txt").read_text())
-    assert {Path(name).name for name in report["damaged_files"]} == {*(f"{n}.json" for n in range(5)), "lines.json, item 3", "link.json"} and report["files"] == 8
+    assert {Path(name).name for name in report["damaged_files"]} == {*(f"{n}.json" for n in range(5)), "lines.json, item 3", "link.json"}
+    assert report["files"] == 8
     assert len(data.read_toolbench(str(folder / "**"))) == 3 and len(data.read_toolbench(str(tmp_path / "*"))) == 3
 
 
@@ -339,7 +397,8 @@ def test_halves_of_surrogates_and_names_that_are_no_text(tmp_path, capsys):
     path = tmp_path / "bad\udcff.json"
     path.write_text(json.dumps(tree(*GOOD, function=[function])))
     data.main(["--toolbench", str(tmp_path), "--out", str(tmp_path / "out.jsonl"), "--report", str(tmp_path / "report.txt")])
-    assert len(data.read_jsonl(tmp_path / "out.jsonl")) == 1 and json.loads((tmp_path / "report.txt").read_text())["conversations"] == 1
+    assert len(data.read_jsonl(tmp_path / "out.jsonl")) == 1
+    assert json.loads((tmp_path / "report.txt").read_text())["conversations"] == 1
 
 
 def test_names_of_another_kind_lead_to_files_too(tmp_path):
@@ -360,14 +419,17 @@ def test_a_pipe_is_named_and_not_waited_for(tmp_path, capsys):
     assert len(data.read_toolbench(tmp_path)) == 1 and "no file that can be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", [" " * 200_000 + "b", "a" + "\n" * 200_000 + "b", "Action: " * 100_000, "Action: a Action Input " * 50_000, "Thought: " * 100_000, "[" * 200_000])
+@pytest.mark.parametrize("text", [" " * 200_000 + "b", "a" + "\n" * 200_000 + "b", "Action: " * 100_000, "Action: a Action Input " * 50_000,
+                                  "Thought: " * 100_000, "[" * 200_000])
 def test_long_texts_are_read_in_linear_time(tmp_path, text):
     """Quadratic in the length these would take minutes."""
-    data.read_toolbench(write(tmp_path, "a.json", [tree(call("find_book_for_library", '{"title": "Emma"}', text), result(text)), dialogue(("assistant", text), ("assistant", ASSISTANT), ("function", text), LLAMA_END),
+    data.read_toolbench(write(tmp_path, "a.json", [tree(call("find_book_for_library", '{"title": "Emma"}', text), result(text)),
+                                                   dialogue(("assistant", text), ("assistant", ASSISTANT), ("function", text), LLAMA_END),
                                                    {"conversations": [{"from": "system", "value": text}]}]))
 
 
-@pytest.mark.parametrize("arguments", [["--report", "x"], ["--max-tokens", "5", "--show", "1"], ["--toolbench", "x", "--max-tokens", "0"], ["--show", "-1"],
+@pytest.mark.parametrize("arguments", [["--report", "x"], ["--max-tokens", "5", "--show", "1"], ["--toolbench", "x", "--max-tokens", "0"],
+                                       ["--show", "-1"],
                                        ["--toolbench", "x", "--kind", "weather"]])
 def test_options_that_go_nowhere_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -385,13 +447,16 @@ def test_without_a_path_invented_functions_stand_in_and_it_is_said(tmp_path, cap
     config = toolplay.load_config({**SETTINGS, "run_dir": str(tmp_path / "run")})
     assert "no path" in capsys.readouterr().err
     made = data.conversations(config, "train", None)
-    assert len(made) == 6 and all(c["kind"].startswith("api_") for c in made) and len(data.conversations(config, "dev", None)) == 3
+    assert len(made) == 6 and all(c["kind"].startswith("api_") for c in made)
+    assert len(data.conversations(config, "dev", None)) == 3
     toolplay.main(["train", str(write(tmp_path, "c.json", SETTINGS)), f"--run_dir={tmp_path / 'run'}"])
     kept = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (kept["source"], kept["fallback"]) == ("synthetic", "synthetic")
     toolplay.main(["eval", "--run", str(tmp_path / "run"), "--n", "2"])
-    assert data.stand_in(toolplay.load_config({"mix": {"sums": 3, "api_one": 2}}), "so") == {"api_one": 2} and data.stand_in(toolplay.load_config({"mix": {"sums": 3}}), "so") == data.SYNTHETIC
-    assert "stood in for ToolBench" in capsys.readouterr().out and "ToolBench" in json.loads((tmp_path / "run" / "eval.json").read_text())["trained_on"]
+    assert data.stand_in(toolplay.load_config({"mix": {"sums": 3, "api_one": 2}}), "so") == {"api_one": 2}
+    assert data.stand_in(toolplay.load_config({"mix": {"sums": 3}}), "so") == data.SYNTHETIC
+    assert "stood in for ToolBench" in capsys.readouterr().out
+    assert "ToolBench" in json.loads((tmp_path / "run" / "eval.json").read_text())["trained_on"]
 
 
 def test_a_fallback_takes_the_place_of_a_useless_path(tmp_path, capsys):
@@ -418,7 +483,8 @@ def test_a_good_path_needs_no_fallback(tmp_path, capsys):
 
 def test_what_stood_in_when_a_run_began_stays(tmp_path):
     """Of the held-out data alone it changes nothing for training; and files that were mended meanwhile do not change a run under way."""
-    good, bad = write(tmp_path, "good.json", tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"))), write(tmp_path, "bad.json", [{}])
+    good, bad = write(tmp_path, "good.json", tree(call("find_book_for_library", '{"title": "Emma"}'),
+                                                  result("shelf 3"))), write(tmp_path, "bad.json", [{}])
     config = toolplay.load_config({**SETTINGS, "path": str(good), "eval_path": str(bad), "fallback": "synthetic"})
     tokenizer = toolplay.load_model("tiny")[1]
     assert len(data.conversations(config, "train", tokenizer)) == 1
@@ -440,12 +506,14 @@ def test_nobody_asks_and_lines_that_are_no_json(tmp_path):
     made = data.read_toolbench(tmp_path / "a.jsonl", report=tmp_path / "report.json")
     assert len(made) == 1 and made[0]["messages"][0]["role"] == "user"
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["items"] == {"nobody asks for anything": 1, "used": 1} and report["damaged_files"] == {f"{tmp_path / 'a.jsonl'}, line 2": "it is no JSON"}
+    assert report["items"] == {"nobody asks for anything": 1, "used": 1}
+    assert report["damaged_files"] == {f"{tmp_path / 'a.jsonl'}, line 2": "it is no JSON"}
 
 
 def test_results_and_calls_without_a_partner_are_never_learned():
     """What could not be read is left out and counted; no answer follows a call directly."""
-    tools = [{"name": "find", "description": "", "parameters": {"type": "object", "properties": {"q": {"type": "string"}}, "required": ["q"]}}]
+    tools = [{"name": "find", "description": "", "parameters": {"type": "object", "properties": {"q": {"type": "string"}},
+                                                                "required": ["q"]}}]
     call = {"role": "assistant", "function_call": {"name": "find", "arguments": '{"q": "a"}'}}
     result = {"role": "function", "name": "find", "content": '{"error": "", "response": []}'}
     end = {"role": "assistant", "function_call": {"name": "Finish", "arguments": '{"return_type": "give_answer ", "final_answer": 0}'}}
@@ -470,17 +538,24 @@ def test_the_inner_list_of_a_function_is_not_the_list_of_functions():
             data.toolbench_functions(damaged)
 
 
-@pytest.mark.parametrize("text, call", [('Thought: As Action Input: I give it.\nAction: find\nAction Input: {"q": "a"}', ("find", ' {"q": "a"}')), ("Thought: x\naction: find\naction input: {}", ("find", " {}")),
-                                        ("Thought: x\nAction：find\nAction Input：{}", ("find", "{}")), ("Thought: x Action: find Action Input: {}", ("find", " {}"))])
+@pytest.mark.parametrize("text, call",
+                         [('Thought: As Action Input: I give it.\nAction: find\nAction Input: {"q": "a"}', ("find", ' {"q": "a"}')),
+                          ("Thought: x\naction: find\naction input: {}", ("find", " {}")),
+                                        ("Thought: x\nAction：find\nAction Input：{}", ("find", "{}")),
+                          ("Thought: x Action: find Action Input: {}", ("find", " {}"))])
 def test_actions_however_they_are_marked(text, call):
     assert data.toolbench_action(text)[1] == call
 
 
 def test_odd_schemas_and_names():
-    made = data.toolbench_function({"name": "f", "description": 'Find the "book"', "parameters": {"properties": {"Max Count": {"type": "NUMBER", "enum": None}, "kind": {"enum": []}}, "required": ["Max Count"]}})
-    assert made["description"] == 'Find the "book"' and made["parameters"] == {"type": "object", "properties": {"max_count": {"type": "integer"}, "kind": {}}, "required": ["max_count"]}
+    made = data.toolbench_function({"name": "f", "description": 'Find the "book"',
+                                    "parameters": {"properties": {"Max Count": {"type": "NUMBER", "enum": None}, "kind": {"enum": []}},
+                                                   "required": ["Max Count"]}})
+    assert made["description"] == 'Find the "book"'
+    assert made["parameters"] == {"type": "object", "properties": {"max_count": {"type": "integer"}, "kind": {}}, "required": ["max_count"]}
     assert data.toolbench_repaired({"Max Count": "5"}, made) == {"max_count": 5}
-    assert [json.loads(data.toolbench_observation(json.dumps({"error": "", "response": x}), 99)[0])["result"] for x in ([], 0, False, None, "")] == ["[]", "0", "false", "", ""]
+    assert [json.loads(data.toolbench_observation(json.dumps({"error": "", "response": x}), 99)[0])["result"]
+            for x in ([], 0, False, None, "")] == ["[]", "0", "false", "", ""]
 
 
 def test_one_bad_line_in_a_json_file_of_lines(tmp_path):
@@ -497,18 +572,22 @@ def test_words_to_a_user_who_answers_stay_where_they_are(tmp_path):
     at = next(n for n, m in enumerate(messages) if m["role"] == "user") + 1
     messages[at:at] = [{"role": "assistant", "content": "Which library?"}, {"role": "user", "content": "City."}]
     made, _ = one(tmp_path, item)
-    assert [(m["role"], m["content"]) for m in made["messages"]][1:4] == [("assistant", "Which library?"), ("user", "City."), ("assistant", "I look.")]
+    assert [(m["role"], m["content"]) for m in made["messages"]][1:4] == [("assistant", "Which library?"), ("user", "City."),
+                                                                          ("assistant", "I look.")]
 
 
 def test_long_and_odd_names_find_their_calls(tmp_path):
-    for name, standard in (("find_the_very_long_named_function_that_goes_on_and_on_for_books_in_the_library", None), ("FindBook", "findbook"), ("2fa", "get_2fa"), ("from", "is_from")):
-        item = json.loads(json.dumps(tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3"))).replace("find_book_for_library", name))
+    for name, standard in (("find_the_very_long_named_function_that_goes_on_and_on_for_books_in_the_library", None),
+                           ("FindBook", "findbook"), ("2fa", "get_2fa"), ("from", "is_from")):
+        item = json.loads(json.dumps(tree(call("find_book_for_library", '{"title": "Emma"}'),
+                                          result("shelf 3"))).replace("find_book_for_library", name))
         made, _ = one(tmp_path, item)
         called = made["messages"][1]["tool_calls"][0]["name"]
         assert called == (standard or name[-64:]) == made["tools"][0].name
 
 
-@pytest.mark.parametrize("text, value", [(r'{"path": "C:\\_dir", "deep": true}', {"path": "C:\\_dir", "deep": True}), (r'{"a": "it\'s", "b": true}', {"a": "it's", "b": True}),
+@pytest.mark.parametrize("text, value", [(r'{"path": "C:\\_dir", "deep": true}', {"path": "C:\\_dir", "deep": True}),
+                                         (r'{"a": "it\'s", "b": true}', {"a": "it's", "b": True}),
                                          (r'{"a\_b": 1}', {"a_b": 1}), (r"{'a': 'it\'s', 'b': True}", {"a": "it's", "b": True})])
 def test_escapes_that_json_does_not_know(text, value):
     assert data.toolbench_arguments(text) == value

@@ -61,16 +61,22 @@ def run(function, arguments=None, **options):
     ("15% of 200", 30), ("15%", 0.15), ("200 + 10%", 200.1), ("15 / 100 * 200", 30), ("100 / 5%", 2000),
     ("(5 + 5)%", 0.1), ("50% - 10%", 0.4), ("17 % (3)", 2), ("17 % sqrt(9)", 2), ("15% x 200", 30), ("$12.50 + €3", 15.5),
     ("2 + 2 =", 4), ("2 + 2 = ?", 4), ("2+2=?  ", 4), ("3 x 4", 12), ("3x4", 12), ("3 x -4", -12), ("2 x sqrt(9)", 6),
-    ("max(1,000, 2,000)", 2000), ("max(1,000 , 2,000)", 2000), ("min(2,500 ,3,000)", 2500), ("max(1,000,\n2,000)", 2000), ("max(12,500, 3,000)", 12500), ("min(12,500, 13)", 13), ("max(1,500, 900) + 2", 1502), ("round(1,234.6)", 1235), ("round(1,234.567,1)", 1234.6), ("sqrt(1,000,000)", 1000), ("abs(-1,234)", 1234), ("round(1,234.567, 1)", 1234.6),
-    ("1.0x5", 5), ("max(√16, 3)", 4), ("min(sqrt 9, 2)", 2), ("sqrt 1,600", 40), ("20percent of 50", 10), ("20 percent of 50", 10), ("5\xa0+\xa03", 8), ("√16", 4), ("5 — 3", 2), ("2 • 3", 6), ("¥500 * 2", 1000), ("15 % -4", -1), ("5% - 3", -2.95), ("0.1 + 0.2", 0.3), ("6/2", 3),
+    ("max(1,000, 2,000)", 2000), ("max(1,000 , 2,000)", 2000), ("min(2,500 ,3,000)", 2500), ("max(1,000,\n2,000)", 2000),
+    ("max(12,500, 3,000)", 12500), ("min(12,500, 13)", 13), ("max(1,500, 900) + 2", 1502), ("round(1,234.6)", 1235),
+    ("round(1,234.567,1)", 1234.6), ("sqrt(1,000,000)", 1000), ("abs(-1,234)", 1234), ("round(1,234.567, 1)", 1234.6),
+    ("1.0x5", 5), ("max(√16, 3)", 4), ("min(sqrt 9, 2)", 2), ("sqrt 1,600", 40), ("20percent of 50", 10), ("20 percent of 50", 10),
+    ("5\xa0+\xa03", 8), ("√16", 4), ("5 — 3", 2), ("2 • 3", 6), ("¥500 * 2", 1000), ("15 % -4", -1), ("5% - 3", -2.95), ("0.1 + 0.2", 0.3),
+    ("6/2", 3),
     ("1/3", 0.3333333333), ("1/3*3", 1), ("0.5 + 0.5", 1), (".5 * 4", 2), ("5.", 5), ("007 + 1", 8), ("1e3", 1000),
     ("round(2.567, 2)", 2.57), ("round(3.7)", 4), ("sqrt(2) ** 2", 2), ("8 ** (1/3)", 2), ("1000 * 1.05 ** 30", 4321.942375),
     ("1000 * 1.00041666 ** 360", 1161.795159), ("12345678.905 + 0", 12345678.905), ("100000000000 / 3", 33333333333.33),
     ("1 ** 99999999999", 1), ("0 * 5", 0), ("2 ** 200", 2 ** 200), ("10 ** 20 + 1", 10 ** 20 + 1), ("7.5 % 2", 1.5),
     ("2(3+4)", 14), ("(1+2)(3+4)", 21), ("2√9", 6), ("2 sqrt(16)", 8), ("８＋２", 10), ("6－2", 4), ("8∕2", 4), ("8⁄2", 4), ("1 000 + 2", 1002),
-    ("1\xa0000 + 2", 1002), ("12 345 678 * 1", 12345678), ("7 mod 3", 1), ("=2+2", 4), ("₹5 * 2", 10), ("3 plus 4", 7), ("10 divided by 4", 2.5),
+    ("1\xa0000 + 2", 1002), ("12 345 678 * 1", 12345678), ("7 mod 3", 1), ("=2+2", 4), ("₹5 * 2", 10), ("3 plus 4", 7),
+    ("10 divided by 4", 2.5),
     ("3 times 4 minus 2", 10), ("max(1,000, 2)", 1000), ("max(1,000,2)", 1000), ("round(2.5)", 2), ("min(5, 10, 15)", 5),
-    ("max($1,200,$900)", 1200), ("1,000 + 007", 1007), ("$1,234", 1234), ("2³²", 2 ** 32), ("10²³", 10 ** 23), ("10⁻² * 5", 0.05), ("100 / 10% of 50", 20),
+    ("max($1,200,$900)", 1200), ("1,000 + 007", 1007), ("$1,234", 1234), ("2³²", 2 ** 32), ("10²³", 10 ** 23), ("10⁻² * 5", 0.05),
+    ("100 / 10% of 50", 20),
     ("2^50% of 4", 4), ("2 / 50% of 2^2", 1), ("20% of 50^2", 500), ("√1e4", 100), ("sqrt 1e4", 100),
 ])
 def test_calculate(expression, value):
@@ -84,7 +90,8 @@ def test_calculate(expression, value):
     "sqrt(-1)", "__import__('os')", "a.b", "(1).real", "'a' * 9", "1 < 2", "2 == 2", "1 and 2", "lambda: 1", "[1]", "{}",
     "", " ", "=", "?", "2 +", "* 2", "()", "2 2", "min()", "min", "sqrt", "sqrt(1, 2)", "round(1, 2, 3)",
     "round(1, 0.5)", "round(1, 999999999)", "1,23 + 1", "1.2.3", "1j", "pi", "(1, 2)", "2 ** 1e300", ".", "٣+١",
-    "3x + 52", "3x-4", "①", "\x00", "1\ud8002", "1;2", "x", "of", "x x x", "%", "5 of", "**", "1**" * 333, "2**" * 300 + "2", "1" + "%" * 999 + "x",
+    "3x + 52", "3x-4", "①", "\x00", "1\ud8002", "1;2", "x", "of", "x x x", "%", "5 of", "**", "1**" * 333, "2**" * 300 + "2",
+    "1" + "%" * 999 + "x",
     "9e999**9", "round(9e400*9e400*9e400, 100)", "1e" + "9" * 900, "eval(1)", "1_000", "abs(1", "abs)1(", "🙂", None, 5, b"1",
     "1 2", "12 34", "1 0000", "3 4 + 2", "log2(8)", "x(3)", "2(", "mod 3", "0,125 * 8", "0,500 + 1", "3€50", "(16).sqrt", "(4).abs",
 ])
@@ -138,7 +145,8 @@ def test_parse_accepts(body, arguments):
     tagged('{"name": "search", "arguments": {"query": "</tool_call>"}}'), tagged('{"name": "f", , }'), tagged('{,}'),
     tagged('{"name": "search", "arguments": {"query": "<tool_call>{\\"name\\": \\"f\\"}</tool_call>"}}'),
     tagged('{"name": "f", "arguments": {"a": ' + "9" * 9000 + "}}"), tagged('{"name": "f", "arguments": {"a": "' + "x" * 200_000 + '"}}'),
-    *(tagged('{"name": "f", "arguments": ' + arguments + "}") for arguments in ("{,}", '{"a": [,]}', '{"a": [1,,]}', '{"\\ud800": 1, "\\ud801": 2}')),
+    *(tagged('{"name": "f", "arguments": ' + arguments + "}")
+      for arguments in ("{,}", '{"a": [,]}', '{"a": [1,,]}', '{"\\ud800": 1, "\\ud801": 2}')),
 ])
 def test_parse_refuses(text):
     calls, errors = parse_calls(text)
@@ -291,9 +299,11 @@ def test_signature_of_nested_types():
                                 'e?: "a" | 2 | "é", n?: string | null, z?: any) - Adds things.')
     assert Tool("f", "", {}).signature() == "f()"
     inner["properties"]["b"]["description"] = "two\n  lines"
-    assert render_tools([made], "described").startswith("math.sum-up(xs: array<array<integer>>, o?: object{a: string, b?: integer (two lines)}, e?: ")
+    assert render_tools([made], "described").startswith("math.sum-up(xs: array<array<integer>>, o?: object{a: string, b?: "
+                                                        "integer (two lines)}, e?: ")
     assert "(two" not in render_tools([made])
-    assert render_tools([made], "call") == ('{"name": "math.sum-up", "arguments": {"xs": array<array<integer>>, "o": {"a": string, "b": integer? (two lines)}?, '
+    assert render_tools([made], "call") == ('{"name": "math.sum-up", "arguments": {"xs": array<array<integer>>, "o": {"a": string, "b": '
+                                            'integer? (two lines)}?, '
                                             '"e": "a" | 2 | "é"?, "n": string | null?, "z": any?}} - Adds things.')
     assert Tool("f", "", {}).signature("call") == '{"name": "f", "arguments": {}}'
 
@@ -671,10 +681,14 @@ def test_script_runs():
 def test_combined_schemas():
     fields = {"a": {"anyOf": [{"type": "integer"}, {"type": "null"}]}, "b": {"$ref": "#/$defs/point"}, "c": {"const": "x"},
               "d": {"type": "object", "additionalProperties": {"type": "integer"}}, "e": {"type": "string", "nullable": True},
-              "f": {"allOf": [{"type": "string"}, {"enum": ["u", "v"]}]}, "g": {"type": "object", "required": ["k"]}, "h": {"type": "array", "items": True}}
-    made = Tool("t", "", {"type": "object", "properties": fields, "$defs": {"point": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}}},
+              "f": {"allOf": [{"type": "string"}, {"enum": ["u", "v"]}]}, "g": {"type": "object", "required": ["k"]},
+              "h": {"type": "array", "items": True}}
+    made = Tool("t", "",
+                {"type": "object", "properties": fields,
+                 "$defs": {"point": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}}},
                 lambda **arguments: "fine", isolated=False)
-    good = {"a": [1, None], "b": [{"x": 1}], "c": ["x"], "d": [{}, {"q": 2}], "e": ["s", None], "f": ["u"], "g": [{"k": 1}], "h": [[1, "a"]]}
+    good = {"a": [1, None], "b": [{"x": 1}], "c": ["x"], "d": [{}, {"q": 2}], "e": ["s", None], "f": ["u"], "g": [{"k": 1}],
+            "h": [[1, "a"]]}
     bad = {"a": ["oops", 1.5], "b": [{"x": "1"}, {}], "c": ["y"], "d": [{"q": "2"}], "e": [3], "f": ["w"], "g": [{}], "h": ["no list"]}
     for key in fields:
         for value in good[key]:
@@ -699,15 +713,18 @@ def test_what_cannot_be_a_tool_says_why():
     def unknown(x: "NoSuchType"): ...  # noqa: F821
     def broken(x: "in t"): ...  # noqa: F722
     def absent(x: "os.nope"): ...
-    for function, message in ((later, "later: it is async"), (primes, "primes: it is .* a generator"), (star, "star: parameter numbers: arguments come by name"),
+    for function, message in ((later, "later: it is async"), (primes, "primes: it is .* a generator"),
+                              (star, "star: parameter numbers: arguments come by name"),
                               (method, "method: it is a method"), (painted, "painted: parameter x: its default .* has no JSON form"),
-                              (odd, "odd: parameter x: type .*set.* has no JSON form"), *((f, f"{f.__name__}: .*in a type hint") for f in (unknown, broken, absent)),
+                              (odd, "odd: parameter x: type .*set.* has no JSON form"),
+                              *((f, f"{f.__name__}: .*in a type hint") for f in (unknown, broken, absent)),
                               *((f, "is no plain function") for f in (functools.partial(print), max, dict, tool(lambda: 1, name="t"), 5))):
         with pytest.raises(UserError, match=message):
             tool(function)
     with pytest.raises(UserError, match="stand under 'paramters'; the key is \"parameters\""):
         tool_from_schema({"name": "f", "paramters": {"type": "object", "properties": {}}})
-    assert tool_from_schema({"name": "f", "returns": {"type": "object", "properties": {"x": {"type": "integer"}}}}).parameters["properties"] == {}
+    assert tool_from_schema({"name": "f", "returns": {"type": "object", "properties": {"x": {"type": "integer"}}}}).parameters[
+        "properties"] == {}
 
 
 def test_a_built_in_offered_with_fewer_parameters_runs_and_with_other_values_does_not():
@@ -717,7 +734,8 @@ def test_a_built_in_offered_with_fewer_parameters_runs_and_with_other_values_doe
                         {"name": "calculator", "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}}}])
     for call, problem in ((Call("weather", {"city": 7}), "wrong_type"), (Call("calculator", {}), "missing_argument")):
         assert execute(call, loose).error_type == problem  # what the built-in itself needs holds
-    other = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["C", "F"]}}}}
+    other = {"name": "weather",
+             "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["C", "F"]}}}}
     assert execute(Call("weather", {"city": "Paris", "unit": "C"}), load_tools([other])).error_type == "not_executable"
 
 
@@ -772,22 +790,31 @@ def problems(parameters, arguments):
 
 
 def test_arguments_may_be_named_by_any_part_of_a_schema():
-    by = {"type": "object", "oneOf": [{"properties": {"id": {"type": "integer"}}, "required": ["id"]}, {"properties": {"name": {"type": "string"}}, "required": ["name"]}]}
+    by = {"type": "object", "oneOf": [{"properties": {"id": {"type": "integer"}}, "required": ["id"]},
+                                      {"properties": {"name": {"type": "string"}}, "required": ["name"]}]}
     assert problems(by, {"id": 5}) == problems(by, {"name": "x"}) == []
     assert problems(by, {"id": "x"}) == ["wrong_type"] and problems(by, {"id": 5, "zzz": 1}) == ["unknown_argument"]
-    both = {"type": "object", "properties": {"p": {"allOf": [{"properties": {"a": {"type": "integer"}}, "required": ["a"]}, {"properties": {"b": {"type": "integer"}}}]}}}
-    assert problems(both, {"p": {"a": 1, "b": 2}}) == [] and problems(both, {"p": {"b": 2}}) == ["missing_argument"] and problems(both, {"p": {"a": 1, "c": 2}}) == ["unknown_argument"]
-    beside = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "anyOf": [{"properties": {"a": {}}, "required": ["a"]}, {"required": ["b"]}]}
-    assert problems(beside, {"b": 1}) == problems(beside, {"a": 1, "b": 2}) == [] and problems(beside, {}) == ["wrong_type"]
+    both = {"type": "object",
+            "properties": {"p": {"allOf": [{"properties": {"a": {"type": "integer"}}, "required": ["a"]},
+                                           {"properties": {"b": {"type": "integer"}}}]}}}
+    assert problems(both, {"p": {"a": 1, "b": 2}}) == [] and problems(both, {"p": {"b": 2}}) == ["missing_argument"]
+    assert problems(both, {"p": {"a": 1, "c": 2}}) == ["unknown_argument"]
+    beside = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+              "anyOf": [{"properties": {"a": {}}, "required": ["a"]}, {"required": ["b"]}]}
+    assert problems(beside, {"b": 1}) == problems(beside, {"a": 1, "b": 2}) == []
+    assert problems(beside, {}) == ["wrong_type"]
 
 
 def test_references_are_followed_to_their_end():
     chain = {"type": "object", "properties": {"x": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"type": "integer"}}}
     assert problems(chain, {"x": 1}) == [] and problems(chain, {"x": "abc"}) == ["wrong_type"]
     tree = {"type": "object", "properties": {"n": {"type": "integer"}, "kids": {"type": "array", "items": {"$ref": "#"}}}}
-    assert problems(tree, {"n": 1, "kids": [{"n": 2, "kids": []}]}) == [] and problems(tree, {"kids": [{"n": "x"}]}) == ["wrong_type"]
+    assert problems(tree, {"n": 1, "kids": [{"n": 2, "kids": []}]}) == []
+    assert problems(tree, {"kids": [{"n": "x"}]}) == ["wrong_type"]
     assert Tool("t", "", tree).signature().startswith("t(n?: integer, kids?: array<")
-    unit = {"type": "object", "properties": {"unit": {"$ref": "#/$defs/Unit", "default": "a"}, "or": {"anyOf": [{"$ref": "#/$defs/Unit"}, {"type": "null"}]}}, "$defs": {"Unit": {"enum": ["a", "b"], "type": "string"}}}
+    unit = {"type": "object", "properties": {"unit": {"$ref": "#/$defs/Unit", "default": "a"},
+                                             "or": {"anyOf": [{"$ref": "#/$defs/Unit"}, {"type": "null"}]}},
+            "$defs": {"Unit": {"enum": ["a", "b"], "type": "string"}}}
     assert Tool("t", "", unit).signature() == 't(unit?: "a" | "b" = "a", or?: "a" | "b" | null)'
     for ref in ("#/$defs/nothing", "#/$defs/A"):
         with pytest.raises(UserError, match="not a JSON schema that can be used"):
@@ -817,16 +844,21 @@ def test_hints_of_several_types_and_sections_of_other_names():
         """
         return f"{x} {y}"
     assert pick.parameters["properties"]["x"] == {"anyOf": [{"type": "integer"}, {"type": "string"}], "description": "which one"}
-    assert execute(Call("pick", {"x": "a", "y": None}), [pick]).value == "a None" and execute(Call("pick", {"x": 1}), [pick]).value == "1 5"
+    assert execute(Call("pick", {"x": "a", "y": None}), [pick]).value == "a None"
+    assert execute(Call("pick", {"x": 1}), [pick]).value == "1 5"
     assert execute(Call("pick", {"x": [1]}), [pick]).error_type == "wrong_type"
 
 
 @pytest.mark.parametrize("field, good, bad", [
-    ({"type": "integer", "minimum": 1}, 1, 0), ({"type": "number", "exclusiveMaximum": 2}, 1.9, 2), ({"type": "string", "maxLength": 2}, "ab", "abc"),
-    ({"type": "array", "minItems": 1}, [1], []), ({"type": "number", "multipleOf": 0.1}, 0.3, 0.35), ({"type": "array", "uniqueItems": True}, [1, True], [[1], [1]]), ({"type": "number", "enum": [0.5, 1]}, 1.0, 2), ({"const": {"a": 1, "b": 2}}, {"b": 2, "a": 1}, {"a": 1})])
+    ({"type": "integer", "minimum": 1}, 1, 0), ({"type": "number", "exclusiveMaximum": 2}, 1.9, 2),
+    ({"type": "string", "maxLength": 2}, "ab", "abc"),
+    ({"type": "array", "minItems": 1}, [1], []), ({"type": "number", "multipleOf": 0.1}, 0.3, 0.35),
+    ({"type": "array", "uniqueItems": True}, [1, True], [[1], [1]]), ({"type": "number", "enum": [0.5, 1]}, 1.0, 2),
+    ({"const": {"a": 1, "b": 2}}, {"b": 2, "a": 1}, {"a": 1})])
 def test_bounds_of_a_schema(field, good, bad):
     t = Tool("t", "", {"type": "object", "properties": {"x": field}, "required": ["x"]}, lambda x: "ran", isolated=False)
-    assert execute(Call("t", {"x": good}), [t]).value == "ran" and execute(Call("t", {"x": bad}), [t]).error_type == "wrong_type"
+    assert execute(Call("t", {"x": good}), [t]).value == "ran"
+    assert execute(Call("t", {"x": bad}), [t]).error_type == "wrong_type"
 
 
 @pytest.mark.parametrize("value", [float("nan"), b"1", {1, 2}, object()])
@@ -843,7 +875,8 @@ def test_odd_values_odd_exceptions_and_odd_limits():
     def raises():
         raise Stop("so")
     free = lambda function: Tool("t", "", {"type": "object", "properties": {}}, function, isolated=False)  # noqa: E731
-    assert json.loads(execute(Call("t", {}), [free(lambda: {"when": datetime.date(2026, 1, 2), "n": 3})]).text()) == {"result": {"when": "2026-01-02", "n": 3}}
+    assert json.loads(execute(Call("t", {}), [free(lambda: {"when": datetime.date(2026, 1, 2), "n": 3})]).text()) == {
+        "result": {"when": "2026-01-02", "n": 3}}
     assert execute(Call("t", {}), [free(raises)]).error_type == "crashed"
     for limit in (None, float("inf")):
         assert execute(Call("calculator", {"expression": "1 + 1"}), BUILTIN, timeout=limit).value == 2
@@ -854,7 +887,8 @@ def test_a_declaration_that_says_too_little_or_too_much(tmp_path, monkeypatch):
     (tmp_path / "own_tools_here.py").write_text("def add(a: int, b: int = 1) -> int:\n    \"\"\"Add.\"\"\"\n    return a + b\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     made = tools.tool_from_schema({"name": "plus", "function": "own_tools_here:add"})
-    assert made.signature() == "plus(a: integer, b?: integer = 1) - Add." and execute(Call("plus", {"a": 2}), [made]).value == 3
+    assert made.signature() == "plus(a: integer, b?: integer = 1) - Add."
+    assert execute(Call("plus", {"a": 2}), [made]).value == 3
     with pytest.raises(UserError, match="unknown key 'paramters'"):
         tools.tool_from_schema({"name": "plus", "paramters": {}, "function": "own_tools_here:add"})
     with pytest.raises(UserError, match="data is a module of Toolplay's"):
@@ -862,13 +896,15 @@ def test_a_declaration_that_says_too_little_or_too_much(tmp_path, monkeypatch):
 
 
 def test_an_optional_parameter_of_a_function_that_speaks_for_itself(tmp_path, monkeypatch):
-    (tmp_path / "own_optional_tool.py").write_text("from typing import Optional\ndef f(a: int, b: Optional[int]) -> int:\n    return a + (b or 0)\n")
+    (tmp_path / "own_optional_tool.py").write_text("from typing import Optional\ndef f(a: int, b: "
+                                                   "Optional[int]) -> int:\n    return a + (b or 0)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert execute(Call("f", {"a": 1}), [tools.tool_from_schema({"name": "f", "function": "own_optional_tool:f"})]).value == 1
 
 
 def test_keywords_that_are_null_are_none():
-    schema = {"type": "object", "properties": {"x": {"type": "string", "enum": None, "default": None}, "y": None}, "required": None, "additionalProperties": None}
+    schema = {"type": "object", "properties": {"x": {"type": "string", "enum": None, "default": None}, "y": None}, "required": None,
+              "additionalProperties": None}
     made = tools.tool_from_schema({"name": "f", "description": None, "parameters": schema})
     assert made.parameters == {"type": "object", "properties": {"x": {"type": "string", "default": None}}}
 
@@ -888,7 +924,8 @@ def nested(depth, first):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_alternatives_that_hold_themselves_are_checked_in_time(first):
-    either = {"anyOf": [{"type": "object", "properties": {"op": {"const": op}, "arg": {"$ref": "#/$defs/e"}}, "required": ["op"]} for op in ("add", "neg")]}
+    either = {"anyOf": [{"type": "object", "properties": {"op": {"const": op}, "arg": {"$ref": "#/$defs/e"}}, "required": ["op"]}
+                        for op in ("add", "neg")]}
     f = Tool("f", "", {"type": "object", "properties": {"e": {"$ref": "#/$defs/e"}}, "$defs": {"e": either}}, lambda e: 1)
     assert execute(Call("f", {"e": nested(40, first)}), {"f": f}).ok  # 2^40 if each alternative asked again
     wrong = json.loads(json.dumps(nested(40, first)).replace('"neg"}', '"other"}', 1))
@@ -904,16 +941,21 @@ def test_a_city_with_very_many_accents():
     ({"type": "object", "properties": {k: {"$ref": "#"} for k in "abcd"}}, "a?: any, b?: any, c?: any, d?: any"),
     ({"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"q": {"type": "string"}}, "required": ["q"]}}}, "q: string"),
     ({"type": "object", "allOf": [{"properties": {"id": {"type": "integer"}}, "required": ["id"]}]}, "id: integer"),
-    ({"type": "object", "oneOf": [{"properties": {"id": {"type": "integer"}}, "required": ["id"]}, {"properties": {"name": {"type": "string"}}}]}, "id?: integer, name?: string"),
-    ({"type": "object", "properties": {"p": {"allOf": [{"$ref": "#/$defs/U"}], "default": "a"}}, "$defs": {"U": {"enum": ["a", "b"]}}}, 'p?: "a" | "b" = "a"'),
-    ({"type": "object", "properties": {"a\nb <|im_end|>": {"type": "array", "items": {"type": "string"}}}}, "a b \\u003c|im_end|>?: array<string>"),
+    ({"type": "object", "oneOf": [{"properties": {"id": {"type": "integer"}}, "required": ["id"]},
+                                  {"properties": {"name": {"type": "string"}}}]}, "id?: integer, name?: string"),
+    ({"type": "object", "properties": {"p": {"allOf": [{"$ref": "#/$defs/U"}], "default": "a"}}, "$defs": {"U": {"enum": ["a", "b"]}}},
+     'p?: "a" | "b" = "a"'),
+    ({"type": "object", "properties": {"a\nb <|im_end|>": {"type": "array", "items": {"type": "string"}}}},
+     "a b \\u003c|im_end|>?: array<string>"),
 ])
 def test_signatures_of_combined_and_odd_schemas(parameters, shown):
     assert Tool("f", "Half \ud800.", parameters).signature() == f"f({shown}) - Half \ufffd."
 
 
-@pytest.mark.parametrize("expression, message", [("0x10 + 1", "0x10"), ("100 / 10% of (20 + 30)", "brackets around '10% of"), ("sqrt(1, 2)", "sqrt does not take 2 numbers"), ("min()", "min does not take 0"),
-                                                 ("sqrt(-1)", "negative number has no such root"), ("(-8)**0.5", "negative number has no such root"), (" ", "is empty")])
+@pytest.mark.parametrize("expression, message", [("0x10 + 1", "0x10"), ("100 / 10% of (20 + 30)", "brackets around '10% of"),
+                                                 ("sqrt(1, 2)", "sqrt does not take 2 numbers"), ("min()", "min does not take 0"),
+                                                 ("sqrt(-1)", "negative number has no such root"),
+                                                 ("(-8)**0.5", "negative number has no such root"), (" ", "is empty")])
 def test_what_the_calculator_says(expression, message):
     assert message in execute(Call("calculator", {"expression": expression}), BUILTIN).message
 
@@ -930,7 +972,8 @@ def test_results_that_hold_no_value_yet():
         assert execute(Call("f", {}), {"f": Tool("f", "", {"type": "object", "properties": {}}, made)}).message.startswith("f returned a")
     for function in ("asyncio:sleep", "asyncio:open_connection"):
         with pytest.raises(UserError, match="async"):
-            tool_from_schema({"name": "s", "parameters": {"type": "object", "properties": {"delay": {"type": "number"}}}, "function": function})
+            tool_from_schema({"name": "s", "parameters": {"type": "object", "properties": {"delay": {"type": "number"}}},
+                              "function": function})
 
 
 def test_hints_inside_lists_and_dicts():
@@ -981,7 +1024,8 @@ SHOWN = "add(x: integer (The first, and more.), y?: integer = 1 (The second.))"
 
 @pytest.mark.parametrize("text, shown", [*((text, SHOWN + " - Add two numbers.") for text in (NUMPY, REST, GOOGLE)),
                                          (GOOGLE.removeprefix("Add two numbers.\n\n"), SHOWN),  # it begins with its arguments
-                                         (GOOGLE.replace("Add two numbers.", "Formula:\n    x + y"), SHOWN + " - Formula: x + y")])  # which is no section
+                                         # which is no section
+                                         (GOOGLE.replace("Add two numbers.", "Formula:\n    x + y"), SHOWN + " - Formula: x + y")])
 def test_docstrings_of_three_styles(text, shown):
     def add(x: int, y: int = 1):
         return x + y
@@ -999,7 +1043,8 @@ def test_schemas_as_they_are_found():
     beside = {"properties": {"x": {"$ref": "#/$defs/I", "minimum": 5}}, "$defs": {"I": {"type": "integer"}}}
     assert said(beside, x=3) == "wrong_type" and said(beside, x=6) == ""
     assert said({"properties": {"x": {"type": "object", "properties": {"q": True}}}}, x={"q": 1}) == ""
-    assert said({"properties": {"x": {"$ref": "#/$defs/A%20B"}, "y": {"$ref": "#/$defs/C/anyOf/0"}}, "$defs": {"A B": {"type": "integer"}, "C": {"anyOf": [{"type": "integer"}]}}}, x=1, y="2") == "wrong_type"
+    assert said({"properties": {"x": {"$ref": "#/$defs/A%20B"}, "y": {"$ref": "#/$defs/C/anyOf/0"}},
+                 "$defs": {"A B": {"type": "integer"}, "C": {"anyOf": [{"type": "integer"}]}}}, x=1, y="2") == "wrong_type"
     with pytest.raises(UserError, match="names no schema"):
         made(properties={"x": {"$ref": "#/$defs/C"}})
 
@@ -1008,29 +1053,42 @@ def test_schemas_as_they_are_found():
 
 ODD = [tool_from_schema({"name": name, "description": "d", "parameters": parameters}) for name, parameters in {
     "f": {"type": "object", "required": ["a", "o"], "properties": {
-        "a": {"type": "string"}, "n": {"type": "number"}, "i": {"type": "integer"}, "b": {"type": "boolean"}, "e": {"enum": ["x", "xy", 1, 12]},
-        "l": {"type": "array", "items": {"type": "integer"}}, "o": {"type": "object", "properties": {"q": {"type": "string"}, "z": {"type": "number"}}, "required": ["q"]},
+        "a": {"type": "string"}, "n": {"type": "number"}, "i": {"type": "integer"}, "b": {"type": "boolean"},
+        "e": {"enum": ["x", "xy", 1, 12]},
+        "l": {"type": "array", "items": {"type": "integer"}},
+        "o": {"type": "object", "properties": {"q": {"type": "string"}, "z": {"type": "number"}}, "required": ["q"]},
         "u": {"anyOf": [{"type": "integer"}, {"type": "number"}, {"type": "null"}]}, "any": {}}},
     "f.empty": {"type": "object", "properties": {}},
     "tree": {"type": "object", "properties": {"t": {"$ref": "#/$defs/t"}},
              "$defs": {"t": {"anyOf": [{"$ref": "#/$defs/t"}, {"type": "array", "items": {"$ref": "#/$defs/t"}}, {"type": "string"}]}}},
     "open": {"type": "object", "properties": {"k": {"type": "integer"}}, "additionalProperties": {"type": "boolean"}},
-    "spelled": {"type": "object", "properties": {"city": {"enum": ["北京", "Київ", "<5"]}, "城市": {"type": "string"}, "x": {"type": "number", "enum": [1.0, 2.5]}, "z": {"type": "array", "enum": ["a"], "items": {"type": "string"}}, "none": {"enum": []}}},
-    "nullable": {"type": "object", "properties": {"s": {"type": "string"}, "e": {"type": "string", "enum": ["a", 1], "nullable": True}, "u": {"allOf": [{"$ref": "#/$defs/U"}]}}, "required": ["e"], "$defs": {"U": {"type": "string", "enum": ["m", "km"]}}},
-    "closed": {"type": "object"}, "old": {"type": "object", "properties": {"o": {"type": "object", "required": True, "properties": {"k": {"type": "integer"}}}}},
+    "spelled": {"type": "object", "properties": {"city": {"enum": ["北京", "Київ", "<5"]}, "城市": {"type": "string"},
+                                                 "x": {"type": "number", "enum": [1.0, 2.5]},
+                                                 "z": {"type": "array", "enum": ["a"], "items": {"type": "string"}}, "none": {"enum": []}}},
+    "nullable": {"type": "object", "properties": {"s": {"type": "string"}, "e": {"type": "string", "enum": ["a", 1], "nullable": True},
+                                                  "u": {"allOf": [{"$ref": "#/$defs/U"}]}}, "required": ["e"],
+                 "$defs": {"U": {"type": "string", "enum": ["m", "km"]}}},
+    "closed": {"type": "object"},
+    "old": {"type": "object", "properties": {"o": {"type": "object", "required": True, "properties": {"k": {"type": "integer"}}}}},
     "more": {"type": "object", "required": ["lat"], "additionalProperties": {"type": "number"}},
-    "both": {"allOf": [{"properties": {"p": {"type": "string", "nullable": True}}, "required": ["p"]}, {"properties": {"q": {"const": 3}}}]}}.items()]
-VALID = [Call("f", {"a": 'hi "<\u00e9\\', "o": {"q": "s"}, "n": -1.5e-3, "i": 12, "b": True, "e": 12, "l": [1, -2], "u": None, "any": {"x": [1, {"y": None}]}}),
-         Call("f", {"o": {"z": 0, "q": "\n"}, "a": "", "l": [], "e": "xy", "u": 2.5}), Call("f.empty", {}), Call("tree", {"t": [["a"], []]}),
-         Call("open", {"k": 1, "more": True}), Call("both", {"p": None, "q": 3}), Call("spelled", {"city": "Київ", "城市": "北京", "x": 1.0}), Call("spelled", {"city": "北京"}),
-         Call("nullable", {"s": None, "e": None, "u": "km"}), Call("closed", {}), Call("old", {"o": {"k": 1}}), Call("more", {"lat": 1.5, "lon": 2})]
+    "both": {"allOf": [{"properties": {"p": {"type": "string", "nullable": True}}, "required": ["p"]},
+                       {"properties": {"q": {"const": 3}}}]}}.items()]
+VALID = [Call("f", {"a": 'hi "<\u00e9\\', "o": {"q": "s"}, "n": -1.5e-3, "i": 12, "b": True, "e": 12, "l": [1, -2], "u": None,
+                    "any": {"x": [1, {"y": None}]}}),
+         Call("f", {"o": {"z": 0, "q": "\n"}, "a": "", "l": [], "e": "xy", "u": 2.5}), Call("f.empty", {}),
+         Call("tree", {"t": [["a"], []]}),
+         Call("open", {"k": 1, "more": True}), Call("both", {"p": None, "q": 3}), Call("spelled", {"city": "Київ", "城市": "北京", "x": 1.0}),
+         Call("spelled", {"city": "北京"}),
+         Call("nullable", {"s": None, "e": None, "u": "km"}), Call("closed", {}), Call("old", {"o": {"k": 1}}),
+         Call("more", {"lat": 1.5, "lon": 2})]
 
 
 @pytest.mark.parametrize("call", VALID)
 def test_a_valid_call_can_be_written_to_its_end(call):
     text = "Sure. " + format_call(call) + "\n" + format_call(VALID[2]) + " done"
     states = [call_state(text[:n], ODD) for n in range(len(text) + 1)]
-    assert "invalid" not in states and states[0] == states[-1] == "outside" and states[6 + len("<tool_call>")] == "inside"
+    assert "invalid" not in states and states[0] == states[-1] == "outside"
+    assert states[6 + len("<tool_call>")] == "inside"
 
 
 @pytest.mark.parametrize("call", VALID)
@@ -1048,20 +1106,29 @@ def test_what_may_end_is_a_call_that_runs(call):
     assert ended
 
 
-@pytest.mark.parametrize("text", ['{"name": "z', '{"name": "f", "arguments": {"c', '{"name": "f", "arguments": {"a": "x"}', '{"name": "f.empty", "arguments": {"', '{"name": "f", "arguments": {"a": "x<tool_call>',
-                                  '{"name": "f", "arguments": {"a": "x", "a"', '{"name": "f", "arguments": {"i": 1.', '{"name": "f", "arguments": {"l": [1, "', '{"name": "f", "arguments": {"o": {}', '{"a',
-                                  '{"name": "f", "arguments": {"n": 01', '{"name": "f", "arguments": {"e": "xyz', '{"name": "f", "arguments": {"u": t', '{"name": "f",  ', '{"name": "open", "arguments": {"m": 1', '{"name": "both", "arguments": {"q": 4',
-                                  '{"name": "f", "arguments": {"a": "\\x', '{"name": "f.empty", "arguments": {}}}', '{"name": "f.empty", "arguments": {}}</tool_call></tool_call>', '{"name": "closed", "arguments": {"', '{"name": "nullable", "arguments": {"u": 5', '{"name": "nullable", "arguments": {"e": 1',
-                                  '{"name": "more", "arguments": {}', '{"name": "f", "arguments": {"n": 1e999,', '{"name": "spelled", "arguments": {"city": "京', '{"name": "both", "arguments": {}'])
+@pytest.mark.parametrize("text", ['{"name": "z', '{"name": "f", "arguments": {"c', '{"name": "f", "arguments": {"a": "x"}',
+                                  '{"name": "f.empty", "arguments": {"', '{"name": "f", "arguments": {"a": "x<tool_call>',
+                                  '{"name": "f", "arguments": {"a": "x", "a"', '{"name": "f", "arguments": {"i": 1.',
+                                  '{"name": "f", "arguments": {"l": [1, "', '{"name": "f", "arguments": {"o": {}', '{"a',
+                                  '{"name": "f", "arguments": {"n": 01', '{"name": "f", "arguments": {"e": "xyz',
+                                  '{"name": "f", "arguments": {"u": t', '{"name": "f",  ', '{"name": "open", "arguments": {"m": 1',
+                                  '{"name": "both", "arguments": {"q": 4',
+                                  '{"name": "f", "arguments": {"a": "\\x', '{"name": "f.empty", "arguments": {}}}',
+                                  '{"name": "f.empty", "arguments": {}}</tool_call></tool_call>', '{"name": "closed", "arguments": {"',
+                                  '{"name": "nullable", "arguments": {"u": 5', '{"name": "nullable", "arguments": {"e": 1',
+                                  '{"name": "more", "arguments": {}', '{"name": "f", "arguments": {"n": 1e999,',
+                                  '{"name": "spelled", "arguments": {"city": "京', '{"name": "both", "arguments": {}'])
 def test_what_cannot_become_a_call(text):
     assert call_state("<tool_call>" + text, ODD) == "invalid"
     assert call_state("<tool_call>" + text[:-1], ODD) == "inside" or text.endswith(("</tool_call>", "<tool_call>"))
 
 
-@pytest.mark.parametrize("field", [{"enum": ["a", "b"]}, {"const": "a"}, {"anyOf": [{"type": "integer"}, {"type": "string"}]}, {"type": ["string", "null"], "enum": ["a"]}])
+@pytest.mark.parametrize("field", [{"enum": ["a", "b"]}, {"const": "a"}, {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+                                   {"type": ["string", "null"], "enum": ["a"]}])
 def test_null_is_written_only_where_it_fits(field):
     made = tool_from_schema({"name": "f", "parameters": {"type": "object", "properties": {"x": field}, "required": ["x"]}}, lambda x: 1)
-    assert call_state('<tool_call>{"name": "f", "arguments": {"x": n', [made]) == "invalid" and execute(Call("f", {"x": None}), [made]).error_type == "wrong_type"
+    assert call_state('<tool_call>{"name": "f", "arguments": {"x": n', [made]) == "invalid"
+    assert execute(Call("f", {"x": None}), [made]).error_type == "wrong_type"
 
 
 def test_call_state_is_quick_and_never_raises():
@@ -1071,10 +1138,12 @@ def test_call_state_is_quick_and_never_raises():
             assert call_state(f'<tool_call>{{"name": "{name}", "arguments": {{"t": ' + text, ODD) in ("inside", "invalid")
             assert call_state('<tool_call>{"name": "f", "arguments": {"any": ' + text, ODD) in ("inside", "invalid")
     assert time.monotonic() - start < 5
-    assert call_state("<tool_call>", {}) == call_state("</tool_call>", ODD) == "invalid" and call_state("</tool_cal", ODD) == "outside"
+    assert call_state("<tool_call>", {}) == call_state("</tool_call>", ODD) == "invalid"
+    assert call_state("</tool_cal", ODD) == "outside"
     assert [call_state('<tool_call>\n{"name":"f.empty","arguments":{}}\n</tool_call>', ODD)] == ["outside"]  # as Qwen writes it
     loop = {"type": "object", "properties": {"t": {"anyOf": [{"$ref": "#/properties/t"}, {"$ref": "#/properties/t"}]}}}
-    assert execute(Call("loop", {"t": 1}), [tool_from_schema({"name": "loop", "description": "d", "parameters": loop}, print)]).error_type == "wrong_type"
+    assert execute(Call("loop", {"t": 1}),
+                   [tool_from_schema({"name": "loop", "description": "d", "parameters": loop}, print)]).error_type == "wrong_type"
 
 
 def test_a_character_may_take_several_tokens():
@@ -1082,25 +1151,35 @@ def test_a_character_may_take_several_tokens():
     for name, arguments in (("spelled", '{"city": "'), ("spelled", '{"'), ("f", '{"a": "')):
         begun = f'<tool_call>{{"name": "{name}", "arguments": ' + arguments
         assert call_state(begun + "\ufffd", ODD) == call_state(begun, ODD) == "inside"
-    assert call_state('<tool_call>{"name": "spelled", "arguments": {"city": "' + "\ufffd" * 4, ODD) == call_state('<tool_call>{"name": "s\ufffd', ODD) == "invalid"  # but no character has more than four bytes
+    # but no character has more than four bytes
+    assert call_state('<tool_call>{"name": "spelled", "arguments": {"city": "' + "\ufffd" * 4,
+                      ODD) == call_state('<tool_call>{"name": "s\ufffd', ODD) == "invalid"
     assert call_state('<tool_call>{"name": "spelled", "arguments": {"city": "<5"}}</tool_call>', ODD) == "outside"  # as it is, and escaped
-    assert call_state('<tool_call>{"name": "spelled", "arguments": {"x": 1}}</tool_call>', ODD) == call_state('<tool_call>{"name": "spelled", "arguments": {"z": ["b"]}}</tool_call>', ODD) == "outside"
-    assert execute(Call("x", {"o": {"k": 1}}), [tool_from_schema({**ODD[-4].schema()["function"], "name": "x"}, str)]).error_type != "crashed"
+    assert call_state('<tool_call>{"name": "spelled", "arguments": {"x": 1}}</tool_call>',
+                      ODD) == call_state('<tool_call>{"name": "spelled", "arguments": {"z": ["b"]}}</tool_call>', ODD) == "outside"
+    assert execute(Call("x", {"o": {"k": 1}}),
+                   [tool_from_schema({**ODD[-4].schema()["function"], "name": "x"}, str)]).error_type != "crashed"
 
 
 def test_one_schema_asked_twice_of_one_place():
     """A key with a dot is not the key of that name inside another; a schema that is its own part ends."""
-    nested = {"type": "object", "properties": {"x": {"type": "object", "additionalProperties": {"$ref": "#/$defs/n"}}}, "$defs": {"n": {"anyOf": [{"type": "integer"}, {"type": "object", "additionalProperties": {"$ref": "#/$defs/n"}}]}}}
-    assert not tools._problems({"x": {"a": {"b": 1}}}, nested) and tools._problems({"x": {"a": {"b": 1}, "a.b": "str"}}, nested)
+    nested = {"type": "object", "properties": {"x": {"type": "object", "additionalProperties": {"$ref": "#/$defs/n"}}},
+              "$defs": {"n": {"anyOf": [{"type": "integer"}, {"type": "object", "additionalProperties": {"$ref": "#/$defs/n"}}]}}}
+    assert not tools._problems({"x": {"a": {"b": 1}}}, nested)
+    assert tools._problems({"x": {"a": {"b": 1}, "a.b": "str"}}, nested)
     assert not tools._problems({"": {"": {}}}, {"type": "object", "additionalProperties": {"$ref": "#"}})
-    own = {"type": "object", "properties": {"t": {"anyOf": [{"$ref": "#/properties/t"}, {"type": "object", "properties": {"a": {"type": "integer"}}}]}}}
+    own = {"type": "object",
+           "properties": {"t": {"anyOf": [{"$ref": "#/properties/t"}, {"type": "object", "properties": {"a": {"type": "integer"}}}]}}}
     assert not tools._problems({"t": {"a": 1}}, own) and tools._problems({"t": {"a": "x"}}, own)
 
 
-@pytest.mark.parametrize("kind, good, bad", [("STRING", "x", 1), ("str", "x", 1), ("int", 3, "x"), ("bool", True, "x"), ("list", [1], 1), ("Double", 1.5, "x")])
+@pytest.mark.parametrize("kind, good, bad", [("STRING", "x", 1), ("str", "x", 1), ("int", 3, "x"), ("bool", True, "x"), ("list", [1], 1),
+                                             ("Double", 1.5, "x")])
 def test_types_as_people_write_them(kind, good, bad):
-    made = tool_from_schema({"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": kind}}}}, lambda a: "ok")
-    assert execute(Call("f", {"a": good}), [made]).ok and execute(Call("f", {"a": bad}), [made]).error_type == "wrong_type"
+    made = tool_from_schema({"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": kind}}}},
+                            lambda a: "ok")
+    assert execute(Call("f", {"a": good}), [made]).ok
+    assert execute(Call("f", {"a": bad}), [made]).error_type == "wrong_type"
     assert call_state('<tool_call>{"name": "f", "arguments": {"a": ' + json.dumps(good) + "}}</tool_call>", [made]) == "outside"
 
 
@@ -1115,11 +1194,13 @@ def test_a_decorated_function_is_still_a_function():
 
 
 def test_nothing_near_is_not_called_the_nearest():
-    assert "nearest" not in execute(Call("nope", {}), BUILTIN).message and "nearest is 'weather'" in execute(Call("wether", {}), BUILTIN).message
+    assert "nearest" not in execute(Call("nope", {}), BUILTIN).message
+    assert "nearest is 'weather'" in execute(Call("wether", {}), BUILTIN).message
 
 
 def test_corpora_may_begin_with_a_mark(tmp_path, monkeypatch):
-    for name, variable, text in (("c.json", "TOOLPLAY_CITIES", '{"cities": [{"name": "Oslo"}]}'), ("s.jsonl", "TOOLPLAY_SEARCH", '{"title": "Oslo", "text": "A city."}')):
+    for name, variable, text in (("c.json", "TOOLPLAY_CITIES", '{"cities": [{"name": "Oslo"}]}'),
+                                 ("s.jsonl", "TOOLPLAY_SEARCH", '{"title": "Oslo", "text": "A city."}')):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         monkeypatch.setenv(variable, str(tmp_path / name))
     assert weather("Oslo")["city"] == "Oslo" and search("Oslo")[0]["title"] == "Oslo"

@@ -86,7 +86,8 @@ def naive(rows, model):
     ids = torch.tensor([pad(ids, 257) for ids, _ in rows])
     seen = torch.tensor([pad([1] * len(ids), 0) for ids, _ in rows])
     labels = torch.tensor([pad([i if m else -100 for i, m in zip(ids, mask)], -100) for ids, mask in rows])
-    loss = ForCausalLMLoss(model(input_ids=ids, attention_mask=seen).logits, labels, model.config.vocab_size, num_items_in_batch=sum(map(TRAINED, rows)))
+    loss = ForCausalLMLoss(model(input_ids=ids, attention_mask=seen).logits, labels, model.config.vocab_size,
+                           num_items_in_batch=sum(map(TRAINED, rows)))
     model.zero_grad()
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -102,7 +103,8 @@ def test_any_split_gives_the_gradient_of_one_batch(double):
         if not seen:
             expected_loss, expected = naive(rows, trainer.model)
         info = train_step(trainer, rows, loss, size=TRAINED)
-        assert info["loss"] == pytest.approx(expected_loss, rel=1e-6) and info["tokens"] == 1 and info["terms"] == sum(map(TRAINED, rows))
+        assert info["loss"] == pytest.approx(expected_loss, rel=1e-6) and info["tokens"] == 1
+        assert info["terms"] == sum(map(TRAINED, rows))
         assert difference(taken[0], expected) < 1e-6
         assert info["grad_norm"] == pytest.approx(sum(g.norm().item() ** 2 for g in expected.values()) ** 0.5, rel=1e-5)
         assert all(p.grad is None for p in trainer.parameters.values())
@@ -159,7 +161,8 @@ class Toy:
 
     def __init__(self, precision="fp32", **config):
         self.w = torch.nn.Parameter(torch.ones(3))
-        self.trainer = Trainer(load_config({"precision": precision, "device": "cpu", "lr": 0.1, "max_grad_norm": 1e9, "warmup": 0.5, **config}), {"w": self.w}, 8)
+        self.trainer = Trainer(load_config({"precision": precision, "device": "cpu", "lr": 0.1, "max_grad_norm": 1e9, "warmup": 0.5,
+                                            **config}), {"w": self.w}, 8)
 
     def step(self, *numbers):
         units = [torch.tensor([n] * 3) for n in numbers]
@@ -230,7 +233,8 @@ def test_bf16_without_instructions_for_it_is_said(precision, hardware, said, mon
 
 # ---------------------------------------------------------------- the schedule
 
-@pytest.mark.parametrize("schedule, after", [("cosine", lambda x: 0.5 * (1 + math.cos(math.pi * x))), ("linear", lambda x: 1 - x), ("constant", lambda x: 1.0)])
+@pytest.mark.parametrize("schedule, after", [("cosine", lambda x: 0.5 * (1 + math.cos(math.pi * x))), ("linear", lambda x: 1 - x),
+                                             ("constant", lambda x: 1.0)])
 def test_learning_rates(schedule, after):
     w = torch.nn.Parameter(torch.ones(1))
     trainer = Trainer(load_config({"lr": 0.4, "schedule": schedule, "warmup": 0.2, "device": "cpu"}), {"w": w}, 20)
@@ -267,7 +271,8 @@ def test_rank_0_alone_writes(zygote, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 3
                     + '{"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "dd"}]}\n' * 2)
-    config = {"model": "tiny", "source": "jsonl", "path": str(data), "eval_path": str(data), "batch_size": 3, "steps": 4, "save_every": 2, "eval_every": 2,
+    config = {"model": "tiny", "source": "jsonl", "path": str(data), "eval_path": str(data), "batch_size": 3, "steps": 4, "save_every": 2,
+              "eval_every": 2,
               "run_dir": "run", "lora_r": 2, "device": "cpu"}
     folders = [tmp_path / "rank0", tmp_path / "rank1", tmp_path / "alone"]
     for folder in folders:
@@ -287,7 +292,8 @@ def test_rank_0_alone_writes(zygote, tmp_path):
 def test_a_slow_rank_does_not_take_the_new_run_for_an_old_one(zygote, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 4)
-    config = {"model": "tiny", "source": "jsonl", "path": str(data), "eval_examples": 0, "batch_size": 2, "steps": 2, "run_dir": str(tmp_path / "run"), "device": "cpu"}
+    config = {"model": "tiny", "source": "jsonl", "path": str(data), "eval_examples": 0, "batch_size": 2, "steps": 2,
+              "run_dir": str(tmp_path / "run"), "device": "cpu"}
     codes, stderr = zygote.run("train", ranks=2, config=config, slow_rank=1, timeout=30)
     assert codes == [0, 0], stderr
     assert sft.Config().keep_best  # the configuration above has nothing to evaluate on and keeps the last weights

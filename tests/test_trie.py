@@ -46,7 +46,8 @@ def test_trie_structure(seed):
 
 
 def test_common_prefix():
-    for a, b, n in [([], [], 0), ([1], [], 0), ([1], [2], 0), ([1, 2], [1], 1), ([1, 2, 3], [1, 2, 4], 2), ([1] * 99, [1] * 98, 98), ([1] * 5, [1] * 5, 5), ([1, 2], [2, 2], 0)]:
+    for a, b, n in [([], [], 0), ([1], [], 0), ([1], [2], 0), ([1, 2], [1], 1), ([1, 2, 3], [1, 2, 4], 2), ([1] * 99, [1] * 98, 98),
+                    ([1] * 5, [1] * 5, 5), ([1, 2], [2, 2], 0)]:
         assert common_prefix(a, b) == common_prefix(b, a) == n
     rng = random.Random(0)
     for _ in range(200):
@@ -246,11 +247,13 @@ def test_the_trial_is_in_full_precision_and_out_of_memory_is_no_verdict(monkeypa
 
 
 def test_positions_that_depend_on_a_row_s_length_fall_back():
-    """Dynamic RoPE: the angles of all positions change where a row is longer than the model was made for; a tree has rows of many lengths."""
+    """Dynamic RoPE: the angles of all positions change where a row is longer than the model was made for; a tree has rows of many
+    lengths."""
     import transformers
     torch.manual_seed(0)
     net = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8,
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=8,
         rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})).eval()
     rows = [([b % 7 for b in range(n)], [1] * n) for n in (5, 12, 30)]
     with torch.no_grad():

@@ -125,7 +125,8 @@ def child(order, rank, port, log):
     os.dup2(handle, 1)
     torch.set_num_threads(1)
     if order["ranks"] > 1:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(order["ranks"]), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(order["ranks"]), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
     code = 1
     try:
         {"train": train, "steps": steps}[order["scenario"]](**order["args"])
