@@ -14,8 +14,8 @@ seam into a token that was never sampled.
 
 Where the examples come from: templates written by hand and varied by a small paraphrasing engine (this file; the
 wording stands in configs/corpora/), invented functions, JSONL files of conversations, ToolBench, or a teacher. A
-conversation has the ecosystem's form: `{"messages": [{"role", "content", "tool_calls"?}, ...], "tools": [names or
-OpenAI schemas]}`.
+conversation has the ecosystem's form:
+`{"messages": [{"role", "content", "tool_calls"?}, ...], "tools": [names or OpenAI schemas]}`.
 
 Splits are by phrasing family and by value, never by row: train, dev and test share no template, no city, no entity and
 no pair of numbers drawn for a template (constants such as percent's 100 stand in all; invented functions share no
@@ -279,18 +279,16 @@ def check_conversation(conversation, known=None):
     checked = {**conversation, "messages": _in_call_order(messages), "tools": list(tools.values())}
     try:
         "".join(text for _, text in turns(checked)).encode()
-    # NaN in an argument, half a surrogate pair: nothing that could be written into a prompt
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # NaN, half a surrogate pair: nothing that could stand in a prompt
         raise UserError(f"it cannot be written as text ({error})") from None
     return checked
 
 
 def _check_message(message, n):
-    roles = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
-             "function": "tool"}
-    role = roles.get(str(message.get("role"))) if isinstance(message, dict) else None
-    if role is None:
+    roles = ("system", "developer", "user", "assistant", "tool", "function")
+    if not isinstance(message, dict) or message.get("role") not in roles:
         raise UserError(f'message {n}: "role" must be system, user, assistant or tool')
+    role = {"developer": "system", "function": "tool"}.get(message["role"], message["role"])
     content, calls = message.get("content"), message.get("tool_calls") or []
     if not calls and isinstance(message.get("function_call"), dict):  # OpenAI's first spelling
         calls = [message["function_call"]]
@@ -488,7 +486,6 @@ def draw_values(slots, split, rng, expression=""):
 
     def owner(value):
         return next((name for name, colours in ALONE.items() if colour(value) in colours), "train")
-
 
     def fits(value):
         if split == "train" and colour(value) in constants:
@@ -1594,10 +1591,10 @@ def sample_replies():
 # --------------------------------------------------------------------------- 7. ToolBench
 
 # Qin et al. 2023 (arXiv:2307.16789). Three shapes of files: answer trees, "toolllama" dialogues, and bare instructions.
-# All become
-# conversations: functions are tools, the call of Finish is the final answer. An instruction has none: it is the
-# question alone.
-# characters that are kept of a tool's result: the first that lets a conversation fit
+# All become conversations: functions are tools, the call of Finish is the final answer. An instruction has none: it is
+# the question alone.
+
+# Characters that are kept of a tool's result: the first that lets a conversation fit.
 OBSERVATIONS = (1024, 512, 256, 128)
 API_TYPES = {"NUMBER": "integer", "BOOLEAN": "boolean"}  # all others are strings
 RESERVED = ("from", "class", "return", "false", "true", "id", "and")
@@ -1721,15 +1718,15 @@ def toolbench_steps(shape, item):
         functions, steps = answer["function"], []
         # cumulative, one list a step: the longest one holds them all
         for message in max(answer["train_messages"], key=len):
-            call = message.get("function_call")
+            role, call = message["role"], message.get("function_call")
             call = (call["name"], call.get("arguments")) if call else None
-            steps.append((message["role"], message.get("content") or "", call))
+            steps.append((role, message.get("content") or "", call))
     else:
         functions = toolbench_functions(next((turn["value"] for turn in item["conversations"]
                                               if turn["from"] == "system"), ""))
         steps = [(turn["from"], *(toolbench_action(turn["value"]) if turn["from"] == "assistant"
                                   else (turn["value"], None))) for turn in item["conversations"]]
-    # which is the answer, not a tool
+    # Finish is the answer, not a tool
     functions = [toolbench_function(function) for function in functions if function["name"] != "Finish"]
     return [function for function in functions if function["name"]], steps  # of a name in another script nothing stays
 
@@ -1999,8 +1996,8 @@ def read_teacher(path, split, n, seed=0, extra=()):
             messages += [{"role": "assistant", "content": "",
                           "tool_calls": [{"name": call.name, "arguments": call.arguments}]},
                          {"role": "tool", "content": result.text()}]
-            is_next = re.match(re.escape(str(result.value)) + r"(?!\d|[.,]\d)", rest)
-            answer = result.value if call.name == "calculator" and is_next else None
+            if call.name == "calculator" and re.match(re.escape(str(result.value)) + r"(?!\d|[.,]\d)", rest):
+                answer = result.value
         return {"kind": call.name if call else "no_tool",
                 "messages": [*messages, {"role": "assistant", "content": rest}], "tools": list(BUILTIN),
                 "answer": answer}

@@ -142,9 +142,10 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
     """The loss of B pairs, as a sum.
 
     *_logp: [B] log-probs of whole answers, sums over their trained tokens (for ipo and simpo: means, see
-    `sequence_logp`). The reference's are ignored by simpo and may be None there. -> (loss summed over the pairs, info:
-    sums over the pairs of rewards, margin, accuracy and log-probs). Raises ValueError for an unknown variant, for a
-    beta or a smoothing that makes the loss meaningless, and without a reference that is needed.
+    `sequence_logp`). The reference's are ignored by simpo and may be None there.
+    -> (loss summed over the pairs, info: sums over the pairs of rewards, margin, accuracy and log-probs).
+    Raises ValueError for an unknown variant, for a beta or a smoothing that makes the loss meaningless, and without a
+    reference that is needed.
     """
     if not beta > 0:
         raise ValueError(f"beta = {beta}: must be above 0")
@@ -610,8 +611,8 @@ def sampled_pairs(model, tokenizer, conversations, config):
             if config.twins and config.chosen == "gold" and tries[worst].calls and (call := withheld(conversation)):
                 rng = random.Random(f"{config.seed} twin {n}")
                 pairs.append(twin(conversation, call, tokenizer, config.tool_style, rng))
-        # it has an answer, which is kept up
         elif config.pairs == "both" and len(conversation["messages"]) > len(case.conversation["messages"]):
+            # it has an answer, which is kept up
             pairs += corrupted_pairs([conversation], tokenizer, f"{config.seed} {n}", config.tool_style, config.faults)
     return fitting(pairs, config, "sampled pairs")
 

@@ -355,10 +355,10 @@ def judge(case, episode):
         "response_quality": response(case, episode, gold_results),
         "response_f1": None if case.reference is None else f1(episode.final, case.reference)}
     failed = any(verdicts[name] is False for name in ("call_accuracy", "format", "response_quality"))
-    too_often = again(episode.calls) > again(case.calls or [])
     further = sum(r.ok for r in episode.results[len(calls) + len(errors):])  # calls after the first turn
     too_many = bool(due) and case.later is not None and further > case.later
-    verdicts["overall"] = None if due is None else not (failed or too_often or too_many)
+    verdicts["overall"] = (None if due is None
+                           else not (failed or too_many or again(episode.calls) > again(case.calls or [])))
     wrong = [name for name, verdict in verdicts.items() if verdict is False or name == "execution" and False in verdict]
     return {"id": case.id, "kind": case.kind, "tools": sorted(set(gold)) or ["none"] * (due is False), "due": due,
             "wrong": wrong,
@@ -406,8 +406,10 @@ def response(case, episode, gold_results):
             return None
         made_up = (any(map(is_number, leaves(value)))
                    and (set(numbers(final)) | in_words(final)) - known - {1} - set(numbers(reference or "")))
-        repeated = any(re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said)
-        return not made_up and bool(repeated or reference and like(reference))
+        if made_up:
+            return False
+        return bool(reference and like(reference)) or any(
+            re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said)
     if (case.calls or case.answer is not None) and (final.lstrip()[:1] in ("{", "[")
                                                     or re.search(r'\{\s*"(result|error)"\s*:', final)):
         return False  # a tool's result as it came
@@ -587,8 +589,7 @@ def settings_of(config):
 
 
 def compare_command(args):
-    """Compare runs on the same cases: each metric with its interval, paired differences to the first, seeds
-    aggregated."""
+    """Compare runs on the same cases: metrics with intervals, paired differences to the first, seeds aggregated."""
     if len({Path(run).resolve() for run in args.runs}) < len(args.runs):
         raise UserError("compare: a run is named twice; every run is one column, or one seed of it")
     groups, same = {}, None
@@ -598,7 +599,7 @@ def compare_command(args):
             result = toolplay.read_json(folder / "eval.json",
                                         lambda d: [(r["id"], r["prompt"], r["kind"] + "", r["due"],
                                                     [r["verdicts"][m] for m in METRICS]) for r in d["records"]], remedy)
-            # of eval --model --out
+            # without a config.json: of eval --model --out
             config = (toolplay.read_json(folder / "config.json", dict.items, remedy)
                       if (folder / "config.json").exists() else {"run": str(folder)})
         except OSError as error:

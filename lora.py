@@ -267,7 +267,7 @@ REQUIRED = {"peft_type", "r", "lora_alpha", "target_modules"}
 # is set is refused: a variant of LoRA that is not computed here must not load silently.
 HARMLESS = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "revision",
             "megatron_core", "peft_version", "qalora_group_size", "task_type", *REQUIRED, "lora_dropout", "use_rslora"}
-# others change W0
+# Other initialisations change W0.
 ALLOWED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian", "orthogonal"]}
 
 

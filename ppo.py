@@ -1033,8 +1033,8 @@ def inspect(folder="", n=4):
     try:
         for line in lines:
             idle = "" if any(line["advantages"]) or any(line["rewards"]) else ", not learned from"
-            print(f"--- step {line['step']}, score {line['score']:.3f}, answer {line['answer']}{idle}")
-            print(printable(line["prompt"]))
+            prompt = printable(line["prompt"])
+            print(f"--- step {line['step']}, score {line['score']:.3f}, answer {line['answer']}{idle}\n{prompt}")
             for token, mask, reward, advantage in zip(*(line[key] for key in keys[-4:])):
                 said = f"reward {reward:+.3f}  advantage {advantage:+.3f}" if mask else "(not the model's)"
                 print(f"  {token!r:24}{said}")

@@ -44,9 +44,10 @@ class Config:
 def sft_loss(logp, mask):
     """Equation (1) as a sum.
 
-    logp: [B, T] log-prob of each token given those before it. mask: [B, T], 1 (or its weight) where the token is
-    trained. -> (loss in nats, summed over trained tokens, {"tokens": their number, or the sum of their weights});
-    divide the one by the other.
+    logp: [B, T] log-prob of each token given those before it.
+    mask: [B, T], 1 (or its weight) where the token is trained.
+    -> (loss in nats, summed over trained tokens, {"tokens": their number, or the sum of their weights}); divide the one
+    by the other.
     """
     mask = mask.to(logp.dtype)
     return -(logp * mask).sum(), {"tokens": mask.sum()}  # (1)

@@ -6,9 +6,9 @@ where a call might help and what to ask, and the calls are executed. A call is k
 follow more probable, by more than the bare call does. The text with the kept calls in it is what the model is then
 fine-tuned on.
 
-c is a call, as calculator(18 + 27), and r its result; e(c) = " [calculator(18 + 27)]", e(c, r) = " [calculator(18 + 27)
--> 45]", and open is the token " [". P(x) is an instruction, a few examples, and the text x. Sections are the paper's,
-the numbers of the equations ours.
+c is a call, as calculator(18 + 27), and r its result; e(c) = " [calculator(18 + 27)]",
+e(c, r) = " [calculator(18 + 27) -> 45]", and open is the token " [". P(x) is an instruction, a few examples, and the
+text x. Sections are the paper's, the numbers of the equations ours.
 
     p_i    = p(open | P(x), x_<i)                        where a call might stand: p_i > tau_s, the k best      (sec. 2)
     c      ~ p(. | P(x), x_<i, open),  m times           what to ask; P(x): a few examples for each tool

@@ -439,8 +439,8 @@ class Trie:
         return len(self.ids)
 
     def inputs(self, device):
-        """Model inputs for one forward over all nodes: ids [1, N], attention_mask, position_ids [1, N]. The mask is [1,
-        1, N, N], or one element that carries the attention by segments, which reads no mask."""
+        """Model inputs for one forward over all nodes: ids [1, N], attention_mask, position_ids [1, N]. The mask is
+        [1, 1, N, N], or one element that carries the attention by segments, which reads no mask."""
         # on a GPU one dense product beats many small launches
         small = torch.device(device).type != "cpu" and len(self) <= 4096
         return dict(input_ids=torch.tensor([self.ids], device=device), attention_mask=self.mask(device) if small
@@ -505,7 +505,7 @@ def takes_trie(model):
     """Whether the model's attention takes an arbitrary mask, and our cache of keys and values. Tried once per model and
     kind of attention, on short rows."""
     config = model.config.get_text_config()
-    # kind of attention -> whether
+    # found: kind of attention -> whether
     kind, found = getattr(config, "_attn_implementation", None), model.__dict__.setdefault("_takes_trie", {})
     if kind not in found:
         import transformers
@@ -552,11 +552,13 @@ def agree(model, most, one, other):
 def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=()):
     """log p(ids[t] | ids[<t]) at the masked positions -> [B, T] fp32, 0 where the mask is 0 (and at t = 0).
 
-    batch: B rows (ids, mask); T the longest. `budget`: at most that many trie nodes per forward, a longer row alone
-    (for inference: under autograd, split the batch with `micro_batches` and call backward on each). `want`: with
-    "entropy" and/or "hidden" a dict {"logp", "entropy" [B, T], "hidden" [B, T, D]} comes back; hidden is the trunk's
-    output that predicted the token. `also`: ids whose log-probs at the same positions are wanted too, as "also" [B, T,
-    len(also)].
+    batch: B rows (ids, mask); T the longest.
+    budget: at most that many trie nodes per forward, a longer row alone (for inference: under autograd, split the batch
+    with `micro_batches` and call backward on each).
+    want: with "entropy" and/or "hidden" a dict {"logp", "entropy" [B, T], "hidden" [B, T, D]} comes back; hidden is the
+    trunk's output that predicted the token.
+    also: ids whose log-probs at the same positions are wanted too, as "also" [B, T, len(also)].
+
     Exact: equal to one forward per row, up to rounding. UserError for an empty batch or row, and for rows longer than
     the model's learned positions.
     """
@@ -767,8 +769,8 @@ class EqualRows:
 
 
 def prompt_cache(model, prompts):
-    """The cache that suits the model's attention, filled with B prompts (lists of ids): step(ids [B][m]) -> logits [B,
-    V], keep(rows)."""
+    """The cache that suits the model's attention, filled with B prompts (lists of ids):
+    step(ids [B][m]) -> logits [B, V], keep(rows)."""
     return EqualRows(SharedPrefixCache if takes_trie(model) else RowCaches, model, prompts)
 
 
@@ -1198,9 +1200,9 @@ class Run:
         if isinstance(error, KeyboardInterrupt):
             if self.folder.exists():  # config.json is enough to go on from
                 raise Interrupted(str(self.folder)) from None
-        elif error and self.rank == 0 and self.new and {p.name
-                                                        for p in self.folder.iterdir()} <= {
-                                                            "config.json", "wandb", ".lock"}:
+            return
+        begun = {"config.json", "wandb", ".lock"}
+        if error and self.rank == 0 and self.new and {p.name for p in self.folder.iterdir()} <= begun:
             for name in ("config.json", ".lock"):
                 (self.folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # a link, a mounted volume, a folder with wandb/
@@ -1215,19 +1217,18 @@ class Run:
         # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
         free += ["tau_f"] * (not newest_checkpoint(self.folder))
         for key, was in before.items():
-            if (key in ("source", "mix") and before["fallback"] or key in ("lora_r", "lora_alpha", "lora_rslora")
-                    and config.start_from):
+            if (key in ("source", "mix") and before["fallback"]
+                    or key in ("lora_r", "lora_alpha", "lora_rslora") and config.start_from):
                 setattr(config, key, was)  # what stood in when it began; the adapter's own
             elif (now := getattr(config, key)) != was and key not in free:
-                raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(was)}, "
-                                f"now {json.dumps(now)}; "
-                                f"go on with the run's own config (python toolplay.py train {self.folder} --resume), "
-                                "or start a new run with --run_dir=...")
-        began, here = read_json(self.folder / "config.json", lambda value: value | {},
-                                "start a new run").get("provenance"), provenance(config.seed)
-        if (isinstance(began, dict)
-                and (other := [key for key in ("packages", "threads") if began.get(key, here[key]) != here[key]])
-            and self.rank == 0):
+                raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(was)}, now "
+                                f"{json.dumps(now)}; go on with the run's own config (python toolplay.py train "
+                                f"{self.folder} --resume), or start a new run with --run_dir=...")
+        kept = read_json(self.folder / "config.json", lambda value: value | {}, "start a new run")
+        began, here = kept.get("provenance"), provenance(config.seed)
+        began = began if isinstance(began, dict) else {}
+        other = [key for key in ("packages", "threads") if began.get(key, here[key]) != here[key]]
+        if other and self.rank == 0:
             print(f"{self.folder}: began with other {' and '.join(other)}: "
                   "what it comes to may differ in the last digits", file=sys.stderr)
         return before
@@ -1318,8 +1319,8 @@ class Run:
 
     def checkpoint(self, trainer):
         name, keys, *rest = np.random.get_state()
+        # the state of every generator, of each rank
         rng = gathered({"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
-                        # every generator's, of each rank
                         "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)})
         if self.rank:
             return

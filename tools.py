@@ -127,8 +127,8 @@ class Tool:
 
     def signature(self, style="signature") -> str:
         """One line: `name(p: type, q?: type = default) - first sentence`; "described": with what is said of the
-        parameters; "call": this too, and written like a call of it, `{"name": "name", "arguments": {"p": type, "q":
-        type? = default}}`.
+        parameters; "call": this too, and written like a call of it,
+        `{"name": "name", "arguments": {"p": type, "q": type? = default}}`.
 
         A name behind a blank has other tokens than behind a quote (" pickup", "_branch" and "pick", "up", "_branch"):
         in the form of a call the model sees what it is to write, token by token.
@@ -425,8 +425,8 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
             parameters, description = function.parameters, description or function.description
     elif "parameters" not in inner:
         for key, value in inner.items():
-            near = difflib.get_close_matches(key, ["parameters", "input_schema", "inputSchema"], 1)
-            if isinstance(value, dict) and near:
+            if isinstance(value, dict) and difflib.get_close_matches(
+                    key, ["parameters", "input_schema", "inputSchema"], 1):
                 raise UserError(f'{where}: its parameters stand under {key!r}; the key is "parameters"')
     function = getattr(function, "function", function)  # that of a Tool
     return Tool(inner["name"], description, without_nulls(parameters) or {"type": "object", "properties": {}}, function)
@@ -1051,7 +1051,7 @@ def _respell(text):
     # As an attribute, the percent sign binds as tightly as it should: 2 ** 50% is 2 ** 0.5.
     tokens = TOKEN.findall(re.sub(r"%(?!\s*[0-9.(a-z]|\s+-[0-9.(])", " .percent ", text))
     # A comma before three digits is one of thousands; in min and max it separates, unless others do so with a space.
-    # for each open parenthesis: does a tight comma separate there?
+    # calls: for each open parenthesis, whether a tight comma separates there
     several, calls = not re.search(r"\d(,\s|\s+,)", text), []
     for index, token in enumerate(tokens):
         if token == "(":

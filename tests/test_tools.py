@@ -1024,7 +1024,7 @@ SHOWN = "add(x: integer (The first, and more.), y?: integer = 1 (The second.))"
 
 @pytest.mark.parametrize("text, shown", [*((text, SHOWN + " - Add two numbers.") for text in (NUMPY, REST, GOOGLE)),
                                          (GOOGLE.removeprefix("Add two numbers.\n\n"), SHOWN),  # it begins with its arguments
-                                         # which is no section
+                                         # "Formula:" is no section
                                          (GOOGLE.replace("Add two numbers.", "Formula:\n    x + y"), SHOWN + " - Formula: x + y")])
 def test_docstrings_of_three_styles(text, shown):
     def add(x: int, y: int = 1):
