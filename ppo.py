@@ -86,15 +86,15 @@ class Config:
     max_turns: Annotated[int, "> 0"] = 3               # assistant turns in an episode
     gamma: Annotated[float, "0 to 1"] = 1.0            # discount
     lam: Annotated[float, "0 to 1"] = 0.95             # GAE's lambda
-    clip_range: Annotated[float, "> 0"] = 0.2          # eps of (2)
+    clip_range: Annotated[float, "> 0"] = 0.2          # eps of equation (2)
     dual_clip: Annotated[float, ">= 0"] = 0.0          # bound of rho A for A < 0, above 1 (Ye et al. 2020, eq. 5: 3);
                                                        # 0: none
-    value_clip: Annotated[float, "> 0"] = 0.2          # eps of (3)
+    value_clip: Annotated[float, "> 0"] = 0.2          # eps of equation (3)
     vf_coef: Annotated[float, ">= 0"] = 0.1            # weight of the value loss
     value_lora: bool = False                           # gae: the critic has its own adapter on the trunk; else it
                                                        # shares the policy's
     entropy_coef: Annotated[float, ">= 0"] = 0.0       # weight of an entropy bonus
-    kl_coef: Annotated[float, ">= 0"] = 0.05           # beta
+    kl_coef: Annotated[float, ">= 0"] = 0.05           # beta, the weight of the KL to the reference
     kl_estimator: Literal["k1", "k3"] = "k1"           # of the KL to the reference
     kl_target: Annotated[float, ">= 0"] = 0.0          # KL an episode that beta is steered to; 6 in
                                                        # lm-human-preferences; 0: beta is fixed

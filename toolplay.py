@@ -100,7 +100,8 @@ class Config:
                                          # = 0: they and the embeddings are frozen)
     # data (data.py)
     source: Literal["manual", "synthetic", "jsonl", "toolbench", "teacher"] = "manual"
-                                         # templates; invented functions; what `path` holds (also "data")
+                                         # manual: templates; synthetic: invented functions; else what `path` holds
+                                         # (the key may be called "data", too)
     path: str = ""                       # JSONL file of training conversations; ToolBench's files: one, a folder or a
                                          # glob; a teacher run
     eval_path: str = ""                  # the same for evaluation during training; empty: the dev split (none for
@@ -127,7 +128,7 @@ class Config:
     lr: Rate = 1e-3                      # AdamW step size; 1e-3 suits LoRA on a small model, 3e-4 all its weights, 2e-5
                                          # those of a large one
     batch_size: Positive = 16            # examples per optimizer step
-    micro_tokens: Positive = 1024        # trie nodes per forward: bounds memory, changes no gradient
+    micro_tokens: Positive = 1024        # trie nodes per forward: bounds memory, changes the gradient by rounding
     epochs: Annotated[float, "> 0"] = 1.0  # passes over the examples
     steps: NotNegative = 0               # optimizer steps; 0: as many as the epochs need
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up, down to zero
@@ -292,7 +293,7 @@ def config_reference():
                 meanings[key] = f"{meanings.get(key, '')} {comment}".strip()
         for key, meaning in meanings.items():
             hint, limit = get_args(hints[key]) if get_origin(hints[key]) is Annotated else (hints[key], "")
-            allowed = (", ".join(get_args(hint)) if get_origin(hint) is Literal
+            allowed = (", ".join(name or '""' for name in get_args(hint)) if get_origin(hint) is Literal
                        else f"{(get_origin(hint) or hint).__name__} {limit}".strip())
             rows.append(f"| `{key}` | {allowed} | `{json.dumps(getattr(defaults, key))}` | {meaning} |")
     return "\n".join(rows) + "\n"

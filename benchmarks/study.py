@@ -147,7 +147,7 @@ def table():
         """A metric over the cases that `which` picks, and its difference to the start; `fault`: one minus it."""
         result = evaluation.compare({m: [[r for r in seed if which(r)] for seed in seeds]
                                      for m, seeds in records.items()})
-        to[0].extend([f"{title} (n = {result['start'][metric]['n']})", "to the start"])
+        to[0].extend([f"{title} (n = {result['start'][metric]['n']})", "minus start"])
         for row, of in zip(to[1], result.values()):
             x = {key: fault - value if fault and key in ("value", "low", "high") else -value if fault else value
                  for key, value in of[metric].items()}
