@@ -238,11 +238,10 @@ def encode(conversation, tokenizer, style="signature", generation=False):
     Raises UserError when the conversation is malformed.
     """
     conversation = check_conversation(conversation)
-    parts, weights = pieces(turns(conversation, style), tokenizer,
-                            generation), iter([m.get("weight", 1) for m in conversation["messages"]
-                                               if m["role"] == "assistant"])
     # "weight": 0 as OpenAI has it: a turn that is not learned
-    parts = [(ids, trained and next(weights, 1)) for ids, trained in parts]
+    weights = iter([m.get("weight", 1) for m in conversation["messages"] if m["role"] == "assistant"])
+    parts = [(ids, trained and next(weights, 1))
+             for ids, trained in pieces(turns(conversation, style), tokenizer, generation)]
     return [i for ids, _ in parts for i in ids], [t for ids, t in parts for _ in ids]
 
 
@@ -305,9 +304,9 @@ def _check_message(message, n):
         other = isinstance(content, list) and next((str(part.get("type"))[:20]
                                                     for part in content if isinstance(part, dict)
                                                     and part.get("type") != "text"), None)
-        raise UserError(f'message {n}: "content" ' + ("is missing" if content is None
-                                                      else f"holds a part of type {other!r}; only text can be read"
-                                                      if other else "must be a string"))
+        fault = ("is missing" if content is None
+                 else f"holds a part of type {other!r}; only text can be read" if other else "must be a string")
+        raise UserError(f'message {n}: "content" {fault}')
     if not isinstance(calls, list) or calls and role != "assistant":
         raise UserError(f'message {n}: "tool_calls" is a list in an assistant message')
     clean = {"role": role, "content": content or "", "id": message.get("tool_call_id"),
@@ -1819,8 +1818,8 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                 thoughts.append(toolbench_text(text))
             elif role == "assistant" and call[0] == "Finish":
                 given = toolbench_arguments(call[1] or "{}") or {}
-                answer, ends = toolbench_text(toolbench_typed(given.get("final_answer"), "string")
-                                              or ""), str(given.get("return_type")).strip()
+                answer = toolbench_text(toolbench_typed(given.get("final_answer"), "string") or "")
+                ends = str(given.get("return_type")).strip()
                 if ends == "give_up_and_restart":
                     raise Unusable("it gives up, or its Finish is broken")
                 if finished := ends == "give_answer" and bool(answer):

@@ -115,8 +115,8 @@ def as_case(item):
         later = sum(len(m.get("tool_calls", [])) for m in gold[1:]) if replies else None  # it ends in an answer
         expected = {"calls": gold[0].get("tool_calls", []) if gold else None, "final": "".join(replies[-1:])}
     turn = {"role": "assistant", "content": expected.get("final") or "", "tool_calls": expected.get("calls")}
-    turn, conversation = data.check_conversation({"messages": [turn]})["messages"][0], {
-        "messages": messages, "tools": list(tools.values())}
+    turn = data.check_conversation({"messages": [turn]})["messages"][0]
+    conversation = {"messages": messages, "tools": list(tools.values())}
     calls = None if expected.get("calls") is None else [Call(**call) for call in turn.get("tool_calls", [])]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise UserError("the prompt must end with a message of the user or of a tool")

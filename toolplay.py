@@ -1553,8 +1553,8 @@ def train(args):
     with Run(config, resume=args.resume) as run:
         importlib.import_module(config.method).train(run)
     if run.rank == 0:
-        print(f"done: {run.folder}\n  score it:     python toolplay.py eval --run {run.folder}\n  talk to it: "
-              f"  python toolplay.py chat --run {run.folder}")
+        print(f"done: {run.folder}\n  score it:     python toolplay.py eval --run {run.folder}\n"
+              f"  talk to it:   python toolplay.py chat --run {run.folder}")
 
 
 def model_of(args):
@@ -1621,8 +1621,8 @@ def predict(args):
     output.parent.mkdir(parents=True, exist_ok=True)
     if not stream:
         write_lines(output, finished)
-    with open(output, "a", encoding="utf-8",
-              errors="backslashreplace") as file, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True) as bar:
+    with (open(output, "a", encoding="utf-8", errors="backslashreplace") as file,
+          tqdm(total=len(todo), unit="prompt", dynamic_ncols=True) as bar):
         for start in range(0, len(todo), args.batch_size):
             batch = todo[start:start + args.batch_size]
             episodes = rollout(model, tokenizer, [c for _, c in batch], temperature=args.temperature,
@@ -1685,8 +1685,8 @@ def transcript(calls, results, final=None, indent="  "):
     lines = ["call    "
              + (f"{c.name}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in c.arguments.items())})"
                 if isinstance(c, Call) else c.text) for c in calls]
-    lines += ["result  " + json.dumps(r, ensure_ascii=False)
-              for r in results] + ([] if final is None else ["answer  " + (final.strip() or "(none)")])
+    lines += ["result  " + json.dumps(r, ensure_ascii=False) for r in results]
+    lines += [] if final is None else ["answer  " + (final.strip() or "(none)")]
     return "\n".join(indent + printable(line) for line in lines)
 
 
