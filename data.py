@@ -157,78 +157,91 @@ def without_tags(messages, tokenizer):
     return chat
 
 
-def _template_pieces(messages, tokenizer, generation):
-    if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template and is not ChatML: use an instruction-tuned model, "
-                        "or set tokenizer.chat_template")
-    chat = without_tags(messages, tokenizer)
+class ChatTemplate:
+    """A tokenizer's chat template, known only by the texts that it renders: where its turns begin and end."""
 
-    def render(upto, header=False):
+    def __init__(self, tokenizer):
+        if not tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template and is not ChatML: use an instruction-tuned model, "
+                            "or set tokenizer.chat_template")
+        self.tokenizer = tokenizer
+
+    def render(self, turns, header=False):
         try:
-            return tokenizer.apply_chat_template(upto, tokenize=False, add_generation_prompt=header)
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=header)
         except Exception as error:  # templates raise what they like
-            raise UserError(f"the tokenizer's chat template refuses the turns {', '.join(m['role'] for m in upto)} "
+            raise UserError(f"the tokenizer's chat template refuses the turns {', '.join(m['role'] for m in turns)} "
                             f"({str(error)[:80]})") from None
-    # Some templates refuse a lone system message, or fold it into the first user turn: then these two are one piece.
-    first = 1 + any(m["role"] == "user" for m in chat[1:2])
-    shown = None
-    with contextlib.suppress(UserError):
-        shown = render([*chat[:first], {"role": "assistant", "content": "."}])
-    # Many refuse a system role (Gemma's), leave it out, or show it in the last turn only (Mistral's): it joins the
-    # first user turn.
-    if len(chat) > 1 and (shown is None or chat[0]["content"].strip() not in shown):
-        chat, first = [{"role": "user", "content": "\n\n".join(m["content"] for m in chat[:first] if m["content"])},
-                       *chat[first:]], 1
-    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
 
-    def rest(text, before):
-        """What comes behind earlier turns."""
-        if not text.startswith(before):
-            raise UserError("this chat template rewrites earlier turns, so that turns cannot be told apart; "
-                            "use a ChatML model or a simpler template")
-        return text[len(before):]
+    def opened(self, chat):
+        """The chat as this template can show it, and how many of its turns are the first piece: some refuse a lone
+        system message, or fold it into the first user turn."""
+        first, shown = 1 + any(m["role"] == "user" for m in chat[1:2]), None
+        with contextlib.suppress(UserError):
+            shown = self.render([*chat[:first], {"role": "assistant", "content": "."}])
+        # Many refuse a system role (Gemma's), leave it out, or show it in the last turn only (Mistral's): it joins the
+        # first user turn.
+        if len(chat) > 1 and (shown is None or chat[0]["content"].strip() not in shown):
+            joined = "\n\n".join(m["content"] for m in chat[:first] if m["content"])
+            return [{"role": "user", "content": joined}, *chat[first:]], 1
+        return chat, first
 
-    def settled(upto):
+    def settled(self, turns):
         """The turns, without an eos token that ends the whole, and is not there where the conversation goes on
         (Phi-3's)."""
-        text, end = render(upto), tokenizer.eos_token
-        return (text.removesuffix(end) if end and text.endswith(end) and not render(upto, header=True).startswith(text)
-                else text)
-
-    def begun(upto):
-        """The turns, and what any answer to them begins with."""
-        return os.path.commonprefix([render([*upto, {"role": "assistant", "content": x}]) for x in "ab"])
-
-    def asked(upto):
-        """The turns and the assistant's header. A template that ignores add_generation_prompt has it all the same: what
-        any answer begins with."""
-        text = render(upto, header=True)
-        if text == render(upto) and (answered := begun(upto)).startswith(text) and answered[len(text):].strip():
-            return answered
+        text, end = self.render(turns), self.tokenizer.eos_token
+        if end and text.endswith(end) and not self.render(turns, header=True).startswith(text):
+            return text.removesuffix(end)
         return text
 
-    def opening(upto, after):
+    def begun(self, turns):
+        """The turns, and what any answer to them begins with."""
+        return os.path.commonprefix([self.render([*turns, {"role": "assistant", "content": x}]) for x in "ab"])
+
+    def asked(self, turns):
+        """The turns and the assistant's header. A template that ignores add_generation_prompt has it all the same: what
+        any answer begins with."""
+        text = self.render(turns, header=True)
+        if text == self.render(turns) and (begun := self.begun(turns)).startswith(text) and begun[len(text):].strip():
+            return begun
+        return text
+
+    def opening(self, turns, after):
         """The turns, and the header of the assistant's next, as far as `after` has it (a thinking model's template
         opens a thought)."""
-        text = asked(upto)
-        return text if after.startswith(text) else os.path.commonprefix([begun(upto), text, after])
-    before = settled(chat[:first])
+        text = self.asked(turns)
+        return text if after.startswith(text) else os.path.commonprefix([self.begun(turns), text, after])
+
+
+def _behind(before, text):
+    """What comes behind earlier turns."""
+    if not text.startswith(before):
+        raise UserError("this chat template rewrites earlier turns, so that turns cannot be told apart; "
+                        "use a ChatML model or a simpler template")
+    return text[len(before):]
+
+
+def _template_pieces(messages, tokenizer, generation):
+    template = ChatTemplate(tokenizer)
+    chat, first = template.opened(without_tags(messages, tokenizer))
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    before = template.settled(chat[:first])
     out = [(ids(before), 0)]
     for i in range(first, len(chat)):
-        after = settled(chat[:i + 1])
+        after = template.settled(chat[:i + 1])
         if chat[i]["role"] == "assistant":
-            header = opening(chat[:i], after)
-            body = rest(after, header)
+            header = template.opening(chat[:i], after)
+            body = _behind(header, after)
             words = body.rstrip("\n ")  # what stands behind the end-of-turn token is layout
             said = ids(words)
             if said and tokenizer.eos_token_id is not None and not is_token_of_its_own(said[-1], tokenizer):
                 # a template without an end of turn: else the model would never learn to stop
                 said.append(tokenizer.eos_token_id)
-            out += [(ids(rest(header, before)), 0), (said, 1), (ids(body[len(words):]), 0)]
+            out += [(ids(_behind(before, header)), 0), (said, 1), (ids(body[len(words):]), 0)]
         else:
-            out.append((ids(rest(after, before)), 0))
+            out.append((ids(_behind(before, after)), 0))
         before = after
-    return out + ([(ids(rest(asked(chat), before)), 0)] if generation else [])
+    return out + ([(ids(_behind(before, template.asked(chat))), 0)] if generation else [])
 
 
 def encode(conversation, tokenizer, style="signature", generation=False):
@@ -1457,66 +1470,97 @@ def api_calls(writer, function, tool):
     return prompts, calls, results
 
 
+def unfit_request(writer, domain):
+    """A request that no offered function fits: for another function of the same domain, for one of another domain, or
+    for a built-in tool -> (text, family); None where what was drawn is on offer after all."""
+    rng, split = writer.rng, writer.split
+    if near := rng.random() < 0.5:
+        function = rng.choice(domain["functions"])
+    else:  # of some others, in training, the one whose request looks most as if an offered function could take it
+        shapes = Counter(p["type"] for f in writer.originals for p in f["parameters"])
+        domain, function = max(writer.others(4 if split == "train" else 1),
+                               key=lambda one: (shapes & Counter(p["type"] for p in one[1]["parameters"])).total()
+                               / len(one[1]["parameters"]))
+    if (any(f is function for f in writer.originals)
+            or (not near and any(d is domain for d, _, _ in writer.offered))):
+        return None
+    if near or rng.random() >= 0.6:
+        return writer.request(function)[0], api_family(domain, function)
+    kinds = ["arithmetic", "everyday", "one_step", "weather", "weather", "search", "search", "search"]
+    made = getattr(Writer(split, rng), rng.choice(kinds))()
+    if made is None or any(made[1][0].name in d.get("near", ()) for d, _, _ in writer.offered):
+        return None
+    text, _, family, _ = made
+    return text, family
+
+
+def incomplete_request(writer, function):
+    """A request that leaves out one value that the function requires -> (text, the words for that value); None where
+    nothing can be left out."""
+    required = [p for p in function["parameters"] if p["required"] and p["type"] not in ("boolean", "object")
+                and p["called"][0] not in ("to", "from", "for", "with", "by", "at", "on", "in")]
+    if len(required) < 2:
+        return None
+    missing = writer.rng.choice(required)
+    return writer.request(function, missing)[0], missing["called"]
+
+
+def joined_prompt(prompts, calls, split, rng):
+    """Several requests in one message."""
+    if len(prompts) == 1:
+        return prompts[0]
+    joiner = rng.choice([x["text"] for x in of_split(corpus("answers.json")["api"]["joined"], split)
+                         if not x["text"].startswith("Two ") or len(calls) == 2])
+    last = prompts[-1] if joiner.endswith("} {y}") else decapitalise(prompts[-1], calls)
+    return fill(joiner, {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": last})
+
+
+def carelessly_typed(prompt, calls):
+    """In lower case where no value of the calls has a capital, else without the full stop."""
+    stated = json.dumps([list(c.arguments.values()) for c in calls], ensure_ascii=False)
+    if stated == stated.lower():
+        return prompt.lower()
+    ends = tuple(v for c in calls for v in c.arguments.values() if isinstance(v, str))
+    while prompt[-1] in ".?!" and not prompt.endswith(ends):  # a full stop that belongs to a value stays
+        prompt = prompt[:-1]
+    return prompt
+
+
+def api_family(domain, function):
+    return f"{domain['name']}.{'_'.join(function['words'])}"
+
+
 def api_conversation(kind, split, rng):
     """One conversation with invented functions: request, calls, mock results, answer; or a question back, or a
-    refusal."""
+    refusal. None where the draw does not make one."""
     answers = corpus("answers.json")["api"]
     several = {"api_one": False, "api_choice": True}.get(kind, rng.random() < 0.6)
     writer = ApiWriter(split, rng, several, kind == "api_parallel")
     if len({tool["name"] for _, _, tool in writer.offered}) < len(writer.offered):
         return None
     domain, function, tool = rng.choice(writer.offered)
-    calls, results, family = [], [], ""
+    calls, results, family = [], [], api_family(domain, function)
     if kind == "api_none":
-        if near := rng.random() < 0.5:  # what a function of the same domain, not offered, would do
-            function = rng.choice(domain["functions"])
-        else:  # of some others, in training, the one whose request looks most as if an offered function could take it
-            shapes = Counter(p["type"] for f in writer.originals for p in f["parameters"])
-            domain, function = max(writer.others(4 if split == "train" else 1),
-                                   key=lambda one: (shapes & Counter(p["type"] for p in one[1]["parameters"])).total()
-                                   / len(one[1]["parameters"]))
-        if (any(f is function for f in writer.originals)
-                or (not near and any(d is domain for d, _, _ in writer.offered))):
+        if (made := unfit_request(writer, domain)) is None:
             return None
-        if not near and rng.random() < 0.6:  # a request for one of the built-in tools, which are not offered
-            kinds = ["arithmetic", "everyday", "one_step", "weather", "weather", "search", "search", "search"]
-            made = getattr(Writer(split, rng), rng.choice(kinds))()
-            if made is None or any(made[1][0].name in d.get("near", ()) for d, _, _ in writer.offered):
-                return None
-            text, _, family, _ = made
-        else:
-            text, _ = writer.request(function)
-        prompts, reply = [text], rng.choice(answers["none"])
+        prompt, family = made
+        reply = rng.choice(answers["none"])
     elif kind == "api_ask":
-        required = [p for p in function["parameters"] if p["required"] and p["type"] not in ("boolean", "object")
-                    and p["called"][0] not in ("to", "from", "for", "with", "by", "at", "on", "in")]
-        if len(required) < 2:
+        if (made := incomplete_request(writer, function)) is None:
             return None
-        missing = rng.choice(required)
-        prompts = [writer.request(function, missing)[0]]
-        plural = missing["called"][-1].endswith("s") and not missing["called"][-1].endswith(("ss", "us"))
+        prompt, missing = made
+        plural = missing[-1].endswith("s") and not missing[-1].endswith(("ss", "us"))
         reply = fill(rng.choice([x for x in answers["ask"] if not (plural and " is " in x)]),
-                     {"what": " ".join(missing["called"])})
+                     {"what": " ".join(missing)})
     else:
         prompts, calls, results = api_calls(writer, function, tool)
-        if kind == "api_parallel" and len({json.dumps([c.name, c.arguments], sort_keys=True)
-                                           for c in calls}) < max(len(calls), 2):
+        different = {json.dumps([c.name, c.arguments], sort_keys=True) for c in calls}
+        if kind == "api_parallel" and len(different) < max(len(calls), 2):
             return None
-    prompt = prompts[0]
-    if len(prompts) > 1:
-        joiner = rng.choice([x["text"] for x in of_split(answers["joined"], split) if not x["text"].startswith("Two ")
-                             or len(calls) == 2])
-        last = prompts[-1] if joiner.endswith("} {y}") else decapitalise(prompts[-1], calls)
-        prompt = fill(joiner, {"x": " ".join(end_sentence(p) for p in prompts[:-1]), "y": last})
+        prompt = joined_prompt(prompts, calls, split, rng)
     prompt = re.sub(r"\b(the|an?|my) (the|an?) ", r"\1 ", prompt)
     if rng.random() < 0.25:
-        stated = json.dumps([list(c.arguments.values()) for c in calls], ensure_ascii=False)
-        if stated == stated.lower():
-            prompt = prompt.lower()
-        else:
-            ends = tuple(v for c in calls for v in c.arguments.values() if isinstance(v, str))
-            while prompt[-1] in ".?!" and not prompt.endswith(ends):  # a full stop that belongs to a value stays
-                prompt = prompt[:-1]
+        prompt = carelessly_typed(prompt, calls)
     messages = [{"role": "user", "content": prompt}]
     if calls:
         messages += [{"role": "assistant", "content": "",
@@ -1529,8 +1573,7 @@ def api_conversation(kind, split, rng):
         del messages[2:]
     else:
         messages.append({"role": "assistant", "content": reply})
-    return {"kind": kind, "family": family or f"{domain['name']}.{'_'.join(function['words'])}", "split": split,
-            "messages": messages,
+    return {"kind": kind, "family": family, "split": split, "messages": messages,
             "tools": [tool for _, _, tool in writer.offered], "answer": None, "facts": {}}
 
 
