@@ -351,35 +351,45 @@ def right_answer(case, episode, verdicts):
     """The final text is right, tidy, and ends, and no call was made twice. A number must be the last result of the
     calculator, worked out there, and the only result that is stated; what was searched must have been searched for;
     talk counts half, and the rest by its likeness to the reference."""
-    from eval import in_words, numbers, states
-    words = re.findall(r"\w+", episode.final.lower())
-    if max(Counter(zip(words, words[1:], words[2:], words[3:])).values(), default=0) >= 4:  # it goes round in circles
-        return 0.0
-    if (not verdicts["response_quality"] or not right_format(case, episode, verdicts)
+    from eval import in_circles
+    if (in_circles(episode.final) or not verdicts["response_quality"] or not right_format(case, episode, verdicts)
             or episode.stop != "end" or repeated(episode)):
         return 0.0
-    if not wants_number(case):
-        # shown work is no list of guesses
-        equations = re.findall(r"(\d[\d.]*(?:\s*[-+*/x×÷−]\s*\d[\d.]*)+)\s*=\s*([\d.]*\d)", episode.final)
-        told = " ".join([*(m["content"] for m in case.conversation["messages"]),
-                         *(said for said, of in equations if same_value(said, of)),
-                         *(r.text() for r in episode.results)])
-        if verdicts["argument_accuracy"] is False or not worked_out(case, episode):
-            return 0.0
-        known = set(numbers(told)) | in_words(told)
-        if case.answer is not None and not case.calls and not states(episode.final, case.answer, known, guesses=0):
-            return 0.0
-        if case.calls == [] and case.answer is None and case.kind != "missing_tool":
-            likeness = like_reference(case, episode, verdicts)
-            if not tidy(episode.final) and likeness < 0.8:  # garbage is short, or says the same again
-                return 0.0
-            return 0.5 + 0.5 * min(4 * likeness, 1.0) if case.reference else 1.0
-        return 1.0
-    # a step that leads on may be told
+    if wants_number(case):
+        return float(answer_was_computed(case, episode) and not states_a_step(case, episode))
+    if verdicts["argument_accuracy"] is False or not worked_out(case, episode) or guesses(case, episode):
+        return 0.0
+    if case.calls == [] and case.answer is None and case.kind != "missing_tool":
+        return worth_of_talk(case, episode, verdicts)
+    return 1.0
+
+
+def states_a_step(case, episode):
+    """Whether the final text states, beside the number, a result on the way to it. A step that leads on may be told."""
+    from eval import numbers
     earlier = [x for _, x in calculations(episode)[:-1]] if re.search(r"\bor\b", episode.final) else unused(episode)
-    stated = any(math.isclose(x, y) and not math.isclose(x, case.answer)
-                 for x in earlier for y in numbers(episode.final))
-    return float(answer_was_computed(case, episode) and not stated)
+    return any(math.isclose(x, y) and not math.isclose(x, case.answer) for x in earlier for y in numbers(episode.final))
+
+
+def guesses(case, episode):
+    """Whether a number that was to be known without a call stands in the final text among others that nobody told the
+    model: those of the prompt, of results and of shown work (which is no list of guesses) are told."""
+    from eval import in_words, numbers, states
+    if case.answer is None or case.calls:
+        return False
+    equations = re.findall(r"(\d[\d.]*(?:\s*[-+*/x×÷−]\s*\d[\d.]*)+)\s*=\s*([\d.]*\d)", episode.final)
+    told = " ".join([*(m["content"] for m in case.conversation["messages"]),
+                     *(said for said, of in equations if same_value(said, of)),
+                     *(r.text() for r in episode.results)])
+    return not states(episode.final, case.answer, set(numbers(told)) | in_words(told), guesses=0)
+
+
+def worth_of_talk(case, episode, verdicts):
+    """A half, and up to one by its likeness to the reference. Garbage is short, or says the same again."""
+    likeness = like_reference(case, episode, verdicts)
+    if not tidy(episode.final) and likeness < 0.8:
+        return 0.0
+    return 0.5 + 0.5 * min(4 * likeness, 1.0) if case.reference else 1.0
 
 
 def same_value(expression, result):
