@@ -618,7 +618,8 @@ SPOKEN = 0.08
 # share of those for one operation that begin with a number in words, "seventeen times twelve": a first word has other
 # tokens
 SAID = 0.2
-SYMBOLS = re.compile(r"\} ?[-−+*/x×÷^²%=)]|[(√] ?\{")  # next to a number's slot: such a sum is written, not said
+# Next to a number's slot: such a sum is written, not said ("{h}h" would become "twoh", "{a} {b}" "forty two").
+SYMBOLS = re.compile(r"\} ?[-−+*/x×÷^²³%=)]|[(√^/] ?\{|\}[A-Za-z\"]|\} \{[a-z]\}")
 TOWNS = 0.2  # share of names of places, in training, that few have heard of
 # shares of these, in training, that are a random formula, or steps in words: hands list dozens of shapes, there are
 # thousands
