@@ -1,7 +1,7 @@
 """
 study.py - what DPO and PPO teach that imitation does not: every run, every score, every picture, in one command
 
-    .venv/bin/python benchmarks/study.py              everything, about six hours on two cores; what is done is skipped
+    .venv/bin/python benchmarks/study.py              everything, about seven hours on two cores; what is done is skipped
     .venv/bin/python benchmarks/study.py start gae-0  only these
     .venv/bin/python benchmarks/study.py table plot   the table, docs/ppo.png and docs/dpo.png from the runs there are
 
@@ -205,9 +205,8 @@ def plot():
 def main():
     parser = argparse.ArgumentParser(description="what DPO and PPO teach that imitation does not")
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)} (default: all)")
-    parser.add_argument("--minutes", type=float, default=22.0, help="budget of the SFT runs, at STEP_S seconds a step "
-                                                                    "(default 22; timing.jsonl of gae-0 says what PPO "
-                                                                    "took)")
+    parser.add_argument("--minutes", type=float, default=28.0,
+                        help="budget of the SFT runs, at STEP_S seconds a step (timing.jsonl of gae-0 says what PPO took)")
     options = parser.parse_args()
     if unknown := set(options.stages) - set(STAGES):
         parser.error(f"unknown stage {sorted(unknown)[0]}; stages are {', '.join(STAGES)}")
