@@ -300,9 +300,8 @@ def declines(text, reference, known, told):
     return not made_up and not weather and denied
 
 
-def in_circles(text):
-    """Whether a text says the same four words four times."""
-    words = words_of(text)
+def in_circles(words):
+    """Whether the words of a text are the same four, in a row, four times."""
     return max(Counter(zip(words, words[1:], words[2:], words[3:])).values(), default=0) >= 4
 
 
@@ -311,7 +310,7 @@ def converses(text, prompt):
     judgement of what it says."""
     words, asked, solid = words_of(text), words_of(prompt), "".join(text.split())
     echo = set(words) == set(asked) or f1(text, prompt) >= 0.8 and len(asked) >= 4
-    return bool(words) and not in_circles(text) and 2 * sum(map(str.isalpha, solid)) >= len(solid) and not echo
+    return bool(words) and not in_circles(words) and 2 * sum(map(str.isalpha, solid)) >= len(solid) and not echo
 
 
 def common_words():

@@ -351,8 +351,8 @@ def right_answer(case, episode, verdicts):
     """The final text is right, tidy, and ends, and no call was made twice. A number must be the last result of the
     calculator, worked out there, and the only result that is stated; what was searched must have been searched for;
     talk counts half, and the rest by its likeness to the reference."""
-    from eval import in_circles
-    if (in_circles(episode.final) or not verdicts["response_quality"] or not right_format(case, episode, verdicts)
+    from eval import in_circles, words_of
+    if (in_circles(words_of(episode.final)) or not verdicts["response_quality"] or not right_format(case, episode, verdicts)
             or episode.stop != "end" or repeated(episode)):
         return 0.0
     if wants_number(case):
