@@ -508,7 +508,7 @@ def draw_values(slots, split, rng, expression=""):
             kept = [float(a) in kept_constants() and owner(b) != "train" for v in values.values()
                     for a, b in ((v, value), (value, v))]
             return colour(value) not in map(colour, values.values()) and not any(kept)
-        return (value not in CONSTANTS and colour(value) == wanted
+        return (value not in CONSTANTS and colour(value) == wanted and value not in values.values()
                 and not any(frozenset((float(value), float(v))) in taken_pairs() for v in values.values()))
     for name, spec in slots.items():
         kind, *bounds = spec.split()
