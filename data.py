@@ -23,7 +23,6 @@ domain instead). A model that learned the templates by heart gets nothing for it
 
     python data.py --show 20                    examples with the trained tokens coloured
     python data.py --split test --n 500 --out test.jsonl
-    python data.py --sample-replies             (once) the base model's own replies to the no-tool talk
 """
 
 import argparse
@@ -286,8 +285,7 @@ def check_conversation(conversation, known=None):
     messages = [_check_message(message, n) for n, message in enumerate(conversation["messages"])]
     if late := [n for n, message in enumerate(messages) if n and message["role"] == "system"]:
         raise UserError(f"message {late[0]}: a system message can only be the first")
-    tools = offered_in(conversation) or []
-    tools = load_tools([without_function(t) for t in tools] if isinstance(tools, (list, tuple)) else tools, known)
+    tools = load_tools(offered_in(conversation) or [], known)
     checked = {**conversation, "messages": _in_call_order(messages), "tools": list(tools.values())}
     try:
         "".join(text for _, text in turns(checked)).encode()
@@ -505,9 +503,8 @@ def draw_values(slots, split, rng, expression=""):
         if len(slots) == 1:
             return owner(value) == split
         if split == "train":
-            kept = [float(a) in kept_constants() and owner(b) != "train" for v in values.values()
-                    for a, b in ((v, value), (value, v))]
-            return colour(value) not in map(colour, values.values()) and not any(kept)
+            return not any(colour(v) == colour(value) or float(v) in kept_constants() and owner(value) != "train"
+                           or float(value) in kept_constants() and owner(v) != "train" for v in values.values())
         return (value not in CONSTANTS and colour(value) == wanted and value not in values.values()
                 and not any(frozenset((float(value), float(v))) in taken_pairs() for v in values.values()))
     for name, spec in slots.items():
@@ -543,20 +540,18 @@ def write_value(value, kind, rng, style=None):
     comma = digits if kind == "year" else f"{value:,}" if kind != "money" else f"{value:,.2f}"
     if kind == "pct":
         # the engine's typos do not reach what is written with a number
-        slips = corpus("register.json")["typos"]["percent"]
-        return digits + rng.choice(["%"] * 8 + [" %", " percent", " percent", " per cent", " pct",
-                                                f" {rng.choice(slips)}"])
+        slip = rng.choice(corpus("register.json")["typos"]["percent"])
+        return digits + rng.choice([*corpus("register.json")["percent"], f" {slip}"])
     if kind == "million":
         return rng.choice([f"{value / 10 ** 6:g} million"] * 3 + [f"{value / 10 ** 6:g}m", comma, digits])
     if kind in ("num", "int", "dollars") and value >= 2000 and value % 100 == 0 and rng.random() < 0.2:
         sign, unit = ("$", "k") if kind == "dollars" else ("", rng.choice(["k", "k", " thousand"]))
         return f"{sign}{value / 1000:g}{unit}"
     if kind in ("money", "dollars"):
-        word = "bucks" if kind == "dollars" else "USD"
-        ways = ([f"${comma}"] * 8 + [f"${digits}"] * 2 + [f"{digits} dollars"] * 2 + [f"{digits} {word}"] * 2
-                + [comma] * 2 + [digits] * 4)
-        ways += [f"£{comma}", f"€{comma}", f"{digits} {rng.choice(['euros', 'euros', 'eur'])}", f"{digits} pounds"]
-        return ways[int((rng.random() if style is None else style) * len(ways))]
+        ways, euros = corpus("register.json")["money"], rng.choice(["euros", "euros", "eur"])
+        way = ways[int((rng.random() if style is None else style) * len(ways))]
+        return fill(way, {"comma": comma, "digits": digits, "word": "bucks" if kind == "dollars" else "USD",
+                          "euros": euros})
     if kind == "word" or kind == "int" and rng.random() < 0.2 and value < 10000:
         words = number_words(value)
         if value % 100 == 0 and value % 1000 and value < 10000 and rng.random() < 0.7:
@@ -593,17 +588,7 @@ def talks(split):
     """The no-tool messages of a split with their replies; "easy": nothing one could as well look up, no mention of what
     tools are for, no trap."""
     easy = {k["kind"] for k in corpus("talk_prompts.json")["kinds"] if not (k.get("lookup") or k.get("mentions"))}
-    return [{**t, "easy": t["kind"] in easy} for t in of_split(corpus("talk_replies.jsonl")[1:], split)
-            if not hollow(t["prompt"], t["reply"])]
-
-
-def hollow(prompt, reply):
-    """Whether a reply is one of those that the model has for everything: they would teach it to console who got the
-    job."""
-    mourning = re.search(r"\b(died|death|passed away|funeral|grie|(lost|miss) (my|the|our) "
-                         r"(gran\w*|mum|mom|dad|dog|cat|budgie))\b", prompt, re.IGNORECASE)
-    return bool(re.search(r"classic (example|scene|case)", reply, re.IGNORECASE) or not mourning
-                and re.search(r"sorry (for|about) your loss", reply, re.IGNORECASE))
+    return [{**t, "easy": t["kind"] in easy} for t in of_split(corpus("talk_replies.jsonl")[1:], split)]
 
 
 def any_name(rng):
@@ -795,8 +780,8 @@ class Writer:
         for name in "nm"[:rng.choice([1, 2, 2]) if operations(expression) else 2]:
             step = rng.choice(parts["steps"])
             x = expression if tight >= step["tight"] else f"({expression})"
-            expression, said = fill(step["expression"],
-                                    {"x": x, "n": f"{{{name}}}"}), fill(rng.choice(step["texts"]), {"n": f"{{{name}}}"})
+            words = {"x": x, "n": f"{{{name}}}"}
+            expression, said = fill(step["expression"], words), fill(rng.choice(step["texts"]), words)
             text, tight = text + rng.choice(parts["links"]) + said, binding(step["expression"])
             if "slot" in step:
                 slots[name] = step["slot"]
@@ -881,8 +866,12 @@ class Writer:
                 city = (f"{one.split()[0]} {two.split()[-1]}" if " " in one and " " in two
                         else one[:len(one) // 2 + 1] + two[len(two) // 2:].lower())
             city = city.lower() if lower else city
+        return self.forecast(family, template, city)
+
+    def forecast(self, family, template, city, **words):
+        """A weather request: the template with its city and other words, in the family's unit."""
         arguments = {"city": city, **({"unit": family["unit"]} if family.get("unit") else {})}
-        return fill(template, arguments), [Call("weather", arguments)], family["id"], {"city": city}
+        return fill(template, {**words, **arguments}), [Call("weather", arguments)], family["id"], {"city": city}
 
     # nobody asks for a unit; cities that people ask for
     skies = functools.partialmethod(weather, lambda family: not family.get("unit"), towns=0)
@@ -905,9 +894,8 @@ class Writer:
         template, lower = self.register(wrapper)
         query = query.lower() if lower else query
         shown = self.capital(query, template, lower)
-        return fill(template,
-                    {"q": shown}), [Call("search", {"query": shown if wrapper.startswith("{q}") else query})], family, {
-                        "entity": entity}
+        call = Call("search", {"query": shown if wrapper.startswith("{q}") else query})
+        return fill(template, {"q": shown}), [call], family, {"entity": entity}
 
     def trap(self):
         family = self.pick("traps.json", "families")
@@ -915,11 +903,9 @@ class Writer:
             return self.calculator_call(family)
         if family["tool"] == "search":
             item = self.rng.choice(family["items"])
-            text = item["text"].rstrip("?. ")
             template, lower = self.register("{q}?" if item["text"][-1] == "?" else "{q}")
-            change = str.lower if lower else str
-            call = Call("search", {"query": change(item["query"])})
-            return fill(template, {"q": change(text)}), [call], family["id"], {}
+            text, query = (x.lower() if lower else x for x in (item["text"].rstrip("?. "), item["query"]))
+            return fill(template, {"q": text}), [Call("search", {"query": query})], family["id"], {}
         if family["tool"] == "none":
             return self.no_tool(lambda t: t["kind"] == f'trap_{family["id"]}')
         values = draw_values(family.get("slots", {}), self.split, self.rng)
@@ -928,8 +914,7 @@ class Writer:
         template, lower = self.register(self.rng.choice(family["texts"]))
         city = self.place(lower)
         written = {k: write_value(v, family["slots"][k].split()[0], self.rng) for k, v in values.items()}
-        return fill(template, {"city": city, **written}), [Call("weather",
-                                                                {"city": city})], family["id"], {"city": city}
+        return self.forecast(family, template, city, **written)
 
     def no_tool(self, wanted=lambda talk: True):
         """Talk with the base model's own reply; its words stay as they were when the reply was sampled."""
@@ -957,10 +942,8 @@ class Writer:
         cities = [self.place(lower) for _ in range(2 if family == "two_cities" else self.rng.choice([3, 3, 4, 5]))]
         if len(set(cities)) < len(cities):
             return None
-        words = {"city": cities[0], "city2": cities[1]}
-        if family == "several_cities":
-            comma, last = self.rng.choice(corpus("extra.json")["between_cities"])
-            words = {"cities": comma.join(cities[:-1]) + last + cities[-1]}
+        comma, last = self.rng.choice(corpus("extra.json")["between_cities"]) if len(cities) > 2 else ("", "")
+        words = {"city": cities[0], "city2": cities[1], "cities": comma.join(cities[:-1]) + last + cities[-1]}
         return fill(template, words), [Call("weather", {"city": city}) for city in cities], family, {"city": cities}
 
     def tool_error(self):
@@ -972,9 +955,7 @@ class Writer:
         family = self.pick("weather.json", "families")
         template, lower = self.register(self.rng.choice(family["texts"]))
         town = self.rng.choice(self.pick("extra.json", "towns")["names"])
-        arguments = {"city": town.lower() if lower else town,
-                     **({"unit": family["unit"]} if family.get("unit") else {})}
-        return fill(template, arguments), [Call("weather", arguments)], family["id"], {"city": arguments["city"]}
+        return self.forecast(family, template, town.lower() if lower else town)
 
     def missing_tool(self):
         return self.rng.choice([self.arithmetic, self.weather, self.search])()
@@ -1062,20 +1043,26 @@ KINDS = [*MIX, "sums", "skies", "small_talk", "one_step", "two_steps", *SYNTHETI
 
 def final_answer(call, result, rng, story=False):
     """The assistant's closing words for one call and its result, in one of many wordings."""
-    answers = corpus("answers.json")
+    answers, kind = corpus("answers.json"), call.name
+    words = {**call.arguments, "message": result.message, "result": result.value}
     if not result.ok:
+        answers = answers["error"]
         kind = ("unknown_city" if "unknown city" in result.message else "division_by_zero" if "zero" in result.message
                 else "other")
-        return fill(rng.choice(answers["error"][kind]), {**call.arguments, "message": result.message})
-    if call.name == "calculator":
-        return fill(rng.choice(answers["calculator_story" if story else "calculator"]),
-                    {**call.arguments, "result": result.value})
-    if call.name == "weather":
-        return fill(rng.choice(answers["weather"]),
-                    {**result.value, "unit_symbol": "°F" if result.value["unit"] == "fahrenheit" else "°C"})
-    if result.value:
-        return fill(rng.choice(answers["search"]), result.value[0])
-    return fill(rng.choice(answers["search_empty"]), call.arguments)
+    elif kind == "weather":
+        words |= {**result.value, "unit_symbol": "°F" if result.value["unit"] == "fahrenheit" else "°C"}
+    elif kind == "search":
+        words, kind = ({**words, **result.value[0]}, kind) if result.value else (words, "search_empty")
+    return fill(rng.choice(answers["calculator_story" if story and kind == "calculator" else kind]), words)
+
+
+def exchange(prompt, calls, results, reply):
+    """The messages of a request, its calls with their results, and the reply; without one (None) the calls end it."""
+    made = [{"name": c.name, "arguments": c.arguments} for c in calls]
+    called = [{"role": "assistant", "content": "", "tool_calls": made}] * bool(calls)
+    told = [{"role": "tool", "content": format_result(r)} for r in results]
+    return [{"role": "user", "content": prompt}, *called,
+            *([] if reply is None else [*told, {"role": "assistant", "content": reply}])]
 
 
 def converse(kind, split, rng):
@@ -1089,14 +1076,13 @@ def converse(kind, split, rng):
     prompt, calls, family, facts = made
     needed = sorted({c.name for c in calls})
     if kind == "missing_tool":
-        call, offered = calls[0], writer.tools(without=needed[0])
-        # what would be right if the tool were offered
-        facts = {**facts, "withheld": {"name": call.name, "arguments": call.arguments}}
-        reply, calls = fill(rng.choice(corpus("answers.json")["missing"][call.name]), call.arguments), []
+        call, offered, calls = calls[0], writer.tools(without=needed[0]), []
+        facts = {**facts, "withheld": vars(call)}  # what would be right if the tool were offered
+        reply = fill(rng.choice(corpus("answers.json")["missing"][call.name]), call.arguments)
     else:
         offered, reply = writer.tools(needed), facts.pop("reply", None)
     tools = load_tools(offered)
-    messages, results = [{"role": "user", "content": prompt}], [execute(call, tools) for call in calls]
+    results = [execute(call, tools) for call in calls]
     if calls:
         if (kind != "tool_error" and os.environ.get("TOOLPLAY_CITIES")
                 and (unknown := [r.message for r in results if r.message.startswith("unknown city")])):
@@ -1106,18 +1092,13 @@ def converse(kind, split, rng):
                   for c, r in zip(calls, results)]
         two = "{first}" if len(finals) == 1 else rng.choice(corpus("answers.json")["two"])
         reply = " ".join(finals) if len(finals) > 2 else fill(two, {"first": finals[0], "second": finals[-1]})
-        messages += [{"role": "assistant", "content": "",
-                      "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
-        messages += [{"role": "tool", "content": format_result(r)} for r in results]
     answer = results[0].value if [c.name for c in calls] == ["calculator"] else None
     found = kind == "search" and results[0].value  # to retell a text takes more practice than to report a number
     if (split == "train" and calls and (kind not in ("two_calls", "tool_error") or family == "several_cities")
             and rng.random() < (0.6 if found else 0.8)):
-        del messages[2:]  # the call is the harder lesson: most of the time is better spent on one more of them
-    else:
-        messages.append({"role": "assistant", "content": reply})
-    return {"kind": kind, "family": family, "split": split, "messages": messages, "tools": offered, "answer": answer,
-            "facts": facts}
+        reply = None  # the call is the harder lesson: most of the time is better spent on one more of them
+    return {"kind": kind, "family": family, "split": split, "messages": exchange(prompt, calls, results, reply),
+            "tools": offered, "answer": answer, "facts": facts}
 
 
 def generate(split, n, seed=0, mix=None):
@@ -1250,16 +1231,15 @@ class ApiWriter:
             value = name if name[:1].isupper() else rng.choice(kind)
             return value, str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
         name, *limits = kind.split()
-        people, surnames = corpus("stories_add.json")["names"], corpus("extra.json")["surnames"]
-        written = {"city": lambda: rng.choice(pool("cities.json", "cities", self.split))["name"],
-                   "person": lambda: f"{rng.choice(people)['name']} {rng.choice(surnames)}",
-                   "email": lambda: (f"{rng.choice(people)['name'].lower()}.{rng.choice(surnames).lower()}@"
-                                     f"{rng.choice(['mail', 'post', 'inbox'])}.example"),
-                   "code": lambda: (f"{''.join(rng.choices('ABCDEFGHJKLMNPQRSTUVWXYZ', k=2))}-"
-                                    f"{rng.randint(1000, 9999)}")}
-        if name in written:  # as they are
-            value = written[name]()
-            return value, value
+        if name == "city":
+            return (rng.choice(pool("cities.json", "cities", self.split))["name"],) * 2
+        if name == "code":
+            return (f"{''.join(rng.choices('ABCDEFGHJKLMNPQRSTUVWXYZ', k=2))}-{rng.randint(1000, 9999)}",) * 2
+        if name in ("person", "email"):
+            first = rng.choice(corpus("stories_add.json")["names"])["name"]
+            last = rng.choice(corpus("extra.json")["surnames"])
+            return (f"{first} {last}" if name == "person" else
+                    f"{first}.{last}@{rng.choice(['mail', 'post', 'inbox'])}.example".lower(),) * 2
         if name == "date":
             year, month, day = rng.choice([2026, 2026, 2027]), rng.randint(1, 12), rng.randint(1, 28)
             end = "th" if day in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
@@ -1270,8 +1250,8 @@ class ApiWriter:
             hour, minute = rng.randint(6, 22), rng.choice([0, 0, 15, 30, 45])
             twelve = (hour - 1) % 12 + 1
             part = "in the morning" if hour < 12 else "in the evening" if hour > 17 else "in the afternoon"
-            said = [f"{hour:02}:{minute:02}", f"{twelve}:{minute:02} {'am' if hour < 12 else 'pm'}" if minute
-                    else f"{twelve} {'am' if hour < 12 else 'pm'}"]
+            minutes, half = f":{minute:02}" if minute else "", "am" if hour < 12 else "pm"
+            said = [f"{hour:02}:{minute:02}", f"{twelve}{minutes} {half}"]
             if words := {0: "{} o'clock", 15: "quarter past {}", 30: "half past {}"}.get(minute):
                 said.append(f"{words.format(number_words(twelve))} {part}")
             return said[0], rng.choice(said)
@@ -1311,14 +1291,17 @@ class ApiWriter:
         if "enum" in parameter:
             value = self.rng.choice(parameter["enum"])
             return value, str(value).replace("_", " ")
-        n = 1
+        if parameter["type"] != "array":
+            return self.value_of(parameter)
         # numbers: as many in every list of a request, for the two ends of a line have as many coordinates
-        if parameter["type"] == "array":
-            n = (self.length
-                 if parameter["items"] != "string" and canonical(parameter) not in corpus("apis.json")["single"]
-                 else self.rng.choice([1, 2, 2, 3]))
-        values, said = self.listed(parameter, n)
-        return values if parameter["type"] == "array" else values[0], said
+        alike = parameter["items"] != "string" and canonical(parameter) not in corpus("apis.json")["single"]
+        return self.listed(parameter, self.length if alike else self.rng.choice([1, 2, 2, 3]))
+
+    def value_of(self, parameter):
+        """-> (a value of a parameter, how it is written); asked for "the lathe", a function gets the lathe's name."""
+        value, said = self.value(parameter["values"])
+        bare = isinstance(value, str) and not takes_text(parameter)
+        return re.sub("^(the|an?) ", "", value) if bare else value, said
 
     def listed(self, parameter, n):
         """-> (up to n different values of a parameter, how they are written)."""
@@ -1326,10 +1309,7 @@ class ApiWriter:
         for _ in range(9 * n):  # a short list may not hold n different ones
             if len(items) == n:
                 break
-            value, said = self.value(parameter["values"])
-            bare = isinstance(value, str) and not takes_text(parameter)
-            # asked for "the lathe", a function gets the lathe's name
-            item = re.sub("^(the|an?) ", "", value) if bare else value, said
+            item = self.value_of(parameter)
             items += [item] if item[0] not in [value for value, _ in items] else []
         words = [said for _, said in items]
         said = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
@@ -1562,76 +1542,16 @@ def api_conversation(kind, split, rng):
     prompt = re.sub(r"\b(the|an?|my) (the|an?) ", r"\1 ", prompt)
     if rng.random() < 0.25:
         prompt = carelessly_typed(prompt, calls)
-    messages = [{"role": "user", "content": prompt}]
     if calls:
-        messages += [{"role": "assistant", "content": "",
-                      "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in calls]}]
-        messages += [{"role": "tool", "content": format_result(Result(c.name, True, r))}
-                     for c, r in zip(calls, results)]
         said = "; ".join(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in r.items()) for r in results)
         reply = fill(rng.choice(answers["done"]), {"result": said})
-    if split == "train" and calls and rng.random() < 0.85:
-        del messages[2:]
-    else:
-        messages.append({"role": "assistant", "content": reply})
-    return {"kind": kind, "family": family, "split": split, "messages": messages,
+        reply = None if split == "train" and rng.random() < 0.85 else reply
+    results = [Result("", True, r) for r in results]
+    return {"kind": kind, "family": family, "split": split, "messages": exchange(prompt, calls, results, reply),
             "tools": [tool for _, _, tool in writer.offered], "answer": None, "facts": {}}
 
 
-# --------------------------------------------------------------------------- 6. the base model's own replies
-
-def talk_prompts():
-    """Every no-tool message -> [{"prompt", "kind", "split"}]: the talk kinds, and the traps that need no tool."""
-    prompts = [{"prompt": p, "kind": k["kind"], "split": k["split"]} for k in corpus("talk_prompts.json")["kinds"]
-               for p in k["prompts"]]
-    for family in corpus("traps.json")["families"]:
-        if family["tool"] == "none":
-            rng = random.Random(family["id"])
-            for text in family["texts"]:
-                writer = Writer(family["split"], rng)
-                values = draw_values(family.get("slots", {}), family["split"], rng) or {}
-                prompts.append({"prompt": fill(text,
-                                               {"city": writer.place(False), **{k: str(v) for k, v in values.items()}}),
-                                "kind": f'trap_{family["id"]}', "split": family["split"]})
-    return prompts
-
-
-def sample_replies():
-    """Let the untrained model answer every no-tool message in its own words, once; keep the answers that end.
-
-    Messages that have a reply in the file keep it. An echo of the message is no reply: a model that learns to copy
-    questions into searches would learn from these to copy everything.
-    Tool training on these replies costs the model no talk: they are what it says anyway (self-distillation).
-    """
-    import toolplay  # only here: data.py stands below toolplay.py and eval.py
-    from eval import converses
-    model, tokenizer = toolplay.load_model()
-    prompts, path = talk_prompts(), CORPORA / "talk_replies.jsonl"
-    brief = "You are a helpful assistant. Answer in one short sentence."
-    before = {talk["prompt"]: talk["reply"] for talk in (corpus(path.name)[1:] if path.exists() else [])}
-
-    def fits(i, text):
-        return converses(text, prompts[i]["prompt"]) and not hollow(prompts[i]["prompt"], text)
-    done = {i: before[talk["prompt"]] for i, talk in enumerate(prompts) if fits(i, before.get(talk["prompt"], ""))}
-    for attempt, temperature in enumerate((0.0, 0.7, 0.7, 0.7, 0.7, 0.7)):
-        left = [i for i in range(len(prompts)) if i not in done]
-        chats = [{"messages": [{"role": "system", "content": brief}, {"role": "user", "content": prompts[i]["prompt"]}]}
-                 for i in left]
-        episodes = toolplay.rollout(model, tokenizer, chats, {}, temperature=temperature, max_new_tokens=24,
-                                    seed=attempt)
-        for i, episode in zip(left, episodes):
-            text = episode.final.strip()
-            if episode.stop == "end" and "<" not in text and fits(i, text):
-                done[i] = text
-        print(f"round {attempt}: {len(done)} of {len(prompts)} messages have a reply", file=sys.stderr)
-    comment = ("No-tool messages (talk_prompts.json, traps.json) "
-               "and the replies of the untrained SmolLM2-135M-Instruct (Apache-2.0) itself, "
-               "sampled once by: python data.py --sample-replies")
-    lines = [{"comment": comment}] + [{**prompts[i], "reply": done[i]} for i in sorted(done)]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-
-
-# --------------------------------------------------------------------------- 7. ToolBench
+# --------------------------------------------------------------------------- 6. ToolBench
 
 # Qin et al. 2023 (arXiv:2307.16789). Three shapes of files: answer trees, "toolllama" dialogues, and bare instructions.
 # All become conversations: functions are tools, the call of Finish is the final answer. An instruction has none: it is
@@ -1995,10 +1915,9 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
              f"{calls_dropped} broken or made-up calls left out of them"]
     lines += [f"  {count:7d}  {what}" for what, count in counts.most_common()]
     lines += [f"  {len(damaged):7d}  files, lines or items damaged"] * bool(damaged)
-    lines += [f"  {word}  {name}: {why}" for word, named in (("damaged", damaged), ("noted", noted))
-              for name, why in [*named.items()][:100]]
-    lines += [f"  and {len(named) - 100} more {word} (--report names all)"
-              for word, named in (("damaged", damaged), ("noted", noted)) if len(named) > 100]
+    for word, named in (("damaged", damaged), ("noted", noted)):
+        lines += [f"  {word}  {name}: {why}" for name, why in [*named.items()][:100]]
+        lines += [f"  and {len(named) - 100} more {word} (--report names all)"] * (len(named) > 100)
     print("\n".join(lines), file=sys.stderr)
     if report:
         Path(report).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -2008,7 +1927,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
     return kept
 
 
-# --------------------------------------------------------------------------- 8. what a teacher found
+# --------------------------------------------------------------------------- 7. what a teacher found
 
 def read_teacher(path, split, n, seed=0, extra=()):
     """Conversations from the calls that survived in a run of teacher.py (its folder, or its augmented.jsonl), at most
@@ -2031,19 +1950,13 @@ def read_teacher(path, split, n, seed=0, extra=()):
 
     def example(text, offset, call=None):
         before, rest = text[:offset].strip(), text[offset:].strip()
-        messages = [{"role": "user", "content": fill(rng.choice(corpus("teacher_prompts.json")["complete"]),
-                                                     {"text": before})}]
-        answer = None
-        if call:
-            result = execute(call, tools)
-            messages += [{"role": "assistant", "content": "",
-                          "tool_calls": [{"name": call.name, "arguments": call.arguments}]},
-                         {"role": "tool", "content": result.text()}]
-            if call.name == "calculator" and re.match(re.escape(str(result.value)) + r"(?!\d|[.,]\d)", rest):
-                answer = result.value
-        return {"kind": call.name if call else "no_tool",
-                "messages": [*messages, {"role": "assistant", "content": rest}], "tools": list(BUILTIN),
-                "answer": answer}
+        prompt = fill(rng.choice(corpus("teacher_prompts.json")["complete"]), {"text": before})
+        calls = [call] * bool(call)
+        results = [execute(call, tools) for call in calls]
+        answer = (results[0].value if call and call.name == "calculator"
+                  and re.match(re.escape(str(results[0].value)) + r"(?!\d|[.,]\d)", rest) else None)
+        return {"kind": call.name if call else "no_tool", "messages": exchange(prompt, calls, results, rest),
+                "tools": list(BUILTIN), "answer": answer}
     file = Path(path) / "augmented.jsonl" if Path(path).is_dir() else Path(path)
     rng, tools = random.Random(f"{split} teacher {seed}"), {**BUILTIN, **load_tools(list(extra))}
     calling, silent, lost, numbers = [], [], 0, {}
@@ -2070,7 +1983,7 @@ def read_teacher(path, split, n, seed=0, extra=()):
     return out[:n]
 
 
-# --------------------------------------------------------------------------- 9. datasets
+# --------------------------------------------------------------------------- 8. datasets
 
 def dataset(config, tokenizer):
     """The rows a run trains and evaluates on -> (train rows, held-out rows), each a list of (ids, mask).
@@ -2121,28 +2034,20 @@ def conversations(config, split, tokenizer, line=check_conversation, offered=())
 def with_tools(item, extra, offered=()):
     """A line or a conversation, with the `extra` tools (a config's own) beside its tools, or beside those `offered`
     where it names none."""
-    own = offered_in(item) if isinstance(item, dict) else ()
-    own = list(offered) if own is None else own
-    if not extra or not isinstance(own, list):
+    if not extra or not isinstance(item, dict):
         return item
-    names = [tool.name for tool in extra]
-    return {**item, "tools": [*(t for t in map(without_function, own) if tool_name(t) not in names), *extra]}
+    own, more = offered_in(item), {tool.name: tool for tool in extra}
+    tools = load_tools(list(offered) if own is None else own, {**BUILTIN, **more})
+    return {**item, "tools": [*(tool for name, tool in tools.items() if name not in more), *extra]}
 
 
 def offered_in(item):
     """The tools that a line or conversation names, under their name or the older one, perhaps as JSON text; None where
-    it names none."""
+    it names none. Without the "function" paths of schemas: data never decides which code is imported."""
     tools = item.get("functions") if item.get("tools") is None else item["tools"]
     with contextlib.suppress(ValueError, RecursionError):  # what is no JSON text is said by load_tools
         tools = json.loads(tools) if isinstance(tools, str) else tools
-    return tools
-
-
-def tool_name(tool):
-    """The name of a tool as a config or a data file may give it: a name, a schema, a Tool; None for anything else."""
-    inner = tool["function"] if isinstance(tool, dict) and isinstance(tool.get("function"), dict) else tool
-    return (inner if isinstance(inner, str) else inner.get("name") if isinstance(inner, dict)
-            else getattr(inner, "name", None))
+    return [without_function(t) for t in tools] if isinstance(tools, (list, tuple)) else tools
 
 
 def mix_of(config):
@@ -2241,20 +2146,14 @@ def main(argv=None):
     parser.add_argument("--max-tokens", type=number(int, 1), metavar="N",
                         help="of ToolBench: clip or leave out what is longer, as training does")
     parser.add_argument("--report", metavar="FILE", help="write what became of ToolBench's items here, as JSON")
-    parser.add_argument("--sample-replies", action="store_true",
-                        help="write the base model's own replies to the no-tool talk")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line
     args = parser.parse_args(argv)
-    if args.toolbench and args.kind:
-        parser.error("--kind is of the templates, not of --toolbench")
-    if not args.toolbench and (args.report or args.max_tokens or args.questions):
-        parser.error("--report, --max-tokens and --questions go with --toolbench")
+    if args.kind if args.toolbench else args.report or args.max_tokens or args.questions:
+        parser.error("--report, --max-tokens and --questions go with --toolbench, --kind without it")
     mix = SYNTHETIC if args.kind == "synthetic" else {args.kind: 1} if args.kind else None
     with one_line_errors():
         for file in filter(None, (args.out, args.report)):  # before the work
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-        if args.sample_replies:
-            return sample_replies()
         if args.show or args.max_tokens:
             import toolplay  # only here: data.py stands below toolplay.py
             _, tokenizer = toolplay.load_model("smollm2-135m")

@@ -78,9 +78,8 @@ class Config:
                                                      # part; 0: all
     variant: Literal[tuple(VARIANTS)] = "sigmoid"    # the loss
     beta: Annotated[float, "> 0"] = 0.1              # strength of the tie to the reference; 0.1 as in the paper
-    label_smoothing: Annotated[float, "0 to 1"] = 0.0
-                                                     # share of judgements taken to be wrong, below 0.5 (sigmoid,
-                                                     # robust, simpo)
+    label_smoothing: Annotated[float, "0 to below 0.5"] = 0.0
+                                                     # share of judgements taken to be wrong (sigmoid, robust, simpo)
     simpo_margin: Annotated[float, ">= 0"] = 0.5     # SimPO's gamma; its beta is 2 to 2.5 in the paper
 
 
@@ -186,8 +185,6 @@ def sequence_logp(logp, mask, mean=False):
 GIVEN = "given"  # why, of a pair that a file holds
 # A pair: two rows (ids, mask) that share their prompt, and what is wrong with the second.
 Pair = namedtuple("Pair", "chosen rejected why")
-# the same in training, with the reference's log-probs
-Unit = namedtuple("Unit", "chosen rejected ref_chosen ref_rejected")
 
 # Each takes a gold conversation {"messages", "tools"} and returns the messages of a worse one that departs from it in
 # one assistant turn, as such models really fail; or None where it does not apply.
@@ -197,8 +194,7 @@ def wrong_tool(conversation, rng):
     """Another of the offered tools, with arguments that the message suggests."""
     at, calls = first_call(conversation)
     others = [name for name in tools_of(conversation) if calls and name != calls[0]["name"]]
-    return (until(conversation, at, tool_calls=[tempting_call(rng.choice(others), conversation), *calls[1:]])
-            if others else None)
+    return until(conversation, at, others and [tempting_call(rng.choice(others), conversation), *calls[1:]])
 
 
 def malformed(conversation, rng):
@@ -213,8 +209,7 @@ def malformed(conversation, rng):
               re.sub(r'\{"name": "(\w+)", "arguments": (.*)\}<', r"\1(\2)<", text)]
     broken = [b for b in broken if parse_calls(b)[1]]
     thought = conversation["messages"][at].get("content")
-    return (until(conversation, at, content="\n".join([thought] * bool(thought) + [rng.choice(broken)]))
-            if broken else None)
+    return until(conversation, at, broken and "\n".join([thought] * bool(thought) + [rng.choice(broken)]))
 
 
 def wrong_argument(conversation, rng):
@@ -230,7 +225,7 @@ def wrong_argument(conversation, rng):
     key, value = rng.choice(changeable)
     worse = [{**calls[0], "arguments": {**calls[0]["arguments"], key: c}} for c in changes(key, value, rng)]
     worse = [call for call in worse if not same_call(Call(**calls[0]), Call(**call))]  # a filler word less is no fault
-    return until(conversation, at, tool_calls=[rng.choice(worse), *calls[1:]]) if worse else None
+    return until(conversation, at, worse and [rng.choice(worse), *calls[1:]])
 
 
 def changes(key, value, rng):
@@ -258,36 +253,34 @@ def missing_argument(conversation, rng):
     required = tools[calls[0]["name"]].parameters.get("required", [])
     gone = next((name for name in calls[0]["arguments"] if name in required), None)
     arguments = {name: value for name, value in calls[0]["arguments"].items() if name != gone}
-    return until(conversation, at, tool_calls=[{**calls[0], "arguments": arguments}, *calls[1:]]) if gone else None
+    return until(conversation, at, gone and [{**calls[0], "arguments": arguments}, *calls[1:]])
 
 
 def call_left_out(conversation, rng):
     """Of several calls the last is not made."""
     at, calls = first_call(conversation)
-    return until(conversation, at, tool_calls=calls[:-1]) if len(calls) > 1 else None
+    return until(conversation, at, calls[:-1])
 
 
 def call_too_many(conversation, rng):
     """Behind the calls that are due one more."""
     at, calls = first_call(conversation)
     names = list(tools_of(conversation))
-    return (until(conversation, at, tool_calls=[*calls, tempting_call(rng.choice(names), conversation)])
-            if names and calls else None)
+    return until(conversation, at, names and calls and [*calls, tempting_call(rng.choice(names), conversation)])
 
 
 def missing_call(conversation, rng):
     """An answer out of the blue where a tool should have been asked."""
     at, calls = first_call(conversation)
     guess = out_of_the_blue("guesses", rng)
-    return until(conversation, at, content=guess) if calls else None
+    return until(conversation, at, calls and guess)
 
 
 def needless_call(conversation, rng):
     """A call although the message asks for none."""
     at, calls = first_call(conversation)
     names = list(tools_of(conversation))
-    return (until(conversation, at, tool_calls=[tempting_call(rng.choice(names), conversation)])
-            if names and not calls else None)
+    return until(conversation, at, names and not calls and [tempting_call(rng.choice(names), conversation)])
 
 
 def ignores_result(conversation, rng):
@@ -299,13 +292,13 @@ def ignores_result(conversation, rng):
     # nothing found, or an error: made up instead
     if other == text or '"error"' in conversation["messages"][-2]["content"]:
         other = out_of_the_blue("made_up", rng)
-    return until(conversation, -1, content=other)
+    return until(conversation, -1, other)
 
 
 def endless(conversation, rng):
     """A final answer that repeats itself and does not end (`pair_of` takes its end token away)."""
     text = final_answer(conversation)
-    return until(conversation, -1, content=" ".join([text] * 3)) if text else None
+    return until(conversation, -1, text and " ".join([text] * 3))
 
 
 CORRUPTIONS = {f.__name__: f for f in (wrong_tool, malformed, wrong_argument, missing_argument, call_left_out,
@@ -331,12 +324,13 @@ def out_of_the_blue(kind, rng):
     return rng.choice([text.format(n=rng.randint(low, high)) for text, low, high in corpus("faults.json")[kind]])
 
 
-def until(conversation, at, content=None, tool_calls=()):
-    """The messages before `at`, and one assistant message in its place. Calls in the place of calls keep the thought
-    beside them."""
+def until(conversation, at, worse):
+    """The messages before `at`, and in its place an assistant message with the `worse` calls or text; None without any.
+    Calls in the place of calls keep the thought beside them."""
     gold = conversation["messages"][at]
-    content = content if content is not None else (gold.get("content") or "") if gold.get("tool_calls") else ""
-    return [*conversation["messages"][:at], {"role": "assistant", "content": content, "tool_calls": tool_calls}]
+    thought = gold.get("content") or "" if gold.get("tool_calls") else ""
+    said = {"content": worse, "tool_calls": ()} if isinstance(worse, str) else {"content": thought, "tool_calls": worse}
+    return [*conversation["messages"][:at], {"role": "assistant", **said}] if worse else None
 
 
 def tools_of(conversation):
@@ -406,9 +400,12 @@ def parted(pair, tokens):
     return Pair(*rows, pair.why) if tokens and pair.why != GIVEN and all(any(mask) for _, mask in rows) else pair
 
 
-def is_pair(line):
-    """Whether a line means to be a pair, whatever else it holds (UltraFeedback's have "messages" too)."""
-    return isinstance(line, dict) and bool({"chosen", "rejected"} & set(line))
+def lines_of(config, split, tokenizer, read, offered=()):
+    """What a run's source holds: Pairs, and what `read` makes of other lines. A pair has "chosen" or "rejected",
+    whatever else it holds (UltraFeedback's have "messages" too)."""
+    import data  # here, so that this file alone gives the losses
+    return data.conversations(config, split, tokenizer, lambda line: read_pair(line, tokenizer, config.tool_style)
+                              if isinstance(line, dict) and {"chosen", "rejected"} & set(line) else read(line), offered)
 
 
 def read_pair(line, tokenizer, style="signature"):
@@ -473,9 +470,6 @@ def check_settings(config):
     from tools import UserError
     if config.lora_dropout:
         raise UserError(f"lora_dropout = {config.lora_dropout}: must be 0 for dpo, whose reference is the same model")
-    if config.label_smoothing >= 0.5:
-        raise UserError(f"label_smoothing = {config.label_smoothing}: must be below 0.5; "
-                        "from there on the judgements say nothing, or the reverse")
     if unknown := [fault for fault in config.faults if fault not in list(CORRUPTIONS)]:
         raise UserError(f"faults: {unknown[0]!r} is none of {', '.join(CORRUPTIONS)}")
     if config.pairs != "corrupted":
@@ -517,7 +511,7 @@ def train(run):
     batches = data.Batches([pair.chosen for pair in pairs], config)
     trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, batches.total)
     reference = reference_logp(run, pairs + held_out, answers, trainer.autocast)
-    units = [Unit(*pair[:2], *logp) for pair, logp in zip(pairs + held_out, reference)]
+    units = [(*pair[:2], *logp) for pair, logp in zip(pairs + held_out, reference)]  # chosen, rejected, reference's two
     units, held_out = units[:len(pairs)], units[len(pairs):]
 
     # 3. optimizer
@@ -554,9 +548,7 @@ def datasets(config, tokenizer):
     from tools import UserError
     out = []
     for split in ("train", "dev"):
-        made = data.conversations(config, split, tokenizer,
-                                  lambda line: (read_pair(line, tokenizer, config.tool_style) if is_pair(line)
-                                                else data.check_conversation(line)))
+        made = lines_of(config, split, tokenizer, data.check_conversation)
         pairs = [x for x in made if isinstance(x, Pair)]
         pairs += corrupted_pairs([x for x in made if not isinstance(x, Pair)], tokenizer, config.seed,
                                  config.tool_style, config.faults)
@@ -576,8 +568,6 @@ def sampled_pairs(model, tokenizer, conversations, config):
     example's own first turn (as in SPIN, Chen et al. 2024, arXiv:2401.01335, but only where the sample is at fault).
     Given Pairs stay as they are.
     """
-    from tqdm import tqdm
-
     import data
     import eval as evaluation
     import toolplay
@@ -586,13 +576,10 @@ def sampled_pairs(model, tokenizer, conversations, config):
     pairs = [x for x in conversations if isinstance(x, Pair)]
     conversations = [x for x in conversations if not isinstance(x, Pair)]
     cases = judgeable([evaluation.as_case(c) for c in conversations], config)
-    chats = [case.conversation for case in cases for _ in range(config.samples)]
-    with tqdm(total=len(chats), desc="dpo answers", unit="answer", disable=toolplay.world_rank()[0] > 0,
-              dynamic_ncols=True) as bar:
-        episodes = toolplay.rollout(model, tokenizer, chats, temperature=config.temperature,
-                                    max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
-                                    style=config.tool_style, seed=f"{config.seed} pairs", batch_size=128,
-                                    progress=bar.update)
+    episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in cases for _ in range(config.samples)],
+                                temperature=config.temperature, max_new_tokens=config.max_new_tokens,
+                                max_turns=config.max_turns, style=config.tool_style, seed=f"{config.seed} pairs",
+                                batch_size=128, bar="dpo answers")
     for n, (case, conversation) in enumerate(zip(cases, conversations)):
         tries = episodes[n * config.samples:(n + 1) * config.samples]
         scores = [score(case, episode)[0] for episode in tries]
@@ -653,12 +640,10 @@ def prompts_of(config, split, tokenizer):
     from tools import BUILTIN
 
     def usable(line):  # here, where a bad line still has its number
-        if is_pair(line):
-            return read_pair(line, tokenizer, config.tool_style)
         case = as_case(line)
         return data.check_conversation({**line, "messages": data.messages_of(line),
                                         "tools": case.conversation["tools"]})
-    return data.conversations(config, split, tokenizer, usable, BUILTIN)
+    return lines_of(config, split, tokenizer, usable, BUILTIN)
 
 
 def sampled_datasets(run, model, tokenizer):

@@ -54,7 +54,6 @@ import argparse
 import ast
 import contextlib
 import csv
-import io
 import itertools
 import json
 import re
@@ -64,7 +63,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import toolplay
@@ -599,15 +597,12 @@ def compare_command(args):
     groups, same = {}, None
     for folder in map(Path, args.runs):
         remedy = f"make one: python eval.py --run {folder}"
-        try:
-            result = toolplay.read_json(folder / "eval.json",
-                                        lambda d: [(r["id"], r["prompt"], r["kind"] + "", r["due"],
-                                                    [r["verdicts"][m] for m in METRICS]) for r in d["records"]], remedy)
-            # without a config.json: of eval --model --out
-            config = (toolplay.read_json(folder / "config.json", dict.items, remedy)
-                      if (folder / "config.json").exists() else {"run": str(folder)})
-        except OSError as error:
-            raise UserError(f"{folder}: no result to compare ({type(error).__name__}); {remedy}") from None
+        result = toolplay.read_json(folder / "eval.json",
+                                    lambda d: [(r["id"], r["prompt"], r["kind"] + "", r["due"],
+                                                [r["verdicts"][m] for m in METRICS]) for r in d["records"]], remedy)
+        # without a config.json: of eval --model --out
+        config = (toolplay.read_json(folder / "config.json", dict.items, remedy)
+                  if (folder / "config.json").exists() else {"run": str(folder)})
         kinds = {r["kind"] for r in result["records"]}
         wanted = {kind.strip() for kind in args.kind.split(",")} if args.kind else kinds
         if missing := sorted(wanted - kinds):
@@ -648,28 +643,20 @@ def compare_command(args):
     print(f"\n{len(same)} cases; value [95 % interval] (paired difference to {first} [95 % interval])")
     if args.csv:
         keys = ["value", "low", "high", "difference", "d_low", "d_high", "n", "seeds"]
-        text = io.StringIO()
         rows = [[label, name, *(f"{of[name][k]:.6g}" for k in keys)]
                 for label, of in result.items() for name in METRICS]
-        csv.writer(text, lineterminator="\n").writerows([["run", "metric", *keys], *rows])
-        toolplay.write_atomic(args.csv, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+        with open(args.csv, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([["run", "metric", *keys], *rows])
 
 
 # --------------------------------------------------------------------------- 7. with a model
 
-def greedy(model, tokenizer, conversations, what, progress=True, batch_size=128, **settings):
-    """Greedy episodes of the conversations, under a bar called `what`; settings: toolplay.rollout's."""
-    with tqdm(total=len(conversations), desc=what, unit="case", disable=not progress, dynamic_ncols=True) as bar:
-        return toolplay.rollout(model, tokenizer, conversations, temperature=0.0, batch_size=batch_size,
-                                progress=bar.update, **settings)
-
-
-def evaluate(model, tokenizer, cases, max_new_tokens=256, **settings):
+def evaluate(model, tokenizer, cases, **settings):
     """Greedy rollouts of the cases (Case objects, or what as_case takes) -> (report, records in the order of the
-    cases)."""
+    cases). settings: toolplay.rollout's."""
     cases = [case if isinstance(case, Case) else as_case(case) for case in cases]
-    episodes = greedy(model, tokenizer, [case.conversation for case in cases], "eval", max_new_tokens=max_new_tokens,
-                      **settings)
+    settings = {"max_new_tokens": 256, "batch_size": 128, "bar": "eval", **settings}
+    episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in cases], temperature=0.0, **settings)
     records = [judge(case._replace(id=n if case.id is None else case.id), episode)
                for n, (case, episode) in enumerate(zip(cases, episodes))]
     return summarise(records), records
@@ -844,8 +831,8 @@ def bfcl(model, tokenizer, cases, **settings):
     Judged are the calls that tools.parse_calls reads; what is malformed is no call. Behind its last call a turn ends
     (see rollout).
     """
-    episodes = greedy(model, tokenizer, [case["conversation"] for case in cases], "bfcl", max_turns=1,
-                      max_new_tokens=512, **settings)
+    episodes = toolplay.rollout(model, tokenizer, [case["conversation"] for case in cases], temperature=0.0,
+                                max_turns=1, max_new_tokens=512, batch_size=128, bar="bfcl", **settings)
     records, report = [], {}
     for case, episode in zip(cases, episodes):
         calls, too_long = [(c.name, c.arguments)

@@ -22,7 +22,7 @@ over them as if they were not there, so that no advantage, return or loss depend
 Implementation details, after Huang et al. 2024 (arXiv:2403.17031) and "The 37 implementation details", in an
 order of our own:
   done      1  KL in the per-token reward (k1, or k3)
-            2  adaptive KL coefficient (`AdaptiveKL`, with `kl_target`)
+            2  adaptive KL coefficient (`adaptive_kl`, with `kl_target`)
             3  score on the last model token
             5  advantages whitened under the mask, returns computed before
             6  gamma 1, lambda 0.95
@@ -234,17 +234,11 @@ def explained_variance(values, returns, mask):
     return float(1 - (returns - values).var() / returns.var()) if returns.numel() > 1 and returns.var() > 0 else 0.0
 
 
-class AdaptiveKL:
-    """Steers beta so that the KL of an episode comes to the target (Ziegler et al. 2019, sec. 2.2); a target of 0
-    leaves it."""
-
-    def __init__(self, value, target, horizon):
-        self.value, self.target, self.horizon = value, target, horizon
-
-    def update(self, kl, episodes):
-        if self.target and math.isfinite(kl):
-            self.value *= max(1 + min(max(kl / self.target - 1, -0.2), 0.2) * episodes / self.horizon, 0.0)
-        return self.value
+def adaptive_kl(beta, kl, episodes, target, horizon):
+    """The next beta, steered so that the KL of an episode comes to the target (Ziegler et al. 2019, sec. 2.2); a target
+    of 0 leaves it."""
+    error = min(max(kl / target - 1, -0.2), 0.2) if target and math.isfinite(kl) else 0.0
+    return beta * max(1 + error * episodes / horizon, 0.0)
 
 
 # --------------------------------------------------------------------------- 2. the reward
@@ -624,12 +618,11 @@ def custom_reward(path):
     def reward(case, episode):
         try:
             value = float(function(case, episode))
+            if not math.isfinite(value):
+                raise ValueError(f"{value} is no finite number")
         except (Exception, SystemExit) as error:
             raise UserError(f"reward {path} failed on {case.conversation['messages'][-1]['content'][:60]!r}: "
                             f"{type(error).__name__}: {error}") from error
-        if not math.isfinite(value):
-            raise UserError(f"reward {path} gave {value} for {case.conversation['messages'][-1]['content'][:60]!r}; "
-                            "it must be a finite number")
         return value, {}
     return reward
 
@@ -935,16 +928,12 @@ def imitation(config, tokenizer):
 
 def play(run, model, tokenizer, cases, reward, round_):
     """A rank's share of a round: for each of its cases `samples` episodes with what they earned."""
-    from tqdm import tqdm
-
     import lora
     import toolplay
     config, chosen = run.config, [case for case in cases for _ in range(run.config.samples)]
-    bar = tqdm(total=len(chosen), desc="ppo rollout", unit="episode", leave=False, disable=run.rank > 0,
-               dynamic_ncols=True)
-    with lora.merged(model), bar:  # sampled from faster
+    with lora.merged(model):  # sampled from faster
         episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen],
-                                    temperature=config.temperature, style=config.tool_style, progress=bar.update,
+                                    temperature=config.temperature, style=config.tool_style, bar="ppo rollout",
                                     max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
                                     seed=f"{config.seed} round {round_}", batch_size=config.prompts * config.samples)
     units = [{"episode": e, "row": (e.ids, e.mask), "mask": e.mask, **dict(zip(("score", "parts"), reward(case, e)))}
@@ -978,7 +967,7 @@ def train(run):
     if trainer.extra.setdefault("reference", started := toolplay.start_hashes(config)) != started:
         raise UserError(f"{config.start_from}: its adapter is another one than when the run began, "
                         "and was its reference; start a new run")
-    beta = AdaptiveKL(trainer.extra.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
+    beta = trainer.extra.get("kl_coef", config.kl_coef)
 
     # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
     for position in run.steps(trainer, trainer.total):
@@ -995,7 +984,7 @@ def train(run):
         trainer.extra["taught"] = waiting + list(dict.fromkeys(i for i, yes in zip(picked, taught) if yes))
         groups = [group for group, yes in zip(played, taught) if yes]
         everything, units = ([unit for group in some for unit in group] for some in (played, groups))
-        log = {**summary(everything), "kl_coef": beta.value, "learned_from": len(groups) / config.prompts,
+        log = {**summary(everything), "kl_coef": beta, "learned_from": len(groups) / config.prompts,
                "replayed": len(again) / config.prompts}
         if new:  # what is played again was chosen for its results: only on new prompts does progress show
             log["reward_new"] = summary(everything[len(again) * config.samples:])["reward"]
@@ -1004,12 +993,13 @@ def train(run):
                 fixed = toolplay.shared_out(units, actor.old_and_reference)
             for unit, numbers in zip(units, fixed):
                 unit.update(numbers)
-            log.update(compute_advantages(config, units, beta.value, run.device))
-            trainer.extra["kl_coef"] = beta.update(log["kl"], len(everything))
+            log.update(compute_advantages(config, units, beta, run.device))
+            beta = adaptive_kl(beta, log["kl"], len(everything), config.kl_target, config.kl_horizon)
+            trainer.extra["kl_coef"] = beta
         log.update(learn(trainer, groups, actor.loss, imitated, position, config), skipped=trainer.skipped)
         if held_out and (trainer.step >= trainer.total or config.eval_every and (round_ + 1) % config.eval_every == 0):
             report, _ = evaluation.evaluate(model, tokenizer, held_out, max_new_tokens=config.max_new_tokens,
-                                            style=config.tool_style, constrained=config.constrained, progress=False)
+                                            style=config.tool_style, constrained=config.constrained, bar="")
             log.update({f"eval_{name}": report["metrics"][name]["value"]
                         for name in ("tool_accuracy", "format", "response_quality")})
         run.log(trainer.step, log, tokens=sum(sum(unit["mask"]) for unit in everything))

@@ -52,6 +52,7 @@ try:
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
+    from tqdm import tqdm
 
     import data
     import lora
@@ -272,8 +273,8 @@ def _wrong(value, hint):
         return f"{allowed}, its size from 1e-30 to 1e12"
     if kind is int and abs(value) >= 2 ** 63:
         return f"{allowed}, below 2^63"
-    fits = {"0 to below 1": lambda: 0 <= value < 1, "> 0": lambda: value > 0, ">= 0": lambda: value >= 0,
-            "0 to 1": lambda: 0 <= value <= 1, "": lambda: True}
+    fits = {"0 to below 1": lambda: 0 <= value < 1, "0 to below 0.5": lambda: 0 <= value < 0.5, "": lambda: True,
+            "> 0": lambda: value > 0, ">= 0": lambda: value >= 0, "0 to 1": lambda: 0 <= value <= 1}
     return None if fits[limit]() else allowed
 
 
@@ -782,7 +783,7 @@ def context_of(model):
 
 @torch.no_grad()
 def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top_p=1.0, max_new_tokens=128, max_turns=4,
-            seed=0, batch_size=32, style="signature", constrained=False, progress=None):
+            seed=0, batch_size=32, style="signature", constrained=False, bar=""):
     """Let the model answer each conversation, executing its tool calls -> one Episode per conversation.
 
     tools: {name: Tool} or [Tool] for all, or None: each conversation's own. temperature 0 is greedy. max_new_tokens
@@ -792,7 +793,7 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     is not taken, and one of the others drawn in its place; logp stays the policy's own, so do not learn from such
     episodes. Each row draws from its own stream, keyed by (seed, prompt, how many equal prompts came before): what it
     draws does not depend on the rest of the batch. `seed` may be a list, of one for each conversation. logp is of the
-    policy at `temperature` (before top-p truncation).
+    policy at `temperature` (before top-p truncation). bar: what a progress bar is called; without a name there is none.
     """
     episodes, seen = [], {}
     for n, conversation in enumerate(conversations):
@@ -815,10 +816,12 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     was_training = model.training
     model.eval()
     try:
-        for group in micro_batches([[(episode.ids, None)] for episode, _, _ in fitting], PREFILL):
-            for start in range(0, len(group), batch_size):
-                _rollout_batch(model, tokenizer, [fitting[n] for n in group[start:start + batch_size]], temperature,
-                               top_p, limits, progress)
+        with tqdm(total=len(fitting), desc=bar, unit="episode", leave=None, disable=not bar or world_rank()[0] > 0,
+                  dynamic_ncols=True) as progress:
+            for group in micro_batches([[(episode.ids, None)] for episode, _, _ in fitting], PREFILL):
+                for start in range(0, len(group), batch_size):
+                    _rollout_batch(model, tokenizer, [fitting[n] for n in group[start:start + batch_size]], temperature,
+                                   top_p, limits, progress)
     finally:
         model.train(was_training)
     return [episode for episode, _, _ in episodes]
@@ -872,8 +875,7 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
                 turns[r] = []
         going = [n for n, r in enumerate(alive) if not rows[r][0].stop]
         cache.keep(going)
-        if progress:
-            progress(len(alive) - len(going))
+        progress.update(len(alive) - len(going))
         alive = [alive[n] for n in going]
 
 
@@ -1263,7 +1265,6 @@ class Run:
     def steps(self, trainer, total):
         """Yield once per step, with progress bar, checkpoints, and a clean stop on Ctrl-C; `trainer.step` is the
         position."""
-        from tqdm import tqdm
         stop, loud = [], self.rank == 0
 
         def stopped(number, frame):
@@ -1419,8 +1420,8 @@ def read_json(path, shape, remedy):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         shape(value)
         return value
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{path}: it is damaged; {remedy}") from None
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: it is missing or damaged ({type(error).__name__}); {remedy}") from None
 
 
 def open_wandb(config, folder):
@@ -1584,7 +1585,6 @@ def read_tools(path, more=()):
 
 def predict(args):
     """Answer the prompts of a JSONL file. Streams; started again, it goes on where it stopped."""
-    from tqdm import tqdm
     output, ids = Path(args.output), set()
     # nothing to go on from
     stream = (str(output).startswith(("/dev/std", "/dev/fd/", "/proc/")) or output.exists() and not output.is_file()

@@ -582,7 +582,7 @@ def test_the_configs_own_tools_are_offered_whatever_the_source(tmp_path, method)
         assert all(t.function for case in cases for t in case.conversation["tools"])
     __import__(method).train(toolplay.Run(config))
     made = data.conversations(toolplay.load_config({"tools": [conv], "examples": 5}), "train", None)
-    assert all([data.tool_name(t) for t in c["tools"]].count("conv") == 1 for c in made)
+    assert all([t.name for t in c["tools"]].count("conv") == 1 for c in made)
 
 
 def test_a_line_that_trains_nothing_is_a_bad_line(tmp_path, capsys):

@@ -20,7 +20,7 @@ import eval as evaluation
 import lora
 import ppo
 import toolplay
-from tools import BUILTIN, Call, UserError, parse_calls
+from tools import BUILTIN, Call, UserError, load_tools, parse_calls
 
 ROOT = Path(toolplay.__file__).parent
 PC, PR, RC, RR = [torch.tensor(x, dtype=torch.float64) for x in ([-10.0, -3.0, -7.5], [-12.0, -2.5, -7.5], [-11.0, -2.0, -7.5],
@@ -450,7 +450,7 @@ def test_twins_differ_in_the_offered_tools_alone(monkeypatch):
         assert [vars(c) for c in parse_calls(text(chosen, 1))[0]] == [call]
         assert text(rejected, 1).startswith(chat["messages"][1]["content"])
         assert text(chosen, 0) == text(rejected, 0) and chat["messages"][0]["content"] in text(chosen, 0)
-        assert all(f"{data.tool_name(tool)}(" in text(chosen, 0) for tool in [*chat["tools"], call["name"]])
+        assert all(f"{next(iter(load_tools([tool])))}(" in text(chosen, 0) for tool in [*chat["tools"], call["name"]])
 
 
 @pytest.mark.parametrize("facts", [None, "x", {}, {"withheld": 3}, {"withheld": {"name": "weather"}},

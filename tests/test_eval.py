@@ -520,10 +520,10 @@ def tiny():
 def test_evaluate_keeps_order_and_is_deterministic(tiny):
     items = [{"id": n, "prompt": p, "tools": t, "expected": {"calls": []}}
              for n, (p, t) in enumerate([("a", []), ("b", None), ("c", []), ("d", ["search"])])]
-    report, records = evaluation.evaluate(*tiny, items, batch_size=3, max_new_tokens=4, progress=False)
+    report, records = evaluation.evaluate(*tiny, items, batch_size=3, max_new_tokens=4, bar="")
     assert [r["id"] for r in records] == [0, 1, 2, 3] and [r["prompt"] for r in records] == list("abcd")
     assert report["n"] == 4
-    _, alone = evaluation.evaluate(*tiny, items[2:3], max_new_tokens=4, progress=False)
+    _, alone = evaluation.evaluate(*tiny, items[2:3], max_new_tokens=4, bar="")
     assert alone[0] == records[2] and alone[0]["turns"]
 
 

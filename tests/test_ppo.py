@@ -164,11 +164,10 @@ def test_group_baselines():
 
 def test_adaptive_kl():
     """The error is clipped to 0.2: 64 episodes of 10,000 move the coefficient by at most 0.128 %."""
-    beta = ppo.AdaptiveKL(0.1, 6, 10000)
-    assert beta.update(100.0, 64) == pytest.approx(0.1 * (1 + 0.2 * 0.0064))
-    assert beta.update(0.0, 64) == pytest.approx(0.1 * (1 + 0.2 * 0.0064) * (1 - 0.2 * 0.0064))
-    assert ppo.AdaptiveKL(0.1, 6, 10000).update(6.6, 100) == pytest.approx(0.1 * (1 + 0.1 * 0.01))
-    assert ppo.AdaptiveKL(0.1, 0, 10000).update(99.0, 64) == 0.1
+    assert ppo.adaptive_kl(0.1, 100.0, 64, 6, 10000) == pytest.approx(0.1 * (1 + 0.2 * 0.0064))
+    assert ppo.adaptive_kl(0.1, 0.0, 64, 6, 10000) == pytest.approx(0.1 * (1 - 0.2 * 0.0064))
+    assert ppo.adaptive_kl(0.1, 6.6, 100, 6, 10000) == pytest.approx(0.1 * (1 + 0.1 * 0.01))
+    assert ppo.adaptive_kl(0.1, 99.0, 64, 0, 10000) == 0.1
 
 
 def test_explained_variance():

@@ -121,7 +121,8 @@ def test_finished_rows_leave_and_the_prefix_is_read_once():
     script = {"hi": ["<|im_end|>"], "x": ["abc<|im_end|>"]}
     with pytest.MonkeyPatch.context() as patch:
         Script(patch, script, default="12345678<|im_end|>")
-        run(net, CHATS, {}, temperature=0, progress=done.append)
+        patch.setattr(toolplay.tqdm, "update", lambda bar, n: done.append(n))
+        run(net, CHATS, {}, temperature=0, bar="hi")
     hook.remove()
     assert sizes[0] == (1, len(toolplay.Trie(rows)))
     assert [s[0] for s in sizes[1:]] == [5] + [4] * 3 + [3] * 5 and {s[1] for s in sizes[1:]} == {1}

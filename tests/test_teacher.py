@@ -453,7 +453,7 @@ def test_surviving_calls_become_conversations(tmp_path):
     asked, called, result, said = with_call["messages"]
     assert "Two bags of 3 apples are" in asked["content"] and " 6" not in asked["content"]
     assert called["tool_calls"] == [{"name": "calculator", "arguments": {"expression": "2 * 3"}}]
-    assert result["content"] == '{"result": 6}'
+    assert result["content"] == '<tool_response>{"result": 6}</tool_response>'
     assert said["content"] == "6 apples." and with_call["answer"] == 6
     line = (tmp_path / "augmented.jsonl").read_text().splitlines()[0]
     for rest, answer in (("6.", 6), ("60 apples.", None), ("6.50 a bag.", None)):  # 60 is not what the call gave
