@@ -503,8 +503,9 @@ def draw_values(slots, split, rng, expression=""):
         if len(slots) == 1:
             return owner(value) == split
         if split == "train":
-            return not any(colour(v) == colour(value) or float(v) in kept_constants() and owner(value) != "train"
-                           or float(value) in kept_constants() and owner(v) != "train" for v in values.values())
+            kept = [float(a) in kept_constants() and owner(b) != "train" for v in values.values()
+                    for a, b in ((v, value), (value, v))]
+            return colour(value) not in map(colour, values.values()) and not any(kept)
         return (value not in CONSTANTS and colour(value) == wanted and value not in values.values()
                 and not any(frozenset((float(value), float(v))) in taken_pairs() for v in values.values()))
     for name, spec in slots.items():
@@ -942,8 +943,10 @@ class Writer:
         cities = [self.place(lower) for _ in range(2 if family == "two_cities" else self.rng.choice([3, 3, 4, 5]))]
         if len(set(cities)) < len(cities):
             return None
-        comma, last = self.rng.choice(corpus("extra.json")["between_cities"]) if len(cities) > 2 else ("", "")
-        words = {"city": cities[0], "city2": cities[1], "cities": comma.join(cities[:-1]) + last + cities[-1]}
+        words = {"city": cities[0], "city2": cities[1]}
+        if family == "several_cities":
+            comma, last = self.rng.choice(corpus("extra.json")["between_cities"])
+            words = {"cities": comma.join(cities[:-1]) + last + cities[-1]}
         return fill(template, words), [Call("weather", {"city": city}) for city in cities], family, {"city": cities}
 
     def tool_error(self):
@@ -1043,17 +1046,20 @@ KINDS = [*MIX, "sums", "skies", "small_talk", "one_step", "two_steps", *SYNTHETI
 
 def final_answer(call, result, rng, story=False):
     """The assistant's closing words for one call and its result, in one of many wordings."""
-    answers, kind = corpus("answers.json"), call.name
-    words = {**call.arguments, "message": result.message, "result": result.value}
+    answers = corpus("answers.json")
     if not result.ok:
-        answers = answers["error"]
         kind = ("unknown_city" if "unknown city" in result.message else "division_by_zero" if "zero" in result.message
                 else "other")
-    elif kind == "weather":
-        words |= {**result.value, "unit_symbol": "°F" if result.value["unit"] == "fahrenheit" else "°C"}
-    elif kind == "search":
-        words, kind = ({**words, **result.value[0]}, kind) if result.value else (words, "search_empty")
-    return fill(rng.choice(answers["calculator_story" if story and kind == "calculator" else kind]), words)
+        return fill(rng.choice(answers["error"][kind]), {**call.arguments, "message": result.message})
+    if call.name == "calculator":
+        return fill(rng.choice(answers["calculator_story" if story else "calculator"]),
+                    {**call.arguments, "result": result.value})
+    if call.name == "weather":
+        return fill(rng.choice(answers["weather"]),
+                    {**result.value, "unit_symbol": "°F" if result.value["unit"] == "fahrenheit" else "°C"})
+    if result.value:
+        return fill(rng.choice(answers["search"]), result.value[0])
+    return fill(rng.choice(answers["search_empty"]), call.arguments)
 
 
 def exchange(prompt, calls, results, reply):
@@ -2148,8 +2154,10 @@ def main(argv=None):
     parser.add_argument("--report", metavar="FILE", help="write what became of ToolBench's items here, as JSON")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line
     args = parser.parse_args(argv)
-    if args.kind if args.toolbench else args.report or args.max_tokens or args.questions:
-        parser.error("--report, --max-tokens and --questions go with --toolbench, --kind without it")
+    if args.toolbench and args.kind:
+        parser.error("--kind is of the templates, not of --toolbench")
+    if not args.toolbench and (args.report or args.max_tokens or args.questions):
+        parser.error("--report, --max-tokens and --questions go with --toolbench")
     mix = SYNTHETIC if args.kind == "synthetic" else {args.kind: 1} if args.kind else None
     with one_line_errors():
         for file in filter(None, (args.out, args.report)):  # before the work

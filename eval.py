@@ -645,8 +645,11 @@ def compare_command(args):
         keys = ["value", "low", "high", "difference", "d_low", "d_high", "n", "seeds"]
         rows = [[label, name, *(f"{of[name][k]:.6g}" for k in keys)]
                 for label, of in result.items() for name in METRICS]
-        with open(args.csv, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([["run", "metric", *keys], *rows])
+
+        def write(path):
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([["run", "metric", *keys], *rows])
+        toolplay.write_atomic(args.csv, write)
 
 
 # --------------------------------------------------------------------------- 7. with a model

@@ -346,8 +346,8 @@ def right_answer(case, episode, verdicts):
     calculator, worked out there, and the only result that is stated; what was searched must have been searched for;
     talk counts half, and the rest by its likeness to the reference."""
     from eval import in_circles, words_of
-    if (in_circles(words_of(episode.final)) or not verdicts["response_quality"] or not right_format(case, episode, verdicts)
-            or episode.stop != "end" or repeated(episode)):
+    if (in_circles(words_of(episode.final)) or not verdicts["response_quality"]
+            or not right_format(case, episode, verdicts) or episode.stop != "end" or repeated(episode)):
         return 0.0
     if wants_number(case):
         return float(answer_was_computed(case, episode) and not states_a_step(case, episode))
