@@ -49,7 +49,7 @@ import typing
 import unicodedata
 import urllib.parse
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Hashable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -133,7 +133,7 @@ class Tool:
         A name behind a blank has other tokens than behind a quote (" pickup", "_branch" and "pick", "up", "_branch"):
         in the form of a call the model sees what it is to write, token by token.
         """
-        sentence = re.split(r"(?<=[.!?]) ", " ".join(self.description.split()), maxsplit=1)[0]
+        sentence = re.split(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\b[A-Z]\.) ", " ".join(self.description.split()), maxsplit=1)[0]
         fields = _fields(self.parameters, style, self.parameters)
         line = (f'{{"name": {_dumps(self.name)}, "arguments": {{{fields}}}}}' if style == "call"
                 else f"{self.name}({fields})") + (f" - {sentence}" if sentence else "")
@@ -293,7 +293,7 @@ def _new_problems(value, schema, where, root, part, known):
             elif inner is not True:
                 yield from _problems(item, inner, prefix + key, root, False, known)
         for key in _required(schema, root):
-            if key not in value:
+            if key not in value and (key in named or others is not False):  # else nobody could give it
                 yield "missing_argument", f"missing argument {prefix + key!r}"
 
 
@@ -343,7 +343,7 @@ def tool(function=None, *, isolated=True, name=None):
         raise UserError(f"tool {name}: {error}, in a type hint") from None
     if next(iter(parameters), "") in ("self", "cls"):
         raise UserError(f"tool {name}: it is a method; a tool is a plain function, which may call one")
-    properties, required = {}, []
+    properties, required, left_out = {}, [], []
     for key, parameter in parameters.items():
         where, hint, default = f"tool {name}: parameter {key}", hints.get(key, typing.Any), parameter.default
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -355,7 +355,7 @@ def tool(function=None, *, isolated=True, name=None):
                      if isinstance(text, str)}
         properties[key] = {**_hint_schema(hint, where), **described, **notes.get(key, {})}
         if default is parameter.empty and optional:
-            function = functools.partial(function, **{key: None})
+            left_out.append(key)
         elif default is parameter.empty:
             required.append(key)
         elif default is not None:
@@ -364,8 +364,11 @@ def tool(function=None, *, isolated=True, name=None):
             except (TypeError, ValueError):
                 raise UserError(f"{where}: its default {default!r:.60} has no JSON form") from None
             properties[key] |= {"default": default} | ({"nullable": True} if optional else {})
-    return Tool(name, description, {"type": "object", "properties": properties, "required": required}, function,
-                isolated)
+
+    def filled(*args, **given):
+        return function(*args, **dict.fromkeys(set(left_out).difference([*parameters][:len(args)])) | given)
+    return Tool(name, description, {"type": "object", "properties": properties, "required": required},
+                filled if left_out else function, isolated)
 
 
 def _hint_schema(hint, where):
@@ -374,7 +377,7 @@ def _hint_schema(hint, where):
         return {"anyOf": [_hint_schema(part, where) for part in inner]}
     if kind is typing.Literal:
         return {**(HINTS.get(type(inner[0]), {}) if len(set(map(type, inner))) == 1 else {}), "enum": list(inner)}
-    if kind not in HINTS:
+    if not isinstance(kind, Hashable) or kind not in HINTS:  # [str] is none
         raise UserError(f"{where}: type {hint} has no JSON form; use str, int, float, bool, dict, list[...] or Literal")
     if kind in (list, dict) and inner:  # list[X], dict[str, X]
         return {**HINTS[kind], "items" if kind is list else "additionalProperties": _hint_schema(inner[-1], where)}
@@ -397,7 +400,9 @@ def _docstring(function):
         if title.startswith(("Arg", "Param", "Other")):
             # A line that is indented as the first one begins a parameter, "name (type): text" or "name : type" and the
             # text below; what is indented further goes on.
-            lines = textwrap.dedent(lines.strip("\n"))
+            lines = lines.strip("\n")
+            if lines[:1] == " ":  # Google's; what stands at the margin again is no parameter
+                lines = textwrap.dedent(re.match(r"(?: .*(?:\n|$)|\n)*", lines)[0])
             notes += [(name, more if numpy else f"{same} {more}")
                       for name, numpy, same, more in re.findall(r"^(\w+)(?:( :)| *\([^)]*\):|:|$)(.*)((?:\n(?: .*)?)*)",
                                                                 lines, re.MULTILINE)]
@@ -428,6 +433,9 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
             if isinstance(value, dict) and difflib.get_close_matches(
                     key, ["parameters", "input_schema", "inputSchema"], 1):
                 raise UserError(f'{where}: its parameters stand under {key!r}; the key is "parameters"')
+    if (isinstance(parameters, dict) and parameters and all(isinstance(x, dict) for x in parameters.values())
+            and parameters.keys().isdisjoint({"properties", "items", "additionalProperties", "$defs", "definitions"})):
+        raise UserError(f'{where}: its parameters must stand under "properties", as in a JSON schema')
     function = getattr(function, "function", function)  # that of a Tool
     return Tool(inner["name"], description, without_nulls(parameters) or {"type": "object", "properties": {}}, function)
 
@@ -1038,7 +1046,13 @@ def _respell(text):
     text = text.translate(FULL_WIDTH).translate(SPELLING)
     text = re.sub(r"\s*(?<![a-z])per ?cent\b", "%", text.rstrip("=? \t\n").lstrip("= \t\n").lower())
     text = re.sub(rf"(?<![a-z])({'|'.join(WORDS)})(?![a-z(])", lambda m: WORDS[m[0]], text)
-    text = re.sub(r"(\d,)(?=000(?!\d))", lambda m: m[0][:-1], text)  # max(1,000, 2): nobody writes 000 for a number
+    # A comma before three digits is one of thousands; in min and max it separates, unless others do so with a space, or
+    # 000 comes next, which nobody writes for a number: max(1,000,2).
+    tight = bool(re.search(r"min|max", text)) and not re.search(r"\d(,\s|\s+,)", text)
+    if unclear := tight and re.search(r"(?<![\d.])\d{1,3}(,\d{3})*,(?!000)\d{3}(,\d{3})*,000(?!\d)", text):
+        raise ToolError(f"{unclear[0][:50]!r}: write a space behind the commas that separate numbers")
+    text = re.sub(rf"(?<![\d.])\d{{1,3}}(,\d{{3}})*?,000{'' if tight else '(,[0-9]{3})*'}(?!\d)",
+                  lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"\bsqrt\s+(\d+(?:,\d{3})*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)", r"sqrt(\1)", text)
     # "100 / 10% of 50": "of" binds first
     text = re.sub(rf"(/|\*\*)\s*({PLAIN})\s*%\s*of\s+({PLAIN}(?:\s*\*\*\s*{PLAIN})?)(?!\w)", r"\1(\2% * \3)", text)
@@ -1050,12 +1064,11 @@ def _respell(text):
     text = re.sub(r"(?<![a-z])(x|of)(?=\s*[\d.(]|\s+-?[\d.(a-z])", "*", text)  # "3 x 4", but not the unknown of 3x + 4
     # As an attribute, the percent sign binds as tightly as it should: 2 ** 50% is 2 ** 0.5.
     tokens = TOKEN.findall(re.sub(r"%(?!\s*[0-9.(a-z]|\s+-[0-9.(])", " .percent ", text))
-    # A comma before three digits is one of thousands; in min and max it separates, unless others do so with a space.
     # calls: for each open parenthesis, whether a tight comma separates there
-    several, calls = not re.search(r"\d(,\s|\s+,)", text), []
+    calls = []
     for index, token in enumerate(tokens):
         if token == "(":
-            calls.append(several and tokens[index - 1] in ("min", "max"))
+            calls.append(tight and tokens[index - 1] in ("min", "max"))
         elif token == ")":
             del calls[-1:]
         elif token not in FUNCTIONS and token[0] not in "0123456789.,+-*/%":

@@ -75,7 +75,9 @@ def run(function, arguments=None, **options):
     ("1\xa0000 + 2", 1002), ("12 345 678 * 1", 12345678), ("7 mod 3", 1), ("=2+2", 4), ("₹5 * 2", 10), ("3 plus 4", 7),
     ("10 divided by 4", 2.5),
     ("3 times 4 minus 2", 10), ("max(1,000, 2)", 1000), ("max(1,000,2)", 1000), ("round(2.5)", 2), ("min(5, 10, 15)", 5),
-    ("max($1,200,$900)", 1200), ("1,000 + 007", 1007), ("$1,234", 1234), ("2³²", 2 ** 32), ("10²³", 10 ** 23), ("10⁻² * 5", 0.05),
+    ("max($1,200,$900)", 1200), ("1,500,000 / 12", 125000), ("20% of 1,250,000", 250000), ("1,000,500 - 250", 1000250),
+    ("max(1,500,000, 900,000)", 1500000), ("sqrt(2,250,000)", 1500), ("max(2,000,3,000)", 3000), ("max(1,000,500, 2)", 1000500),
+    ("1,000 + 007", 1007), ("$1,234", 1234), ("2³²", 2 ** 32), ("10²³", 10 ** 23), ("10⁻² * 5", 0.05),
     ("100 / 10% of 50", 20),
     ("2^50% of 4", 4), ("2 / 50% of 2^2", 1), ("20% of 50^2", 500), ("√1e4", 100), ("sqrt 1e4", 100),
 ])
@@ -93,7 +95,7 @@ def test_calculate(expression, value):
     "3x + 52", "3x-4", "①", "\x00", "1\ud8002", "1;2", "x", "of", "x x x", "%", "5 of", "**", "1**" * 333, "2**" * 300 + "2",
     "1" + "%" * 999 + "x",
     "9e999**9", "round(9e400*9e400*9e400, 100)", "1e" + "9" * 900, "eval(1)", "1_000", "abs(1", "abs)1(", "🙂", None, 5, b"1",
-    "1 2", "12 34", "1 0000", "3 4 + 2", "log2(8)", "x(3)", "2(", "mod 3", "0,125 * 8", "0,500 + 1", "3€50", "(16).sqrt", "(4).abs",
+    "max(1,500,000,900,000)", "min(100,200,000)", "1 2", "12 34", "1 0000", "3 4 + 2", "log2(8)", "x(3)", "2(", "mod 3", "0,125 * 8", "0,500 + 1", "3€50", "(16).sqrt", "(4).abs",
 ])
 def test_calculate_refuses_quickly(expression):
     start = time.monotonic()
@@ -710,6 +712,7 @@ def test_what_cannot_be_a_tool_says_why():
     def method(self, x: int): ...
     def painted(x=object()): ...
     def odd(x: set): ...
+    def listed(x: [float]): ...
     def unknown(x: "NoSuchType"): ...  # noqa: F821
     def broken(x: "in t"): ...  # noqa: F722
     def absent(x: "os.nope"): ...
@@ -717,6 +720,7 @@ def test_what_cannot_be_a_tool_says_why():
                               (star, "star: parameter numbers: arguments come by name"),
                               (method, "method: it is a method"), (painted, "painted: parameter x: its default .* has no JSON form"),
                               (odd, "odd: parameter x: type .*set.* has no JSON form"),
+                              (listed, r"listed: parameter x: type \[.*float.*\] has no JSON form"),
                               *((f, f"{f.__name__}: .*in a type hint") for f in (unknown, broken, absent)),
                               *((f, "is no plain function") for f in (functools.partial(print), max, dict, tool(lambda: 1, name="t"), 5))):
         with pytest.raises(UserError, match=message):
@@ -1191,6 +1195,43 @@ def test_a_decorated_function_is_still_a_function():
     assert add(1) == 3 and add.signature("described") == "add(a: integer, b?: integer = 2 (the second one)) - Add."
     with pytest.raises(UserError, match="no plain function"):
         tool(add)
+
+    @tool
+    def sub(a: int, b: Optional[int], c: Optional[int]) -> int:
+        return a - (b or 0) - (c or 0)
+    assert (sub(5, 2), sub(5, 2, 1), sub(5, c=1), sub(a=5, b=1)) == (3, 2, 4, 4) and sub.parameters["required"] == ["a"]
+    assert execute(Call("sub", {"a": 5, "c": 2}), [sub]).value == 3
+
+
+def test_a_docstring_goes_on_at_the_margin_behind_its_parameters():
+    @tool
+    def convert(amount: float, currency: str = "EUR") -> float:
+        """Convert dollars, e.g. of the U.S. treasury. Slowly.
+
+        Args:
+            amount: how many dollars,
+                with cents
+
+            currency: ISO code
+        Returns: the amount in that currency
+        """
+    fields = convert.parameters["properties"]
+    assert [fields[key]["description"] for key in fields] == ["how many dollars, with cents", "ISO code"]
+    assert convert.signature().endswith(" - Convert dollars, e.g. of the U.S. treasury.")
+
+
+def test_parameters_that_are_no_schema_are_refused():
+    with pytest.raises(UserError, match='get_rate: its parameters must stand under "properties"'):
+        tool_from_schema({"name": "get_rate", "parameters": {"currency": {"description": "ISO code", "type": "str"}}})
+    assert tool_from_schema({"name": "now", "parameters": {}}).signature() == "now()"
+
+
+def test_what_is_required_but_no_parameter_is_not_asked_for():
+    made = tool_from_schema({"name": "convert", "parameters": {"type": "object", "required": ["amount", "currency"],
+                                                               "properties": {"amount": {"type": "number"}}}}, lambda amount: amount)
+    assert execute(Call("convert", {"amount": 5}), [made]).value == 5
+    assert call_state('<tool_call>{"name": "convert", "arguments": {"amount": 5}}</tool_call>', [made]) == "outside"
+    assert execute(Call("convert", {}), [made]).error_type == "missing_argument"
 
 
 def test_nothing_near_is_not_called_the_nearest():
