@@ -222,10 +222,13 @@ def same_calls(gold, got, tools={}):
 
 def numbers(text):
     """The numbers in a text -> {value: digits after the point}; commas, currency signs and units do not matter."""
+    text = re.sub(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)[ -](hundred|thousand|million|billion)\b",
+                  lambda m: f"{float(m[1].replace(',', '')) * SCALES[m[2].lower()]:.15g}", text, flags=re.IGNORECASE)
     return {float(re.sub("[−–]", "-", sign) + re.sub(r"[^\d.]", "", digits) + power): len(digits.partition(".")[2])
             for sign, digits, power in NUMBER.findall(text)}
 
 
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9}
 IN_WORDS = re.compile(r"\b(?:a (?=hundred|thousand|million))?(?:{0})(?: (?:{0}))*\b".format(
     "|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"])))
 
@@ -246,6 +249,8 @@ def states(text, answer, known, guesses=2):
     `known`) around it."""
     text = re.sub(rf"({BELOW})(?=[$€£]?\d)", lambda m: m[1].rstrip().rpartition(" ")[0] + " -",
                   text.replace("’", "'"), flags=re.IGNORECASE)
+    text = re.sub(r"(?<![-−–\w.])(?=\d[\d.]*\s*(?:°|degrees?)?\s*(?:[CF]|celsius|fahrenheit)?\s+below zero)", "-", text,
+                  flags=re.IGNORECASE)
     shown, spelled, exact = numbers(text), in_words(text), answer == round(answer) and abs(answer) < 1e15
 
     def rounded(value, places):  # a half may go up or down
@@ -253,7 +258,7 @@ def states(text, answer, known, guesses=2):
 
     right = {value for value, places in shown.items()
              if value == answer or not exact and (near(value, answer, 0.005) or rounded(value, places))}
-    if not right and exact and answer in spelled:  # "eight legs"
+    if not right and answer in spelled:  # "eight legs"
         right = {answer}
     denied = re.findall(rf"{NOT}({NUMBER.pattern})|({NUMBER.pattern})[%°.;:!)*\"]{{0,3}}\s+"
                         r"(?:(?:is|was|would be) (?:wrong|incorrect|false)|"
@@ -268,13 +273,15 @@ def states(text, answer, known, guesses=2):
 
 
 def in_words(text):
-    """The whole numbers that a text spells out ("minus twelve") -> set."""
+    """The numbers that a text spells out ("minus twelve", "two and a half") -> set."""
     plain, found = " ".join(re.sub(r"-|\band\b|(?<=thousand),|(?<=million),", " ", text.lower()).split()), set()
     # no numbers
     plain = re.sub(r"\b(no|some|any|every|that|which) one\b|\bone (moment|second|sec|another)\b", " . ", plain)
     for phrase in IN_WORDS.finditer(plain):
         sign = -1 if re.search(BELOW + "$", plain[max(phrase.start() - 30, 0):phrase.start()]) else 1
-        found |= {sign * x for x in data.numbers_in(phrase[0])} | ({0} if "zero" in phrase[0].split() else set())
+        half = 0.5 * plain.startswith(" a half", phrase.end())  # its "and" is gone
+        found |= ({sign * (x + half) for x in data.numbers_in(phrase[0])}
+                  | ({0} if "zero" in phrase[0].split() else set()))
     return found
 
 
@@ -393,17 +400,17 @@ def response(case, episode, gold_results):
         # a tool of one's own may have the name of a built-in one
         value, function = result.value, functions.get(result.name)
         if not result.ok and result.error_type != "not_executable":
-            return declines(final, reference, known, asked)
+            return declines(final, reference, known, " ".join(texts))
         if function is BUILTIN["weather"].function:
             return states(final, value["temperature"], known) and describes(final, value, " ".join(texts))
         if function is BUILTIN["search"].function:
             right = (any(map(like, [reference] if reference else [hit["text"] for hit in value]))
                      and not set(numbers(final)) - known - set(numbers(reference or "")))
-            return right or not value and declines(final, reference, known, asked)
+            return right or not value and declines(final, reference, known, " ".join(texts))
         if is_number(value):
             return states(final, value, known)
         # Of a tool of one's own: something that it said, and not the user; where it gives numbers, no other ones.
-        said = [str(x) for x in leaves(value) if f" {_normal(str(x))} " not in asked]
+        said = [x for x in leaves(value) if f" {_normal(str(x))} " not in asked]
         if not said and not reference:
             return None
         made_up = (any(map(is_number, leaves(value)))
@@ -411,6 +418,7 @@ def response(case, episode, gold_results):
         if made_up:
             return False
         return bool(reference and like(reference)) or any(
+            x in numbers(final) if is_number(x) else
             re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said)
     if (case.calls or case.answer is not None) and (final.lstrip()[:1] in ("{", "[")
                                                     or re.search(r'\{\s*"(result|error)"\s*:', final)):
@@ -434,11 +442,15 @@ def response(case, episode, gold_results):
         return bool(re.search(r"\?|\b(need|please|tell me|let me know)\b", final, re.IGNORECASE))
     # "Paris", "4": a fact, that talk around it must hold
     if reference and case.kind not in data.KINDS and len(words := words_of(reference, apart=True)) <= 3:
+        if {"yes": "no", "no": "yes"}.get(words[0] if words else "") in words_of(final, apart=True)[:3]:
+            return False
         facts = (set(numbers(reference)) | in_words(reference)) - known
         names = {word for word in words if (len(word) > 2 or word.isdigit())
                  and not facts & (set(numbers(word)) | in_words(word))} - common_words()
         if facts or names:  # "Sure!" has none, and is talk
-            return all(states(final, x, known | facts) for x in facts) and names <= set(words_of(final, apart=True))
+            denied = [x for x in names if re.search(rf"{NOT}{x}\b", final.casefold().replace("’", "'"))]
+            return (all(states(final, x, known | facts) for x in facts) and not denied
+                    and names <= set(words_of(final, apart=True)))
     talk = " ".join([reference or "", *(m["content"] for m in messages)])
     return converses(final, messages[-1]["content"]) and worded(final, talk)
 
@@ -468,8 +480,8 @@ def measure(records):
         rng = np.random.default_rng(0)
         draws = [rng.beta(sum(side) + 0.5, len(side) - sum(side) + 0.5, 2000) for side in sides]  # Jeffreys
         low, high = np.percentile(np.sqrt(draws[0] * draws[1]), [2.5, 97.5])
-        out["overall"].update(value=float(np.sqrt(np.mean(sides[0]) * np.mean(sides[1]))), low=float(low),
-                              high=float(high))
+        value = float(np.sqrt(np.mean(sides[0]) * np.mean(sides[1])))
+        out["overall"].update(value=value, low=min(float(low), value), high=max(float(high), value))
     return out
 
 
@@ -571,6 +583,8 @@ def compare(groups, draws=2000):
             (low, high), (d_low, d_high) = ([np.nan] * 2 if np.isnan(x[1:]).all()
                                             else np.nanpercentile(x[1:], [2.5, 97.5])
                                             for x in (values, values - at[first]))
+            if low == high:  # all verdicts are alike, and a bootstrap knows of nothing else
+                low, high = (measure(groups[label][0])[name][end] for end in ("low", "high"))
             out[label][name] = {"value": values[0], "low": low, "high": high, "difference": values[0] - at[first][0],
                                 "d_low": d_low, "d_high": d_high,
                                 "n": int((totals[label][0][name][1] > 0).sum()), "seeds": len(totals[label])}

@@ -395,7 +395,7 @@ def same_value(expression, result):
 
 
 def tidy(text):
-    """Whether a text is a sentence: three different words at least, and more different ones than repeated. Of scripts
+    """Whether a text may be a sentence (whether its words are in order is not asked): three different words at least, and more different ones than repeated. Of scripts
     without Latin letters the characters count."""
     cjk = "\u3040-\u9fff\uac00-\ud7a3"
     words = re.findall(rf"[{cjk}]|[^\W{cjk}]+" if re.search("[a-z]", text.lower()) else r"\w", text.lower())
@@ -408,9 +408,12 @@ def like_reference(case, episode, verdicts):
 
 
 def repeated(episode):
-    """Whether a call was made twice, in whatever spelling."""
+    """Whether a call was made twice, in whatever spelling; 4 * 6 and 3 * 8 are two."""
+    from data import numbers_in
     from eval import same_call
-    return any(same_call(a, b) for a, b in itertools.combinations(episode.calls, 2))
+    written = lambda call: sorted(numbers_in(call.arguments.get("expression")))  # noqa: E731
+    return any(same_call(a, b) and (a.name != "calculator" or written(a) == written(b))
+               for a, b in itertools.combinations(episode.calls, 2))
 
 
 def needless_call(case, episode, verdicts):
@@ -518,7 +521,7 @@ def changes(tree, places):
 
 def is_own(x, given):
     """Whether a number is given: itself, as p %, or as p % more or less."""
-    return any(same(x, y) for g in given for y in (g, g / 100, 1 + g / 100, 1 - g / 100))
+    return any(same(x, y) for g in given for y in (g, g / 100, 1 + g / 100, 1 - g / 100, 100 + g, 100 - g))
 
 
 def same(x, y):
@@ -565,8 +568,8 @@ class Ground:
             case ast.Constant(value=x):
                 made = [factors for result, factors in self.known if same(result, x)]
                 return made[-1] if made and not is_own(x, self.given) else Counter({x: 1})
-            case (ast.Attribute(value=part) | ast.UnaryOp(operand=part)
-                  | ast.Call(func=ast.Name(id="abs" | "round"), args=[part, *_])):
+            case (ast.Attribute(value=part) | ast.UnaryOp(operand=part) | ast.Call(func=ast.Name(id="abs"), args=[part])
+                  | ast.Call(func=ast.Name(id="round"), args=[part, _])):
                 return self.factors(part)  # a percent sign is no factor, as 100 is none
             case ast.BinOp(left=left, op=ast.Mult() | ast.Div() as op, right=right):
                 product = Counter(self.factors(left))
@@ -580,12 +583,14 @@ class Ground:
         """What a sum, a power, a remainder or a choice has to spare; -1 if it does not stand."""
         from tools import evaluate
         sides = node.args if isinstance(node, ast.Call) else [node.left, node.right]
+        # what is cut to a whole number may be 1, whatever it is made of
+        whole = isinstance(node, ast.Call) and len(sides) == 1 or isinstance(getattr(node, "op", 0), (ast.FloorDiv, ast.Mod))
         is_sum, raised = (isinstance(getattr(node, "op", None), kinds) for kinds in ((ast.Add, ast.Sub), ast.Pow))
         products = [self.factors(side) for side in sides]
         # nothing stands on 0
         spare = [self.spare(product) if evaluate(side) else -1 for side, product in zip(sides, products)]
         if min(spare) >= 0 or isinstance(node, ast.Call):
-            return sum(spare) if is_sum else min(spare)
+            return sum(spare) if is_sum else min(*spare, 0) if whole else min(spare)
         right = spare[0] >= 0  # one side does not stand: is it the right one?
         x = abs(evaluate(sides[right])) if {math.nan, *self.standing}.isdisjoint(products[right]) else math.nan
         if is_sum:

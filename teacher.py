@@ -361,7 +361,7 @@ def prose(split, n, seed=0):
     """n built-in texts of a split -> [{"text", "kind", "prompt"?, "answer"?}]; prompt and answer where a number is
     worked out in it."""
     import data
-    from tools import BUILTIN, Call, calculate, execute
+    from tools import CORPORA, calculate, weather
     rng, out = random.Random(f"{split} prose {seed}"), []
     share = {"train": range(7), "dev": range(7, 8), "test": range(8, 10)}[split]
     articles = [a for a in data.corpus("search.jsonl")[1:] if zlib.crc32(a["title"].encode()) % 10 in share]
@@ -380,8 +380,8 @@ def prose(split, n, seed=0):
             words["answer"] = str(answer)
         elif kind == "weather":
             city = rng.choice(data.pool("cities.json", "cities", split))["name"]
-            weather = execute(Call("weather", {"city": city}), BUILTIN).value
-            words = {k: str(v) for k, v in weather.items()} | {"city": city}
+            told = weather(city, path=CORPORA / "cities.json")  # as the name is from there
+            words = {k: str(v) for k, v in told.items()} | {"city": city}
         if kind != "plain" and rng.random() < 0.4:
             text = f'{rng.choice(rng.choice(data.pool("prose.json", "plain", split))["texts"])} {text}'
         asked = ({"prompt": data.fill(text.partition("{answer}")[0].rstrip(), words), "answer": answer}
@@ -438,6 +438,9 @@ def complete(model, tokenizer, rows, tools, most=16, call_tokens=24, call_top=1)
     """Continue each row of ids greedily -> [(text without calls, calls)]. Calls are executed as they are written; one
     may begin where its token is among the `call_top` most probable, once a row. tools {}: none may."""
     import toolplay
+    if len(rows) > (size := CACHED // max([1, *map(len, rows)]) or 1):
+        return [found for n in range(0, len(rows), size)
+                for found in complete(model, tokenizer, rows[n:n + size], tools, most, call_tokens, call_top)]
     open_id, = ids_of(tokenizer, opening(tokenizer))
     end = toolplay.stop_ids(model, tokenizer)
     cache = toolplay.prompt_cache(model, [r[:-1] for r in rows])
@@ -549,12 +552,12 @@ def train(run):
     held_out = fitting(held_out, "held-out texts")
     annotated = annotated_texts(run, model, tokenizer, texts, tools)
     rows = [insert(line["ids"], kept_calls(line["candidates"]), tokenizer) for line in annotated]
+    rows = data.fitting(rows, [len(ids) for ids, _ in rows], config.max_tokens, "texts with their calls")
     if not any(0 in mask for _, mask in rows):
         best = max((c["gain"] for line in annotated for c in line["candidates"]), default=None)
         lower = "" if best is None else f"go on with --resume and a tau_f below {best:.3f}, or "
-        raise UserError(f"no call helped: nothing to learn from; {lower}"
+        raise UserError(f"no call helped in a text that fits max_tokens: nothing to learn from; {lower}"
                         "start a new run (--run_dir=...) with more texts, positions or samples")
-    rows = data.fitting(rows, [len(ids) for ids, _ in rows], config.max_tokens, "texts with their calls")
 
     # 2. model: what is trained is the adapter, as in sft.py
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}

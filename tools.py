@@ -647,7 +647,7 @@ class _CallReader:
                    for end in ('"', r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?"))
 
     def __init__(self, text):
-        self.text, self.at, self.root, self.known, self.depth = text, 0, ANYTHING, {}, 0
+        self.text, self.at, self.root, self.known, self.typed, self.depth = text, 0, ANYTHING, {}, {}, 0
 
     def call(self, tools):
         if not tools:
@@ -745,6 +745,9 @@ class _CallReader:
                        for text in (_dumps(x), json.dumps(x, ensure_ascii=False),
                                     *([str(int(x))] if type(x) is float and x.is_integer() else []))})
         elif "properties" not in schema and (alternatives := schema.get("anyOf") or schema.get("oneOf")):
+            if "type" in schema:  # which holds in each of them
+                alternatives = self.typed.setdefault(id(alternatives), [
+                    {"type": schema["type"], **_resolved(part, self.root)} for part in alternatives])
             self.value(*alternatives)
         elif first == '"' and str in types:
             self.match(*self.STRING)

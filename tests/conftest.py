@@ -5,6 +5,7 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; child processes inherit it
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the number

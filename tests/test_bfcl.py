@@ -195,6 +195,18 @@ def test_a_model_is_judged(tmp_path, capsys):
     assert result["report"]["simple_python"]["n"] == 1 and len(result["records"]) == 2
 
 
+def test_a_prompt_beyond_the_context_is_counted_and_wrong(tmp_path):
+    folder = tiny_suite(tmp_path)
+    path = folder / "BFCL_v4_irrelevance.json"
+    short = path.read_text()
+    long = json.dumps({**json.loads(short), "id": "irrelevance_1", "question": [[{"role": "user", "content": "long " * 1000}]]})
+    path.write_text(short + long + "\n")
+    toolplay.main(["eval", "--model", "tiny", "--suite", "bfcl:irrelevance", "--bfcl", str(folder), "--out", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["report"]["irrelevance"]["too_long"] == 1 and result["report"]["irrelevance"]["n"] == 2
+    assert [record["valid"] for record in result["records"] if record["id"] == "irrelevance_1"] == [False]
+
+
 @pytest.mark.parametrize("suite, words", [("bfcl:simple", "must be bfcl:"), ("other", "must be bfcl:"),
                                           ("bfcl:multiple", "cannot be read")])
 def test_mistakes(tmp_path, suite, words):

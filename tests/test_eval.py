@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import small
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -279,6 +280,14 @@ def test_a_missing_tool_must_be_owned_up_to():
     assert verdicts(asked, "It is 388.")["overall"] is False
 
 
+def test_what_one_city_s_weather_is_may_be_told_where_another_is_unknown():
+    asked = case("Weather in Paris and in Atlantis?", [Call("weather", {"city": "Paris"}), Call("weather", {"city": "Atlantis"})])
+    calls = "".join(format_call(call) for call in asked.calls)
+    told = execute(asked.calls[0], load_tools()).value
+    assert verdicts(asked, calls, f"Paris: {told['temperature']}°C and {told['condition']}, but I couldn't find Atlantis.")["overall"] is True
+    assert verdicts(asked, calls, f"Paris: {told['temperature']}°C; it is stormy in Atlantis, sorry.")["overall"] is False
+
+
 def test_results_of_tools_of_ones_own():
     """The value that came is to be said; where there is none to compare with, nothing is known. A name does not make a tool a built-in
     one."""
@@ -287,6 +296,8 @@ def test_results_of_tools_of_ones_own():
                                       ("weather", "sunny", "It's sunny!", "It's wet."),
                                       ("weather", {"temp": 3}, "It is 3 now", "It is 33 now"),
                                       ("search", ["a", "b"], "It is a.", "No, none."),
+                                      ("price", {"price": 40.0}, "It is 40 now.", "It is 4 now."),
+                                      ("price", [1234567], "1,234,567 in all", "1,234 in all"),
                                       ("pair", {"a": [1, "two"]}, "two of them", "Sorry, nothing.")):
         mine = Tool(name, "", schema, lambda x, value=value: value, isolated=False)
         asked = SUM._replace(conversation={"messages": [{"role": "user", "content": "x?"}], "tools": [mine]},
@@ -530,8 +541,11 @@ def test_evaluate_keeps_order_and_is_deterministic(tiny):
 def test_talk_loss(tiny, monkeypatch):
     talk = [{"comment": ""}] + [{"prompt": "hi", "reply": reply, "kind": "k", "split": "test"} for reply in ("Hello you", "ok")]
     monkeypatch.setattr(data, "corpus", lambda name: talk)
-    loss = evaluation.talk_loss(*tiny)
-    assert 0.5 * math.log(258) < loss < 2 * math.log(258)  # a random model knows nothing
+    net, tokenizer = small.model("llama"), tiny[1]
+    rows = [data.encode({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": reply}]},
+                        tokenizer) for reply in ("Hello you", "ok")]
+    expected = -small.gather(rows, small.one_by_one(net, rows)).sum() / sum(sum(mask) for _, mask in rows)
+    assert evaluation.talk_loss(net, tokenizer) == pytest.approx(float(expected.detach()), abs=1e-4)  # of the replies alone
     with pytest.raises(UserError):
         evaluation.talk_loss(*tiny, split="dev")
 
@@ -592,7 +606,9 @@ def test_a_call_without_tags_is_still_a_call():
     ("It's currently minus 3°C", 3, False), ("It's currently minus 3°C", -3, True), ("That works out as minus 12", -12, True),
     ("10 minus 3 is 7", 7, True), ("No one knows.", 1, False),
     ("One moment, please.", 1, False), ("There is only one left.", 1, True), ("12'345", 12345, True), ("1\u202f234", 1234, True),
-    ("3.91E2", 391, True), ("3–5 degrees", 5, True)])
+    ("3.91E2", 391, True), ("3–5 degrees", 5, True), ("That's 2.4 million.", 2400000, True), ("That's 5 million.", 5, False),
+    ("1,200 Thousand", 1200000, True), ("It takes two and a half hours.", 2.5, True), ("It takes two and a half hours.", 2, False),
+    ("It is 1 degree below zero.", -1, True), ("It is 1 degree below zero.", 1, False), ("-3°C below zero", -3, True)])
 def test_how_people_say_a_number_or_deny_it(text, answer, right):
     assert evaluation.states(text, answer, set()) is right
 
@@ -658,7 +674,12 @@ def test_missing_tool_needs_more_than_a_negative_word():
 def test_a_perfect_score_on_few_cases_is_not_certain():
     records = [{"due": due, "verdicts": {**dict.fromkeys(evaluation.METRICS), "execution": [], "overall": True}}
                for due in [True] * 5 + [False] * 5]
-    assert evaluation.measure(records)["overall"]["low"] < 0.9
+    assert evaluation.measure(records)["overall"]["low"] < 0.9 and evaluation.measure(records)["overall"]["high"] == 1
+    for record in records:
+        record["verdicts"].update(dict.fromkeys(set(evaluation.METRICS) - {"execution"}, True), overall=not record["due"])
+    assert evaluation.measure(records)["overall"]["low"] == 0  # an interval holds its value
+    compared = evaluation.compare({"a": [records]}, 50)["a"]["tool_accuracy"]
+    assert compared["value"] == 1 and compared["low"] == pytest.approx(0.7225, abs=1e-4)  # Wilson's for 10 of 10
 
 
 def test_compare(tmp_path, capsys):
@@ -736,6 +757,10 @@ def test_an_invented_success_is_wrong_where_nothing_fits_or_something_is_missing
                                                      ("4", "It is 5.", False), ("4", "2 + 2 = 4.", True), ("4", "It is four.", True),
                                                      ("It is 4.", "Four.", True), ("\U0001F44D", "\U0001F44D", True),
                                                      ("You're welcome!", "No problem at all.", True),
+                                                     ("No.", "Yes, it is.", False), ("No.", "No, it is not.", True),
+                                                     ("Yes!", "No, it is not.", False), ("Yes.", "It is, indeed.", True),
+                                                     ("Paris", "It isn't Paris, it is Lyon.", False),
+                                                     ("Paris", "It’s Paris, not Lyon.", True),
                                                      *[("Sure!", text, False) for text in ("", "zzq zzq", "and the capital of France?")]])
 def test_a_short_reference_is_a_fact(reference, final, right):
     assert verdicts(case("and the capital of France?", [], final=reference), final)["response_quality"] is right

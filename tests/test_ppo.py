@@ -259,7 +259,8 @@ def test_hackers_earn_less_than_an_honest_attempt(case):
                                                         "36 + 9 - 3*1", "36 + 9 - 1 - 1 - 1", "max(6*7, 36, 9)", "round(round(6*7, 9), 15)",
                                                         "sqrt((36 * 7) ** 2) / 6", "max(36 * 7, 9) / 6",
                                                         "min(36 + 15, 6 * 7)", "6 * 7 % (36 + 15)", "6 * 7 + 9 // 36", "6*7 + 36 % 9",
-                                                        "6 * 7 * (15 // 9)", "6 * 7 + round(9 / 36)",
+                                                        "6 * 7 * (15 // 9)", "6 * 7 + round(9 / 36)", "6 * 7 * round(9 / 15)",
+                                                        "30 * (15 // 9) + 12 * (15 // 9)", "36 + 6 * (15 // 9)", "36 + 6 * (36 % 9 + 1)",
                                                         "10 * 4 + 2 * 1 + (9 + 15) // 36", "round(36 * 7) / 6", "36 * (7 / 6)",
                                                         "min(abs(36 * 7) / 6, 9 * 15)", "abs(36 * 7) / 6 % (9 * 15)",
                                                         "-(-36 * 7) / 6 % (9*15)", "6 * 7 + 36 // 9 * 0", "abs(abs(36 + 9 - 1) - 1) - 1",
@@ -459,11 +460,22 @@ def test_a_broken_call_in_a_later_turn_is_no_right_format():
 @pytest.mark.parametrize("prompt, answer, expression", [("Share 20 dollars among 3 children.", 6.67, "20 / 3"),
                                                         ("Share 20 dollars among 3 children.", 6.67, "round(20 / 3, 2)"),
                                                         ("two dozen eggs, 6 break", 18, "24 - 6"),
+                                                        ("A jacket costs $80. It is on sale for 15% off.", 68, "80 * 85 / 100"),
+                                                        ("A jacket costs $80. It is on sale for 15% off.", 68, "85% of 80"),
+                                                        ("A rent of $800 rises by 5%.", 840, "800 * 105 / 100"),
+                                                        ("How many full boxes of 5 do 17 eggs fill, at 3 dollars each?", 9, "17 // 5 * 3"),
                                                         ("two and a half hours at 60 km an hour", 150, "60 * 2.5"),
                                                         ("3/4 of 80 pens", 60, "0.75 * 80"), ("2 cups a day in June", 60, "2 * 30")])
 def test_honest_calculations(prompt, answer, expression):
     case = evaluation.as_case({"prompt": prompt, "answer": answer})
     assert earned(case, calc(expression), f"That makes {answer}.") > 1.3
+
+
+def test_two_calculations_of_one_value_are_no_call_made_twice():
+    case = evaluation.as_case({"prompt": "Tom has 4 boxes of 6 pens and 3 bags of 8 pens. How many?", "answer": 48})
+    once = earned(case, calc("4 * 6 + 3 * 8"), "Tom has 48 pens.")
+    assert earned(case, calc("4 * 6"), calc("3 * 8"), calc("24 + 24"), "Tom has 48 pens.") > once - 0.1
+    assert earned(case, calc("4 * 6 + 3 * 8"), calc("3 * 8 + 4 * 6"), "Tom has 48 pens.") < once - 0.9
 
 
 def test_a_number_of_the_prompt_may_be_the_result():

@@ -162,6 +162,30 @@ def test_the_probability_of_a_call_is_that_of_one_by_one():
             assert torch.allclose(out["also"][b, t], logp[t - 1, [3, 4]] if m else torch.zeros(2), atol=1e-5)
 
 
+def test_the_probability_of_a_call_at_each_place_is_asked_behind_the_examples():
+    model, tok = small.model("llama"), small.tokenizer()
+    open_id, = teacher.ids_of(tok, teacher.opening(tok))
+    rows, heads = [teacher.ids_of(tok, text) for text in ("3 pairs, 6", "ab")], [teacher.ids_of(tok, "Call: "), []]
+    for ids, head, got in zip(rows, heads, teacher.open_logprobs(model, tok, rows, heads, settings())):
+        asked = range(1 - bool(head), len(ids))  # nothing predicts the first token of all
+        assert got[list(asked)].tolist() == pytest.approx([naive(model, head + ids[:i] + [open_id])[-1] for i in asked], abs=1e-5)
+
+
+def test_the_loss_with_tools_is_of_the_text_behind_its_best_call(monkeypatch):
+    """Of the text's own tokens alone, the call before them."""
+    model, tok = small.model("llama"), small.tokenizer()
+    rows, call = [teacher.ids_of(tok, text) for text in ("3 pairs, 6", "A day.")], "[calculator(2 * 3) -> 6]"
+    monkeypatch.setattr(teacher, "SURE", 0.0)
+    monkeypatch.setattr(teacher, "complete", lambda m, t, begun, tools, most: [("calculator(2 * 3)]", []), ("no call", [])])
+    opens = teacher.open_logprobs(model, tok, rows, [[], []], settings())
+    place = int(opens[0][1:].argmax()) + 1
+    with_call = naive(model, rows[0][:place] + teacher.ids_of(tok, call) + rows[0][place:])
+    own = with_call[:place] + with_call[place + len(teacher.ids_of(tok, call)):]
+    expected = -sum(own + naive(model, rows[1])) / sum(len(row) - 1 for row in rows)
+    assert teacher.text_loss(model, tok, rows, BUILTIN, settings()) == pytest.approx(expected, abs=1e-5)
+    assert teacher.text_loss(model, tok, rows, {}, settings()) != pytest.approx(expected, abs=1e-5)
+
+
 def settings(**more):
     return SimpleNamespace(**{"tau_s": 0.0, "positions": 3, "samples": 2, "tau_f": 0.5, "call_tokens": 24, "micro_tokens": 1024,
                               "precision": "fp32", **more})
@@ -274,6 +298,8 @@ def test_calls_are_executed_while_the_text_is_written(monkeypatch):
     assert said[3][1] == []
     without = teacher.complete(small.model("llama"), TOK, prompts, {}, most=3)
     assert all(calls == [] and "[" not in text for text, calls in without)
+    monkeypatch.setattr(teacher, "CACHED", 40)  # two rows of 15 at most at once
+    assert teacher.complete(small.model("llama"), TOK, prompts, BUILTIN, most=12, call_tokens=30) == said
 
 
 def test_calls_that_fail_come_to_an_end(monkeypatch):
@@ -369,7 +395,7 @@ def test_a_run(tmp_path, calls, capsys):
     result = json.loads((folder / "teacher.json").read_text())
     assert set(result["before"]) == set(result["after"]) == {"loss", "loss_with_tools", "right", "right_with_tools", "n", "calls"}
     assert (folder / "adapter").is_dir()
-    assert "6 texts: 24 positions" in capsys.readouterr().err.replace("36 positions", "24 positions")
+    assert "6 texts: 36 positions -> 72 sampled -> 24 parsed" in capsys.readouterr().err  # 6 texts x 3 tools x 2, twice each
     teacher.main(["--show", str(folder)])
     assert "best 10" in capsys.readouterr().out
 
@@ -393,6 +419,32 @@ def test_an_interrupted_annotation_goes_on_to_the_same_bytes(tmp_path, calls, mo
     teacher.train(toolplay.Run(cut, resume=True))
     for name in ("augmented.jsonl", "metrics.jsonl", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "a/run" / name).read_bytes() == (tmp_path / "b/run" / name).read_bytes(), name
+    whole = (tmp_path / "a/run/augmented.jsonl").read_bytes()  # killed inside the second group of two, inside a line
+    lines = whole.splitlines(keepends=True)
+    part = config(tmp_path / "c")
+    toolplay.Run(part)
+    (tmp_path / "c/run/augmented.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:40])
+    teacher.train(toolplay.Run(part, resume=True))
+    assert (tmp_path / "c/run/augmented.jsonl").read_bytes() == whole
+
+
+def test_texts_that_grow_too_long_by_their_calls_teach_nothing(tmp_path, calls, capsys):
+    (tmp_path / "t.txt").write_text("a" * 60 + "\n" + "b" * 20 + "\n")
+    assert teacher.ids_of(small.tokenizer(), "a" * 60) and len(teacher.ids_of(small.tokenizer(), "a" * 60)) == 60
+    with pytest.raises(UserError, match="no call helped in a text that fits max_tokens"):
+        teacher.train(toolplay.Run(config(tmp_path, text=str(tmp_path / "t.txt"), max_tokens=60, tau_f=-100, positions=1,
+                                          eval_examples=0, annotate_with=["search"])))
+    with pytest.raises(UserError, match="no call helped in a text that fits max_tokens"):
+        (tmp_path / "t.txt").write_text("a" * 60 + "\n")
+        teacher.train(toolplay.Run(config(tmp_path / "b", text=str(tmp_path / "t.txt"), max_tokens=60, eval_examples=0)))
+    assert "texts with their calls are longer than max_tokens = 60" in capsys.readouterr().err
+
+
+def test_prose_has_the_weather_of_its_own_cities(tmp_path, monkeypatch):
+    usual = teacher.prose("test", 60)
+    (tmp_path / "cities.json").write_text('{"cities": [{"name": "Oz"}]}')
+    monkeypatch.setenv("TOOLPLAY_CITIES", str(tmp_path / "cities.json"))
+    assert teacher.prose("test", 60) == usual and any(item["kind"] == "weather" for item in usual)
 
 
 def test_nothing_to_learn_from_is_an_error_that_a_lower_threshold_mends(tmp_path, calls, monkeypatch):

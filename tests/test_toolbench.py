@@ -1,6 +1,7 @@
 """ToolBench's files as they are in the wild: three shapes, real damage. All texts here are written for these tests."""
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -423,9 +424,11 @@ def test_a_pipe_is_named_and_not_waited_for(tmp_path, capsys):
                                   "Thought: " * 100_000, "[" * 200_000])
 def test_long_texts_are_read_in_linear_time(tmp_path, text):
     """Quadratic in the length these would take minutes."""
+    start = time.monotonic()
     data.read_toolbench(write(tmp_path, "a.json", [tree(call("find_book_for_library", '{"title": "Emma"}', text), result(text)),
                                                    dialogue(("assistant", text), ("assistant", ASSISTANT), ("function", text), LLAMA_END),
                                                    {"conversations": [{"from": "system", "value": text}]}]))
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("arguments", [["--report", "x"], ["--max-tokens", "5", "--show", "1"], ["--toolbench", "x", "--max-tokens", "0"],
