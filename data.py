@@ -118,6 +118,23 @@ def is_token_of_its_own(id_, tokenizer):
     return id_ in tokenizer.all_special_ids or id_ in tokenizer.added_tokens_decoder
 
 
+def ids_behind(before, text, tokenizer, **how):
+    """Ids of a text. A tokenizer that puts a blank before whatever begins (SentencePiece's) is shown the end of what
+    stands `before`, and puts none."""
+    ids = lambda text: tokenizer(text, add_special_tokens=False, **how)["input_ids"]  # noqa: E731
+    if not before or not blank_first(tokenizer):
+        return ids(text)
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    head = next(filter(before.endswith, added), before[-1])
+    behind, whole = ids(head), ids(head + text)
+    return whole[len(behind):] if whole[:len(behind)] == behind else ids(text)
+
+
+@functools.lru_cache(16)
+def blank_first(tokenizer):
+    return tokenizer.tokenize("a")[0].startswith("▁")
+
+
 def pieces(messages, tokenizer, generation=False):
     """[(role, text)] -> [(ids, trained)], whose concatenation is the sequence.
 
@@ -128,11 +145,12 @@ def pieces(messages, tokenizer, generation=False):
         return _template_pieces(messages, tokenizer, generation)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     # split_special_tokens: "<|im_end|>" typed by a user or returned by a tool stays text and ends no turn.
-    plain = lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]  # noqa: E731
-    newline, out = plain("\n"), []
+    plain = lambda text: ids_behind("\n", text, tokenizer, split_special_tokens=True)  # noqa: E731
+    header = lambda role: [start] + ids_behind("<|im_start|>", role + "\n", tokenizer)  # noqa: E731
+    newline, out = ids_behind("<|im_end|>", "\n", tokenizer), []
     for role, text in messages:
-        out += [([start] + plain(role) + newline, 0), (plain(text) + [end], int(role == "assistant")), (newline, 0)]
-    return out + [([start] + plain("assistant") + newline, 0)] * generation
+        out += [(header(role), 0), (plain(text) + [end], int(role == "assistant")), (newline, 0)]
+    return out + [(header("assistant"), 0)] * generation
 
 
 GRAMMAR = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
@@ -223,24 +241,24 @@ def _behind(before, text):
 def _template_pieces(messages, tokenizer, generation):
     template = ChatTemplate(tokenizer)
     chat, first = template.opened(without_tags(messages, tokenizer))
-    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    ids = functools.partial(ids_behind, tokenizer=tokenizer)
     before = template.settled(chat[:first])
-    out = [(ids(before), 0)]
+    out = [(ids("", before), 0)]
     for i in range(first, len(chat)):
         after = template.settled(chat[:i + 1])
         if chat[i]["role"] == "assistant":
             header = template.opening(chat[:i], after)
             body = _behind(header, after)
             words = body.rstrip("\n ")  # what stands behind the end-of-turn token is layout
-            said = ids(words)
+            said = ids(header, words)
             if said and tokenizer.eos_token_id is not None and not is_token_of_its_own(said[-1], tokenizer):
                 # a template without an end of turn: else the model would never learn to stop
                 said.append(tokenizer.eos_token_id)
-            out += [(ids(_behind(before, header)), 0), (said, 1), (ids(body[len(words):]), 0)]
+            out += [(ids(before, _behind(before, header)), 0), (said, 1), (ids(words, body[len(words):]), 0)]
         else:
-            out.append((ids(_behind(before, after)), 0))
+            out.append((ids(before, _behind(before, after)), 0))
         before = after
-    return out + ([(ids(_behind(before, template.asked(chat))), 0)] if generation else [])
+    return out + ([(ids(before, _behind(before, template.asked(chat))), 0)] if generation else [])
 
 
 def encode(conversation, tokenizer, style="signature", generation=False):

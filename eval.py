@@ -623,7 +623,7 @@ def compare_command(args):
             raise UserError(f"{folder}: its eval.json has no case of kind {missing[0]!r}; "
                             f"it has {', '.join(sorted(kinds))}")
         records = [r for r in result["records"] if r["kind"] in wanted]
-        cases = [(r["id"], r["prompt"]) for r in records]
+        cases = [(r["id"], r["prompt"], r["due"], *map(r.get, ("expected", "answer", "reference"))) for r in records]
         if same is not None and cases != same or not cases:
             raise UserError(f"{folder}: its eval.json is of other cases than {args.runs[0]}'s; "
                             "run eval on all with the same --data, --n and --seed")
@@ -638,7 +638,8 @@ def compare_command(args):
         members = list(by_seed.values())
         label = members[0][0].name
         label = re.sub(r"([-_.](s|seed)[-_]?|[-_.])?\d+$", "", label) if len(members) > 1 else label
-        label = label if label and label not in labelled else str(members[0][0])
+        label = next(name for name in (label, str(members[0][0]), str(members[0][0].resolve()))
+                     if name and name not in labelled)
         labelled[label] = [records for _, records in members]
     result = compare(labelled)
     first = next(iter(result))
@@ -849,7 +850,7 @@ def bfcl(model, tokenizer, cases, **settings):
     (see rollout).
     """
     episodes = toolplay.rollout(model, tokenizer, [case["conversation"] for case in cases], temperature=0.0,
-                                max_turns=1, max_new_tokens=512, batch_size=128, bar="bfcl", **settings)
+                                max_turns=1, max_new_tokens=512, bar="bfcl", **settings)
     records, report = [], {}
     for case, episode in zip(cases, episodes):
         calls, too_long = [(c.name, c.arguments)
@@ -889,6 +890,7 @@ def add_arguments(parser):
     parser.add_argument("--failures", type=number(int, 0), default=10, metavar="N",
                         help="how many failures to show (default 10)")
     parser.add_argument("--out", metavar="FILE", help="write report and records here as JSON")
+    parser.add_argument("--batch-size", type=number(int, 1), default=128, help="cases at once (default 128)")
 
 
 def command(args):
@@ -908,15 +910,16 @@ def command(args):
     stands_in = (" (trained on invented functions, which stood in for ToolBench)"
                  if config.fallback and config.source == "synthetic" else "")
     trained_on = config.source + stands_in if args.run else None
+    settings = {"style": config.tool_style, "constrained": config.constrained, "batch_size": args.batch_size}
     if suite:
-        text, report, records = bfcl(model, tokenizer, suite, style=config.tool_style, constrained=config.constrained)
+        text, report, records = bfcl(model, tokenizer, suite, **settings)
         print(f"## {args.run or args.model}{stands_in}\n\n{text}")
         return keep("bfcl.json", {"data": args.suite, "trained_on": trained_on, "constrained": config.constrained,
                                   "report": report, "records": records})
     extra = [tool_from_schema(t) for t in config.tools]
     cases = (data.read_jsonl(args.data, lambda item: as_case(data.with_tools(item, extra, BUILTIN)))[:args.n]
              if args.data else data.generate(args.split, args.n or 200, args.seed, data.mix_of(config)))
-    report, records = evaluate(model, tokenizer, cases, style=config.tool_style, constrained=config.constrained)
+    report, records = evaluate(model, tokenizer, cases, **settings)
     print(format_report(report, f"{args.run or args.model}{stands_in} on {args.data or args.split}", records,
                         args.failures))
     result = {"data": args.data or args.split, "trained_on": trained_on, "constrained": config.constrained,

@@ -62,8 +62,7 @@ def train(run):
     # 1. data: rows (ids, mask)
     model, tokenizer = toolplay.prepare_model(config, run.device)
     train_rows, held_out = data.dataset(config, tokenizer)
-    train_rows = weigh(train_rows, config.decision_weight, config.call_weight,
-                       tokenizer.encode('{"name": "', add_special_tokens=False))
+    train_rows = weigh(train_rows, config.decision_weight, config.call_weight, before_name(tokenizer))
     batches = data.Batches(train_rows, config)
 
     # 2. model: base weights are frozen, adapters trained (or every weight, with lora_r = 0)
@@ -98,6 +97,11 @@ def train(run):
     if "best" not in trainer.extra or not any((run.folder / name).is_dir() for name in ("adapter", "model")):
         run.save_model(model, tokenizer)
     run.finish()
+
+
+def before_name(tokenizer):
+    """The ids behind which a tool's name begins in a call. (Alone, without the tag, they might begin with a blank.)"""
+    return tokenizer.encode('<tool_call>{"name": "', add_special_tokens=False)[1:]
 
 
 def weigh(rows, decision, call, before_name):

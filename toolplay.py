@@ -379,12 +379,12 @@ def _tiny(transformers):
 def _convert_gguf(path, transformers):
     """De-quantise a GGUF once into a cached safetensors folder; -> that folder."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-    with open(path, "rb") as file:  # known by its size, beginning and end, wherever it lies
-        size, ends = path.stat().st_size, [file.read(2 ** 20)]
-        file.seek(max(0, size - 2 ** 20))
-        stamp = hashlib.sha256(b"".join([str(size).encode(), *ends, file.read()])).hexdigest()[:12]
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(2 ** 20), b""):
+            digest.update(block)
     cache = Path(os.environ.get("TOOLPLAY_CACHE") or Path.home() / ".cache" / "toolplay")
-    folder = cache / f"{path.stem}-{stamp}"
+    folder = cache / f"{path.stem}-{digest.hexdigest()[:12]}"
     if not folder.exists():
         print(f"first use of {path.name}: converting it to safetensors in {folder} (about half a minute, once)",
               file=sys.stderr)
@@ -1141,6 +1141,9 @@ def write_lines(path, values):
                                               encoding="utf-8", errors="backslashreplace"))
 
 
+# What --resume may change: nothing that is trained or logged depends on it.
+CHANGES = ("wandb", "device", "micro_tokens", "constrained", "tau_f")
+
 # What the progress bar shows of a step's metrics.
 SHOWN = ("loss", "eval_loss", "rewards/accuracy", "rewards/margin", "logp/chosen", "reward", "kl", "entropy",
          "clip_fraction", "value_loss",
@@ -1162,7 +1165,7 @@ class Run:
     def __init__(self, config, resume=False):
         start_distributed(config.device)
         self.config, self.rank = config, world_rank()[0]
-        self.folder, self.resume, self.wandb, self.lock = Path(config.run_dir), resume, None, None
+        self.folder, self.resume, self.wandb, self.lock, self.began = Path(config.run_dir), resume, None, None, {}
         self.device = pick_device(config.device)
         self.new = not (self.folder / "config.json").exists()
         ours = ("checkpoint", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "adapter", "model")
@@ -1180,7 +1183,7 @@ class Run:
         torch.manual_seed(config.seed)
         # as config.json has it
         self.written = {**dataclasses.asdict(config),
-                        **{key: before[key] for key in before if key in ("tau_f", "micro_tokens")}}
+                        **{key: before[key] for key in before if key in CHANGES}}
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")  # held by this process, whatever ends it
@@ -1215,10 +1218,11 @@ class Run:
         """The config that the run began with, as a dict; UserError if this one differs from it in anything that must
         stay."""
         before, config = dataclasses.asdict(load_config(self.folder / "config.json")), self.config
-        # nothing that is trained or logged depends on these
-        free = ["run_dir", "wandb", "device", "micro_tokens"] + ["constrained"] * (config.method != "ppo")
-        # which of the teacher's calls are kept is decided anew, as long as nothing was learned from them
-        free += ["tau_f"] * (not newest_checkpoint(self.folder))
+        free = ["run_dir", *CHANGES]
+        if config.method == "ppo":
+            free.remove("constrained")
+        if newest_checkpoint(self.folder):  # until then nothing was learned from the teacher's calls that are kept
+            free.remove("tau_f")
         for key, was in before.items():
             if (key in ("source", "mix") and before["fallback"]
                     or key in ("lora_r", "lora_alpha", "lora_rslora") and config.start_from):
@@ -1229,7 +1233,7 @@ class Run:
                                 f"{self.folder} --resume), or start a new run with --run_dir=...")
         kept = read_json(self.folder / "config.json", lambda value: value | {}, "start a new run")
         began, here = kept.get("provenance"), provenance(config.seed)
-        began = began if isinstance(began, dict) else {}
+        self.began = began = began if isinstance(began, dict) else {}
         other = [key for key in ("packages", "threads") if began.get(key, here[key]) != here[key]]
         if other and self.rank == 0:
             print(f"{self.folder}: began with other {' and '.join(other)}: "
@@ -1238,7 +1242,7 @@ class Run:
 
     def write_config(self):
         write_json(self.folder / "config.json",
-                   {**dataclasses.asdict(self.config), "provenance": provenance(self.config.seed)})
+                   {**dataclasses.asdict(self.config), "provenance": self.began or provenance(self.config.seed)})
 
     def start(self, trainer, learned_from=()):
         """Pick up the newest checkpoint if there is one, cut the log back to it, open Weights & Biases. UserError if
@@ -1812,9 +1816,9 @@ def demo_steps(run, n):
     print("1. The untrained model on prompts of the test split (no phrasing, city or number pair of it is in the "
           "training data)")
     model, tokenizer = load_model(config.model, run.device)
-    if not before:
+    if not before or before.get("constrained") != config.constrained:
         report, records = evaluation.evaluate(model, tokenizer, cases, **settings)
-        before = {"report": report, "records": records}
+        before = {"report": report, "records": records, "constrained": config.constrained}
         write_json(before_file, before)
     talk_before = evaluation.talk_loss(model, tokenizer, n=40)
     del model
@@ -1991,7 +1995,7 @@ def main(argv=None):
             args.command(args)
         except torch.OutOfMemoryError:
             raise UserError("the GPU's memory is full: lower --micro_tokens (train, "
-                            "then --resume) or --batch-size (predict)") from None
+                            "then --resume) or --batch-size (predict, eval)") from None
         except Interrupted as error:
             verb = ["train", str(error), "--resume"]
             if args.verb == "demo":

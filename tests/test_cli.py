@@ -469,3 +469,14 @@ def test_a_state_space_model_is_sampled_from():
     for token in episode.ids[episode.prompt:]:
         assert token == int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
         ids.append(token)
+
+
+def test_a_gguf_is_known_by_all_of_it(tmp_path, monkeypatch, capsys):
+    """Exported again after more training it may differ in the middle only."""
+    monkeypatch.setenv("TOOLPLAY_CACHE", str(tmp_path / "cache"))
+    for middle in b"ab":
+        (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(2 ** 21) + bytes([middle]) + bytes(2 ** 21))
+        with pytest.raises(SystemExit):
+            toolplay.main(["eval", "--model", str(tmp_path / "m.gguf")])
+    folders = re.findall(r"safetensors in (\S+)", capsys.readouterr().err)
+    assert len(set(folders)) == 2

@@ -10,6 +10,7 @@ import pytest
 import small
 
 import data
+import sft
 import toolplay
 import tools
 from tools import UserError, calculate, load_tools, parse_calls
@@ -782,3 +783,36 @@ def test_meaningless_names_belong_to_one_split():
              for split in ("train", "dev", "test")}
     masked = {split: {n for n in found if re.fullmatch(r"(func|method|api)_\d", n)} for split, found in names.items()}
     assert all(masked.values()) and not names["train"] & names["test"] and not names["train"] & names["dev"]
+
+
+ZEPHYR = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("template", [ZEPHYR, CHATML], ids=["plain tags", "chatml"])
+def test_sentencepiece_puts_no_blank_before_the_pieces(template, scheme):
+    """A tokenizer that begins every text with a blank (Llama 2's, Mistral's) gives the ids that it gives the whole."""
+    import tokenizers
+    import transformers
+    special = ["<unk>", "<s>", "</s>"] + ["<|im_start|>", "<|im_end|>"] * (template == CHATML)
+    vocabulary = {token: n for n, token in enumerate([*special, "▁", "\n", *map(chr, range(33, 127))])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    made.add_special_tokens(special)
+    tok = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", chat_template=template,
+                                               eos_token=special[-1])
+    chat = data.check_conversation({"tools": ["calculator"], "messages": [
+        {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2 + 2"}}]},
+        {"role": "tool", "content": '{"result": 4}'}, {"role": "assistant", "content": "It is 4."}]})
+    roles = {"tool": "user"} if template == ZEPHYR else {}
+    shown = [{"role": roles.get(role, role), "content": text} for role, text in data.turns(chat)]
+    whole = lambda turns, **how: tok.apply_chat_template(turns, tokenize=True, return_dict=False, **how)  # noqa: E731
+    ids, mask = data.encode(chat, tok)
+    assert ids == whole(shown)
+    asked = {**chat, "messages": chat["messages"][:1]}
+    assert data.encode(asked, tok, generation=True)[0] == whole(shown[:2], add_generation_prompt=True)
+    (_, weights), = sft.weigh([(ids, mask)], 1.0, 3.0, sft.before_name(tok))
+    assert weights.count(3.0) > 60  # the call's

@@ -682,7 +682,7 @@ def test_a_perfect_score_on_few_cases_is_not_certain():
     assert compared["value"] == 1 and compared["low"] == pytest.approx(0.7225, abs=1e-4)  # Wilson's for 10 of 10
 
 
-def test_compare(tmp_path, capsys):
+def test_compare(tmp_path, capsys, monkeypatch):
     """Two seeds of one config against another run on the same cases: means, paired differences, one column per config."""
     def records(right):
         return [{"id": n, "kind": f"k{n % 2}", "prompt": f"p{n}", "due": n % 2 == 0,
@@ -724,10 +724,20 @@ def test_compare(tmp_path, capsys):
     assert {len(row) for row in csv.reader((tmp_path / "out.csv").open())} == {10}
     same = evaluation.compare({"a": [records([True, False] * 10)], "b": [records([True, False] * 10)]}, 200)["b"]["tool_accuracy"]
     assert same["difference"] == same["d_low"] == same["d_high"] == 0  # the same cases are drawn for both: paired
-    (tmp_path / "sft" / "eval.json").write_text(json.dumps({"records": records([True] * 3)}))
-    with pytest.raises(SystemExit):
-        toolplay.main(argv)
-    assert "other cases" in capsys.readouterr().err
+    for name, seed in (("rloo-1", 1), ("rloo-2", 2), ("rloo", 3)):  # a group takes the name of another run
+        (tmp_path / name).mkdir()
+        shutil.copy(tmp_path / "sft" / "eval.json", tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps({"seed": seed, "lr": 1 if name == "rloo" else 2}))
+    monkeypatch.chdir(tmp_path)
+    toolplay.main(["compare", "rloo-1", "rloo-2", "rloo"])
+    assert "rloo (2 seeds)" in (out := capsys.readouterr().out) and f"{tmp_path / 'rloo'} (1 seed)" in out
+    changed = records([True, False] * 10)
+    changed[3]["expected"] = [{"name": "weather", "arguments": {}}]
+    for other in (records([True] * 3), changed):  # of other gold, too
+        (tmp_path / "sft" / "eval.json").write_text(json.dumps({"records": other}))
+        with pytest.raises(SystemExit):
+            toolplay.main(argv)
+        assert "other cases" in capsys.readouterr().err
 
 
 HOTEL = {"name": "hotel", "description": "Prices.", "parameters": {"type": "object", "properties": {"city": {"type": "string"}},

@@ -364,6 +364,16 @@ def test_other_threads_are_said_on_resume(config, capsys):
     assert "began with other threads: what it comes to may differ in the last digits" in capsys.readouterr().err
 
 
+def test_what_a_resumed_run_may_change_is_kept_and_its_beginning_too(config):
+    folder = train(config(steps=2))
+    made = json.loads((folder / "config.json").read_text())
+    made["provenance"].update(threads=77, git_commit="begun")
+    (folder / "config.json").write_text(json.dumps(made))
+    sft.train(Run(load_config(config(steps=2, micro_tokens=64, constrained=True)), resume=True))
+    now = json.loads((folder / "config.json").read_text())
+    assert (now["micro_tokens"], now["constrained"]) == (64, True) and now["provenance"] == made["provenance"]
+
+
 def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
     run = Run(load_config(config()))
     trainer = Trainer(run.config, {"w": torch.nn.Parameter(torch.ones(2))}, 7)

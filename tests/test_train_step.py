@@ -68,7 +68,7 @@ def test_the_deciding_tokens_of_real_conversations():
     """With a real vocabulary: the openings of the turns, and what begins the name of each of two calls in one turn."""
     _, tokenizer = toolplay.load_model("smollm2-135m")
     chat = data.generate("train", 1, seed=3, mix={"two_calls": 1})[0]
-    (ids, mask), = sft.weigh([data.encode(chat, tokenizer)], 2.0, 1.0, tokenizer.encode('{"name": "', add_special_tokens=False))
+    (ids, mask), = sft.weigh([data.encode(chat, tokenizer)], 2.0, 1.0, sft.before_name(tokenizer))
     names = [call["name"] for message in chat["messages"] for call in message.get("tool_calls", [])]
     turns = sum(message["role"] == "assistant" for message in chat["messages"])
     heavy = [tokenizer.decode([i]) for i, m in zip(ids, mask) if m == 2]
