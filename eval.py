@@ -278,7 +278,7 @@ def in_words(text):
     # no numbers
     plain = re.sub(r"\b(no|some|any|every|that|which) one\b|\bone (moment|second|sec|another)\b", " . ", plain)
     for phrase in IN_WORDS.finditer(plain):
-        sign = -1 if re.search(BELOW + "$", plain[max(phrase.start() - 30, 0):phrase.start()]) else 1
+        sign = -1 if re.search(rf"(?:{BELOW})$", plain[max(phrase.start() - 30, 0):phrase.start()]) else 1
         half = 0.5 * plain.startswith(" a half", phrase.end())  # its "and" is gone
         found |= ({sign * (x + half) for x in data.numbers_in(phrase[0])}
                   | ({0} if "zero" in phrase[0].split() else set()))

@@ -34,7 +34,6 @@ import fnmatch
 import itertools
 import json
 import math
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -42,7 +41,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 # --- 1. the layer ---------------------------------------------------------------------------
@@ -287,19 +286,6 @@ def errors_name(path):
         raise ValueError(f"{path}: {error}") from error
 
 
-def write_atomically(path, data):
-    """A reader finds the old file or the new one, whole, even if the machine dies in between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_adapter(model, folder, base_model_name=""):
     """Write adapter_config.json and adapter_model.safetensors; the same adapter, the same bytes. ValueError for a model
     without adapters, or of several settings."""
@@ -319,8 +305,8 @@ def save_adapter(model, folder, base_model_name=""):
               "r": r, "target_modules": targets, "task_type": "CAUSAL_LM", "use_rslora": rslora}
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {file_key(n): t.cpu().contiguous() for n, t in lora_state(model).items()}
-    write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-    write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_config(path):

@@ -1256,7 +1256,8 @@ class Run:
             print(f"resuming {self.folder} after step {trainer.step}", file=sys.stderr)
         trainer.extra["data_sha256"] = data_sha256
         if self.rank == 0:
-            for aside in self.folder.glob(".model.[0-9]*"):  # what a killed process was writing
+            # what a killed process was writing
+            for aside in [*self.folder.glob(".adapter.[0-9]*"), *self.folder.glob(".model.[0-9]*")]:
                 shutil.rmtree(aside, ignore_errors=True)
             if dataclasses.asdict(self.config) != self.written:
                 self.write_config()  # what stood in for unusable data, and an adapter's rank and scale, are known now
@@ -1342,7 +1343,7 @@ class Run:
         if self.rank:
             return
         if self.config.lora_r:
-            lora.save_adapter(model, self.folder / "adapter", self.config.model)
+            write_atomic(self.folder / "adapter", lambda path: lora.save_adapter(model, path, self.config.model))
         else:
             write_atomic(self.folder / "model", lambda path: (model.save_pretrained(path),
                                                               tokenizer.save_pretrained(path)))
@@ -1881,29 +1882,11 @@ def plot(folder, reports):
     return path
 
 
-TOUR = [
-    ("validate", ["validate"], "half a minute", "checks that everything is in place"),
-    ("how LoRA works", ["lora"], "seconds", "lora.py: low-rank updates on a small matrix"),
-    ("look at the data", ["data", "--show", "12"], "seconds", "data.py: conversations, and which tokens are trained"),
-    ("the token trie", ["trie", "configs/sft_demo.json"], "seconds",
-     "what the rows of a batch share, and what that saves"),
-    ("a tiny training run", ["train", "configs/sft_tiny.json"], "seconds",
-     "sft.py end to end on a random two-layer model"),
-    ("preference pairs", ["dpo", "--show", "6"], "seconds",
-     "dpo.py: a good answer, and a copy of it with one realistic fault"),
-    ("tiny DPO", ["train", "configs/dpo_tiny.json"], "seconds",
-     "dpo.py end to end: rewards, margins, the log-prob of the chosen"),
-    ("tiny PPO", ["train", "configs/ppo_tiny.json"], "seconds",
-     "ppo.py end to end: rollouts, advantages, the clipped objective"),
-    ("the demo", ["demo"], "ten minutes", "a real model learns to call tools; before and after"),
-    ("the careful run", ["train", "configs/sft.json"], "about an hour", "the model to keep"),
-]
-
-
 def tour():
     """The guided tour: a short menu of what can be run, how long it takes, what it teaches."""
     print("Toolplay: train an open language model to call tools, every algorithm in plain PyTorch.\n")
-    for n, (name, _, duration, teaches) in enumerate(TOUR, 1):
+    menu = data.corpus("tour.json")["menu"]
+    for n, (name, _, duration, teaches) in enumerate(menu, 1):
         print(f"  {n}  {name:<22}{duration:<16}{teaches}")
     if sys.stdin is None or not sys.stdin.isatty():
         print("\nRun one of them:  python toolplay.py --help")
@@ -1914,9 +1897,9 @@ def tour():
         choice = ""
     if not choice:
         return
-    if not choice.isdecimal() or not 1 <= int(choice) <= len(TOUR):
-        raise UserError(f"{choice!r}: choose a number from 1 to {len(TOUR)}")
-    verb, *rest = TOUR[int(choice) - 1][1]
+    if not choice.isdecimal() or not 1 <= int(choice) <= len(menu):
+        raise UserError(f"{choice!r}: choose a number from 1 to {len(menu)}")
+    verb, *rest = menu[int(choice) - 1][1]
     if verb in ("lora", "data", "dpo"):
         return importlib.import_module(verb).main(rest)
     rest = [str(ROOT / x) if x.endswith(".json") else x for x in rest]

@@ -222,6 +222,7 @@ def test_numeric_answers(answer, text, right):
                                                  ("There are zero eggs left.", 0, True), ("Zero.", 0, True),
                                                  ("10 apples minus 3 is 7.", -3, False),
                                                  ("First, take seven. That gives 6.", 6, True),
+                                                 ("It is minus five degrees and twelve are out.", 12, True),
                                                  ("A spider does not have eight legs.", 8, False),
                                                  ("It isn't eighty, it is eight.", 8, True), ("She doesn't have 42 stickers.", 42, False),
                                                  ("You have minus 3 dollars left.", -3, True), ("The balance is **minus 3**.", -3, True),

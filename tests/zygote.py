@@ -68,10 +68,11 @@ def kill_at(place, nth):
         before(os, "fsync")
     elif place == "rename":
         before(os, "replace")
+        before(os, "rename")  # a folder takes the place of another
     elif place == "removing the old checkpoint":
         before(toolplay.shutil, "rmtree", lambda folder, *args, **kwargs: next(Path(folder).glob("*")).unlink())
     elif place == "saving the model":
-        before(lora, "write_atomically")
+        before(lora, "save_adapter")
     elif place == "start":
         before(toolplay.Run, "start")
     elif place == "end":
