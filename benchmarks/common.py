@@ -1,20 +1,19 @@
 """
-common.py - what the benchmarks share: sides in processes of their own, the clock, the memory, FLOPs and the machine's
-peak
+common.py - what the benchmarks share: one process per side, timing, memory, FLOPs and the machine's peak
 
-Each side of a comparison is a function of (folder, options) and runs in a fresh process, one after the other, never at
-once; the first role prepares what the others read. Memory is ru_maxrss of the process.
+Each side of a comparison is a function of (folder, options) and runs in a fresh process. The sides run one after the
+other, never at the same time. The first role prepares what the other roles read. Memory is ru_maxrss of the process.
 
-FLOPs of a training step of ours, for the share of the machine's matmul peak. N trie nodes, n of them predict a trained
-token (only there the head runs). A product of [N, in] with [in, out] is 2 N in out.
+FLOPs of one of our training steps, for its share of the machine's matmul peak: there are N trie nodes, and n of them
+predict a trained token (the head runs only on these n). A product of [N, in] with [in, out] costs 2 N in out.
     frozen linear layers    2 N in out forward, the same backward (gradient of the input; frozen weights have none)
     LoRA, per layer         2 N r (in + out) forward, twice that backward (gradients of A and B, and of the input)
     head                    2 n D V forward, the same backward
-Left out: the input gradient of the first block's q, k and v (embeddings are frozen, nobody asks for it); attention,
-norms, the softmax and the optimizer (so the share is slightly too low, never too high). The peak is the best of several
-square fp32 torch.mm in the same process, after training.
+Not counted: the input gradient of the first block's q, k and v (embeddings are frozen, so it is not computed);
+attention, norms, the softmax and the optimizer (so the share is slightly too low, never too high). The peak is the best
+of several square fp32 torch.mm in the same process, after training.
 
-The peers are extras for these scripts alone. torch and transformers stay as they are with exactly this line:
+Only these scripts need the peers' packages. Exactly this line leaves torch and transformers unchanged:
 
     .venv/bin/pip install --no-deps trl==1.16.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 dill==0.4.1 \
         multiprocess==0.70.19 pandas==3.1.1 pyarrow==26.0.1 python-dateutil==4.0.0 tzdata==2026.6 xxhash==4.1.0 \
@@ -33,7 +32,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# The parent process imports nothing heavy: a child's ru_maxrss starts at the size of the process that started it.
+# The parent process imports nothing large: a child's ru_maxrss starts at the size of its parent.
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP, COMPARED = 2, 10
 R, ALPHA, MAX_NORM = 16, 32, 1.0
@@ -50,9 +49,9 @@ def parser(description, **defaults):
 
 
 def run_roles(script, options, roles, wanted, text):
-    """Run the wanted roles in processes of their own; print text({role: result}) -> (lines, summary); write --out."""
+    """Run each wanted role in its own process; print text({role: result}) -> (lines, summary); write --out."""
     if options.role:
-        if not options.role.startswith("trl"):  # TRL's side uses nothing of this project
+        if not options.role.startswith("trl"):  # TRL's side does not use this project
             sys.path.insert(0, str(ROOT))
         (options.folder / f"{options.role}.json").write_text(json.dumps(roles[options.role](options.folder, options)))
         return
@@ -80,7 +79,7 @@ def run_roles(script, options, roles, wanted, text):
 
 
 def main_against_trl(script, what, prepare, ours, trl, **defaults):
-    """The command line of a comparison with TRL. trl(folder, options, checkpointing); `what`: examples, pairs."""
+    """The command line of a comparison with TRL. trl(folder, options, checkpointing); `what`: "examples" or "pairs"."""
     roles = {"prepare": prepare, "ours": ours, "trl plain": lambda f, o: trl(f, o, False),
              "trl checkpointing": lambda f, o: trl(f, o, True)}
     made = parser(sys.modules["__main__"].__doc__.strip().splitlines()[0], **defaults)
@@ -96,7 +95,7 @@ def cpu_name():
 
 
 def measured(losses, clock):
-    """clock: the time at the start and after every step."""
+    """clock: the times at the start and after every step."""
     return {"losses": losses, "seconds": [b - a for a, b in zip(clock, clock[1:])],
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
 
@@ -106,8 +105,8 @@ def tell(losses, clock):
 
 
 def prepare_model(folder, options):
-    """Write base/ (the model) and adapter/ (PEFT's layout) -> tokenizer. lora_B starts at small random numbers instead
-    of zero, so that a mistake in either half of the adapter shows in the first loss already."""
+    """Write base/ (the model) and adapter/ (PEFT's layout) -> tokenizer. lora_B starts with small random numbers
+    instead of zeros, so that an error in either half of the adapter already changes the first loss."""
     import torch
 
     import lora
@@ -143,8 +142,7 @@ def peer_model(folder):
     return model, transformers.AutoTokenizer.from_pretrained(folder / "base")
 
 
-# What TRL's trainers are told, so that both sides do the same: AdamW, cosine to zero without warm-up, given order,
-# fp32.
+# Settings of TRL's trainers that make both sides do the same: AdamW, cosine to zero without warm-up, fixed order, fp32.
 def peer_settings(folder, options, lr, checkpointing):
     return dict(output_dir=str(folder / "trl"), max_steps=options.steps, per_device_train_batch_size=options.batch_size,
                 gradient_accumulation_steps=1, learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=0,
@@ -156,7 +154,7 @@ def peer_settings(folder, options, lr, checkpointing):
 
 
 def recorded(Trainer, losses, clock):
-    """(a trainer class that keeps its losses, a callback that keeps the time after every step)"""
+    """-> (a trainer class that records its losses, a callback that records the time after every step)"""
     import transformers
 
     class Recorded(Trainer):
@@ -185,7 +183,7 @@ def peer_versions():
 
 
 def step_flops(model, units, budget):
-    """{"nodes": N, "flops"} of one step on units (lists of rows): forward and backward as the docstring counts them."""
+    """{"nodes": N, "flops"} of one step on units (lists of rows), counted as in the docstring of this file."""
     import lora
     import toolplay
     groups = toolplay.micro_batches(units, budget)
@@ -193,14 +191,14 @@ def step_flops(model, units, budget):
                                        for group in groups)))
     flops = 4 * predicting * model.get_output_embeddings().weight.numel()
     for name, layer in lora.lora_layers(model).items():
-        first = ".layers.0.self_attn." in name and not name.endswith("o_proj")  # no input gradient there
+        first = ".layers.0.self_attn." in name and not name.endswith("o_proj")  # they need no input gradient
         flops += 2 * nodes * layer.base.weight.numel() * (1 if first else 2)
         flops += 6 * nodes * (layer.lora_A.numel() + layer.lora_B.numel()) - first * 2 * nodes * layer.lora_A.numel()
     return {"nodes": nodes, "flops": flops}
 
 
 def matmul_peak():
-    """Best FLOP/s of square fp32 matrix products."""
+    """Highest measured FLOP/s of square fp32 matrix products."""
     import torch
     best = 0.0
     for n in (1024, 2048, 4096):
@@ -223,7 +221,7 @@ def with_share_of_peak(out, model, steps, budget, seed):
 
 
 def against_peers(sides, options, what, tolerance):
-    """The table of a training step of ours against TRL's -> (lines, summary). `what`: examples, pairs."""
+    """The table of our training step against TRL's -> (lines, summary). `what`: "examples" or "pairs"."""
     def speed_of(side):
         return options.batch_size / statistics.median(side["seconds"][WARM_UP:] or side["seconds"])
     us, peers = sides["ours"], [name for name in sides if name.startswith("trl")]

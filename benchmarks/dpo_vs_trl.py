@@ -2,15 +2,15 @@
 dpo_vs_trl.py - our DPO step against TRL's DPOTrainer: the same pairs, the same losses, less time, less memory
 
 Both sides train the same LoRA adapter of smollm2-135m on the same pairs (a gold conversation and its copy with one
-fault, dpo.corrupted_pairs of data.generate("train", seed 0)) in the same order, in fp32, with the same AdamW, step
-size, clipping and loss (sigmoid, beta 0.1, mean over a batch of 8). The reference is the adapter that training starts
-from. The trained tokens are those of the last turn, all of a pair's answer, so that TRL's completion mask says the same
-as ours.
+fault, dpo.corrupted_pairs of data.generate("train", seed 0)) in the same order, in fp32, with the same AdamW, learning
+rate, clipping and loss (sigmoid, beta 0.1, mean over a batch of 8). The reference is the adapter that training starts
+from. The trained tokens are those of the last turn, which is the whole answer of a pair, so that TRL's completion mask
+equals ours.
 
-Fairness. TRL computes its reference in every step (its default); ours once, beforehand: that time is shared out over
-our steps, as if the data were passed over once only. TRL runs "plain" (no gradient checkpointing: its fastest) and
-"checkpointing" (its default). The first two steps are warm-up. How memory and FLOPs are counted, and what to install:
-common.py.
+Fairness. TRL computes its reference in every step (its default). We compute ours once, before training, and add an
+equal part of that time to each of our steps, as if there were only one pass over the data. TRL runs twice: "plain" (no
+gradient checkpointing, its fastest setting) and "checkpointing" (its default). The first two steps are warm-up.
+common.py says how memory and FLOPs are counted, and what to install.
 
     .venv/bin/python benchmarks/dpo_vs_trl.py --out benchmarks/dpo_vs_trl.json
 """
@@ -35,7 +35,7 @@ def prepare(folder, options):
     pairs = [pair[:2] for pair in dpo.corrupted_pairs(gold, tokenizer, options.seed)][:count]
     if len(pairs) < count:
         sys.exit(f"only {len(pairs)} pairs for {options.steps} steps of {options.batch_size}")
-    last = lambda mask: len(mask) - mask[::-1].index(1)  # noqa: E731  (the newline behind the end of turn trains nothing)
+    last = lambda mask: len(mask) - mask[::-1].index(1)  # noqa: E731  (the newline after the end is not trained)
     pairs = [[(ids[:last(mask)], mask[:last(mask)]) for ids, mask in pair] for pair in pairs]
     for _, mask in (row for pair in pairs for row in pair):
         assert mask[mask.index(1):] == [1] * (len(mask) - mask.index(1)), "a tool result among the trained tokens"
@@ -99,7 +99,7 @@ def trl(folder, options, checkpointing):
 
     class Given(Trainer):
         def _prepare_dataset(self, dataset, *args):
-            return dataset  # it is tokenised
+            return dataset  # it is tokenised already
     settings = trl.DPOConfig(**common.peer_settings(folder, options, LR, checkpointing), beta=BETA,
                              loss_type=["sigmoid"])
     Given(model=model, args=settings, train_dataset=Dataset.from_dict(columns), callbacks=[callback],

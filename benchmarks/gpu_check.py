@@ -1,13 +1,13 @@
 """
-gpu_check.py - does the GPU compute what the CPU does, and how fast is a training step there?
+gpu_check.py - does the GPU compute the same as the CPU, and how fast is a training step on it?
 
     python benchmarks/gpu_check.py                       SmolLM2-135M
     python benchmarks/gpu_check.py --model tiny --steps 3
 
-Prints, for eight conversations: the largest difference of the log-probs and the relative difference of the gradients
-between CPU (fp32) and GPU (fp32, fp16, bf16), then examples per second, loss scale and peak memory of real training
-steps in each precision. The first loss scale is far too large on purpose: steps that overflow must be skipped and
-counted, and the rest train.
+Prints for eight conversations the largest difference of the log-probs and the relative difference of the gradients
+between CPU (fp32) and GPU (fp32, fp16, bf16). Then prints examples per second, loss scale and peak memory of real
+training steps in each precision. The first loss scale is far too large on purpose: steps that overflow must be skipped
+and counted, and the other steps must train.
 """
 import argparse
 import sys
@@ -25,8 +25,8 @@ import toolplay
 
 
 def gradients(model, rows):
-    """Log-probs [B, T] and the adapters' gradients of the summed loss, computed where the model is; in fp32 on the
-    CPU."""
+    """Log-probs [B, T] and the adapters' gradients of the summed loss: computed on the model's device, returned in fp32
+    on the CPU."""
     model.zero_grad(set_to_none=True)
     device = model.get_input_embeddings().weight.device
     logp = toolplay.token_logprobs(model, rows)
@@ -48,7 +48,7 @@ def main():
     model, tokenizer = toolplay.load_model(options.model)
     rows, _ = data.dataset(config, tokenizer)
     lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, seed=0)
-    with torch.no_grad():  # B is zero at the start, and A's gradient with it
+    with torch.no_grad():  # lora_B starts at zero, so lora_A's gradient would be zero
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))

@@ -2,11 +2,11 @@
 rollout_vs_generate.py - our batched sampling against transformers.generate
 
 Both sides sample one assistant turn for each of 16 prompts x 4 samples (data.generate("test", seed 0), the three tools
-in the system prompt) from the same weights at temperature 1, at most 64 tokens a turn, in fp32. A token counts when it
-was sampled up to its row's end of turn; what generate computes behind that end is its loss. Each side runs three times;
-the first is warm-up, the better of the others counts. Ours shares the prompt of a row with all rows that have it and
-lets finished rows leave; generate pads on the left and goes on until its last row ends. With --run the weights are a
-trained run's (adapter merged), whose turns end early; without it the base model's, which likes to go on.
+in the system prompt) from the same weights at temperature 1, at most 64 tokens a turn, in fp32. A token counts if it
+is sampled up to its row's end of turn; tokens that generate computes after that end do not count. Each side runs three
+times: the first run is warm-up, the faster of the other two counts. Our rollout computes a prompt once for all rows
+that have it, and removes finished rows; generate pads on the left and continues until its last row ends. With --run the
+weights are a trained run's (adapter merged), whose turns end early; without it the base model's, whose turns are long.
 
     .venv/bin/python benchmarks/rollout_vs_generate.py [--run RUN] --out benchmarks/rollout_vs_generate.json
 """
@@ -41,7 +41,7 @@ def prepare(folder, options):
 
 
 def timed(sample):
-    """sample(seed) -> number of tokens; -> tokens and seconds of the better of two runs after a warm-up."""
+    """Time sample(seed) -> number of tokens. Return tokens and seconds of the faster of two runs after a warm-up."""
     runs = []
     for seed in range(3):
         start = time.perf_counter()

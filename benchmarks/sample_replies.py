@@ -1,5 +1,5 @@
 """
-sample_replies.py - the base model's own replies to the no-tool talk, sampled once
+sample_replies.py - the base model's own replies to messages that need no tool, sampled once
 
     python benchmarks/sample_replies.py        writes configs/corpora/talk_replies.jsonl
 """
@@ -16,8 +16,8 @@ from eval import converses  # noqa: E402
 
 
 def hollow(prompt, reply):
-    """Whether a reply is one of those that the model has for everything: they would teach it to console who got the
-    job."""
+    """Whether a reply is a phrase that the model gives to any message: training on it would teach the model to console
+    a user who got the job."""
     mourning = re.search(r"\b(died|death|passed away|funeral|grie|(lost|miss) (my|the|our) "
                          r"(gran\w*|mum|mom|dad|dog|cat|budgie))\b", prompt, re.IGNORECASE)
     return bool(re.search(r"classic (example|scene|case)", reply, re.IGNORECASE) or not mourning
@@ -25,7 +25,7 @@ def hollow(prompt, reply):
 
 
 def talk_prompts():
-    """Every no-tool message -> [{"prompt", "kind", "split"}]: the talk kinds, and the traps that need no tool."""
+    """All messages that need no tool -> [{"prompt", "kind", "split"}]: talk, and the traps that need no tool."""
     prompts = [{"prompt": p, "kind": k["kind"], "split": k["split"]} for k in corpus("talk_prompts.json")["kinds"]
                for p in k["prompts"]]
     for family in corpus("traps.json")["families"]:
@@ -41,11 +41,11 @@ def talk_prompts():
 
 
 def sample_replies():
-    """Let the untrained model answer every no-tool message in its own words, once; keep the answers that end.
+    """Let the untrained model answer every message that needs no tool in its own words, once; keep answers that end.
 
-    Messages that have a reply in the file keep it. An echo of the message is no reply: a model that learns to copy
-    questions into searches would learn from these to copy everything.
-    Tool training on these replies costs the model no talk: they are what it says anyway (self-distillation).
+    Messages that have a reply in the file keep it. An echo of the message is rejected: a model that learns to copy
+    questions into searches would learn from echoes to copy everything.
+    Tool training that includes these replies keeps the model's talk: it would say them anyway (self-distillation).
     """
     model, tokenizer = toolplay.load_model()
     prompts, path = talk_prompts(), CORPORA / "talk_replies.jsonl"

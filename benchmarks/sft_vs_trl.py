@@ -2,13 +2,14 @@
 sft_vs_trl.py - our SFT step against TRL's SFTTrainer: the same numbers, less time, less memory
 
 Both sides train the same LoRA adapter (r 16, alpha 32, all linear layers) of smollm2-135m on the same token ids and
-masks in the same order, in fp32, with the same AdamW, step size, clipping and loss (mean over the trained tokens of a
-batch of 16). The workload is data.generate("train", seed 0) with the same three tools offered everywhere.
+masks in the same order, in fp32, with the same AdamW, learning rate, clipping and loss (mean over the trained tokens of
+a batch of 16). The workload is data.generate("train", seed 0) with the same three tools offered everywhere.
 
-Fairness. TRL pads to the longest row of the batch (its default) and runs twice: "plain" without gradient checkpointing,
-which is its fastest, and "checkpointing" with it, which is its default and its smallest memory. Ours has one setting;
-read it against both rows. Seconds are measured from the end of a step to the end of the next, all that a trainer does
-between included. The first two steps are warm-up. How memory and FLOPs are counted, and what to install: common.py.
+Fairness. TRL pads to the longest row of the batch (its default) and runs twice: "plain" is without gradient
+checkpointing, which is its fastest setting; "checkpointing" is with it, which is its default and needs the least
+memory. Ours has one setting; compare it with both rows. Seconds are measured from the end of a step to the end of the
+next step, and include all that a trainer does between steps. The first two steps are warm-up. common.py says how memory
+and FLOPs are counted, and what to install.
 
     .venv/bin/python benchmarks/sft_vs_trl.py --out benchmarks/sft_vs_trl.json
 """
@@ -19,7 +20,7 @@ import time
 import common
 
 TOOLS = ["calculator", "weather", "search"]
-LR = 1e-3  # cosine to zero without warm-up, where both trainers' formulas agree
+LR = 1e-3  # cosine to zero without warm-up: both trainers then use the same formula
 
 
 def prepare(folder, options):
@@ -27,7 +28,7 @@ def prepare(folder, options):
     import data
     tokenizer = common.prepare_model(folder, options)
     count = options.steps * options.batch_size
-    # A "missing_tool" example is about a tool that is not offered; here all three are.
+    # A "missing_tool" example is about a tool that is not offered; here all three tools are offered.
     kept = [c for c in data.generate("train", 2 * count + 100, options.seed) if c["kind"] != "missing_tool"][:count]
     rows = [data.encode({**c, "tools": TOOLS}, tokenizer) for c in kept]
     if len(rows) < count:
@@ -63,7 +64,7 @@ def ours(folder, options):
 
 
 def trl(folder, options, checkpointing):
-    """TRL's SFTTrainer on tokenised rows. It takes `labels` as they are: -100 where the mask is 0."""
+    """TRL's SFTTrainer on tokenised rows. It uses the given `labels`: -100 where the mask is 0."""
     model, tokenizer = common.peer_model(folder)
     import trl
     from datasets import Dataset

@@ -1,24 +1,24 @@
 """
 study.py - what DPO and PPO teach that imitation does not: every run, every score, every picture, in one command
 
-    .venv/bin/python benchmarks/study.py              everything, about seven hours on two cores; what is done is skipped
-    .venv/bin/python benchmarks/study.py start gae-0  only these
-    .venv/bin/python benchmarks/study.py table plot   the table, docs/ppo.png and docs/dpo.png from the runs there are
+    .venv/bin/python benchmarks/study.py              everything, about seven hours on two cores; skips finished runs
+    .venv/bin/python benchmarks/study.py start gae-0  only these stages
+    .venv/bin/python benchmarks/study.py table plot   the table, docs/ppo.png and docs/dpo.png from the existing runs
 
-All runs start from one SFT checkpoint (configs/sft_start.json), which has seen no family of story problems of more than
-one operation (seven single ones among the canonical examples, and everyday sums of several, it has). Then PPO and DPO
-as their configs say, and the rivals for as long as PPO takes:
+All trained runs start from one SFT checkpoint (configs/sft_start.json). It has seen no family of word problems with
+more than one operation (but seven single problems of that type among the canonical examples, and everyday arithmetic
+with several operations). PPO and DPO train as their configs say, and their rivals train for as long as PPO takes:
 
     gae-0 gae-1 gae-2, rloo-0, grpo-0    ppo.py from answers alone (configs/ppo.json, other seeds and advantages)
-    sft-0 sft-1 sft-2                    more SFT on fresh examples of what the checkpoint was trained on: the control
-    rft-0                                the honest rival: sample, keep what answered right, fine-tune on that
-                                         (Yuan et al. 2023)
+    sft-0 sft-1 sft-2                    the control: more SFT, on new examples of the kinds that the checkpoint learned
+    rft-0                                the fair rival: sample, keep the right answers, fine-tune on them
+                                         (rejection sampling, Yuan et al. 2023)
     dpo-0 dpo-1 dpo-2                    configs/dpo.json
     base                                 the untrained model
 
-Scores: runs/study/test.jsonl, the test split: word problems of several operations (story families that no run has
-seen), and as many of other kinds, half of them without a call that is due, or with a trap. `table` prints them; any two
-are compared by
+All are scored on runs/study/test.jsonl, from the test split: word problems with several operations (of families that no
+run has seen), and as many cases of other kinds; in half of these cases no call is due, or there is a trap. `table`
+prints the scores. This command compares any runs:
 
     .venv/bin/python toolplay.py compare --kind two_steps runs/study/start runs/study/gae-* ...
 """
@@ -32,7 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RUNS = ROOT / "runs" / "study"
-N = 300  # test cases of either part
+N = 300  # number of test cases in each part
 OTHERS = {"no_tool": 8, "trap": 8, "missing_tool": 3, "arithmetic": 4, "everyday": 4, "one_step": 4, "weather": 4,
           "search": 4, "two_calls": 1, "tool_error": 1}
 STAGES = ["start", *(f"{name}-{seed}" for seed in range(3) for name in ("gae", "sft", "dpo")), "rloo-0", "grpo-0",
@@ -44,7 +44,7 @@ def toolplay(*argv):
 
 
 def cases():
-    """The test cases, written once."""
+    """Write the test cases, once -> path."""
     import data
     path = RUNS / "test.jsonl"
     if not path.exists():
@@ -65,8 +65,8 @@ def train(name, config, *overrides):
 
 
 def rejection_sampling(name, seed):
-    """Sample from the start, keep what answered right, and train on it, with the old kinds beside it as PPO has
-    them."""
+    """Sample from the start checkpoint, keep the right answers, and train on them together with examples of the old
+    kinds, as PPO does."""
     import data
     import ppo
     import toolplay as tp
@@ -74,7 +74,7 @@ def rejection_sampling(name, seed):
     if not path.exists():
         model, tokenizer, _ = tp.load_run(RUNS / "start")
         config = tp.load_config(ROOT / "configs" / "ppo.json", [f"--seed={seed + 1}", f"--examples={RFT_PROMPTS}"])
-        cases, _ = ppo.prompts_of(config, tokenizer)  # of which PPO knows the answers, no more
+        cases, _ = ppo.prompts_of(config, tokenizer)  # as PPO has them: with the final answers only
         kept, begin = [], time.time()
         for at in range(0, len(cases), 32):
             group = cases[at:at + 32]
@@ -83,7 +83,7 @@ def rejection_sampling(name, seed):
             for n, case in enumerate(group):
                 right = [e for e in episodes[4 * n:4 * n + 4] if ppo.score(case, e)[1]["right_answer"] == 1
                          and len(e.turns) == 2]
-                # different ways to the answer teach more than one (Yuan et al., sec. 3.3)
+                # several ways to the answer teach more than one way (Yuan et al., sec. 3.3)
                 for e in {str(e.calls): e for e in right}.values():
                     messages = [*case.conversation["messages"],
                                 {"role": "assistant", "content": "",
@@ -102,8 +102,8 @@ def rejection_sampling(name, seed):
           "--lr=0.0005", "--eval_every=0", "--eval_examples=0")
 
 
-RFT_PROMPTS, RFT_STEPS = 800, 220  # about as long, on two cores, as the other rivals' minutes
-STEP_S = 3.0  # seconds of an SFT step of 8 examples on two cores (timing.jsonl of the start says what it was)
+RFT_PROMPTS, RFT_STEPS = 800, 220  # on two cores this takes about as long as the other rivals
+STEP_S = 3.0  # seconds of an SFT step of 8 examples on two cores (measured: timing.jsonl of the start)
 
 
 def stage(name, minutes):
@@ -130,8 +130,8 @@ def stage(name, minutes):
 
 
 def table():
-    """Every method that has been scored, seeds together: means with 95 % intervals, and paired differences to the
-    start; what is right, and what is wrong."""
+    """Print all scored methods, over their seeds: means with 95 % intervals, and paired differences to the start, of
+    right answers and of faults."""
     import eval as evaluation
     methods = ("start", "base", "sft", "rft", "dpo", "gae", "rloo", "grpo")
     scored = {m: sorted([*RUNS.glob(f"{m}/eval.json"), *RUNS.glob(f"{m}-[0-9]/eval.json")]) for m in methods}
@@ -144,7 +144,7 @@ def table():
         return ["run", "seeds"], [[m, len(seeds)] for m, seeds in records.items()]
 
     def column(to, title, metric, which, fault=False):
-        """A metric over the cases that `which` picks, and its difference to the start; `fault`: one minus it."""
+        """Add a metric over the cases that `which` picks, and its difference to the start; `fault`: 1 - metric."""
         result = evaluation.compare({m: [[r for r in seed if which(r)] for seed in seeds]
                                      for m, seeds in records.items()})
         to[0].extend([f"{title} (n = {result['start'][metric]['n']})", "minus start"])
@@ -164,7 +164,7 @@ def table():
     column(form, "format", "format", other)
     column(wrong, "needless calls", "tool_accuracy", lambda r: other(r) and not r["due"], fault=True)
     for seed in sum(records.values(), []):
-        for r in seed:  # a due call is in order if it is well-formed and of the right tool
+        for r in seed:  # a due call is correct if it is well-formed and of the right tool
             r["verdicts"]["format"] = r["verdicts"]["tool_accuracy"] and (r["verdicts"]["format"] or not r["due"])
     column(wrong, "wrong or malformed", "format", lambda r: other(r) and r["due"], fault=True)
     column(wrong, "either", "format", other, fault=True)
@@ -172,7 +172,7 @@ def table():
 
 
 def plot():
-    """The learning curves: PPO's over rounds, DPO's over steps."""
+    """Plot the learning curves: PPO's over rounds, DPO's over steps."""
     from matplotlib.figure import Figure
 
     from toolplay import read_lines

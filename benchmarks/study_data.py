@@ -1,13 +1,13 @@
 """
 study_data.py - manual, synthetic and teacher data at equal numbers of examples: what does a model learn from each?
 
-    .venv/bin/python benchmarks/study_data.py            everything, about two hours on two cores; what is done is skipped
-    .venv/bin/python benchmarks/study_data.py --table    the table and docs/data.png from the runs that are there
+    .venv/bin/python benchmarks/study_data.py            everything, about two hours on two cores; skips finished runs
+    .venv/bin/python benchmarks/study_data.py --table    the table and docs/data.png from the existing runs
 
-Each run is SmolLM2-135M after --steps steps of SFT on N conversations of one source: the templates (data.MIX), invented
-functions (data.SYNTHETIC), or what a run of teacher.py found (--teacher). Scored on the test split of the templates,
-and on invented functions of domains that no run has seen; call accuracy: the first turn's calls are exactly right, or
-rightly none.
+Each run is SmolLM2-135M after --steps steps of SFT on N conversations of one source: the templates (data.MIX),
+synthetic functions (data.SYNTHETIC), or the calls that a run of teacher.py kept (--teacher). All runs are scored on the
+test split of the templates, and on synthetic functions of domains that no run has seen. Call accuracy: the first turn
+makes exactly the right calls, or rightly makes none.
 """
 import argparse
 import json
@@ -22,7 +22,7 @@ CASES = {"templates": "MIX", "functions": "SYNTHETIC"}
 
 
 def cases(folder, n):
-    """The two files of test cases, written once -> {name: path}."""
+    """Write the two files of test cases, once -> {name: path}."""
     import data
     folder.mkdir(parents=True, exist_ok=True)
     for name, mix in CASES.items():
@@ -32,7 +32,7 @@ def cases(folder, n):
 
 
 def score(folder, name, options):
-    """{set of cases: [call accuracy of each case]} of a run; trained and evaluated if that is not done yet."""
+    """Train and evaluate a run, unless that is done -> {set of cases: [call accuracy of each case]}."""
     source, n, seed = name
     run = folder / f"{source}-{n}-{seed}"
     if not (run / "adapter").is_dir():
@@ -49,7 +49,7 @@ def score(folder, name, options):
 
 
 def same_settings(folder, settings):
-    """Stop if the folder holds runs of other settings: they would be taken for runs of these."""
+    """Stop if the folder holds runs with other settings: they would be mistaken for runs with these settings."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     if path.exists() and (kept := json.loads(path.read_text())) != settings:
@@ -58,7 +58,7 @@ def same_settings(folder, settings):
 
 
 def table(folder, options, seeds):
-    """Markdown of mean and spread over the seeds, from the runs that are there; and the picture."""
+    """Print mean and range over the seeds of the existing runs, in Markdown, and draw the picture."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(4.2 * len(CASES), 3.4), layout="tight")
     axes = figure.subplots(1, len(CASES), sharey=True)
@@ -99,9 +99,9 @@ def main():
     parser.add_argument("--folder", default="runs/study_data")
     parser.add_argument("--table", action="store_true", help="only the table and the picture")
     options = parser.parse_args()
-    # the runs' own place is the repository
+    # make paths absolute: the runs start in the repository
     folder, options.teacher = Path(options.folder).resolve(), str(Path(options.teacher).resolve())
-    try:  # at once, not after two hours
+    try:  # stop now, not after two hours
         import matplotlib  # noqa: F401
     except ImportError:
         sys.exit("the picture needs matplotlib: ./setup.sh --test")
