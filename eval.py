@@ -1,51 +1,52 @@
 """
 eval.py - how well does a model use its tools?
 
-The idea. The model answers each case greedily, its calls are really executed, and the episode is compared with the gold
-one. A case is a conversation in training form (the prompt is everything before the first assistant message, the gold is
-what follows), or an object {"prompt" or "messages", "tools"?, "expected"?: {"calls"?, "answer"?, "final"?}}. A call is
-"due" when the gold has one; with no expectation at all only format and execution are measured. Gold calls are
-executed too: their results are the facts to look for. The first four metrics look at the first assistant turn alone.
-What does not apply to a case is not counted for it.
+The idea. The model answers each case greedily, its calls are executed, and the episode is compared with the gold
+episode. A case is a conversation in training form (the prompt is everything before the first assistant message, the
+gold is what follows), or an object {"prompt" or "messages", "tools"?, "expected"?: {"calls"?, "answer"?, "final"?}}. A
+call is "due" if the gold has a call. Without any expectation, only format and execution are measured. Gold calls are
+executed too: their results are the facts to look for. The first four metrics look only at the first assistant turn. A
+case to which a metric does not apply is not counted in this metric.
 
-  tool_accuracy      The multiset of the names of the well-formed calls is the gold's. None due: nothing that looks like
-                     a call; malformed call syntax, or a call without its tags, counts as calling.
+  tool_accuracy      The names of the well-formed calls, as a multiset, equal the gold's names. None due: nothing looks
+                     like a call; malformed call syntax, or a call without its tags, counts as a call.
   format             Due: at least one call, every call parses and fits its tool's JSON schema, no forged result or chat
-                     tag. None due: a non-empty turn with no tag of the call grammar or of chat.
-  argument_accuracy  (due only) Right tools, and the calls can be paired with the gold ones, in any order, so that every
-                     argument is right. An expression: equal value (relative 1e-6; or the same error), and an operation
-                     in it where the gold has one: a literal, or the result itself in it, is no calculation. Other text:
-                     equal but for case, accents, punctuation and spaces. City: a region after a comma may be left out.
-                     Query of search: F1 of the content words >= 0.75, nothing but words left out (or added), the same
-                     numbers. Anything else: equal. Missing or extra arguments are wrong, except those that state a
-                     default (the schema's; weather in celsius).
-  call_accuracy      argument_accuracy where a call is due, tool_accuracy where none is: the calls are exactly right.
-  execution          Share of the calls of all turns with an ok result; a malformed call is a failure; a tool's own
-                     error (an unknown city) is right where a gold call errs too. A tool that has no function is left
-                     out. Calls of one episode are counted as if independent.
+                     tag. None due: a non-empty turn without tags of the call grammar or of the chat template.
+  argument_accuracy  (due only) The tools are right, and the calls can be paired with the gold calls, in any order, so
+                     that every argument is right. Expression: equal value (relative 1e-6), or the same error; and an
+                     operation if the gold has one: a literal, or an expression that contains the result itself, is no
+                     calculation. Other text: equal except for case, accents, punctuation and spaces. City: a region
+                     after a comma may be missing. Query of search: F1 of the content words >= 0.75, words only left out
+                     or only added, equal numbers. Anything else: equal. Missing or extra arguments are wrong, except
+                     arguments that state a default (the schema's; celsius for weather).
+  call_accuracy      argument_accuracy if a call is due, tool_accuracy if none is due: the calls are exactly right.
+  execution          Share of the calls in all turns that have an ok result. A malformed call is a failure. A tool's own
+                     error (an unknown city) is right if a gold call has a tool error too. Calls of a tool without
+                     a function are not counted. Calls of one episode are counted as if independent.
   response_quality   The final text is right.
-                     A numeric answer is known: the text states it, not as a denial, and at most two other numbers that
-                     nobody mentioned. A whole answer must be exact, another one within 0.5 %, or within 5 % when it is
-                     rounded to the digits shown.
-                     Else, due: for every gold result its key fact: the number; the temperature (and no other unit or
-                     city); for search F1 >= 0.5 with the reference (or with a hit), or "not found" where the reference
-                     says so; for a tool of one's own a value of its result that the user did not say, or F1 >= 0.5 with
-                     the reference, and where it gives numbers no other ones; for an error, words that it cannot be done
-                     (or F1 >= 0.2), and no made-up number. A result as it came (JSON) is no answer.
-                     None due: ended by itself, mostly letters, no 4-gram four times, no echo of the prompt; the kinds
-                     missing_tool and api_none must say what cannot be done or is lacking, with no made-up number,
-                     api_ask must ask; in cases of other kinds a reference of one to three words is a fact that must be
-                     there.
+                     If a numeric answer is known: the text states it, not as a denial, with at most two other numbers
+                     that nobody mentioned. A whole-number answer must be exact; any other answer must be within
+                     0.5 %, or within 5 % if it is rounded to the digits shown.
+                     Else, due: the text has the key fact of every gold result. Number: the number. Weather: the
+                     temperature (and no other unit or city). Search: F1 >= 0.5 with the reference (or with a hit if
+                     there is no reference), or words for "not found" if the search found nothing. Custom tool: a value
+                     of its result that the user did not say, or F1 >= 0.5 with the reference; and no other numbers if
+                     the result has numbers. Error: words that it cannot be done (or F1 >= 0.2 with the reference), and
+                     no made-up number. A raw result (JSON) is no answer.
+                     None due: the text ends by itself, is mostly letters, repeats no 4-gram four times, and does not
+                     echo the prompt. For kinds missing_tool and api_none the text must say what cannot be done or is
+                     missing, without a made-up number; for api_ask the text must ask. If data.KINDS lacks the case's
+                     kind, a reference of one to three words is a fact that the text must contain.
   response_f1        Mean token F1 (as in SQuAD, Rajpurkar et al. 2016) of the final text and the reference.
-  overall            sqrt(success where a call is due * success where none is), success being all of tool, format,
-                     arguments and response, no call made twice, and after the first turn no more calls with a result
-                     than the gold makes. To call always, never, twice, or to echo gives nothing on one side, and a
-                     product forgives no zero. One side alone: its rate; then beware, for what none is due nearly any
-                     tidy text succeeds.
+  overall            sqrt(success if a call is due * success if none is due). Success: tool, format, arguments and
+                     response are all right, no call is made twice, and after the first turn the model makes no more
+                     successful calls than the gold. A model that always calls, never calls, calls twice or echoes the
+                     prompt gets zero on one side, and so zero for the product. With cases of one side only: the rate
+                     of that side. Beware if no case has a call due: nearly any tidy text then succeeds.
 
-95 % intervals: Wilson (1927) for shares, and for response_f1 the same formula with the sample variance in the place
-of p (1 - p); for overall the percentiles of 2,000 draws (fixed seed) of each side's rate from its Jeffreys posterior,
-Beta(yes + 1/2, no + 1/2), or Wilson where there is one side.
+95 % intervals: Wilson (1927) for shares. For response_f1, the same formula with the sample variance instead of
+p (1 - p). For overall, the percentiles of 2,000 draws (fixed seed) of each side's rate from its Jeffreys posterior,
+Beta(yes + 1/2, no + 1/2), or Wilson if there is only one side.
 
     python eval.py --run runs/demo --split test
     python eval.py --model smollm2-135m --data cases.jsonl --out result.json
@@ -80,7 +81,7 @@ CANNOT = re.compile(r"(?:n['’]t|\bnot) (?:\w+ ){0,2}(?:have(?! to\b)|know|chec
                     r"tell|include|available|help|fit|cover|got|do (?:that|this|it)\b)|"
                     r"\b(?:cannot|can not|unable|not able|unavailable|lack|have nothing|no \w+ is available|"
                     rf"(?:without|no|need an?|missing) {MEANS})\b", re.IGNORECASE)
-# these deny nothing
+# phrases that deny nothing, although they contain "no" or "not"
 PHRASES = re.compile(r"\bno (problem|doubt|worries|need|clouds?|rain|snow|wind)\b|\bnot (bad|at all)\b", re.IGNORECASE)
 DENIAL = re.compile(r"n['’]t\b|\b(no|not|nothing|none|cannot|without|unable|unknown|undefined|sorry|error|afraid|wrong|"
                     r"refused|empty|impossible|invalid|unavailable|lacks?|missing)\b", re.IGNORECASE)
@@ -88,15 +89,14 @@ DENIAL = re.compile(r"n['’]t\b|\b(no|not|nothing|none|cannot|without|unable|un
 
 # --------------------------------------------------------------------------- 1. cases
 
-# A prompt and what is expected of it. conversation: {"messages", "tools"}, what the model is given. calls: the gold
-# calls of the first assistant turn; [] when none is due, None when nothing is known. reference: the gold's final text,
-# or None.
-# later: how many calls the gold makes after its first turn, None where that is not known.
+# A prompt and the expected answer. conversation: {"messages", "tools"}, the input of the model. calls: the gold calls
+# of the first assistant turn; [] if no call is due, None if nothing is known. reference: the gold's final text, or
+# None. later: how many calls the gold makes after its first turn, or None if this number is not known.
 Case = namedtuple("Case", "conversation calls answer reference kind id later", defaults=[None])
 
 
 def as_case(item):
-    """A conversation in training form, or a prompt with an expectation -> Case; UserError with the reason."""
+    """A conversation in training form, or a prompt with an expectation -> Case. UserError, with the reason, if bad."""
     if not isinstance(item, dict) or not isinstance(item.get("expected"), (dict, type(None))):
         raise UserError('a case is an object with "messages" or "prompt", and perhaps "expected", an object')
     messages, tools = data.messages_of(item), data.offered_in(item)
@@ -108,9 +108,9 @@ def as_case(item):
     if expected is None:
         start = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
         messages, gold = messages[:start], list(itertools.takewhile(lambda m: m["role"] != "user", messages[start:]))
-        # words beside a call are no answer
+        # text next to a call is no answer
         replies = [m["content"] for m in gold if m["role"] == "assistant" and not m.get("tool_calls")]
-        later = sum(len(m.get("tool_calls", [])) for m in gold[1:]) if replies else None  # it ends in an answer
+        later = sum(len(m.get("tool_calls", [])) for m in gold[1:]) if replies else None  # None: no gold answer
         expected = {"calls": gold[0].get("tool_calls", []) if gold else None, "final": "".join(replies[-1:])}
     turn = {"role": "assistant", "content": expected.get("final") or "", "tool_calls": expected.get("calls")}
     turn = data.check_conversation({"messages": [turn]})["messages"][0]
@@ -127,13 +127,13 @@ def as_case(item):
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # neither inf nor nan
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # not inf, not nan
 
 
 # --------------------------------------------------------------------------- 2. when are two things equal?
 
 def words_of(text, apart=False):
-    """The words of a text in lower case and without accents; `apart`: "I'm" is two."""
+    """The words of a text in lower case and without accents; with `apart`, "I'm" is two words."""
     return _normal(re.sub("['’]", " ", text) if apart else text).split()
 
 
@@ -148,8 +148,8 @@ def near(a, b, tolerance):
 
 
 def literals(expression):
-    """The numbers that are written in an expression, but for what a product or sum is divided by: nobody writes a guess
-    there."""
+    """The numbers written in an expression, except the divisor of a product or sum: nobody writes a guess as the
+    divisor there."""
     try:
         tree = parse_expression(expression)
     except ToolError:
@@ -161,12 +161,12 @@ def literals(expression):
 
 
 def same_expression(gold, got):
-    """Equal value or the same error; and not just a literal where the gold computes something."""
+    """Whether the values or the errors are equal, and `got` is not just a literal where the gold computes something."""
     bare = [re.fullmatch(r"[-+]*[\d.,]+(e[-+]?\d+)?(%|percent)?", re.sub(r"[\s()$€£=?]", "", x), re.IGNORECASE)
             for x in (gold, got)]
     a, b = [execute(Call("calculator", {"expression": x}), BUILTIN) for x in (gold, got)]
     written, percent = literals(gold), re.search(r"%|per ?cent|(?<!\d)0?\.\d", gold, re.IGNORECASE)
-    # 0.15 is 15 percent
+    # 0.15 may also be written as 15 percent
     given = [abs(x) for x in written] + [100 * abs(x) for x in written if percent or abs(x) < 1] + [100] * bool(percent)
     if a.ok and any(near(abs(n), abs(a.value), 1e-6) and not any(near(abs(n), g, 1e-9) for g in given)
                     for n in literals(got)):
@@ -185,7 +185,7 @@ def same_argument(tool, key, gold, got):
                                                        for text in (gold, got)]
         return (gold == got or a == b != "" or city == other != ""
                 and (not region or not other_region or region == other_region))
-    if (tool, key) == ("search", "query"):  # other filler words, but not another thing, and not another year
+    if (tool, key) == ("search", "query"):  # filler words may differ, but not the subject or the year
         x, y = Counter(_terms(gold)), Counter(_terms(got))
         denied = [set(re.findall(r"\b(?:not|no|never|cannot|without)\b|n't\b", text.lower().replace("’", "'")))
                   for text in (gold, got)]
@@ -196,7 +196,7 @@ def same_argument(tool, key, gold, got):
 
 
 def same_call(gold, got, tools={}):
-    """tools: name -> Tool. To state the default of a parameter is the same as to leave it out."""
+    """Whether two calls are equal. tools: name -> Tool. A stated default is the same as a missing argument."""
     defaults = {"unit": "celsius"} if gold.name == "weather" else {}
     if gold.name in tools:
         fields, required = (tools[gold.name].parameters.get(key) or {} for key in ("properties", "required"))
@@ -204,7 +204,7 @@ def same_call(gold, got, tools={}):
                   and "default" in field}
         defaults = {key: value for key, value in {**dict.fromkeys(fields), **defaults, **stated}.items()
                     if key not in required or key in stated}
-    # null for what may be left out is leaving it out, as in `execute`
+    # null for an optional parameter is the same as a missing argument, as in `execute`
     a, b = [{k: v for k, v in call.arguments.items() if k not in defaults or v is not None
              and not same_argument(gold.name, k, defaults[k], v)} for call in (gold, got)]
     return (gold.name == got.name and set(a) == set(b)
@@ -212,16 +212,16 @@ def same_call(gold, got, tools={}):
 
 
 def same_calls(gold, got, tools={}):
-    """Whether gold calls and calls can be paired, in any order, with none left over."""
+    """Whether the gold calls and the calls can be paired, in any order, with no call left over."""
     if not gold or len(gold) != len(got):
         return len(gold) == len(got)
-    # one of each spelling: n equal calls would be tried in n! orders
+    # try identical calls only once: otherwise n identical calls would be tried in n! orders
     tries = {repr(call): n for n, call in enumerate(got)}.values()
     return any(same_call(gold[0], got[n], tools) and same_calls(gold[1:], got[:n] + got[n + 1:], tools) for n in tries)
 
 
 def numbers(text):
-    """The numbers in a text -> {value: digits after the point}; commas, currency signs and units do not matter."""
+    """The numbers in a text -> {value: digits after the point}; commas, currency signs and units are ignored."""
     text = re.sub(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)[ -](hundred|thousand|million|billion)\b",
                   lambda m: f"{float(m[1].replace(',', '')) * SCALES[m[2].lower()]:.15g}", text, flags=re.IGNORECASE)
     return {float(re.sub("[−–]", "-", sign) + re.sub(r"[^\d.]", "", digits) + power): len(digits.partition(".")[2])
@@ -233,32 +233,32 @@ IN_WORDS = re.compile(r"\b(?:a (?=hundred|thousand|million))?(?:{0})(?: (?:{0}))
     "|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"])))
 
 
-# behind these "minus" is a sign; in "10 minus 3" it is none
+# after these words "minus" is a sign; in "10 minus 3" it is an operator
 BELOW = (r"(?:^|[.,:;!?(=]|\b(?:is|are|was|at|be|to|of|about|in|by|has|have|had|with|leaves?|becomes?|makes?|gives?|"
          r"gets?|equals?|it's|that's|currently|around|about|now|only|just|reads?|like|as|roughly|nearly|almost|chilly|"
          r"cold|frosty)|[*_\"“])\s*(?:minus|negative) |\bnegative ")
 
 
-# before a number
+# denies the number that follows
 NOT = (r"(?:\bnot|n't|\bnever|\bneither|\banything but)\s+"
        r"(?:(?:think|believe|say|possibly|really|exactly|quite|it|that|this|is|be|the answer)\s+){0,4}(?:\w+\s+)?")
 
 
 def states(text, answer, known, guesses=2):
-    """Whether the text states the answer: not as a denial, and with at most so many guesses (numbers that are not
-    `known`) around it."""
+    """Whether the text states the answer, not as a denial, and with at most `guesses` other numbers that are not
+    `known`."""
     text = re.sub(rf"({BELOW})(?=[$€£]?\d)", lambda m: m[1].rstrip().rpartition(" ")[0] + " -",
                   text.replace("’", "'"), flags=re.IGNORECASE)
     text = re.sub(r"(?<![-−–\w.])(?=\d[\d.]*\s*(?:°|degrees?)?\s*(?:[CF]|celsius|fahrenheit)?\s+below zero)", "-", text,
                   flags=re.IGNORECASE)
     shown, spelled, exact = numbers(text), in_words(text), answer == round(answer) and abs(answer) < 1e15
 
-    def rounded(value, places):  # a half may go up or down
+    def rounded(value, places):  # a half may be rounded up or down
         return near(value, answer, 0.05) and abs(value - answer) <= 0.5 * 10 ** -places * (1 + 1e-9)
 
     right = {value for value, places in shown.items()
              if value == answer or not exact and (near(value, answer, 0.005) or rounded(value, places))}
-    if not right and answer in spelled:  # "eight legs"
+    if not right and answer in spelled:  # the text spells the answer out: "eight legs"
         right = {answer}
     denied = re.findall(rf"{NOT}({NUMBER.pattern})|({NUMBER.pattern})[%°.;:!)*\"]{{0,3}}\s+"
                         r"(?:(?:is|was|would be) (?:wrong|incorrect|false)|"
@@ -275,18 +275,18 @@ def states(text, answer, known, guesses=2):
 def in_words(text):
     """The numbers that a text spells out ("minus twelve", "two and a half") -> set."""
     plain, found = " ".join(re.sub(r"-|\band\b|(?<=thousand),|(?<=million),", " ", text.lower()).split()), set()
-    # no numbers
+    # in these phrases "one" is no number
     plain = re.sub(r"\b(no|some|any|every|that|which) one\b|\bone (moment|second|sec|another)\b", " . ", plain)
     for phrase in IN_WORDS.finditer(plain):
         sign = -1 if re.search(rf"(?:{BELOW})$", plain[max(phrase.start() - 30, 0):phrase.start()]) else 1
-        half = 0.5 * plain.startswith(" a half", phrase.end())  # its "and" is gone
+        half = 0.5 * plain.startswith(" a half", phrase.end())  # the "and" before it is removed above
         found |= ({sign * (x + half) for x in data.numbers_in(phrase[0])}
                   | ({0} if "zero" in phrase[0].split() else set()))
     return found
 
 
 def describes(text, weather, known):
-    """Whether a text about the weather keeps to the unit and the city; it need not repeat them."""
+    """Whether a text about the weather agrees with the unit and the city; it need not repeat them."""
     found = re.findall(r"\d\s*(?:°|degrees)?\s*(C|F|celsius|fahrenheit)\b", text, re.IGNORECASE)
     units = {unit.lower() for unit in found}
     named = [city for city in _cities(_city_file())[0].values()
@@ -297,7 +297,7 @@ def describes(text, weather, known):
 
 
 def declines(text, reference, known, told):
-    """Whether the text says that it cannot be done, and makes up no number and no weather (what was not `told`)."""
+    """Whether the text says that it cannot be done, and makes up no number (not `known`) or weather (not `told`)."""
     made_up = (set(numbers(text)) | in_words(text)) - known - in_words(reference or "") - {1}
     skies = set(data.corpus("verdicts.json")["skies"])
     weather = skies.intersection(words_of(text)).difference(words_of(f"{told} {reference}"))
@@ -306,13 +306,13 @@ def declines(text, reference, known, told):
 
 
 def in_circles(words):
-    """Whether the words of a text are the same four, in a row, four times."""
+    """Whether a text repeats the same four words in a row at least four times."""
     return max(Counter(zip(words, words[1:], words[2:], words[3:])).values(), default=0) >= 4
 
 
 def converses(text, prompt):
-    """Whether this is a reply at all: mostly letters, no loop, no echo (of "Thank you!" one word more is none). No
-    judgement of what it says."""
+    """Whether the text is a reply at all: mostly letters, no loop, no echo ("Thank you!" plus one word is no echo). The
+    content of the reply is not judged."""
     words, asked, solid = words_of(text), words_of(prompt), "".join(text.split())
     echo = set(words) == set(asked) or f1(text, prompt) >= 0.8 and len(asked) >= 4
     return bool(words) and not in_circles(words) and 2 * sum(map(str.isalpha, solid)) >= len(solid) and not echo
@@ -323,8 +323,8 @@ def common_words():
 
 
 def worded(text, known):
-    """Whether a text has a word that everybody uses, or one of the `known` texts ("asdf qwer" has none), and not only
-    such as "the". Other scripts than the Latin are not judged."""
+    """Whether a text has a common word or a word of the text `known` ("asdf qwer" has neither), and not only stop words
+    such as "the". Text in a script other than Latin only needs to have words."""
     words = set(words_of(text, apart=True))
     if not re.search("[a-z]", _normal(text)):
         return bool(words)
@@ -334,11 +334,11 @@ def worded(text, known):
 # --------------------------------------------------------------------------- 3. one episode
 
 def judge(case, episode):
-    """Case and episode -> record: its text and its verdicts, one per metric, None where a metric does not apply."""
+    """Case and episode -> record: the texts and one verdict per metric, None if a metric does not apply."""
     first = episode.turns[0] if episode.turns else ""
     calls, errors = parse_calls(first)
     names = "|".join(map(re.escape, {tool.name for tool in case.conversation["tools"]} or {"tool_call"}))
-    # with or without tags, in the spellings of other models
+    # finds calls without tags too, and calls in the formats of other models
     keys = [rf'["\']{key}["\']\s*:' for key in ("name", "(arguments|parameters|args)")]
     bare = (rf"</?tool_call|{keys[0]}.*{keys[1]}|{keys[1]}.*{keys[0]}|"
             rf"""\b({names})\((\s*\w+\s*[=:]|\s*["'{{\d])|<function=|\bAction:\s*({names})\b""")
@@ -346,7 +346,7 @@ def judge(case, episode):
     due = None if case.calls is None else bool(case.calls)
     tools = load_tools(case.conversation["tools"])
     gold, gold_results = Counter(c.name for c in case.calls or []), [execute(call, tools) for call in case.calls or []]
-    # The same schemas with nothing but dict(**arguments) behind them: a call that fits is ok, and nothing happens.
+    # The same schemas, with dict(**arguments) as the function: a call that fits its schema is ok and does nothing.
     hollow = {name: Tool(name, "", tool.parameters, dict, isolated=False) for name, tool in tools.items()}
     valid = bool(calls) and not errors and not FORGED.search(first) and all(execute(call, hollow).ok for call in calls)
     plain = not calling and bool(first.strip()) and not FORGED.search(first)
@@ -364,7 +364,7 @@ def judge(case, episode):
         "response_quality": response(case, episode, gold_results),
         "response_f1": None if case.reference is None else f1(episode.final, case.reference)}
     failed = any(verdicts[name] is False for name in ("call_accuracy", "format", "response_quality"))
-    further = sum(r.ok for r in episode.results[len(calls) + len(errors):])  # calls after the first turn
+    further = sum(r.ok for r in episode.results[len(calls) + len(errors):])  # successful calls after the first turn
     too_many = bool(due) and case.later is not None and further > case.later
     verdicts["overall"] = (None if due is None
                            else not (failed or too_many or again(episode.calls) > again(case.calls or [])))
@@ -380,16 +380,16 @@ def judge(case, episode):
 
 
 def leaves(value):
-    """The texts and numbers in a result."""
+    """All texts and numbers in a nested result, as a flat list."""
     if isinstance(value, (dict, list, tuple)):
         return [leaf for part in (value.values() if isinstance(value, dict) else value) for leaf in leaves(part)]
     return [value] if is_number(value) or isinstance(value, str) and value.strip() else []
 
 
 def response(case, episode, gold_results):
-    """response_quality of an episode: True, False, or None where nothing is known to compare with."""
+    """response_quality of an episode: True, False, or None if there is nothing known to compare with."""
     messages, final, reference = case.conversation["messages"], episode.final, case.reference
-    # Who repeats these makes nothing up; what the model wrote into its own calls is known only where nothing better is.
+    # Whatever is in these texts is not made up. The results of the model's calls count only if no gold calls are known.
     told = [m["content"] for m in messages] + [str(c.arguments) for c in case.calls or []]
     texts = told + [r.text() for r in (episode.results if case.calls is None else gold_results)]
     asked = f" {_normal(' '.join(told))} "
@@ -397,7 +397,7 @@ def response(case, episode, gold_results):
     functions = {tool.name: tool.function for tool in case.conversation["tools"]}
 
     def fact(result):
-        # a tool of one's own may have the name of a built-in one
+        # a custom tool may have the name of a built-in tool, so compare functions
         value, function = result.value, functions.get(result.name)
         if not result.ok and result.error_type != "not_executable":
             return declines(final, reference, known, " ".join(texts))
@@ -409,7 +409,8 @@ def response(case, episode, gold_results):
             return right or not value and declines(final, reference, known, " ".join(texts))
         if is_number(value):
             return states(final, value, known)
-        # Of a tool of one's own: something that it said, and not the user; where it gives numbers, no other ones.
+        # Custom tool: the text must have a value of the result that the user did not say. If the result has numbers,
+        # the text must have no other numbers.
         said = [x for x in leaves(value) if f" {_normal(str(x))} " not in asked]
         if not said and not reference:
             return None
@@ -422,7 +423,7 @@ def response(case, episode, gold_results):
             re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said)
     if (case.calls or case.answer is not None) and (final.lstrip()[:1] in ("{", "[")
                                                     or re.search(r'\{\s*"(result|error)"\s*:', final)):
-        return False  # a tool's result as it came
+        return False  # a raw tool result
     if case.answer is not None:
         return states(final, case.answer, known)
     if case.calls is None or not reference and any(result.error_type == "not_executable" for result in gold_results):
@@ -438,16 +439,16 @@ def response(case, episode, gold_results):
         return False
     if case.kind in ("missing_tool", "api_none"):
         return bool(CANNOT.search(PHRASES.sub("", final))) and declines(final, reference, known, asked)
-    if case.kind == "api_ask":  # what is missing is asked for
+    if case.kind == "api_ask":  # must ask for the missing value
         return bool(re.search(r"\?|\b(need|please|tell me|let me know)\b", final, re.IGNORECASE))
-    # "Paris", "4": a fact, that talk around it must hold
+    # "Paris", "4": a fact that the text must contain
     if reference and case.kind not in data.KINDS and len(words := words_of(reference, apart=True)) <= 3:
         if {"yes": "no", "no": "yes"}.get(words[0] if words else "") in words_of(final, apart=True)[:3]:
             return False
         facts = (set(numbers(reference)) | in_words(reference)) - known
         names = {word for word in words if (len(word) > 2 or word.isdigit())
                  and not facts & (set(numbers(word)) | in_words(word))} - common_words()
-        if facts or names:  # "Sure!" has none, and is talk
+        if facts or names:  # "Sure!" has neither, and is small talk
             denied = [x for x in names if re.search(rf"{NOT}{x}\b", final.casefold().replace("’", "'"))]
             return (all(states(final, x, known | facts) for x in facts) and not denied
                     and names <= set(words_of(final, apart=True)))
@@ -458,7 +459,7 @@ def response(case, episode, gold_results):
 # --------------------------------------------------------------------------- 4. many episodes
 
 def estimate(values, z=1.96):
-    """Mean of values in [0, 1] with its interval (Wilson's, whose p (1 - p) is the variance of yes/no values)."""
+    """Mean of values in [0, 1] with its Wilson interval; np.var replaces p (1 - p), the variance of yes/no values."""
     n = len(values)
     if not n:
         return {"value": None, "n": 0, "low": None, "high": None}
@@ -468,7 +469,7 @@ def estimate(values, z=1.96):
 
 
 def listed(verdict):
-    """A verdict as a list: of none where the metric does not apply, of one a call in execution."""
+    """A verdict as a list: empty if the metric does not apply, one item per call for execution."""
     return verdict if isinstance(verdict, list) else [] if verdict is None else [verdict]
 
 
@@ -486,10 +487,10 @@ def measure(records):
 
 
 def summarise(records):
-    """Records -> {"n", "metrics": {metric: {"value", "n", "low", "high"}}, "kinds": {kind: the same}, "tools": {tool:
-    the same}}.
+    """Records -> {"n", "metrics": M, "kinds": {kind: M}, "tools": {tool: M}}, where each M is a dict
+    {metric: {"value", "n", "low", "high"}}.
 
-    A case with two gold tools counts for both; "none" are the cases where no call is due.
+    A case with two gold tools counts for both tools; the tool "none" has the cases where no call is due.
     """
     def grouped(names):
         return {name: measure([r for r in records if name in names(r)])
@@ -500,7 +501,7 @@ def summarise(records):
 
 # --------------------------------------------------------------------------- 5. tables
 
-MOST_ROWS = 25  # of a table; a test of invented functions has hundreds
+MOST_ROWS = 25  # of a table; a test with synthetic functions has hundreds of tools
 
 
 def cell(metric, full=True):
@@ -519,7 +520,7 @@ def compare_table(reports):
 
 
 def format_report(report, title, records=None, show_failures=10):
-    """The report as Markdown; with `records` also the first failures: what was asked, expected and got."""
+    """The report as Markdown; with `records` also the first failures: prompt, expected and actual answer."""
     parts = [f"## {title} ({report['n']} cases)", compare_table({"value [95 % interval]": report})]
     known = [of["call_accuracy"]["value"] for of in report["kinds"].values() if of["call_accuracy"]["n"]]
     if len(known) > 1:
@@ -543,8 +544,8 @@ def format_report(report, title, records=None, show_failures=10):
 # --------------------------------------------------------------------------- 6. runs against each other
 
 def totals_of(records):
-    """Records -> {metric: [2, cases]}: the sum of each case's verdicts, and their number; "due" and "none due" are the
-    two sides of overall."""
+    """Records -> {metric: [2, cases]}: the sum and the number of each case's verdicts. The keys "due" and "none due"
+    are the two sides of overall."""
     verdicts = {name: [listed(r["verdicts"][name]) for r in records] for name in METRICS}
     totals = {name: np.array([list(map(sum, lists)), list(map(len, lists))], dtype=float)
               for name, lists in verdicts.items()}
@@ -556,23 +557,23 @@ def compare(groups, draws=2000):
     """{label: [records of each seed]} on the same cases -> {label: {metric: {"value", "low", "high", "difference",
     "d_low", "d_high", "n", "seeds"}}}.
 
-    A value is the mean over seeds and cases; its interval comes from a bootstrap that draws cases and, where there are
-    several, seeds (fixed seed of its own). The difference is to the first label on the same drawn cases: paired.
+    A value is the mean over seeds and cases. Its interval comes from a bootstrap (with a fixed random seed) that draws
+    cases and, if there are several, seeds. The difference to the first label is paired: both use the same drawn cases.
     """
     rng = np.random.default_rng(0)
     totals = {label: [totals_of(records) for records in seeds] for label, seeds in groups.items()}
 
     def drawn(n):
-        """[draws + 1, n]: how often each of n is in a draw with replacement; in the first row each is once."""
+        """[draws + 1, n]: how often each of n items is in a draw with replacement; the first row has each item once."""
         return np.array([np.ones(n)] + [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(draws)])
     cases = drawn(len(next(iter(groups.values()))[0]))
     seeds = {label: drawn(len(totals[label])) for label in groups}
 
     def rates(label, name):
-        """A metric in each draw; nan where no case in it has one."""
+        """The rate of a metric in each draw; nan if the metric applies to no case of the draw."""
         if name == "overall":
             due, none = rates(label, "due"), rates(label, "none due")
-            # of one side alone: its rate
+            # if a draw has one side only: the rate of that side
             return np.sqrt(np.where(np.isnan(due), none, due) * np.where(np.isnan(none), due, none))
         summed, counted = np.einsum("ds,skc,dc->kd", seeds[label], [seed[name] for seed in totals[label]], cases)
         return np.divide(summed, counted, out=np.full(draws + 1, np.nan), where=counted > 0)
@@ -583,7 +584,7 @@ def compare(groups, draws=2000):
             (low, high), (d_low, d_high) = ([np.nan] * 2 if np.isnan(x[1:]).all()
                                             else np.nanpercentile(x[1:], [2.5, 97.5])
                                             for x in (values, values - at[first]))
-            if low == high:  # all verdicts are alike, and a bootstrap knows of nothing else
+            if low == high:  # all verdicts are equal: every bootstrap draw is the same
                 low, high = (measure(groups[label][0])[name][end] for end in ("low", "high"))
             out[label][name] = {"value": values[0], "low": low, "high": high, "difference": values[0] - at[first][0],
                                 "d_low": d_low, "d_high": d_high,
@@ -592,11 +593,11 @@ def compare(groups, draws=2000):
 
 
 def settings_of(config):
-    """What makes two runs seeds of one experiment: the config without its seed and what changes no result; for the run
-    it started from, that run's."""
+    """The settings that are equal in two seeds of one experiment: the config without its seed and without keys that
+    change no result. `start_from` is replaced by the settings of the run that it names."""
     free = ("seed", "run_dir", "comment", "provenance", "device", "save_every", "micro_tokens", "constrained")
     kept = {k: v for k, v in config.items() if k not in free and not k.startswith("wandb")}
-    # it may be gone, or damaged
+    # the start run may be deleted or damaged
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
         if kept.get("start_from"):
             start = (Path(kept["start_from"]) / "config.json").read_text(encoding="utf-8")
@@ -614,7 +615,7 @@ def compare_command(args):
         result = toolplay.read_json(folder / "eval.json",
                                     lambda d: [(r["id"], r["prompt"], r["kind"] + "", r["due"],
                                                 [r["verdicts"][m] for m in METRICS]) for r in d["records"]], remedy)
-        # without a config.json: of eval --model --out
+        # no config.json: the result is from eval --model --out
         config = (toolplay.read_json(folder / "config.json", dict.items, remedy)
                   if (folder / "config.json").exists() else {"run": str(folder)})
         kinds = {r["kind"] for r in result["records"]}
@@ -630,7 +631,7 @@ def compare_command(args):
         same = cases
         key, seed = json.dumps([settings_of(config), result.get("constrained", False)],
                                sort_keys=True), str(config.get("seed"))
-        # a seed that comes again: the code has changed
+        # a seed that occurs again belongs to a new group: the code has changed
         version = next(n for n in itertools.count() if seed not in groups.get((key, n), {}))
         groups.setdefault((key, version), {})[seed] = (folder, records)
     labelled = {}
@@ -670,8 +671,8 @@ def compare_command(args):
 # --------------------------------------------------------------------------- 7. with a model
 
 def evaluate(model, tokenizer, cases, **settings):
-    """Greedy rollouts of the cases (Case objects, or what as_case takes) -> (report, records in the order of the
-    cases). settings: toolplay.rollout's."""
+    """Greedy rollouts of the cases (Case objects, or inputs of as_case) -> (report, records in the order of the
+    cases). settings: arguments of toolplay.rollout."""
     cases = [case if isinstance(case, Case) else as_case(case) for case in cases]
     settings = {"max_new_tokens": 256, "batch_size": 128, "bar": "eval", **settings}
     episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in cases], temperature=0.0, **settings)
@@ -681,9 +682,9 @@ def evaluate(model, tokenizer, cases, **settings):
 
 
 def talk_loss(model, tokenizer, split="test", n=100):
-    """Mean loss per token of the base model's own replies to no-tool talk: what tool training costs it in talk.
+    """Mean loss per token on the base model's own replies to no-tool talk: how much small talk tool training costs.
 
-    To be compared with the untrained model's, which is not zero.
+    Compare it with the loss of the untrained model, which is not zero.
     """
     talks = data.of_split(data.corpus("talk_replies.jsonl")[1:], split)[:n]
     rows = [data.encode({"messages": [{"role": "user", "content": talk["prompt"]},
@@ -695,9 +696,9 @@ def talk_loss(model, tokenizer, split="test", n=100):
 
 # --------------------------------------------------------------------------- 8. BFCL
 
-# The Berkeley Function-Calling Leaderboard (Patil et al. 2025), for judging only: nothing here is ever trained on. The
-# verdicts are those of the package's own ast_checker for Python. Where that raises an exception (a value that it cannot
-# compare, a function that is not described), the calls are wrong here, unless another of the answer's values fits.
+# The Berkeley Function-Calling Leaderboard (Patil et al. 2025), for evaluation only: nothing here is ever trained on.
+# The verdicts equal those of the package's own ast_checker for Python. If ast_checker raises an exception (a value that
+# it cannot compare, a function that is not described), the calls are wrong here, unless another accepted value fits.
 BFCL = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance", "live_simple", "live_multiple")
 BFCL_TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list,
               "dict": dict, "any": str}
@@ -708,7 +709,7 @@ def bfcl_valid(category, functions, calls, answers):
     """Whether calls [(name, arguments)] are right. functions: the descriptions; answers: [{name: {parameter: [accepted
     values]}}].
 
-    irrelevance: no call is right. Else as many calls as answers; where several are due, in any order, matched greedily.
+    irrelevance: right only without calls. Other categories: as many calls as answers, in any order, matched greedily.
     """
     if category.endswith("irrelevance"):
         return not calls
@@ -719,20 +720,20 @@ def bfcl_valid(category, functions, calls, answers):
     try:
         for answer in answers:
             (name, accepted), = answer.items()
-            # With one function only, the official checker takes it without a look at its name.
+            # With only one function, the official checker uses it without comparing its name with the answer's.
             function = described.get(name) if "parallel" in category or "multiple" in category else functions[0]
             hit = next((n for n, call in enumerate(left) if bfcl_call_valid(function, call, accepted)), None)
             if hit is None:
                 return False
             del left[hit]
     except (TypeError, AttributeError, KeyError, IndexError, OverflowError):
-        return False  # where the official checker breaks down
+        return False  # the official checker raises an exception here
     return True
 
 
 def bfcl_call_valid(function, call, accepted):
-    """One call: the right name, every required parameter, no unknown one, each value accepted; "" in the list: it may
-    be left out."""
+    """Whether one call has the right name, every required parameter, no unknown parameter, and only accepted values. ""
+    in a list of accepted values: the parameter may be left out."""
     name, arguments = call
     known = function["parameters"]["properties"]
     if (name != function["name"] or not isinstance(arguments, dict)
@@ -744,8 +745,8 @@ def bfcl_call_valid(function, call, accepted):
 
 
 def bfcl_value_valid(schema, value, accepted):
-    """Exact types, but an int does for a float; strings without their spaces, punctuation and case; see the
-    branches."""
+    """Whether a value is accepted: its type is exact, but an int may stand for a float; strings are compared without
+    spaces, punctuation and case; the branches show the rest."""
     kind = BFCL_TYPES[schema["type"]]
     inner = BFCL_TYPES[schema["items"]["type"]] if schema["type"] in ("array", "tuple") else None
     value = (float(value) if kind is float and type(value) is int else list(value)
@@ -753,7 +754,7 @@ def bfcl_value_valid(schema, value, accepted):
 
     def kind_of(values):
         return next((type(x) for x in values if x != ""), None)
-    if type(value) is not kind:  # the type of the accepted values does too: a variable's name, say
+    if type(value) is not kind:  # the type of the accepted values is allowed too, for example a variable's name
         return type(value) is kind_of(accepted) and value in accepted
     if inner and not any(type(item) is not list or all(type(x) in (inner, kind_of(item)) for x in value)
                          for item in accepted):
@@ -762,7 +763,7 @@ def bfcl_value_valid(schema, value, accepted):
         return value in accepted
     if kind is dict:
         return bfcl_dict_valid(value, accepted)
-    if inner is dict:  # each in its place
+    if inner is dict:  # the order counts
         return any(len(value) == len(item) and all(bfcl_dict_valid(v, [x]) for v, x in zip(value, item))
                    for item in accepted)
     if kind is str:
@@ -773,7 +774,7 @@ def bfcl_value_valid(schema, value, accepted):
 
 
 def bfcl_dict_valid(value, accepted):
-    """Each key has its own list of accepted values; those that may be left out hold ""."""
+    """Whether a dict is accepted. Each key has its own list of accepted values; the list of an optional key has ""."""
     return any(all(key in item and plain(x) in [plain(item[key][n]) for n in range(len(item[key]))]
                    for key, x in value.items())
                and all(key in value or "" in choices for key, choices in item.items())
@@ -786,7 +787,7 @@ def bfcl_schema(schema):
     made = {k: types.get(v, v) if k == "type" else v for k, v in schema.items()
             if k in ("description", "enum", "default", "required", "type") and v is not None
             and (k, v) != ("type", "any")}
-    if made.get("type") == "array" and "enum" in made:  # they mean the items
+    if made.get("type") == "array" and "enum" in made:  # in BFCL this enum is for the items
         return bfcl_schema({k: v
                             for k, v in schema.items()
                             if k != "enum"} | {"items": {**(schema.get("items") or {}), "enum": schema["enum"]}})
@@ -798,7 +799,7 @@ def bfcl_schema(schema):
 def bfcl_cases(suite, folder=None, n=None):
     """"bfcl:a,b" -> [{"category", "id", "conversation", "functions", "answers"}], the first n of each category.
 
-    folder: with BFCL_v4_*.json; default: of the package bfcl-eval.
+    folder: where BFCL_v4_*.json are; default: in the package bfcl-eval.
     """
     import importlib.util
     name, _, categories = suite.partition(":")
@@ -806,7 +807,7 @@ def bfcl_cases(suite, folder=None, n=None):
     if name != "bfcl" or not categories or set(categories) - set(BFCL):
         raise UserError(f"--suite {suite}: must be bfcl: and some of {','.join(BFCL)}")
     if "irrelevance" in categories and "simple_python" not in categories:
-        categories.insert(0, "simple_python")  # never calling at all must not win
+        categories.insert(0, "simple_python")  # a model that never calls must not win
     if folder is None:
         spec = importlib.util.find_spec("bfcl_eval")
         if spec is None:
@@ -832,7 +833,7 @@ def bfcl_cases(suite, folder=None, n=None):
                     raise ValueError(f"{item['id']} has no function, or no answer")
                 tools = {f["name"]: {"name": f["name"], "description": f["description"],
                                      "parameters": bfcl_schema(f["parameters"])} for f in reversed(item["function"])}
-                tools = dict(reversed(tools.items()))  # of two of a name the first, as in bfcl_valid
+                tools = dict(reversed(tools.items()))  # of two equal names keep the first, as in bfcl_valid
                 cases.append({"category": category, "id": item["id"], "functions": item["function"], "answers": answers,
                               "conversation": data.check_conversation({"messages": item["question"][0],
                                                                        "tools": list(tools.values())})})
@@ -843,10 +844,10 @@ def bfcl_cases(suite, folder=None, n=None):
 
 
 def bfcl(model, tokenizer, cases, **settings):
-    """Greedy first turns -> (table, {category: {"value", "low", "high", "n", "too_long"}}, records). A prompt beyond
-    the context is wrong.
+    """Greedy first turns -> (table, {category: {"value", "low", "high", "n", "too_long"}}, records). A prompt longer
+    than the context counts as wrong.
 
-    Judged are the calls that tools.parse_calls reads; what is malformed is no call. Behind its last call a turn ends
+    Only calls that tools.parse_calls reads are judged; a malformed call is no call. A turn ends after its last call
     (see rollout).
     """
     episodes = toolplay.rollout(model, tokenizer, [case["conversation"] for case in cases], temperature=0.0,
@@ -867,7 +868,7 @@ def bfcl(model, tokenizer, cases, **settings):
 
 
 def add_model(parser, about_run="a trained run folder"):
-    """The arguments that toolplay.model_of reads."""
+    """Add the arguments that toolplay.model_of reads."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", help=about_run)
     which.add_argument("--model", help="smollm2-135m, tiny, a hub name, a folder or a .gguf file")
@@ -924,7 +925,7 @@ def command(args):
                         args.failures))
     result = {"data": args.data or args.split, "trained_on": trained_on, "constrained": config.constrained,
               "seed": args.seed, "report": report, "records": records}
-    keep("eval.json", result)  # before more can go wrong
+    keep("eval.json", result)  # write it now, because the rest may fail
     if not args.data:
         report["talk_loss"] = talk_loss(model, tokenizer, args.split)
         if args.run:

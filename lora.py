@@ -1,31 +1,31 @@
 """LoRA: fine-tune a model by learning a small low-rank correction to its linear layers.
 
 The idea. A linear layer W0 has millions of weights, but the *change* that fine-tuning makes to
-it needs far fewer numbers. So W0 is frozen, and only a product of two thin matrices is learned:
-A squeezes the input from `in` down to `r` numbers, B widens them to `out`. B starts at zero, so
-training starts exactly at the base model. Switched off, the adapter leaves the base model bit
-for bit: a reference model for free.
+it needs far fewer numbers. So we freeze W0 and learn only a product of two thin matrices: A
+squeezes the input from `in` down to `r` numbers, B widens these r numbers to `out`. B starts at
+zero, so training starts exactly at the base model. With the adapter switched off, the model
+computes bit for bit what the base model computes: a reference model for free.
 
 The equations.
 
     h = W0 x + scaling * B A x          A: [r, in]  B: [out, r]       (Hu et al. 2021, eq. 3)
     scaling = alpha / r                                               (Hu et al. 2021, sec. 4.1)
     scaling = alpha / sqrt(r)           rsLoRA: large ranks learn too (Kalajdzievski 2023)
-    W_merged = W0 + scaling * B A       one matrix again, no cost at inference
+    W_merged = W0 + scaling * B A       one matrix again, no extra cost at inference
 
     Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732
 
 Departures from the paper.
   * A starts as kaiming_uniform(a=sqrt(5)), as in the authors' code and in PEFT; the paper says
     Gaussian. Both work, because B is zero.
-  * Merging is a call, never a side effect of eval() as in the authors' code, and it keeps a copy
-    of W0: subtracting B A again would not restore the same bits (in bf16, where the update is a
-    tenth of W0's size, 8 % of the numbers come back as others).
-  * A and B stay in fp32 when the base model is in half precision: their updates are small.
+  * Merging is an explicit call, never a side effect of eval() as in the authors' code. It keeps a
+    copy of W0, because subtracting B A would not restore the same bits (in bf16, with an update a
+    tenth of W0's size, 8 % of the numbers come back different).
+  * A and B stay in fp32 when the base model is in half precision, because their updates are small.
 
-Files are in the layout of PEFT (https://github.com/huggingface/peft), readable in both
-directions. Cast and move the base model *before* adding adapters; nothing here undoes a later
-`model.half()`.
+Files use the layout of PEFT (https://github.com/huggingface/peft): PEFT can read our files, and
+we can read PEFT's. Cast and move the base model *before* adding adapters; nothing here undoes a
+later `model.half()`.
 
 Run:  python lora.py        fits a rank-2 change of an 8x8 matrix with r = 1, 2, 4
 """
@@ -56,12 +56,12 @@ def check_settings(r, alpha, dropout, rslora):
 
 
 def is_conv1d(module):
-    """GPT-2's `Conv1D` is a linear layer whose weight is stored as [in, out]; `nf` is its width."""
+    """GPT-2's `Conv1D` is a linear layer that stores its weight as [in, out]; `nf` is its output width."""
     return hasattr(module, "nf") and getattr(getattr(module, "weight", None), "ndim", 0) == 2
 
 
 def out_in(base):
-    """(out, in) of a linear layer, whichever way round its weight is stored."""
+    """(out, in) of a linear layer, for both ways of storing the weight."""
     return tuple(base.weight.T.shape if is_conv1d(base) else base.weight.shape)
 
 
@@ -70,8 +70,8 @@ class LoRALinear(nn.Module):
     eq. 3).
 
     ValueError for settings that cannot work (`check_settings`).
-    It has no attribute `weight` on purpose: code that takes `layer.weight` and does its own
-    matrix product would leave the adapter out, and had better fail.
+    The class deliberately has no attribute `weight`: code that reads `layer.weight` and does its
+    own matrix product would leave out the adapter, so this code should fail.
     """
 
     def __init__(self, base, r, alpha, dropout=0.0, rslora=False, generator=None):
@@ -80,7 +80,7 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.r, self.alpha, self.rslora = r, alpha, rslora
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
-        self.enabled, self.backup = True, None  # backup: W0, while the adapter is merged into base.weight
+        self.enabled, self.backup = True, None  # backup: a copy of W0 while the adapter is merged into base.weight
         out_features, in_features = out_in(base)
         # A is drawn on the CPU, so that one seed gives the same adapter on every device.
         fp32, device = torch.float32, base.weight.device
@@ -89,15 +89,15 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(A.to(device))  # [r, in]
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=fp32, device=device))
         self.dropout = nn.Dropout(dropout)
-        self.train(base.training)  # a model that is in eval() stays there, dropout included
+        self.train(base.training)  # a model in eval() stays in eval(), dropout included
 
     def forward(self, x):  # [..., in] -> [..., out]
         y = self.base(x)
         if self.backup is not None or not self.enabled:
             return y
-        # Outside autocast this computes in fp32; inside, F.linear casts down by itself.
+        # Outside autocast this computes in fp32; inside autocast, F.linear casts down by itself.
         x = self.dropout(x).to(self.lora_A.dtype)
-        # (alpha / r) B A x, scaled where it is small
+        # (alpha / r) B A x; we scale A x, which has only r numbers
         delta = F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)
         return y + delta.to(y.dtype)  # Hu et al., eq. 3
 
@@ -111,7 +111,7 @@ def lora_layers(model):
 
 
 def require_layers(model, merged):
-    """The adapter layers, or a ValueError where there are none or they are in the other state."""
+    """The adapter layers. ValueError if there are none, or if their state differs from `merged`."""
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no LoRA adapters; call add_lora or load_adapter first")
@@ -122,13 +122,13 @@ def require_layers(model, merged):
 
 
 def linear_layers(model):
-    """{dotted name: module} of all layers that can carry an adapter (no quantised ones)."""
+    """{dotted name: module} of all layers that can carry an adapter (quantised layers cannot)."""
     return {n: m for n, m in model.named_modules()
             if n and (isinstance(m, nn.Linear) or is_conv1d(m)) and m.weight.is_floating_point()}
 
 
 def all_linear(model):
-    """Names of all linear layers except the output head, as PEFT's "all-linear"."""
+    """Names of all linear layers except the output head, like PEFT's "all-linear"."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [n for n, m in linear_layers(model).items() if m is not head and last(n) != "lm_head"]
 
@@ -138,8 +138,8 @@ def last(name):
 
 
 def attach(model, names, seed=None, **settings):
-    """Freeze the model and put a LoRALinear in the place of each named layer."""
-    # initial_seed() reads the global seed and, unlike drawing a number, leaves its state alone.
+    """Freeze the model and replace each named layer with a LoRALinear."""
+    # initial_seed() reads the global seed. Unlike drawing a number, it does not change the generator's state.
     generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
     model.requires_grad_(False)
     for name in names:
@@ -148,15 +148,15 @@ def attach(model, names, seed=None, **settings):
 
 
 def layer_numbers(names, skip):
-    """Names of modules or parameters -> ({name: number of its transformer layer}, the number of the first one above the
-    lowest `skip` share, rounded down)."""
+    """Names of modules or parameters -> ({name: number of its transformer layer}, number of the first layer above the
+    lowest `skip` share). The share of the layers is rounded down."""
     numbers = {n: int(m[1]) for n in names if (m := re.search(r"\.(\d+)\.", n))}
     return numbers, int(skip * (max(numbers.values(), default=-1) + 1))
 
 
 def freeze_lowest(model, skip):
-    """Full fine-tuning of the upper layers alone: freeze the lowest `skip` share of the transformer layers, and all
-    that belongs to none, such as embeddings and head. The backward pass ends above them."""
+    """Prepare full fine-tuning of the upper layers only: freeze the lowest `skip` share of the transformer layers, and
+    all parameters outside the layers, such as embeddings and head. The backward pass ends above the frozen layers."""
     parameters = dict(model.named_parameters())
     numbers, lowest = layer_numbers(parameters, skip)
     for name, parameter in parameters.items():
@@ -166,13 +166,13 @@ def freeze_lowest(model, skip):
 
 
 def add_lora(model, targets, r, alpha, dropout=0.0, rslora=False, seed=None, skip=0.0):
-    """Give adapters to the linear layers that `targets` names; freeze all else; return their names.
+    """Add adapters to the linear layers that `targets` names, freeze all other parameters; return the layers' names.
 
-    A target is a last name component ("q_proj"), a pattern for the whole dotted name if it has a
-    "*" or "." ("*.layers.0.*"), or "all-linear". A target that matches nothing is a ValueError, as it
-    is most likely a typo; so are settings that cannot work. Without a seed, the one given to torch.manual_seed is used.
-    skip: the share (rounded down) of the lowest transformer layers that get none; the backward
-    pass ends above them.
+    A target is the last component of a name ("q_proj"), a pattern for the whole dotted name if it
+    has a "*" or "." ("*.layers.0.*"), or "all-linear". ValueError for a target that matches nothing,
+    because it is most likely a typo, and for settings that cannot work. Without a seed, the seed given
+    to torch.manual_seed is used. skip: the share (rounded down) of the lowest transformer layers that
+    get no adapters; the backward pass ends above these layers.
     """
     check_settings(r, alpha, dropout, rslora)
     if lora_layers(model):
@@ -207,7 +207,7 @@ def lora_parameters(model):
 
 @contextlib.contextmanager
 def lora_disabled(model):
-    """`with lora_disabled(model):` computes with the base model, bit for bit. May be nested."""
+    """Inside `with lora_disabled(model):` the model computes bit for bit what the base model does. May be nested."""
     with contextlib.ExitStack() as stack:
         for layer in require_layers(model, merged=False).values():
             stack.callback(setattr, layer, "enabled", layer.enabled)
@@ -216,13 +216,13 @@ def lora_disabled(model):
 
 
 class SharedWeight(ValueError):
-    """An adapter sits on a weight that another layer uses too (a tied head): it works, but cannot be merged."""
+    """Another layer also uses the weight under an adapter (a tied head): the adapter works, but cannot be merged."""
 
 
 @torch.no_grad()
 def merge(model):
-    """Add the adapters to the base weights (summed in fp32), keeping a copy for `unmerge`. Raises SharedWeight, and
-    changes nothing, where that is no option."""
+    """Add the adapters to the base weights (summed in fp32), and keep a copy of the base weights for `unmerge`. Raises
+    SharedWeight, and changes nothing, if a weight is shared with another layer."""
     layers = require_layers(model, merged=False)
     if not all(layer.enabled for layer in layers.values()):
         raise ValueError("the adapters are switched off here; merge outside of lora_disabled")
@@ -235,13 +235,13 @@ def merge(model):
         layer.backup = weight.clone()
         with torch.autocast(weight.device.type, enabled=False):
             delta = layer.scaling * (layer.lora_B @ layer.lora_A)  # [out, in]
-        weight.copy_(weight + (delta.T if is_conv1d(layer.base) else delta))  # bf16 + fp32 is fp32
+        weight.copy_(weight + (delta.T if is_conv1d(layer.base) else delta))  # bf16 + fp32 gives fp32
 
 
 @contextlib.contextmanager
 def merged(model):
-    """Within the block the adapters are merged, if they can be: the same function up to rounding, without their extra
-    products. Afterwards, bit-exactly not."""
+    """Inside the block the adapters are merged, if they can be: the model computes the same function up to rounding,
+    without the adapters' extra matrix products. After the block the base weights are bit-exactly restored."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(SharedWeight):
             merge(model)
@@ -251,7 +251,7 @@ def merged(model):
 
 @torch.no_grad()
 def unmerge(model):
-    """Take `merge` back: the base weights are again the same bits as before. ValueError where nothing is merged."""
+    """Undo `merge`: the base weights get back exactly their old bits. ValueError if nothing is merged."""
     for layer in require_layers(model, merged=True).values():
         layer.base.weight.copy_(layer.backup)
         layer.backup = None
@@ -259,19 +259,19 @@ def unmerge(model):
 
 # --- 3. files, in PEFT's layout -------------------------------------------------------------
 
-file_key = "base_model.model.{}.weight".format  # of a name in lora_state
+file_key = "base_model.model.{}.weight".format  # PEFT's key for a name in lora_state
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 REQUIRED = {"peft_type", "r", "lora_alpha", "target_modules"}
-# Options of PEFT that are read, or that change nothing in the arithmetic of a loaded adapter. Any other one that
-# is set is refused: a variant of LoRA that is not computed here must not load silently.
+# PEFT options that this file reads, or that do not change the arithmetic of a loaded adapter. Any other option that
+# is set is refused: a LoRA variant that this file does not compute must not load silently.
 HARMLESS = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "revision",
             "megatron_core", "peft_version", "qalora_group_size", "task_type", *REQUIRED, "lora_dropout", "use_rslora"}
-# Other initialisations change W0.
+# The only values that these options may have. Other values of init_lora_weights change W0.
 ALLOWED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian", "orthogonal"]}
 
 
 def peft_select(names, target_modules):
-    """PEFT's rule: a string is a regular expression, a list holds full names or their endings."""
+    """Select names by PEFT's rule: a string is a regular expression, a list holds full names or endings of names."""
     if isinstance(target_modules, str):
         return [n for n in names if re.fullmatch(target_modules, n)]
     return [n for n in names if any(n == t or n.endswith("." + t) for t in target_modules)]
@@ -279,7 +279,7 @@ def peft_select(names, target_modules):
 
 @contextlib.contextmanager
 def errors_name(path):
-    """Whatever is wrong with a file becomes one ValueError that starts with its name."""
+    """Turn any error about a file into one ValueError that starts with the file's name."""
     try:
         yield path
     except (OSError, ValueError, RecursionError, re.error, SafetensorError) as error:
@@ -287,14 +287,14 @@ def errors_name(path):
 
 
 def save_adapter(model, folder, base_model_name=""):
-    """Write adapter_config.json and adapter_model.safetensors; the same adapter, the same bytes. ValueError for a model
-    without adapters, or of several settings."""
+    """Write adapter_config.json and adapter_model.safetensors. Equal adapters give equal bytes. ValueError for a model
+    without adapters, or with adapters of different settings."""
     layers, folder = lora_layers(model), Path(folder)
     settings = {(m.r, m.alpha, m.dropout.p, m.rslora) for m in layers.values()}
     if len(settings) != 1:
         raise ValueError(f"{folder}: one adapter setting can be saved, the model has {len(settings)}")
     [(r, alpha, dropout, rslora)] = settings
-    # The shortest description that selects these layers and no others; the last one always does.
+    # Use the first, shortest description that selects exactly these layers. The last description always does.
     names = [n for n, _ in model.named_modules() if n.rpartition(".")[0] not in layers]
     descriptions = [sorted(set(map(last, layers))), sorted(layers), "|".join(map(re.escape, sorted(layers)))]
     targets = next(d for d in descriptions if peft_select(names, d) == list(layers))
@@ -327,7 +327,7 @@ def read_config(path):
 
 
 def check_tensors(tensors, bases, r):
-    """The file must hold A and B of each base layer, in the right shapes, and nothing else."""
+    """ValueError unless the file holds A and B of each base layer, in the right shapes, and nothing else."""
     shapes = {}
     for name, (out_features, in_features) in zip(bases, map(out_in, bases.values())):
         shapes |= {file_key(f"{name}.lora_A"): [r, in_features], file_key(f"{name}.lora_B"): [out_features, r]}
@@ -340,10 +340,10 @@ def check_tensors(tensors, bases, r):
 
 
 def load_adapter(model, folder):
-    """Load an adapter: into the model's adapters if it has some, else into new, trainable ones.
+    """Load an adapter into the model's adapters. If the model has none, load it into new, trainable adapters.
 
-    All is checked before the model is touched: ValueError, with the file's name, for what does not fit it. Pickle files
-    (adapter_model.bin) are never read.
+    Everything is checked before the model changes. ValueError, with the file's name, if a file does not fit the model.
+    Pickle files (adapter_model.bin) are never read.
     """
     layers = require_layers(model, merged=False) if lora_layers(model) else {}
     with errors_name(Path(folder) / CONFIG_FILE) as path:
@@ -357,7 +357,7 @@ def load_adapter(model, folder):
             raise ValueError(f"target_modules {targets!r} match no linear layer of the model")
     with errors_name(Path(folder) / WEIGHTS_FILE) as path:
         tensors = load_file(path)
-        for name, base in bases.items():  # PEFT writes the frozen output head along
+        for name, base in bases.items():  # PEFT also writes the frozen output head
             if ((frozen := tensors.pop(file_key(f"{name}.base_layer"), None)) is not None
                     and not torch.equal(frozen.to(base.weight), base.weight)):
                 raise ValueError(f"{name}.base_layer.weight is not the model's: the adapter belongs to other weights")
@@ -372,16 +372,16 @@ def load_adapter(model, folder):
 
 
 def demo(ranks=(1, 2, 4), size=8, steps=200, seed=0):
-    """Learn a rank-2 change of a matrix with several ranks; one dict of results for each.
+    """Learn a rank-2 change of a matrix with several ranks; return one dict of results per rank.
 
-    `best` is the smallest error that any matrix of that rank can have: the norm of the singular
-    values that do not fit (Eckart and Young). A rank below 2 cannot do it, one above need not.
+    `best` is the smallest error that any matrix of rank r can have: the norm of the singular
+    values after the first r (Eckart and Young). Ranks below 2 are too small, ranks above 2 are not needed.
     """
     g, rows = torch.Generator().manual_seed(seed), []
     change = torch.randn(size, 2, generator=g) @ torch.randn(2, size, generator=g)
     x = torch.eye(size)  # with these inputs the squared error is ||scaling * B A - change||^2
     for r in ranks:
-        base = nn.utils.skip_init(nn.Linear, size, size, bias=False)  # leaves the global seed alone
+        base = nn.utils.skip_init(nn.Linear, size, size, bias=False)  # does not use the global random generator
         nn.init.normal_(base.weight, generator=g)
         layer = LoRALinear(base, r, alpha=r, generator=g)
         target, parameters = base(x) + x @ change.T, lora_parameters(layer)

@@ -1,42 +1,42 @@
 """
 teacher.py - Toolformer: a model finds out by itself where a tool would have helped it
 
-The idea (Schick et al. 2023, arXiv:2302.04761). Nobody labels anything. A language model reads plain text, guesses
-where a call might help and what to ask, and the calls are executed. A call is kept if its result makes the words that
-follow more probable, by more than the bare call does. The text with the kept calls in it is what the model is then
-fine-tuned on.
+The idea (Schick et al. 2023, arXiv:2302.04761). Nobody labels the data. A language model reads plain text and guesses
+where a call might help and what to ask. The calls are executed. A call is kept if its result makes the following words
+more probable, by more than the call without its result does. The kept calls are inserted into the text, and the model
+is fine-tuned on the new text.
 
-c is a call, as calculator(18 + 27), and r its result; e(c) = " [calculator(18 + 27)]",
+c is a call, for example calculator(18 + 27), and r is its result; e(c) = " [calculator(18 + 27)]",
 e(c, r) = " [calculator(18 + 27) -> 45]", and open is the token " [". P(x) is an instruction, a few examples, and the
-text x. Sections are the paper's, the numbers of the equations ours.
+text x. Section numbers are the paper's; equation numbers are ours.
 
-    p_i    = p(open | P(x), x_<i)                        where a call might stand: p_i > tau_s, the k best      (sec. 2)
-    c      ~ p(. | P(x), x_<i, open),  m times           what to ask; P(x): a few examples for each tool
+    p_i    = p(open | P(x), x_<i)                        where a call may be: p_i > tau_s, the k largest        (sec. 2)
+    c      ~ p(. | P(x), x_<i, open),  m times           what to ask; P(x) has a few examples for each tool
     w~_t   = max(0, 1 - 0.2 t),  w_t = w~_t / sum_s w~_s                                                      (sec. 4.1)
     L_i(z) = - sum_{j >= i} w_{j-i} log p(x_j | z, x_<j)                                                       (1)
     L+     = L_i(e(c, r)),   L- = min(L_i(nothing), L_i(e(c)))          what the result adds is L- - L+           (2)
     keep c   if  L- - L+ >= tau_f
     x*     = x_<i, e(c, r), x_>=i                        fine-tune on it with the language-model loss
 
-z stands before the whole text, although the call will stand at i: a model that has not been tuned yet is upset by a
-call in the middle of a sentence. Only five weights are above zero, so L_i needs the text up to x_{i+4}. When the tuned
-model writes, a call begins, once a text, where its token is among the `call_top` most probable ones (sec. 4.2): models
-rather go on than call.
+z comes before the whole text, although the call will be inserted at i: a call in the middle of a sentence confuses a
+model that has not been fine-tuned yet. Only five weights are above zero, so L_i needs the text only up to x_{i+4}. When
+the fine-tuned model writes, a call begins, at most once per text, where `open` is among the `call_top` most probable
+tokens (sec. 4.2), because models prefer to continue the text instead of calling a tool.
 
-Departures. Inserted results are read, not learned: at inference the tool writes them, so they have mask 0, as
-everywhere in this project. Of several kept calls at one position the best stays. No call stands before the first token,
-or inside a character. A sample ends at "]"; one that goes on " ->" asks for its result, and counts as complete. In L-
-the call has no arrow (in the paper, an arrow and nothing behind it).
+Departures. Inserted results have mask 0, as everywhere in this project: at inference the tool writes the results, so
+the model must read them, not learn them. If several calls at one position pass the filter, only the best is kept. No
+call is inserted before the first token or inside a character. A sample ends at "]"; a sample that continues with " ->"
+asks for its result and also counts as complete. In L- the call has no arrow (in the paper, an arrow and nothing after).
 
-Every pass is batched. For each tool the texts are scored in tries in which P is computed once, and sampled from caches
-that share P; in the filter the call stands first, so only the text behind nothing, and the beginnings of calls, are
-shared.
+Every pass is batched. For each tool, the texts are scored in tries that compute P once, and the calls are sampled from
+KV caches that share P. In the filter the call comes first, so the rows share only the text without a call, and the
+beginnings of calls.
 
-Before and after the fine-tuning (there is no `eval_every` here) the loss of held-out texts and the share of right sums
-is measured, with tools and without, on `eval_path` or the built-in prose of the test split.
+Before and after the fine-tuning (this method does not use `eval_every`) we measure the loss of held-out texts and the
+share of right arithmetic answers, with and without tools, on `eval_path` or the built-in prose of the test split.
 
     python teacher.py configs/teacher.json          the same as: python toolplay.py train configs/teacher.json
-    python teacher.py --show RUN                    the funnel, the best and the worst ten calls
+    python teacher.py --show RUN                    the funnel, the ten best and the ten worst calls
 """
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ import torch
 
 @dataclass
 class Config:
-    """The teacher's own keys; the shared ones are in toolplay.Config, and say how it is fine-tuned afterwards."""
+    """The teacher's own keys. The shared keys, in toolplay.Config, control the fine-tuning afterwards."""
     text: str = ""                                 # text file (a text a line) or JSONL ({"text"} a line) to annotate;
                                                    # empty: built-in prose
     texts: Annotated[int, "> 0"] = 600             # how many texts to read
@@ -75,39 +75,39 @@ class Config:
 
 
 OPEN, ARROW, CLOSE = " [", " ->", "]"                  # [calculator(18 + 27) -> 45]
-# an index into the text's tokens, a tools.Call, what the tool said
+# position: an index into the text's tokens; call: a tools.Call; result: the tool's result in words
 Candidate = namedtuple("Candidate", "position call result")
 
 
 # --------------------------------------------------------------------------- 1. pure functions
 
 def loss_weights(n=5):
-    """w_0 .. w_{n-1}: falling, their sum over all t is 1. -> [n]"""
+    """-> w_0 .. w_{n-1} [n]: the weights fall, and their sum over all t is 1."""
     return (1 - 0.2 * torch.arange(n, dtype=torch.float64)).clamp(min=0) / 3.0  # 1 + .8 + .6 + .4 + .2
 
 
 def weighted_loss(logp, start):
-    """Equation (1): log p of a row [T], its prefix included -> L_i in nats, where x_i stands at `start`."""
+    """Equation (1): log p of a row [T], prefix included -> L_i in nats; `start` is the index of x_i in the row."""
     following = logp[start:start + 5].double()
     return float(-(loss_weights(len(following)) * following).sum())
 
 
 def gain(full, nothing, bare):
-    """L- - L+ in nats (2): how much call and result help beyond nothing, and beyond the bare call; each an L_i."""
+    """L- - L+ in nats (2): how much a call with its result helps, beyond no call and the call alone. Inputs: L_i."""
     return min(nothing, bare) - full
 
 
 def best_positions(open_logp, tau_s, k):
-    """log p(open) before each token [T] -> the at most k positions with p > tau_s, the most probable ones, in the order
-    of the text (sec. 2)."""
+    """log p(open) before each token [T] -> the at most k most probable positions with p > tau_s, in the order of the
+    text (sec. 2)."""
     p = open_logp.exp().tolist()
     likely = [i for i in range(1, len(p)) if p[i] > tau_s]
     return sorted(sorted(likely, key=lambda i: -p[i])[:k])
 
 
 def decide(candidates, tau_f):
-    """Keep c if L- - L+ >= tau_f, and of several at one position only the best (sec. 2): sets "kept", and "why" not, of
-    a text's candidates."""
+    """Set "kept", and "why" a call is not kept, in the candidates of one text: keep c if L- - L+ >= tau_f, and if it is
+    the best call at its position (sec. 2)."""
     for c in candidates:
         best = c is max((d for d in candidates if d["position"] == c["position"]), key=lambda d: d["gain"])
         c["why"] = ("its gain is below tau_f" if not c["gain"] >= tau_f else "another one at this position gains more"
@@ -118,30 +118,30 @@ def decide(candidates, tau_f):
 # --------------------------------------------------------------------------- 2. calls in plain text
 
 def ids_of(tokenizer, text):
-    """Ids of a piece of text; what looks like a special token is none."""
+    """Token ids of a piece of text. Text that looks like a special token is plain text here."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def opening(tokenizer):
-    """What a call begins with: one token, with the space before it if the tokenizer has such a token."""
+    """The one token that begins a call: " [" if the tokenizer has that token, else "[" without the space."""
     return OPEN if len(ids_of(tokenizer, OPEN)) == 1 else OPEN.strip()
 
 
 def call_text(call, result=None, start=OPEN):
-    """e(c), or e(c, r) with a result: " [calculator(18 + 27) -> 45]". Behind the first, arguments have their names, so
-    that it can be read again."""
+    """e(c), or e(c, r) with a result: " [calculator(18 + 27) -> 45]". Each argument after the first has its name, so
+    that `read_call` can read the text."""
     values = [str(value) if not n else f"{name}={value}" for n, (name, value) in enumerate(call.arguments.items())]
     return f"{start}{call.name}({', '.join(values)})" + (f"{ARROW} {result}" if result is not None else "") + CLOSE
 
 
 def read_call(text, tools):
-    """"calculator(18 + 27)]..." -> Call, or None if it does not end, or names no tool.
+    """"calculator(18 + 27)]..." -> Call, or None if the call does not end, or names no tool.
 
-    What stands between the brackets are the required arguments, or the first, with commas between them; "name=value" as
-    in Python names any. Behind a number optional ones may follow; it holds no comma: 1,000 is refused. Lists and
-    objects cannot be written so.
+    The brackets hold the required arguments (or the first argument, if none is required), separated by commas. Any
+    argument may be given as "name=value", as in Python. If the last required argument is a number, optional arguments
+    may follow it. A number holds no comma: 1,000 is refused. Lists and objects cannot be written in this form.
     """
-    from tools import Call  # here, so that this file alone gives the losses
+    from tools import Call  # imported here, so that a copy of this file alone gives the losses
     found = re.match(r"\s*([^\s<>\"(),\[\]]+)\(([^\[\]\n]*?)\)\s*(?:\]|->)", text)
     if not found or found[1] not in tools:
         return None
@@ -154,24 +154,24 @@ def read_call(text, tools):
     numeric = [name for name, kind in kinds.items()
                if {"integer", "number", "boolean"} & set(kind if isinstance(kind, list) else [kind])]
     anywhere = "|".join(map(re.escape, order))
-    # before the first name, name, value, name, value, ...
+    # the part before the first name, then name, value, name, value, ...
     parts = re.split(rf"(?:^|,)\s*({anywhere})\s*=(?!=)", found[2])
     named, first = dict(zip(parts[1::2], parts[2::2])), parts[0].rstrip(", ")
     free = [name for name in order if name not in named]
     wanted = [name for name in free if name in required] or free[:1]
     if first.strip():
         if order[0] in named:
-            return None  # given twice, by its place and by its name
+            return None  # given twice, by position and by name
         if wanted[-1] in numeric and first.count(",") >= len(wanted):
             if re.search(r"\d,\d{3}\b", first):
                 return None
             wanted = free
         named |= zip(wanted, first.split(",", len(wanted) - 1))
     if order[0] not in named:
-        return None  # the first is written without its name
+        return None  # the first argument must be given: call_text writes it without its name
 
     def typed(name, text):
-        with contextlib.suppress(ValueError, RecursionError):  # execute says what is wrong with it
+        with contextlib.suppress(ValueError, RecursionError):  # a bad value stays text; execute says what is wrong
             return json.loads(text.lower()) if name in numeric else text
         return text
 
@@ -182,7 +182,7 @@ def read_call(text, tools):
 
 
 def result_text(result, most=80):
-    """A tool's result in a few words; None if it failed or says nothing."""
+    """A tool's result in a few words; None if the call failed or the result is empty."""
     value = result.value
     if not result.ok or value in (None, "", [], {}):
         return None
@@ -195,20 +195,20 @@ def result_text(result, most=80):
 
 
 def asked_tool(text, tools):
-    """What the model wrote behind OPEN -> (Call or None, its executed result in words or None)."""
+    """The text that the model wrote after OPEN -> (Call or None, the result of the executed call in words or None)."""
     from tools import execute
     call = read_call(text, tools)
     return call, result_text(execute(call, tools)) if call else None
 
 
 def kept_calls(candidates):
-    """The kept ones of a line of augmented.jsonl."""
+    """The kept candidates of a line of augmented.jsonl."""
     from tools import Call
     return [Candidate(c["position"], Call(**c["call"]), c["result"]) for c in candidates if c["kept"]]
 
 
 def insert(ids, calls, tokenizer):
-    """A text's ids with calls inserted -> (ids, mask): the text and the calls are trained, results are not."""
+    """Insert calls into the ids of a text -> (ids, mask): the text and the calls are trained, the results are not."""
     out, mask, before = [], [], 0
     for position, call, result in sorted(calls, key=lambda c: c.position):
         asked = ids_of(tokenizer, call_text(call, start=opening(tokenizer))[:-len(CLOSE)] + ARROW)
@@ -222,19 +222,19 @@ def insert(ids, calls, tokenizer):
 # --------------------------------------------------------------------------- 3. the annotation
 
 def few_shot(tool, tokenizer):
-    """P(x) up to where x is to be written with its calls -> (ids before x, ids between x and its annotated form)."""
+    """The prompt P(x) without x -> (ids before x, ids between x and the annotated form of x)."""
     import data
     task = (f"Add calls to {tool.name} to the text, where they help to complete it. {tool.description} "
             f"A call looks like [{tool.name}(...)].")
     prompt = data.corpus("teacher_prompts.json")["tools"].get(tool.name, {"task": task, "examples": []})
-    # Texts begin a line, so that their first words are the same tokens here and alone.
+    # Each text begins a line, so that its first word has the same tokens here as in the text alone.
     shots = "".join(f"Text:\n{x}\nWith calls:\n{y}\n\n" for x, y in prompt["examples"])
     return ids_of(tokenizer, f"{prompt['task']}\n\n{shots}Text:\n"), ids_of(tokenizer, "\nWith calls:\n")
 
 
 def open_logprobs(model, tokenizer, rows, heads, config):
-    """p_i (sec. 2): log p(open | P(x), x_<i) before each token of each text, P(x) its head -> [T] a text; -inf inside a
-    character, where no text can part."""
+    """log p_i (sec. 2): log p(open | P(x), x_<i) before each token of each text -> one [T] per text. The head of a text
+    is its P(x). The value is -inf inside a character, because a text cannot be split there."""
     import toolplay
     open_id, = ids_of(tokenizer, opening(tokenizer))
     whole = [(head + ids, [0] * len(head) + [1] * len(ids)) for head, ids in zip(heads, rows)]
@@ -245,12 +245,12 @@ def open_logprobs(model, tokenizer, rows, heads, config):
     return out
 
 
-CACHED = 2 ** 15  # tokens of a cache's own: with more, prompts are sampled from in turn
+CACHED = 2 ** 15  # limit of a cache's tokens besides the shared prefix; more prompts are sampled group by group
 
 
 def sample_calls(model, tokenizer, prompts, config, seed):
-    """c ~ p(. | P(x), x_<i, open) (sec. 2): rows of ids that end in OPEN -> the text that the model writes after each,
-    until the call ends."""
+    """c ~ p(. | P(x), x_<i, open) (sec. 2): rows of ids that end in OPEN -> the text that the model writes after each
+    row, until the call ends."""
     import toolplay
     streams, said = [random.Random(f"{seed} {r}") for r in range(len(prompts))], [[] for _ in prompts]
     shared = min((toolplay.common_prefix(prompts[0], prompt) for prompt in prompts), default=0)
@@ -271,7 +271,7 @@ def sample_calls(model, tokenizer, prompts, config, seed):
 
 
 def inside_characters(tokenizer, ids):
-    """The positions before which a character has begun and not ended: byte-level tokens may hold a part of one."""
+    """The token positions that lie inside a character: a byte-level token may hold only a part of a character."""
     text = tokenizer.decode(ids)
     return [] if text.isascii() else [i for i in range(1, len(ids)) if not text.startswith(tokenizer.decode(ids[:i]))]
 
@@ -281,26 +281,26 @@ FUNNEL = ("positions", "sampled", "parsed", "distinct", "executed", "kept")
 
 @torch.no_grad()
 def annotate(model, tokenizer, rows, tools, config, seed):
-    """Texts as id lists -> (candidates of each, left-out samples of each, counts of the funnel).
+    """Texts as id lists -> (candidates of each text, left-out samples of each text, counts of the funnel).
 
-    A candidate was executed: {"position", "offset", "call", "result", "plus", "minus", "gain", "kept", "why" not}. A
-    sample that was not: {"position", "text", "why"}.
+    A candidate is a call that gave a result: {"position", "offset", "call", "result", "plus", "minus", "gain", "kept",
+    "why" it is not kept}. A left-out sample gave none: {"position", "text", "why"}.
     """
     import toolplay
     from tools import execute
     funnel = dict.fromkeys(FUNNEL, 0)
     found, left_out = [[] for _ in rows], [[] for _ in rows]
-    # for guesses; the filter's losses, whose differences decide, are computed in fp32
+    # Only the guesses use autocast. The filter decides by differences of losses, so it computes the losses in fp32.
     half = toolplay.autocast(config, model.device)
     for tool in tools.values():
-        # 1. where: the probability of OPEN before each token of the text, written once more after the examples
+        # 1. where: P(x) holds x once; x follows a second time, and we need p(OPEN) before each of its tokens
         before, between = few_shot(tool, tokenizer)
         heads = [before + ids + between for ids in rows]
         with half:
             opens = open_logprobs(model, tokenizer, rows, heads, config)
         places = [(n, i) for n in range(len(rows)) for i in best_positions(opens[n], config.tau_s, config.positions)]
         funnel["positions"] += len(places)
-        # 2. what: m calls at each
+        # 2. what: m calls at each position
         open_ids = ids_of(tokenizer, opening(tokenizer))
         prompts = [heads[n] + rows[n][:i] + open_ids for n, i in places for _ in range(config.samples)]
         with half:
@@ -324,12 +324,12 @@ def annotate(model, tokenizer, rows, tools, config, seed):
             else:
                 left_out[n].append({"position": i, "text": call_text(call).strip(),
                                     "why": outcome.message[:100] or "an empty result"})
-    # 4. filter: the text behind nothing, behind the bare call, behind call and result
+    # 4. filter: the loss of the text after nothing, after the call alone, after the call with its result
     units = [(n, c) for n, candidates in enumerate(found) for c in candidates]
     scored = losses(model, tokenizer, [(rows[n], c) for n, c in units], config.micro_tokens * 4)
     out = [[] for _ in rows]
     for (n, c), (nothing, bare, full) in zip(units, scored):
-        offset = len(tokenizer.decode(rows[n][:c.position]))  # in the text, for data.read_teacher
+        offset = len(tokenizer.decode(rows[n][:c.position]))  # in characters, for data.read_teacher
         out[n].append({"position": c.position, "offset": offset, "call": dict(vars(c.call)), "result": c.result,
                        "plus": full, "minus": min(nothing, bare),
                        "gain": gain(full, nothing, bare)})
@@ -341,8 +341,8 @@ def annotate(model, tokenizer, rows, tools, config, seed):
 
 @torch.no_grad()
 def losses(model, tokenizer, units, budget):
-    """The losses of (2): [(text ids, Candidate)] -> [(L_i of nothing, of e(c), of e(c, r))] in nats, each with the call
-    before the whole text."""
+    """The losses of (2): [(text ids, Candidate)] -> [(L_i of nothing, of e(c), of e(c, r))] in nats. The call always
+    comes before the whole text."""
     import toolplay
     if not units:
         return []
@@ -358,8 +358,8 @@ def losses(model, tokenizer, units, budget):
 # --------------------------------------------------------------------------- 4. texts
 
 def prose(split, n, seed=0):
-    """n built-in texts of a split -> [{"text", "kind", "prompt"?, "answer"?}]; prompt and answer where a number is
-    worked out in it."""
+    """n built-in texts of a split -> [{"text", "kind", "prompt"?, "answer"?}]. A text that computes a
+    number has "prompt" and "answer"."""
     import data
     from tools import CORPORA, calculate, weather
     rng, out = random.Random(f"{split} prose {seed}"), []
@@ -380,7 +380,7 @@ def prose(split, n, seed=0):
             words["answer"] = str(answer)
         elif kind == "weather":
             city = rng.choice(data.pool("cities.json", "cities", split))["name"]
-            told = weather(city, path=CORPORA / "cities.json")  # as the name is from there
+            told = weather(city, path=CORPORA / "cities.json")  # the city name comes from this file too
             words = {k: str(v) for k, v in told.items()} | {"city": city}
         if kind != "plain" and rng.random() < 0.4:
             text = f'{rng.choice(rng.choice(data.pool("prose.json", "plain", split))["texts"])} {text}'
@@ -391,11 +391,11 @@ def prose(split, n, seed=0):
 
 
 def read_texts(path, n):
-    """The first n texts of a file: JSON lines with "text" (or "question" and "answer", as GSM8K has them), or a text a
+    """The first n texts of a file: JSON lines with "text" (or "question" and "answer", as in GSM8K), or one text per
     line.
 
-    A GSM8K text that ends in its answer can be asked for it: it has "prompt" and "answer" too, as `prose`. UserError if
-    the file holds no text.
+    A GSM8K text that ends in its answer also gets "prompt" and "answer", as in `prose`, because the model can be asked
+    for this answer. UserError if the file holds no text.
     """
     import data
     from tools import UserError
@@ -408,19 +408,19 @@ def read_texts(path, n):
                 raise UserError('a line is a text, or an object with "text" (or "content"), '
                                 'or with "question" and "answer"')
             text, asked = found[0].strip(), {}
-            if len(found) > 1:  # in one line, without GSM8K's marks: "5 + 6 = <<5+6=11>>11", and "#### 11" at the end
+            if len(found) > 1:  # join the lines, drop GSM8K's marks: "5 + 6 = <<5+6=11>>11", and "#### 11" at the end
                 text = " ".join(re.sub(r"<<[^<>]*>>|^####.*", "", f"{text}\n{found[1]}", flags=re.MULTILINE).split())
                 last = re.search(r"^#### *(-?[\d,]*\d)$", found[1], re.MULTILINE)
                 ends = last and re.search(rf"(?<![\d.,]){re.escape(last[1])}(?![\d,]|\.\d)(?!.*\d)", text)
                 asked = ({"prompt": text[:ends.start()].rstrip(), "answer": int(last[1].replace(",", ""))}
                          if ends and ends.start() else {})
-            text.encode()  # half a surrogate pair is no text
+            text.encode()  # fails for half a surrogate pair, which is not text
             return {"text": text, "kind": "text", **asked}
         return data.read_jsonl(path, check)[:n]
     try:
         held = Path(path).read_bytes()
         text = held.decode("utf-16" if held[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        lines = [line.strip() for line in text.split("\n") if line.strip()]  # not splitlines: \f ends none
+        lines = [line.strip() for line in text.split("\n") if line.strip()]  # not splitlines: \f ends no line
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read it as text ({error})") from None
     if not lines:
@@ -435,8 +435,9 @@ def read_texts(path, n):
 
 @torch.no_grad()
 def complete(model, tokenizer, rows, tools, most=16, call_tokens=24, call_top=1):
-    """Continue each row of ids greedily -> [(text without calls, calls)]. Calls are executed as they are written; one
-    may begin where its token is among the `call_top` most probable, once a row. tools {}: none may."""
+    """Continue each row of ids greedily -> [(text without calls, calls with results)]. Calls are executed when they are
+    written. A call may begin where `open` is among the `call_top` most probable tokens, once per row; tools {}: never.
+    """
     import toolplay
     if len(rows) > (size := CACHED // max([1, *map(len, rows)]) or 1):
         return [found for n in range(0, len(rows), size)
@@ -445,7 +446,7 @@ def complete(model, tokenizer, rows, tools, most=16, call_tokens=24, call_top=1)
     end = toolplay.stop_ids(model, tokenizer)
     cache = toolplay.prompt_cache(model, [r[:-1] for r in rows])
     queues, said, calling, calls = [[r[-1]] for r in rows], [[] for _ in rows], [None] * len(rows), [[] for _ in rows]
-    begun = [False] * len(rows)  # a call, to a good end or not
+    begun = [False] * len(rows)  # whether the row has begun a call, complete or not
     alive = list(range(len(rows)))
     while alive:
         logits = cache.step([[queues[r].pop(0)] for r in alive]).float()
@@ -477,7 +478,7 @@ def complete(model, tokenizer, rows, tools, most=16, call_tokens=24, call_top=1)
 
 
 def right_number(text, answer):
-    """Whether the first number of a continuation is the answer."""
+    """Whether the first number in a continuation equals the answer."""
     found = re.search(r"-?\d[\d,]*\.?\d*", text)
     return bool(found) and abs(float(found[0].replace(",", "").rstrip(".")) - answer) <= 1e-6 * max(1, abs(answer))
 
@@ -487,9 +488,9 @@ SURE = 0.05  # the paper's tau_s
 
 @torch.no_grad()
 def text_loss(model, tokenizer, rows, tools, config):
-    """Mean loss of the texts' own tokens; with tools, the model's best call (p(open) > SURE) is executed and inserted
-    first. Not `call_top`, as in `complete`: the text is given, so what counts is where the model itself would put its
-    one call."""
+    """Mean loss of the texts' own tokens. With tools, the model's best call in each text (p(open) > SURE) is executed
+    and inserted first. Unlike `complete`, this function does not use `call_top`: the text is given, so the question is
+    where the model itself would put its one call."""
     import toolplay
     pairs = [(ids, [1] * len(ids)) for ids in rows]
     if tools:
@@ -507,8 +508,8 @@ def text_loss(model, tokenizer, rows, tools, config):
 
 
 def measure(model, tokenizer, held_out, tools, config):
-    """Held-out texts -> {"loss", "loss_with_tools", "right", "right_with_tools" (None where no text asks for a number),
-    "n", "calls"}."""
+    """Held-out texts -> {"loss", "loss_with_tools", "right", "right_with_tools" (both None if no text asks for a
+    number), "n", "calls"}."""
     rows = [ids_of(tokenizer, item["text"]) for item in held_out]
     asked = [item for item in held_out if "answer" in item]
     out = {"loss": text_loss(model, tokenizer, rows, {}, config),
@@ -525,14 +526,14 @@ def measure(model, tokenizer, held_out, tools, config):
 # --------------------------------------------------------------------------- 6. training
 
 def train(run):
-    # Imported here so that this file alone gives the losses to anyone who copies it.
+    # Imported here, so that a copy of this file alone gives the losses.
     import data
     import sft
     import toolplay
     from tools import UserError, load_tools
     config = run.config
 
-    # 1. data: texts, annotated by the model itself; what is annotated already is not done again
+    # 1. data: texts, annotated by the model itself; texts that are annotated already are not annotated again
     model, tokenizer = toolplay.prepare_model(config, run.device)
     tools = {**data.BUILTIN, **load_tools(config.tools)}
     if unknown := [name for name in config.annotate_with if name not in tools]:
@@ -541,7 +542,7 @@ def train(run):
     texts = read_texts(config.text, config.texts) if config.text else prose("train", config.texts, config.seed)
 
     def fitting(items, what):
-        # a token alone has no loss
+        # a text of one token has no loss
         sized = [(item, n) for item in items if (n := len(ids_of(tokenizer, item["text"]))) > 1]
         return data.fitting([item for item, _ in sized], [n for _, n in sized], config.max_tokens, what)
     texts = fitting(texts, "texts")
@@ -559,7 +560,7 @@ def train(run):
         raise UserError(f"no call helped in a text that fits max_tokens: nothing to learn from; {lower}"
                         "start a new run (--run_dir=...) with more texts, positions or samples")
 
-    # 2. model: what is trained is the adapter, as in sft.py
+    # 2. model: the adapter is trained, as in sft.py
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     # 3. optimizer
@@ -576,7 +577,7 @@ def train(run):
     for step in run.steps(trainer, batches.total):
         model.train()
         batch = [rows[i] for i in batches(step)]
-        # nothing predicts the first token
+        # nothing predicts the first token, so it has no loss
         info = toolplay.train_step(trainer, batch, loss, size=lambda row: sum(row[1][1:]))
         info.pop("tokens", None)
         if held_out and trainer.step >= batches.total:
@@ -593,7 +594,7 @@ def train(run):
 
 
 def read_augmented(path):
-    """The lines of augmented.jsonl. UserError, if one is damaged."""
+    """The lines of augmented.jsonl. UserError if a line is damaged."""
     import toolplay
     from tools import UserError
     lines = toolplay.read_lines(path, ["text", "ids", "candidates"])
@@ -606,8 +607,8 @@ def read_augmented(path):
 
 
 def annotated_texts(run, model, tokenizer, texts, tools):
-    """The lines of augmented.jsonl, one a text, made now or before: {"text", "kind", "ids", "candidates", "left_out",
-    "augmented"}."""
+    """The lines of augmented.jsonl, one per text, made now or before an interruption of the run: {"text", "kind",
+    "ids", "candidates", "left_out", "augmented"}."""
     from tqdm import tqdm
 
     import toolplay
@@ -615,7 +616,7 @@ def annotated_texts(run, model, tokenizer, texts, tools):
     config, path, n = run.config, run.folder / "augmented.jsonl", run.config.texts_at_once
     lines = toolplay.gathered(read_augmented(path)[:len(texts)])[0]
     if len(lines) < len(texts):
-        del lines[len(lines) // n * n:]  # whole groups only: a killed run may have left a part of one
+        del lines[len(lines) // n * n:]  # keep whole groups only: a killed run may have left a part of a group
     if any(line["text"] != item["text"] for line, item in zip(lines, texts)):
         raise UserError(f"{path}: it is of other texts; start a new run")
 
@@ -623,7 +624,7 @@ def annotated_texts(run, model, tokenizer, texts, tools):
         return {**line,
                 "augmented": tokenizer.decode(insert(line["ids"], kept_calls(line["candidates"]), tokenizer)[0])}
 
-    for start in range(0, len(lines), n):  # tau_f may be another one now
+    for start in range(0, len(lines), n):  # tau_f may have changed since
         for at, line in enumerate(lines[start:start + n], start):
             decide(line["candidates"], config.tau_f)
             lines[at] = augmented(line)
@@ -633,7 +634,7 @@ def annotated_texts(run, model, tokenizer, texts, tools):
         toolplay.write_lines(path, lines)
     model.eval()
 
-    def annotated(starts):  # those of one rank
+    def annotated(starts):  # the groups of one rank
         out = []
         for start in starts:
             group = texts[start:start + n]
@@ -641,7 +642,7 @@ def annotated_texts(run, model, tokenizer, texts, tools):
             found, left_out, funnel = annotate(model, tokenizer, ids, tools, config, f"{config.seed} {start}")
             out.append([augmented({**item, "ids": row, "candidates": candidates, "left_out": others})
                         for item, row, candidates, others in zip(group, ids, found, left_out)])
-            out[-1][-1]["funnel"] = funnel  # of the whole group
+            out[-1][-1]["funnel"] = funnel  # the counts of the whole group
         return out
     with tqdm(total=len(texts), initial=len(lines), desc="annotate", unit="text", disable=run.rank != 0,
               dynamic_ncols=True) as bar:
@@ -659,7 +660,7 @@ def annotated_texts(run, model, tokenizer, texts, tools):
 
 
 def funnel_text(lines, n=10):
-    """The funnel, and the n best and worst calls."""
+    """The funnel, the n best and the n worst calls, as text."""
     funnel = " -> ".join(f"{sum(line.get('funnel', {}).get(key, 0) for line in lines)} {key}" for key in FUNNEL)
     out = [f"{len(lines)} texts: {funnel}; {sum(any(c['kept'] for c in line['candidates']) for line in lines)} texts "
            "have a call now"]
