@@ -129,46 +129,52 @@ def stage(name, minutes):
         rejection_sampling(name, int(seed))
 
 
+LABELS = {"base": "untrained", "start": "SFT", "sft": "more SFT", "rft": "RFT", "dpo": "DPO", "gae": "PPO, gae",
+          "rloo": "PPO, rloo", "grpo": "PPO, grpo"}
+
+
 def table():
-    """Print all scored methods, over their seeds: means with 95 % intervals, and paired differences to the start, of
-    right answers and of faults."""
+    """Two tables of every scored method, seeds together: means with 95 % intervals, and paired differences to the SFT
+    checkpoint. The first is README's, the second has the parts."""
     import eval as evaluation
-    methods = ("start", "base", "sft", "rft", "dpo", "gae", "rloo", "grpo")
-    scored = {m: sorted([*RUNS.glob(f"{m}/eval.json"), *RUNS.glob(f"{m}-[0-9]/eval.json")]) for m in methods}
+    scored = {m: sorted([*RUNS.glob(f"{m}/eval.json"), *RUNS.glob(f"{m}-[0-9]/eval.json")]) for m in LABELS}
     if not scored["start"]:
         sys.exit(f"{RUNS}/start has not been scored, and all are compared to it: python benchmarks/study.py start")
-    records = {m: [json.loads(path.read_text(encoding="utf-8"))["records"] for path in paths]
-               for m, paths in scored.items() if paths}
-
-    def new():
-        return ["run", "seeds"], [[m, len(seeds)] for m, seeds in records.items()]
-
-    def column(to, title, metric, which, fault=False):
-        """Add a metric over the cases that `which` picks, and its difference to the start; `fault`: 1 - metric."""
-        result = evaluation.compare({m: [[r for r in seed if which(r)] for seed in seeds]
-                                     for m, seeds in records.items()})
-        to[0].extend([f"{title} (n = {result['start'][metric]['n']})", "minus start"])
-        for row, of in zip(to[1], result.values()):
-            x = {key: fault - value if fault and key in ("value", "low", "high") else -value if fault else value
-                 for key, value in of[metric].items()}
-            low, high, d_low, d_high = *sorted((x["low"], x["high"])), *sorted((x["d_low"], x["d_high"]))
-            row.extend([f"{x['value']:.3f} [{low:.2f}, {high:.2f}]", f"{x['difference'] + 0:+.3f} [{d_low:+.2f}, "
-                                                                     f"{d_high:+.2f}]" if row[0] != "start" else ""])
+    records = {m: [json.loads(path.read_text(encoding="utf-8"))["records"] for path in scored[m]]
+               for m in ("start", *LABELS) if scored[m]}
+    for seed in sum(records.values(), []):
+        for r in seed:  # a call that is due is in order if it is well-formed and of the right tool
+            r["verdicts"]["in order"] = r["verdicts"]["tool_accuracy"] and (r["verdicts"]["format"] or not r["due"])
 
     def other(r):
         return r["kind"] != "two_steps"
-    right, form, wrong = new(), new(), new()
-    column(right, "problems right", "response_quality", lambda r: not other(r))
-    column(right, "other kinds: answers right", "response_quality", other)
-    column(form, "tool accuracy", "tool_accuracy", other)
-    column(form, "format", "format", other)
-    column(wrong, "needless calls", "tool_accuracy", lambda r: other(r) and not r["due"], fault=True)
-    for seed in sum(records.values(), []):
-        for r in seed:  # a due call is correct if it is well-formed and of the right tool
-            r["verdicts"]["format"] = r["verdicts"]["tool_accuracy"] and (r["verdicts"]["format"] or not r["due"])
-    column(wrong, "wrong or malformed", "format", lambda r: other(r) and r["due"], fault=True)
-    column(wrong, "either", "format", other, fault=True)
-    print(*(evaluation.table(*t) for t in (right, form, wrong)), sep="\n\n")
+
+    def column(title, metric, which, fault=False, difference=True):
+        """[(title, {method: cell})] of a metric over the cases that `which` picks, and of its difference to the SFT
+        checkpoint; with `fault`, of one minus the metric."""
+        picked = {m: [[{**r, "verdicts": {**r["verdicts"], "tool_accuracy": r["verdicts"][metric]}}
+                       for r in seed if which(r)] for seed in seeds] for m, seeds in records.items()}
+        result = {m: of["tool_accuracy"] for m, of in evaluation.compare(picked).items()}
+        cells, gains = {}, {}
+        for m, of in result.items():
+            value, low, high = (of[key] for key in ("value", "low", "high"))
+            gain, d_low, d_high = (of[key] for key in ("difference", "d_low", "d_high"))
+            if fault:
+                value, low, high, gain, d_low, d_high = 1 - value, 1 - high, 1 - low, -gain, -d_high, -d_low
+            cells[m] = f"{value:.3f} [{low:.2f}, {high:.2f}]"
+            gains[m] = f"{gain + 0:+.3f} [{d_low:+.2f}, {d_high:+.2f}]" if m != "start" else ""
+        return [(f"{title} (n = {result['start']['n']})", cells), ("minus SFT", gains)][:1 + difference]
+
+    def rows(*columns):
+        return evaluation.table(["run", "seeds", *(title for title, _ in columns)],
+                                [[LABELS[m], len(records[m]), *(cells[m] for _, cells in columns)]
+                                 for m in LABELS if m in records])
+    print(rows(*column("word problems solved", "response_quality", lambda r: not other(r)),
+               *column("other kinds: right answers", "response_quality", other),
+               *column("unnecessary calls", "in order", lambda r: other(r) and not r["due"], True, False),
+               *column("any wrong call", "in order", other, True)),
+          rows(*column("tool accuracy", "tool_accuracy", other), *column("format", "format", other),
+               *column("wrong or malformed calls", "in order", lambda r: other(r) and r["due"], True)), sep="\n\n")
 
 
 def plot():
@@ -206,7 +212,7 @@ def main():
     parser = argparse.ArgumentParser(description="what DPO and PPO teach that imitation does not")
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)} (default: all)")
     parser.add_argument("--minutes", type=float, default=28.0,
-                        help="budget of the SFT runs, at STEP_S seconds a step (timing.jsonl of gae-0 says what PPO took)")
+                        help="budget of the SFT runs, at STEP_S seconds a step: as long as PPO takes")
     options = parser.parse_args()
     if unknown := set(options.stages) - set(STAGES):
         parser.error(f"unknown stage {sorted(unknown)[0]}; stages are {', '.join(STAGES)}")
