@@ -2,24 +2,24 @@
 data.py - from conversations to token ids and the one mask
 
 The idea. A training example is `(ids, mask)`: mask is 1 exactly on the tokens that the model chose, or should have
-chosen (its calls, its answers, its end-of-turn token), and 0 on everything it only reads (system prompt, user, tool
-results). SFT, DPO, PPO and the teacher all train under this mask; what they add are weights, or fewer tokens. The ids
-are concatenated piece by piece and never re-tokenised as one text, because a tokenizer may merge two pieces at their
-seam into a token that was never sampled.
+chosen (its calls, its answers, its end-of-turn token), and 0 on all tokens that it only reads (system prompt, user,
+tool results). SFT, DPO, PPO and the teacher all train under this mask; they only add weights or train fewer tokens.
+Each piece is tokenised alone and the ids are concatenated. The whole text is never re-tokenised, because a tokenizer
+may merge two pieces at their seam into a token that was never sampled.
 
     <|im_start|>system ... <|im_end|>\n <|im_start|>user\n 17 * 23? <|im_end|>\n <|im_start|>assistant\n   mask 0
     <tool_call>{"name": "calculator", "arguments": {"expression": "17 * 23"}}</tool_call><|im_end|>        mask 1
     \n <|im_start|>tool\n <tool_response>{"result": 391}</tool_response><|im_end|>\n <|im_start|>assistant\n   mask 0
     17 * 23 is 391.<|im_end|>                                                                              mask 1
 
-Where the examples come from: templates written by hand and varied by a small paraphrasing engine (this file; the
-wording stands in configs/corpora/), invented functions, JSONL files of conversations, ToolBench, or a teacher. A
-conversation has the ecosystem's form:
+Sources of examples: hand-written templates that a small paraphrasing engine varies (the engine is in this file, the
+wording in configs/corpora/), synthetic functions, JSONL files of conversations, ToolBench, and a teacher. A
+conversation has the form that is common in the field:
 `{"messages": [{"role", "content", "tool_calls"?}, ...], "tools": [names or OpenAI schemas]}`.
 
 Splits are by phrasing family and by value, never by row: train, dev and test share no template, no city, no entity and
-no pair of numbers drawn for a template (constants such as percent's 100 stand in all; invented functions share no
-domain instead). A model that learned the templates by heart gets nothing for it on `test`.
+no pair of numbers drawn for a template (constants such as the 100 of percent occur in all splits; synthetic functions
+are split by domain instead). A model that has memorised the templates gains nothing on `test`.
 
     python data.py --show 20                    examples with the trained tokens coloured
     python data.py --split test --n 500 --out test.jsonl
@@ -52,14 +52,14 @@ TOOL_RULES = ('Call a tool only when it is needed, else just answer. A call look
 # --------------------------------------------------------------------------- 1. conversations -> ids and mask
 
 def system_text(conversation, style="signature"):
-    """The system prompt: the conversation's own words (or a default), then the tools and how to call them."""
+    """The system prompt: the conversation's own system message (or a default), then the tools and how to call them."""
     messages, tools = conversation["messages"], conversation.get("tools")
     own = messages[0]["content"] if messages and messages[0]["role"] == "system" else SYSTEM
     return f"{own}\n\nTools:\n{render_tools(load_tools(tools), style)}\n\n{TOOL_RULES}" if tools else own
 
 
 def turns(conversation, style="signature"):
-    """-> [(role, text)]: calls and results written out in the call grammar, results of one turn in one message."""
+    """-> [(role, text)]. Calls and results are written in the call grammar; one turn's results form one message."""
     out = [("system", system_text(conversation, style))]
     for message in conversation["messages"]:
         role, text = message["role"], message.get("content") or ""
@@ -68,7 +68,7 @@ def turns(conversation, style="signature"):
             text = "\n".join([text] * bool(text) + calls)
         elif role == "tool":
             if not re.fullmatch("<tool_response>[^<]*</tool_response>", text):
-                text = "<tool_response>" + text.replace("<", "\\u003c") + "</tool_response>"  # a result forges no tag
+                text = "<tool_response>" + text.replace("<", "\\u003c") + "</tool_response>"  # no tag can be forged
             if out[-1][0] == "tool":
                 out[-1] = ("tool", f"{out[-1][1]}\n{text}")
                 continue
@@ -78,10 +78,10 @@ def turns(conversation, style="signature"):
 
 
 def is_chatml(tokenizer):
-    """Whether a tokenizer has ChatML's tokens, and its own template, if it has one, lays out turns with them as
-    `pieces` does. (Phi-4 and InternLM have these tokens, and another layout.) What a template says to the system may
+    """Whether a tokenizer has ChatML's tokens, and its chat template (if it has one) lays out turns with these tokens
+    as `pieces` does. (Phi-4 and InternLM have ChatML's tokens, but another layout.) The text of the system turn may
     differ."""
-    # get_vocab() would build a dict of the whole vocabulary
+    # not get_vocab(), which would build a dict of the whole vocabulary
     ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     if {None, tokenizer.unk_token_id} & set(ids):
         return False
@@ -92,10 +92,11 @@ def is_chatml(tokenizer):
 
 @functools.lru_cache(16)
 def example_of(tokenizer, template):
-    """Two turns as the template (here the cache's key only) lays them out, or "" if it refuses them."""
+    """Example turns in the template's layout: system and user, or user alone, or "" if the template refuses both.
+    `template` is only the key of the cache."""
     for chat in ([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}],
                  [{"role": "user", "content": "U"}]):
-        with contextlib.suppress(Exception):  # templates raise what they like
+        with contextlib.suppress(Exception):  # templates may raise anything
             return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return ""
 
@@ -108,7 +109,8 @@ def plain_tags(tokenizer, template):
 
 
 def end_of_turn(tokenizer):
-    """The id that ends an assistant turn: the last one that its template puts there, else the tokenizer's eos token."""
+    """The id that ends an assistant turn: the last id of the turn in the template's layout if it is a special or added
+    token, else the tokenizer's eos token."""
     last = [ids[-1] for ids, trained in pieces([("system", SYSTEM), ("user", "."), ("assistant", ".")], tokenizer)
             if trained][-1]
     return last if is_token_of_its_own(last, tokenizer) else tokenizer.eos_token_id
@@ -119,8 +121,8 @@ def is_token_of_its_own(id_, tokenizer):
 
 
 def ids_behind(before, text, tokenizer, **how):
-    """Ids of a text. A tokenizer that puts a blank before whatever begins (SentencePiece's) is shown the end of what
-    stands `before`, and puts none."""
+    """The ids of a text that follows the text `before`. A SentencePiece tokenizer puts a space before the start of any
+    text. It gets the end of `before` as well, so that it adds no space."""
     ids = lambda text: tokenizer(text, add_special_tokens=False, **how)["input_ids"]  # noqa: E731
     if not before or not blank_first(tokenizer):
         return ids(text)
@@ -136,10 +138,10 @@ def blank_first(tokenizer):
 
 
 def pieces(messages, tokenizer, generation=False):
-    """[(role, text)] -> [(ids, trained)], whose concatenation is the sequence.
+    """[(role, text)] -> [(ids, trained)]; the concatenated ids are the sequence.
 
-    With `generation` the header of one more assistant turn follows. ChatML is written out here; any other model goes
-    through its own chat template, rendered prefix by prefix, each difference tokenised alone.
+    With `generation`, the header of one more assistant turn follows. ChatML is written out here. For any other model,
+    its own chat template is rendered for each prefix of the turns, and each difference is tokenised alone.
     """
     if not is_chatml(tokenizer):
         return _template_pieces(messages, tokenizer, generation)
@@ -157,14 +159,14 @@ GRAMMAR = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 
 def without_tags(messages, tokenizer):
-    """[(role, text)] -> messages. What the template lays turns out with is broken by a zero-width space in a text: it
-    must not become the token."""
+    """[(role, text)] -> messages. If a text contains a token or tag of the template's layout, a zero-width space breaks
+    it, so that it does not become the real token."""
     template = str(tokenizer.chat_template)
-    # Special tokens, and what the template lays out with; not words and newlines that happen to be added tokens, nor
-    # the call grammar.
+    # Special tokens, and added tokens that the template uses for its layout. Not included: words and newlines that
+    # happen to be added tokens, and the call grammar.
     layout = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content not in GRAMMAR
               and (token.special or token.content.strip() and token.content in template)]
-    # what is said, not what the model itself says, is kept from them
+    # plain-text tags are broken in all texts except the model's own
     tags = plain_tags(tokenizer, template) - set(layout)
     chat = []
     for role, text in messages:
@@ -175,7 +177,7 @@ def without_tags(messages, tokenizer):
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, known only by the texts that it renders: where its turns begin and end."""
+    """Finds where the turns of a tokenizer's chat template begin and end, only from the texts that it renders."""
 
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
@@ -186,52 +188,51 @@ class ChatTemplate:
     def render(self, turns, header=False):
         try:
             return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=header)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates may raise anything
             raise UserError(f"the tokenizer's chat template refuses the turns {', '.join(m['role'] for m in turns)} "
                             f"({str(error)[:80]})") from None
 
     def opened(self, chat):
-        """The chat as this template can show it, and how many of its turns are the first piece: some refuse a lone
-        system message, or fold it into the first user turn."""
+        """-> (the chat in a form that this template can show, how many of its turns form the first piece). Some
+        templates refuse a lone system message, or fold it into the first user turn."""
         first, shown = 1 + any(m["role"] == "user" for m in chat[1:2]), None
         with contextlib.suppress(UserError):
             shown = self.render([*chat[:first], {"role": "assistant", "content": "."}])
-        # Many refuse a system role (Gemma's), leave it out, or show it in the last turn only (Mistral's): it joins the
-        # first user turn.
+        # Many templates refuse a system role (Gemma's), leave it out, or show it only in the last turn (Mistral's).
+        # Then the system message joins the first user turn.
         if len(chat) > 1 and (shown is None or chat[0]["content"].strip() not in shown):
             joined = "\n\n".join(m["content"] for m in chat[:first] if m["content"])
             return [{"role": "user", "content": joined}, *chat[first:]], 1
         return chat, first
 
     def settled(self, turns):
-        """The turns, without an eos token that ends the whole, and is not there where the conversation goes on
-        (Phi-3's)."""
+        """The text of the turns, without a final eos token that disappears if the conversation continues (Phi-3's)."""
         text, end = self.render(turns), self.tokenizer.eos_token
         if end and text.endswith(end) and not self.render(turns, header=True).startswith(text):
             return text.removesuffix(end)
         return text
 
     def begun(self, turns):
-        """The turns, and what any answer to them begins with."""
+        """The text of the turns, and the text that any answer to them begins with."""
         return os.path.commonprefix([self.render([*turns, {"role": "assistant", "content": x}]) for x in "ab"])
 
     def asked(self, turns):
-        """The turns and the assistant's header. A template that ignores add_generation_prompt has it all the same: what
-        any answer begins with."""
+        """The text of the turns and the assistant's header. If a template ignores add_generation_prompt, the header is
+        the text that any answer begins with."""
         text = self.render(turns, header=True)
         if text == self.render(turns) and (begun := self.begun(turns)).startswith(text) and begun[len(text):].strip():
             return begun
         return text
 
     def opening(self, turns, after):
-        """The turns, and the header of the assistant's next, as far as `after` has it (a thinking model's template
-        opens a thought)."""
+        """The text of the turns and the header of the next assistant turn, as far as `after` contains the header (a
+        thinking model's template opens a thought there)."""
         text = self.asked(turns)
         return text if after.startswith(text) else os.path.commonprefix([self.begun(turns), text, after])
 
 
 def _behind(before, text):
-    """What comes behind earlier turns."""
+    """The part of `text` after the earlier turns `before`."""
     if not text.startswith(before):
         raise UserError("this chat template rewrites earlier turns, so that turns cannot be told apart; "
                         "use a ChatML model or a simpler template")
@@ -249,10 +250,10 @@ def _template_pieces(messages, tokenizer, generation):
         if chat[i]["role"] == "assistant":
             header = template.opening(chat[:i], after)
             body = _behind(header, after)
-            words = body.rstrip("\n ")  # what stands behind the end-of-turn token is layout
+            words = body.rstrip("\n ")  # whitespace after the end-of-turn token is layout
             said = ids(header, words)
             if said and tokenizer.eos_token_id is not None and not is_token_of_its_own(said[-1], tokenizer):
-                # a template without an end of turn: else the model would never learn to stop
+                # a template without an end-of-turn token: without eos the model would never learn to stop
                 said.append(tokenizer.eos_token_id)
             out += [(ids(before, _behind(before, header)), 0), (said, 1), (ids(words, body[len(words):]), 0)]
         else:
@@ -268,7 +269,7 @@ def encode(conversation, tokenizer, style="signature", generation=False):
     Raises UserError when the conversation is malformed.
     """
     conversation = check_conversation(conversation)
-    # "weight": 0 as OpenAI has it: a turn that is not learned
+    # "weight": 0, as in OpenAI's format, marks a turn that is not trained
     weights = iter([m.get("weight", 1) for m in conversation["messages"] if m["role"] == "assistant"])
     parts = [(ids, trained and next(weights, 1))
              for ids, trained in pieces(turns(conversation, style), tokenizer, generation)]
@@ -276,7 +277,7 @@ def encode(conversation, tokenizer, style="signature", generation=False):
 
 
 def continuation(results, tokenizer):
-    """Ids from the end of an assistant turn, over its tool results, to the header of the next turn: all mask 0."""
+    """The ids after an assistant turn: its tool results, then the header of the next turn. All have mask 0."""
     parts = pieces([("system", SYSTEM), ("user", "."), ("assistant", "."),
                     ("tool", "\n".join(map(format_result, results)))], tokenizer, generation=True)
     last = max(i for i, (_, trained) in enumerate(parts) if trained)
@@ -284,18 +285,18 @@ def continuation(results, tokenizer):
 
 
 def messages_of(item):
-    """The messages of a line that holds "messages", or a "prompt": a text, or (as in TRL) messages."""
+    """The messages of a line that has "messages", or a "prompt" (a text or, as in TRL, a list of messages)."""
     if item.get("messages") is not None or "prompt" not in item:
         return item.get("messages")
     return item["prompt"] if isinstance(item.get("prompt"), list) else [{"role": "user", "content": item.get("prompt")}]
 
 
 def check_conversation(conversation, known=None):
-    """Normalise a conversation (tool calls to {"name", "arguments"}, tools to Tools, see load_tools); UserError with
-    the reason if it is not one.
+    """Normalise a conversation: tool calls become {"name", "arguments"}, tools become Tools (see load_tools). UserError
+    with the reason if the input is no conversation.
 
-    Taken as well: OpenAI's and TRL's spellings (content in text parts, the role developer, arguments or tools as JSON
-    text, results as objects, `tool_call_id`: results are put into the order of their calls).
+    OpenAI's and TRL's spellings are also accepted: content in text parts, the role developer, arguments or tools as
+    JSON text, results as objects, and `tool_call_id` (results are sorted into the order of their calls).
     """
     if (not isinstance(conversation, dict) or not isinstance(conversation.get("messages"), list)
             or not conversation["messages"]):
@@ -307,7 +308,7 @@ def check_conversation(conversation, known=None):
     checked = {**conversation, "messages": _in_call_order(messages), "tools": list(tools.values())}
     try:
         "".join(text for _, text in turns(checked)).encode()
-    except (ValueError, RecursionError) as error:  # NaN, half a surrogate pair: nothing that could stand in a prompt
+    except (ValueError, RecursionError) as error:  # NaN, half a surrogate pair: a prompt cannot contain them
         raise UserError(f"it cannot be written as text ({error})") from None
     return checked
 
@@ -318,13 +319,13 @@ def _check_message(message, n):
         raise UserError(f'message {n}: "role" must be system, user, assistant or tool')
     role = {"developer": "system", "function": "tool"}.get(message["role"], message["role"])
     content, calls = message.get("content"), message.get("tool_calls") or []
-    if not calls and isinstance(message.get("function_call"), dict):  # OpenAI's first spelling
+    if not calls and isinstance(message.get("function_call"), dict):  # OpenAI's first format
         calls = [message["function_call"]]
     if message.get("weight") not in (None, 0, 1) or message.get("weight") == 0 and role != "assistant":
         raise UserError(f'message {n}: "weight" is 0 or 1, of an assistant message')
     parts = isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str)
                                               for part in content)
-    # a tool's list may be its result
+    # a list in a tool message may itself be the result
     if parts and (role != "tool" or content and all(part.get("type") == "text" for part in content)):
         content = "".join(part["text"] for part in content)
     if role == "tool" and not isinstance(content, str):
@@ -346,7 +347,7 @@ def _check_message(message, n):
 
 
 def _in_call_order(messages):
-    """Tool results that name their calls, in the order of these; the ids go."""
+    """Sort tool results that name their calls into the order of the calls, and remove the ids."""
     for n, message in enumerate(messages):
         ids = message.get("ids", [])
         results = list(itertools.takewhile(lambda m: m["role"] == "tool", messages[n + 1:]))
@@ -360,9 +361,9 @@ def _in_call_order(messages):
 
 
 def without_function(schema):
-    """A tool schema from a data file (or its JSON text), without its "function" path: data never decides which code is
-    imported."""
-    with contextlib.suppress(ValueError):  # what is no JSON text is said by load_tools
+    """A tool schema from a data file (or its JSON text), without its "function" path: data must never decide which code
+    is imported."""
+    with contextlib.suppress(ValueError):  # load_tools reports a text that is not JSON
         schema = json.loads(schema) if isinstance(schema, str) and schema.lstrip().startswith("{") else schema
     if not isinstance(schema, dict):
         return schema
@@ -384,13 +385,14 @@ def _check_call(call, n):
 
 
 def read_jsonl(path, check=check_conversation):
-    """Read a JSONL file of conversations. Bad lines are reported by number and skipped; no good line is an error."""
+    """Read a JSONL file of conversations. Bad lines are reported by number and skipped. A file without a good line is
+    an error."""
     good, bad = [], 0
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
-    with contextlib.suppress(ValueError, RecursionError):  # what is no single JSON value are lines
+    with contextlib.suppress(ValueError, RecursionError):  # a text that is not one JSON value is read as lines
         if isinstance(items := json.loads(b"\n".join(lines).decode("utf-8-sig")), list):
             lines = [json.dumps(item).encode() for item in items]
     for number, line in enumerate(lines, 1):
@@ -435,19 +437,19 @@ NUMBER = r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d
 
 
 def numbers_in(text):
-    """The numbers of a text, in digits or in words ("one thousand and seven", 57k), as often as they stand there ->
-    list."""
+    """-> list of the numbers in a text, in digits or in words ("one thousand and seven", 57k), as often as they
+    occur."""
     alone = {"half": (2, 0.5), "third": (3,), "quarter": (4, 0.25), "quarters": (4, 0.25, 0.75), "thirds": (3,),
              "twice": (2,), "double": (2,), "triple": (3,), "dozen": (12,)}
     small = {**{word: n for n, word in enumerate(ONES)}, **{word: 10 * n for n, word in enumerate(TENS)}}
     scales = {"hundred": 100, "thousand": 1000, "million": 1000000}
-    # of the words of one number: its finished thousands, and what follows them
+    # total, current: of a number in words, its finished thousands and the part after them
     found, total, current, before = [], 0, None, ""
     text = re.sub(r"(?<=\d)(k|m)\b", lambda m: {"k": " thousand", "m": " million"}[m[1]], str(text).lower())  # 57k
     for word in [*re.findall(NUMBER + r"|[a-z]+|(?<!thousand),", text, re.ASCII), ""]:
         if word in scales and before[:1].isdigit():
             found.append(found[-1] * scales[word])
-        elif word == "hundred" and current and current > 100:  # "three hundred and one hundred" are two
+        elif word == "hundred" and current and current > 100:  # "three hundred and one hundred" are two numbers
             found.append(float(total + current - current % 100))
             total, current = 0, 100 * (current % 100)
         elif word in scales and (current or before == "a"):
@@ -470,25 +472,25 @@ def numbers_in(text):
                     if 0 < int(a) < int(b)]
 
 
-# Which split a pair of numbers belongs to, without a list of pairs: every number has one of nine colours, by a hash. A
-# pair of two colours is train's; a pair of one colour is dev's (colours 0 to 3) or test's (4 to 8). So 17 * 23 stands
-# in one split only. A number that is drawn alone goes by its own colour (ALONE). Two or more for dev or test hold no
-# larger constant.
+# These rules assign each pair of numbers to a split, without a list of pairs. A hash gives every number one of nine
+# colours. A pair of two colours belongs to train; a pair of one colour belongs to dev (colours 0 to 3) or test (4 to
+# 8). So 17 * 23 occurs in one split only. A number that is drawn alone belongs to the split of its own colour (ALONE).
+# If dev or test draws two or more numbers, none of them is a larger constant (CONSTANTS).
 COLOURS, ALONE = {"dev": range(4), "test": range(4, 9)}, {"dev": [0], "test": [4]}
-# of the train split's expressions; the small ones are too common to go without
+# constants in the train split's expressions; most small ones are not listed, because they are too common to avoid
 CONSTANTS = {1, 24, 52, 60, 100, 365, 501, 1000}
-ROUND = (5, 8, 10, 12, 15, 18, 20, 25, 30, 40, 50, 75)  # percents that people use most
+ROUND = (5, 8, 10, 12, 15, 18, 20, 25, 30, 40, 50, 75)  # the percentages that people use most
 
 
 def colour(value):
-    """Numbers have one of nine colours, at random but for ever. 4.50 has that of 45: however it is written."""
+    """The colour of a number, one of nine: random but fixed. 4.50, however it is written, has the colour of 45."""
     text = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
-    return zlib.crc32(text.replace(".", "").encode(), 8) % 9  # from 8, every colour has numbers under 13
+    return zlib.crc32(text.replace(".", "").encode(), 8) % 9  # with start value 8, every colour has numbers under 13
 
 
 @functools.lru_cache(maxsize=None)
 def taken_pairs():
-    """Pairs of numbers in the examples that are written out in full: these are in the train split."""
+    """Pairs of numbers in the examples that are written out in full. These examples belong to the train split."""
     numbers = [[float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", e["prompt"])]
                for e in corpus("canonical.json")["examples"]]
     return {frozenset(pair) for found in numbers for pair in itertools.combinations(found, 2) if pair[0] != pair[1]}
@@ -500,15 +502,16 @@ def constants_of(expression):
 
 @functools.lru_cache(maxsize=None)
 def kept_constants():
-    """Constants that dev and test have beside one drawn number: with a number of theirs, train does not draw these."""
+    """Constants that expressions of dev and test combine with one drawn number. Train does not draw such a constant
+    together with a number of dev or test."""
     families = [f for name in ("arithmetic", "everyday", "traps") for split in ALONE
                 for f in pool(f"{name}.json", "families", split)]
     return {n for f in families if len(f.get("slots", {})) == 1 for n in constants_of(f.get("expression", ""))}
 
 
 def draw_values(slots, split, rng, expression=""):
-    """One value per slot ('num 2 99', 'money 1 50', ...) such that every pair of them, and with `expression`'s
-    constants, belongs to `split`; None: no luck."""
+    """One value per slot ('num 2 99', 'money 1 50', ...). Every pair of values, and every pair of a value and a
+    constant of `expression`, belongs to `split`. None if no values were found."""
     values, wanted = {}, None if split == "train" or len(slots) < 2 else rng.choice(COLOURS[split])
     constants = {colour(n) for n in constants_of(expression) - CONSTANTS}
 
@@ -539,7 +542,7 @@ def draw_values(slots, split, rng, expression=""):
                 value = rng.choice(common)
             if kind == "million":
                 value = round(round(rng.uniform(low, high), rng.choice([0, 1, 1, 2])) * 10 ** 6)
-            # people like round numbers: 1200; or 3047, as said
+            # people like round numbers such as 1200, or numbers that are short to say such as 3047
             if kind in ("num", "int", "word", "dollars") and value > 99 and rng.random() < 0.2:
                 rounded = (value - value % 1000 + value % 100 if value > 1000 and rng.random() < 0.3
                            else round(value, 2 - len(str(value))))
@@ -553,12 +556,12 @@ def draw_values(slots, split, rng, expression=""):
 
 
 def write_value(value, kind, rng, style=None):
-    """A number as a person might type it. `style`: which of the ways to write money, from 0 to 1: the amounts of a
-    request have one."""
+    """A number as a person might type it. `style` (0 to 1) selects one of the ways to write money; all amounts of a
+    request have the same style."""
     digits = f"{value:.2f}" if kind == "money" else str(value)
     comma = digits if kind == "year" else f"{value:,}" if kind != "money" else f"{value:,.2f}"
     if kind == "pct":
-        # the engine's typos do not reach what is written with a number
+        # draw the typo here: the engine's typos do not reach words that are written with a number
         slip = rng.choice(corpus("register.json")["typos"]["percent"])
         return digits + rng.choice([*corpus("register.json")["percent"], f" {slip}"])
     if kind == "million":
@@ -598,42 +601,44 @@ def of_split(items, split):
 
 @functools.lru_cache(maxsize=None)
 def pool(name, key, split):
-    """The items of a split in a list of a corpus file, filtered once."""
+    """The items of a split in the list `key` of a corpus file, filtered once."""
     return of_split(corpus(name)[key], split)
 
 
 @functools.lru_cache(maxsize=None)
 def talks(split):
-    """The no-tool messages of a split with their replies; "easy": nothing one could as well look up, no mention of what
-    tools are for, no trap."""
+    """The no-tool messages of a split with their replies. A message is "easy" if it asks nothing that one could look
+    up, mentions nothing that tools are for, and is no trap."""
     easy = {k["kind"] for k in corpus("talk_prompts.json")["kinds"] if not (k.get("lookup") or k.get("mentions"))}
     return [{**t, "easy": t["kind"] in easy} for t in of_split(corpus("talk_replies.jsonl")[1:], split)]
 
 
 def any_name(rng):
-    """A name of anything that people search for, of the train split."""
+    """The name of anything that people search for, from the train split."""
     entities = corpus("search_questions.json")["entities"]
     return rng.choice(of_split(entities[rng.choice(list(entities))], "train"))["name"]
 
 
-SEVERAL = 0.64  # share of requests for a calculation that have more than one operation
-# share of requests for a calculation that are written as one says them, "twelve hundred minus eighty-two"
+SEVERAL = 0.64  # share of calculation requests that have more than one operation
+# share of calculation requests that are written as people say them, "twelve hundred minus eighty-two"
 SPOKEN = 0.08
-# share of those for one operation that begin with a number in words, "seventeen times twelve": a first word has other
-# tokens
+# share of one-operation requests that begin with a number in words, "seventeen times twelve", because the first word of
+# a text has other tokens
 SAID = 0.2
-# Next to a number's slot: such a sum is written, not said ("{h}h" would become "twoh", "{a} {b}" "forty two").
+# Next to a number's slot, these symbols show that an expression is written, not said (in words, "{h}h" would become
+# "twoh", and "{a} {b}" "forty two").
 SYMBOLS = re.compile(r"\} ?[-−+*/x×÷^²³%=)]|[(√^/] ?\{|\}[A-Za-z\"]|\} \{[a-z]\}")
-TOWNS = 0.2  # share of names of places, in training, that few have heard of
-# shares of these, in training, that are a random formula, or steps in words: hands list dozens of shapes, there are
-# thousands
+TOWNS = 0.2  # share of place names, in training, that few people have heard of
+# shares of requests with several operations, in training, that are a random formula, or steps in words: people write
+# templates for dozens of shapes, but there are thousands
 FORMULAS, CHAINS = 0.2, 0.05
-# shares of everyday sums, in training, that are put together: "30 a month, over two years?"; "12 eggs cost 3.60, one?"
+# shares of everyday arithmetic, in training, that is generated from parts: "30 a month, over two years?"; "12 eggs cost
+# 3.60, one?"
 RATES, PRICES = 0.03, 0.03
 
 
 class Writer:
-    """Writes requests in the words of one split. All choices come from `rng`: the same seed writes the same text."""
+    """Writes requests in the words of one split. All choices come from `rng`, so the same seed writes the same text."""
 
     def __init__(self, split, rng):
         self.split, self.rng = split, rng
@@ -643,9 +648,9 @@ class Writer:
         return self.rng.choice(pool(name, key, self.split))
 
     def register(self, text, rambling=True):
-        """Restyle a template, slots untouched: openers, closers, context, typos, texting, case, punctuation.
+        """Restyle a template except its slots: openers, closers, context, typos, texting, case, punctuation.
 
-        -> (template, lower): with `lower` the slots should be written in lower case as well.
+        -> (template, lower): if `lower`, the slots should be written in lower case too.
         """
         rng, style = self.rng, corpus("register.json")
         lower, where = rng.random() < 0.3, rng.random()
@@ -672,8 +677,8 @@ class Writer:
         return text, lower
 
     def tools(self, needed=(), without=None):
-        """The offered tools in random order: three, two, one or none of them, always with the needed; some in other
-        words."""
+        """The offered tools in random order: three, two, one or none, always including the needed ones. Some offers
+        describe them in other words."""
         names, rng = list(BUILTIN), self.rng
         if without is not None or rng.random() >= 0.55:
             free = [n for n in names if n not in needed and n != without]
@@ -685,11 +690,11 @@ class Writer:
         return [{**BUILTIN[n].schema()["function"], "description": corpus("extra.json")["descriptions"][n][wording]}
                 for n in sorted(names)]
 
-    # Each writer of a kind returns (prompt, calls, its family's id, extra facts about the example), or None when the
-    # draw did not fit.
+    # The methods below write one kind of request each. They return (prompt, calls, the family's id, extra facts about
+    # the example), or None if the draw did not fit.
 
     def calculator_call(self, family, spoken=False):
-        """A request from a family with number slots. spoken: its whole numbers are words."""
+        """A request from a family with number slots. `spoken`: whole numbers are written as words."""
         slots = family["slots"]
         kinds = {k: slot.split()[0] for k, slot in slots.items()}
         whole = family.get("whole", "steps" in family and set(kinds.values()) <= {"num", "int", "pct", "year", "word"})
@@ -704,7 +709,7 @@ class Writer:
         else:
             return None
         template, lower = self.register(self.rng.choice(family["texts"]), rambling=len(family["texts"][0]) < 90)
-        if spoken and not SYMBOLS.search(template):  # a whole request as one says it
+        if spoken and not SYMBOLS.search(template):  # the whole request as people say it
             kinds.update({k: "word" for k, v in values.items() if kinds[k] in ("num", "int") and v < 10000})
         style = self.rng.random()
         written = {k: write_value(v, kinds[k], self.rng, style) for k, v in values.items()}
@@ -714,7 +719,7 @@ class Writer:
         return prompt, [Call("calculator", {"expression": expression})], family["id"], values
 
     def capital(self, text, template, lower):
-        """What begins with a slot begins with a capital half of the time."""
+        """The text; if its template begins with a slot, half of the time with a capital first letter."""
         return text[0].upper() + text[1:] if template[0] == "{" and not lower and self.rng.random() < 0.5 else text
 
     def story_words(self, family, lower):
@@ -728,12 +733,13 @@ class Writer:
 
     def calculation(self, name, wanted=lambda family: True, spoken=0):
         found = [f for f in pool(name, "families", self.split) if wanted(f)]
-        # a weight: what people ask for often, or hardly ever
+        # a family's weight: how often people ask for it
         family, = self.rng.choices(found, [f.get("weight", 1) for f in found])
         return self.calculator_call(family, spoken=self.rng.random() < spoken)
 
     def arithmetic(self):
-        """One operation, or several: drawn first, so that the many wordings of one do not crowd out the others."""
+        """One operation, or several. This choice is drawn first, so that the many wordings of one operation do not
+        crowd out the requests for several."""
         several = self.rng.random() < SEVERAL
         made = self.rng.random() if several and self.split == "train" else 1
         if made < FORMULAS + CHAINS:
@@ -745,7 +751,7 @@ class Writer:
                                 SPOKEN)
 
     def said(self):
-        """A family of one operation on two whole numbers, in a wording that begins with one of them; all are words."""
+        """A family of one operation on two whole numbers, both in words, whose text begins with one of the numbers."""
         family, text = self.rng.choice([(f, text) for f in pool("arithmetic.json", "families", self.split)
                                         if re.fullmatch(r"\{\w+\} [-+*/] \{\w+\}", f["expression"])
                                         and {s.split()[0] for s in f["slots"].values()} <= {"num", "int", "word"}
@@ -755,7 +761,7 @@ class Writer:
                           for name in family["slots"]}}
 
     def formula(self):
-        """A family made on the spot: a random formula of two to four operations, written out, in one of many
+        """A generated family: a random formula of two to four operations, written in symbols, in one of many
         sentences."""
         rng, slots = self.rng, {}
         gap, root, square = rng.choice(["", " ", " "]), rng.choice(["sqrt", "√"]), rng.choice(["^2", "²"])
@@ -763,8 +769,8 @@ class Writer:
         bracket = lambda text, needed: f"({text})" if needed else text  # noqa: E731
 
         def grow(size, positive=False):
-            """-> expression, the same as a person writes it, how tightly it binds: 0 a sum, 1 a product, 2 a root or
-            square, 3 a number."""
+            """-> (expression, the expression as a person writes it, how tightly it binds: 0 a sum, 1 a product, 2 a
+            root or square, 3 a number)."""
             if size == 0:
                 name = "abcde"[len(slots)]
                 slots[name] = rng.choice(["num 2 12", "num 2 99", "num 2 99", "num 20 3000", "dec 1 60"])
@@ -774,7 +780,7 @@ class Writer:
                 if rng.random() < 0.5:
                     return f"sqrt({expression})", root + bracket(text, root == "sqrt" or tight < 3), 2
                 return bracket(expression, tight < 3) + " ** 2", bracket(text, tight < 3) + square, 2
-            # no root of what may be negative, no divisor that may be zero
+            # no root of a value that may be negative, no divisor that may be zero
             sign = rng.choice("+*/" if positive else "+-*/")
             left, tight = rng.randrange(size), int(sign in "*/")
             a, b = grow(left, positive), grow(size - 1 - left, positive or sign == "/")
@@ -788,7 +794,8 @@ class Writer:
                 "negative": True}
 
     def chain(self):
-        """A family of two or three operations, said one after the other: "take 340, knock 25 off, then halve it"."""
+        """A generated family of two or three operations, stated one after the other: "take 340, knock 25 off, then
+        halve it"."""
         rng, parts = self.rng, corpus("made_sums.json")
         start, slots = rng.choice(parts["starts"]), {}
         expression, text, tight = start["expression"], start["text"], binding(start["expression"])
@@ -809,13 +816,13 @@ class Writer:
                 "whole": False, "where": [start["where"]] if "where" in start else []}
 
     def rate(self):
-        """A family with a number that nobody says: so much a month is twelve times as much a year."""
+        """A generated family that needs an unstated number: an amount per month is twelve times as much per year."""
         rng, parts = self.rng, corpus("made_sums.json")
         unit = rng.choice(list(parts["rates"].values()))
         context, (goals, expression) = rng.choice(unit["texts"]), rng.choice(unit["goals"])
         extra, more = rng.choice(parts["rate_extras"])
         if "{b}" in extra and ("{m}" not in context or "/" in expression):
-            extra, more = "", ""  # what is paid once is no rate
+            extra, more = "", ""  # a one-time payment fits only an amount of money that is multiplied
         goal = rng.choice(goals.split("|"))
         context = fill(context, {"per": rng.choice(unit["per"])}) + extra
         ask = rng.choice(parts["rate_asks"])
@@ -826,7 +833,8 @@ class Writer:
         return made_family("rate", expression, text, slots)
 
     def price(self):
-        """A family about the price of one thing and of several, either of which is given: which way round is it?"""
+        """A generated family about the price of one thing and of several. Either price may be given, so the model must
+        decide between multiplying and dividing."""
         rng, parts = self.rng, corpus("made_sums.json")
         kind, (goods, goods2) = rng.choice(parts["prices"]), rng.sample(parts["goods"], 2)
         words = dict(zip(("good", "goods", "good2", "goods2"), (*goods.split("|"), *goods2.split("|"))))
@@ -837,7 +845,7 @@ class Writer:
         return made_family("price", kind["expression"], text, slots)
 
     def sums(self):
-        """Two numbers, in digits, and one of the four operations, each of these as often as the others."""
+        """Two numbers in digits and one of the four operations, each operation equally often."""
         form = r"\{\w+\} [%s] \{\w+\}" % re.escape(self.rng.choice("+-*/"))
         family = self.rng.choice([f for f in pool("arithmetic.json", "families", self.split)
                                   if re.fullmatch(form, f["expression"])])
@@ -858,7 +866,7 @@ class Writer:
     one_step, two_steps = functools.partialmethod(word_problem, 1), functools.partialmethod(word_problem, 2)
 
     def city(self, towns=TOWNS):
-        """A city: of those that people ask for, or in training any town of the world."""
+        """A city that people ask for, or (in training only) any town of the world."""
         return self.pick("cities.json", "geonames" if self.split == "train" and self.rng.random() < towns else "cities")
 
     def place(self, lower, towns=TOWNS):
@@ -869,15 +877,15 @@ class Writer:
     def weather(self, wanted=lambda family: True, towns=TOWNS):
         family = self.rng.choice([f for f in pool("weather.json", "families", self.split) if wanted(f)])
         template, lower = self.register(self.rng.choice(family["texts"]))
-        # "in oslo rn": where does the city end?
+        # "in oslo rn": the model must learn where the city ends
         if self.split == "train" and re.search(r"\{city\}[?.]?$", template) and self.rng.random() < 0.25:
             closers = [c["text"] for c in pool("register.json", "closers", self.split)
                        if re.fullmatch(r"[a-z']+( [a-z]+)?", c["text"])]
             template = template.rstrip("?.") + " " + self.rng.choice(closers)
         city = self.place(lower, towns)
-        if self.split == "train" and self.rng.random() < 0.2:  # no city: to copy what stands there, not what is known
+        if self.split == "train" and self.rng.random() < 0.2:  # no city: the model must copy, not recall
             one, two = (self.city(towns)["name"] for _ in range(2))
-            # a word that is one token behind a blank is several behind a quotation mark: how is it spelled?
+            # a word that is one token after a space is several tokens after a quotation mark: the model learns to spell
             if towns and self.rng.random() < 0.3:
                 one = re.sub("^(the|an?) ", "", any_name(self.rng))
                 city = one[0].upper() + one[1:]
@@ -892,7 +900,7 @@ class Writer:
         arguments = {"city": city, **({"unit": family["unit"]} if family.get("unit") else {})}
         return fill(template, {**words, **arguments}), [Call("weather", arguments)], family["id"], {"city": city}
 
-    # nobody asks for a unit; cities that people ask for
+    # no request for a unit; only cities that people ask for
     skies = functools.partialmethod(weather, lambda family: not family.get("unit"), towns=0)
 
     def search(self):
@@ -907,7 +915,7 @@ class Writer:
         wrapper = "{q}" if self.rng.random() < 0.6 else self.pick("search_questions.json", "wrappers")["text"]
         if (not re.match(r"(who|whose|what|when|where|which|how|why)\b", query)
                 and not re.search(r"(:|search for|look up|find|search on) \{q\}", wrapper)):
-            wrapper = "{q}"  # "I was wondering height of Everest" is nobody's English
+            wrapper = "{q}"  # nobody writes "I was wondering height of Everest"
         if wrapper == "{q}" and self.rng.random() < 0.4:
             wrapper = "{q}?"
         template, lower = self.register(wrapper)
@@ -936,11 +944,12 @@ class Writer:
         return self.forecast(family, template, city, **written)
 
     def no_tool(self, wanted=lambda talk: True):
-        """Talk with the base model's own reply; its words stay as they were when the reply was sampled."""
+        """A message that needs no tool, with the base model's own reply. The message keeps the words for which the
+        reply was sampled."""
         talk = self.rng.choice([t for t in talks(self.split) if wanted(t)])
         return talk["prompt"], [], talk["kind"], {"reply": talk["reply"]}
 
-    small_talk = functools.partialmethod(no_tool, lambda talk: talk["easy"])  # what that is: `talks`
+    small_talk = functools.partialmethod(no_tool, lambda talk: talk["easy"])  # `talks` defines "easy"
 
     def two_calls(self):
         if self.rng.random() < 0.4:
@@ -955,8 +964,8 @@ class Writer:
         return prompt, one[1] + two[1], "joined", {}
 
     def several_cities(self, family):
-        """Two, or three to five at once: what is practised is to copy names, whose first token is often another one
-        behind a quotation mark."""
+        """The weather in two cities, or in three to five, at once. The model practises copying names, whose first token
+        is often different after a quotation mark."""
         template, lower = self.register(self.pick("extra.json", family)["text"])
         cities = [self.place(lower) for _ in range(2 if family == "two_cities" else self.rng.choice([3, 3, 4, 5]))]
         if len(set(cities)) < len(cities):
@@ -988,20 +997,20 @@ class Writer:
 
 
 def operations(expression):
-    """How many operations an expression has; sqrt and the like are one."""
+    """How many operations an expression has; a function such as sqrt counts as one."""
     return len(re.findall(r"\*\*|//|[-+*/%]|[a-z]{3,}", re.sub(r"\{\w+\}", "0", expression)))
 
 
 def made_family(name, expression, text, slots):
-    """A family that was put together: one text, which begins with a capital, and of `slots` those that the expression
-    has."""
+    """A generated family: one text with a capital first letter, and those `slots` that the expression contains."""
     return {"id": name, "expression": expression, "slots": {k: v for k, v in slots.items() if f"{{{k}}}" in expression},
             "texts": [text[0].upper() + text[1:]]}
 
 
 def in_order(expression, text, slots):
-    """An expression whose factors, and terms of a sum, stand as the text has them: "4 screws for each of 18" is 4 * 18.
-    (Not percents, which stand behind their amount in all families, nor what is divided.)"""
+    """The expression with its factors, and the terms of its sums, in the order of the text: "4 screws for each of 18"
+    is 4 * 18. (Percentages keep their place, because they follow their amount in all families. Products that are
+    divided keep their order too.)"""
     def ordered(chain):
         names = re.findall(r"\w+", chain[0])
         known = all(f"{{{name}}}" in text and not slots[name].startswith("pct") for name in names)
@@ -1019,7 +1028,7 @@ def binding(expression):
 
 
 def holds(test, values):
-    """'a > b' or 'a >= 3' between slots and numbers."""
+    """Whether a test between slots and numbers, 'a > b' or 'a >= 3', is true."""
     left, sign, right = test.split()
     a, b = (values[x] if x in values else float(x) for x in (left, right))
     return {">": a > b, "<": a < b, ">=": a >= b, "<=": a <= b, "!=": a != b}[sign]
@@ -1030,8 +1039,8 @@ def fill(template, words):
 
 
 def decapitalise(text, calls=()):
-    """A small letter, for what goes on in the middle of a sentence, unless it begins with a value of the calls (or is
-    "I" or a name that shows)."""
+    """The text with a small first letter, to continue a sentence. The letter stays if the text begins with a value of
+    the calls, with "I" or with a recognisable name."""
     first = text.split(" ", 1)[0]
     values = tuple(v for c in calls for value in c.arguments.values()
                    for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v)
@@ -1056,9 +1065,9 @@ def swap_word(word, table, rate, rng):
 
 MIX = {"canonical": 2, "arithmetic": 21, "everyday": 35, "weather": 10, "search": 9, "no_tool": 6, "trap": 9,
        "word_problem": 4, "missing_tool": 2, "two_calls": 2, "tool_error": 1}
-# invented functions (section 5)
+# synthetic functions (section 5)
 SYNTHETIC = {"api_one": 3, "api_choice": 4, "api_parallel": 3, "api_ask": 1, "api_none": 2}
-# easy ones for the demo; word problems of one operation, and of more
+# easy kinds for the demo; word problems of one operation, and of several
 KINDS = [*MIX, "sums", "skies", "small_talk", "one_step", "two_steps", *SYNTHETIC]
 
 
@@ -1081,7 +1090,7 @@ def final_answer(call, result, rng, story=False):
 
 
 def exchange(prompt, calls, results, reply):
-    """The messages of a request, its calls with their results, and the reply; without one (None) the calls end it."""
+    """The messages of a request, its calls with their results, and the reply; with reply=None the calls come last."""
     made = [{"name": c.name, "arguments": c.arguments} for c in calls]
     called = [{"role": "assistant", "content": "", "tool_calls": made}] * bool(calls)
     told = [{"role": "tool", "content": format_result(r)} for r in results]
@@ -1101,7 +1110,7 @@ def converse(kind, split, rng):
     needed = sorted({c.name for c in calls})
     if kind == "missing_tool":
         call, offered, calls = calls[0], writer.tools(without=needed[0]), []
-        facts = {**facts, "withheld": vars(call)}  # what would be right if the tool were offered
+        facts = {**facts, "withheld": vars(call)}  # the right call if the tool were offered
         reply = fill(rng.choice(corpus("answers.json")["missing"][call.name]), call.arguments)
     else:
         offered, reply = writer.tools(needed), facts.pop("reply", None)
@@ -1117,23 +1126,23 @@ def converse(kind, split, rng):
         two = "{first}" if len(finals) == 1 else rng.choice(corpus("answers.json")["two"])
         reply = " ".join(finals) if len(finals) > 2 else fill(two, {"first": finals[0], "second": finals[-1]})
     answer = results[0].value if [c.name for c in calls] == ["calculator"] else None
-    found = kind == "search" and results[0].value  # to retell a text takes more practice than to report a number
+    found = kind == "search" and results[0].value  # retelling a text takes more practice than reporting a number
     if (split == "train" and calls and (kind not in ("two_calls", "tool_error") or family == "several_cities")
             and rng.random() < (0.6 if found else 0.8)):
-        reply = None  # the call is the harder lesson: most of the time is better spent on one more of them
+        reply = None  # calls are harder to learn than replies: the time is usually better spent on another call
     return {"kind": kind, "family": family, "split": split, "messages": exchange(prompt, calls, results, reply),
             "tools": offered, "answer": answer, "facts": facts}
 
 
 def generate(split, n, seed=0, mix=None):
-    """n conversations of a split, a function of the arguments alone. `mix`: kind -> weight."""
+    """n conversations of a split, determined by the arguments alone. `mix`: {kind: weight}."""
     mix = {k: v for k, v in (mix or MIX).items() if k != "canonical" or split == "train"}
     if split not in ("train", "dev", "test") or not any(mix.values()):
         raise UserError(f"split {split!r}: it must be train, dev or test, "
                         "and one kind of the mix must weigh more than 0 (canonical examples are all in train)")
     if unknown := set(mix) - set(KINDS):
         raise UserError(f"unknown kind {sorted(unknown)[0]!r} in the mix; kinds are {', '.join(KINDS)}")
-    check_corpora()  # a corpus of one's own that cannot be read is no tool that failed: that would be learned from
+    check_corpora()  # else the model would learn from the tool errors of an unreadable custom corpus
     rng = random.Random(f"{split} {seed}")
     out, seen = [], set()
     for _ in range(50 * n + 1002):
@@ -1142,7 +1151,7 @@ def generate(split, n, seed=0, mix=None):
         kind = rng.choices(list(mix), list(mix.values()))[0]
         made = converse(kind, split, rng)
         if made and (prompt := made["messages"][0]["content"]) not in seen:
-            # these are few and may come again in training, under other tools
+            # these kinds have few prompts, which may be repeated in training with other tools
             if split != "train" or kind not in ("no_tool", "small_talk", "canonical"):
                 seen.add(prompt)
             out.append(made)
@@ -1151,30 +1160,30 @@ def generate(split, n, seed=0, mix=None):
 
 # --------------------------------------------------------------------------- 5. many tools
 
-# Invented APIs (configs/corpora/apis.json), in ToolBench's spirit: a model that only knows three tools knows three
-# strings. Whole domains belong to one split. Names come in several styles, and are sometimes replaced by meaningless
-# ones, so that the descriptions must be read (function masking, Lin et al. 2024, arXiv:2410.04587).
+# Synthetic APIs (configs/corpora/apis.json), in the spirit of ToolBench: a model that knows only three tools knows only
+# three strings. Each domain belongs to one split. Names have several styles. Sometimes meaningless names replace them,
+# so that the model must read the descriptions (function masking, Lin et al. 2024, arXiv:2410.04587).
 STYLES = {"snake": lambda domain, words: "_".join(words),
           "camel": lambda domain, words: words[0] + "".join(w.capitalize() for w in words[1:]),
           "dotted": lambda domain, words: f"{domain}.{'_'.join(words)}"}
 MEANINGLESS = {"train": "func", "dev": "method", "test": "api"}
 NAMED = ["{n} {v}", "{n}: {v}", "{n} = {v}"]
-# share of requests that are sentences written as a whole, where a function has some; the others are put together from
-# phrases
+# share of requests that use a sentence written as a whole, if the function has such sentences; all other requests are
+# composed of phrases
 WHOLE = 0.5
-# how often a phrase states an optional value; written sentences state more of them in train
+# how often a phrase states an optional value; in train, written sentences state more optional values
 SAID_TOO = {"train": 0.1, "dev": 0.25, "test": 0.25}
-# how often an offer has an optional parameter: to leave alone what nobody stated, has to be learned
+# how often an offer has an optional parameter: the model must learn to omit values that nobody stated
 SHOWN = {"train": 0.95, "dev": 0.7, "test": 0.7}
-# different offers of either kind, one function and several; on the other splits every conversation has its own
+# number of different offers with one function, and with several; in dev and test every conversation has its own offer
 OFFERS = {"train": 900}
 MONTHS = "January February March April May June July August September October November December".split()
 
 
 class ApiWriter:
-    """Writes requests to the functions of one offer, in one style of names. An offer is drawn from its own random
-    stream: in training several conversations share one, so that one set of tools is asked for different things (and is
-    computed once by the trie). All other choices come from `rng`."""
+    """Writes requests to the functions of one offer (a set of tools), in one style of names. Each offer is drawn from
+    its own random stream. In training, several conversations share an offer, so that one set of tools gets different
+    requests (and the trie computes the set once). All other choices come from `rng`."""
 
     def __init__(self, split, rng, several, joined=False):
         offer = rng.randrange(OFFERS.get(split, 10 ** 9))
@@ -1184,7 +1193,7 @@ class ApiWriter:
         self.style = "snake" if self.masked else style
         self.domain, function = self.function()
         chosen = [(self.domain, function)]
-        if several:  # near misses, and others
+        if several:  # near misses of the same domain, and other functions
             near = [f for f in self.domain["functions"] if f is not function]
             chosen += ([(self.domain, f) for f in self.rng.sample(near, self.rng.randint(1, 2))]
                        + self.others(self.rng.randint(0, 1)))
@@ -1201,9 +1210,9 @@ class ApiWriter:
         return domain, self.rng.choice(domain["functions"])
 
     def variant(self, function, number):
-        """The function as one offer shows it: some optional parameters left out, the others in any order, some names
-        made of the words of a description ("day of travel" -> day_travel), or of none (masked). A few functions give
-        many schemas, so that reading them is learned, not they."""
+        """The function as one offer shows it. Some optional parameters are left out, and the order of the rest varies.
+        Some names consist of words of a description ("day of travel" -> day_travel) or are meaningless (masked). A few
+        functions give many schemas, so that the model learns to read schemas instead of memorising them."""
         rng = self.rng
         shown = [p for p in function["parameters"] if p["required"] or rng.random() < SHOWN[self.split]]
         if rng.random() < 0.3:
@@ -1220,7 +1229,7 @@ class ApiWriter:
         return {**function, "parameters": parameters, "shown": words}
 
     def key(self, parameter):
-        """A parameter's name in this style; dotted names have snake parameters."""
+        """A parameter's name in this style; functions with dotted names have parameters in snake case."""
         return STYLES["camel" if self.style == "camel" else "snake"]("", parameter["name"])
 
     def tool(self, domain, function):
@@ -1236,7 +1245,7 @@ class ApiWriter:
 
     def field(self, parameter):
         field = {"type": parameter["type"]}
-        # how these are written has to be said
+        # a date or time always needs a description, which states its format
         if self.described or self.masked or parameter.get("values") in ("date", "time"):
             field["description"] = self.rng.choice(parameter["description"])
         field |= {key: parameter[key] for key in ("enum", "default") if key in parameter}
@@ -1250,7 +1259,7 @@ class ApiWriter:
         if isinstance(kind, list):
             foreign = (self.split == "train" and isinstance(kind[0], str) and kind[0][0].isupper()
                        and not set(kind) & set(corpus("apis.json")["closed"]))
-            # a name from anywhere: values are copied, not known by heart
+            # a name from anywhere, because the model must copy values, not memorise them
             name = any_name(rng) if foreign and rng.random() < 0.08 else ""
             value = name if name[:1].isupper() else rng.choice(kind)
             return value, str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -1293,7 +1302,7 @@ class ApiWriter:
         return value, f"${value:.2f}" if name == "money" and rng.random() < 0.7 else str(value)
 
     def argument(self, parameter):
-        """-> (value, phrase) of a parameter; an object's phrases are those of its fields."""
+        """-> (value, phrase) of a parameter; an object's phrase joins the phrases of its fields."""
         rng = self.rng
         if parameter["type"] == "object":
             made = {self.key(p): self.argument(p) for p in parameter["properties"] if p["required"]
@@ -1306,23 +1315,23 @@ class ApiWriter:
         return value, self.state(parameter, said)
 
     def styled(self, parameter, value):
-        """A value as it stands in the corpus, an object's keys in this style."""
+        """A value from the corpus; the keys of an object are changed to this writer's style."""
         return {self.key(p): value["_".join(p["name"])] for p in parameter["properties"]
                 if "_".join(p["name"]) in value} if parameter["type"] == "object" else value
 
     def plain(self, parameter):
-        """-> (value, how it is written) of a parameter that is no object or boolean."""
+        """-> (value, how it is written) of a parameter that is neither an object nor a boolean."""
         if "enum" in parameter:
             value = self.rng.choice(parameter["enum"])
             return value, str(value).replace("_", " ")
         if parameter["type"] != "array":
             return self.value_of(parameter)
-        # numbers: as many in every list of a request, for the two ends of a line have as many coordinates
+        # all lists of numbers in a request are equally long, because both ends of a line have as many coordinates
         alike = parameter["items"] != "string" and canonical(parameter) not in corpus("apis.json")["single"]
         return self.listed(parameter, self.length if alike else self.rng.choice([1, 2, 2, 3]))
 
     def value_of(self, parameter):
-        """-> (a value of a parameter, how it is written); asked for "the lathe", a function gets the lathe's name."""
+        """-> (a value of a parameter, how it is written). For "the lathe" in a request, the argument is "lathe"."""
         value, said = self.value(parameter["values"])
         bare = isinstance(value, str) and not takes_text(parameter)
         return re.sub("^(the|an?) ", "", value) if bare else value, said
@@ -1330,7 +1339,7 @@ class ApiWriter:
     def listed(self, parameter, n):
         """-> (up to n different values of a parameter, how they are written)."""
         items = []
-        for _ in range(9 * n):  # a short list may not hold n different ones
+        for _ in range(9 * n):  # a short list may have fewer than n different values
             if len(items) == n:
                 break
             item = self.value_of(parameter)
@@ -1340,35 +1349,36 @@ class ApiWriter:
         return [value for value, _ in items], said
 
     def state(self, parameter, said, several=False):
-        """A phrase that states a parameter's value, or `several`, in words of its own or with the parameter's name."""
+        """A phrase that states a parameter's value (or `several` values), in words of the corpus or with the
+        parameter's name."""
         name = canonical(parameter).replace("_", " ")
         phrase = (self.way if self.named
                   else self.rng.choice([x for x in parameter["phrases"] if not several or x.endswith("{v}")]))
         return phrase.replace("{n}", name).replace("{v}", said)
 
     def together(self, phrases):
-        """Phrases one after the other; a person who pastes names and values puts commas between them, others do so at
-        times."""
+        """The phrases joined. A person who pastes names and values puts commas between the phrases; other people do so
+        sometimes."""
         return (", " if self.named or self.rng.random() < 0.25 else " ").join(phrases)
 
     def sentence(self, function):
-        """A whole sentence that was written for the function, with a slot for each value -> (it, the names of what it
-        says, {name: value} of what of that it says in words of its own: "with no stops"), or None: there is none for
-        what this variant shows, or this request is put together from phrases."""
+        """-> (a sentence written as a whole for the function, with slots for the values; the names of all parameters
+        that it states; {name: value} of the parameters that it states in fixed words: "with no stops"). None if no
+        sentence fits the parameters of this variant, or if this request is composed of phrases."""
         shown, found = {canonical(p) for p in function["parameters"]}, []
         for item in corpus("api_sentences.json")["sentences"].get("_".join(function["words"]), []):
             text, told = (item, {}) if isinstance(item, str) else item
             if told and self.joined and re.search("[.!?] ", text):
-                continue  # whose request such a sentence belongs to, nobody could tell
+                continue  # nobody could tell to which request its sentences belong
             names = {*re.findall(r"{(\w+)}", text), *told}
             found += [(text, names, told)] if names <= shown else []
         return self.rng.choice(found) if found and self.rng.random() < WHOLE else None
 
     def request(self, function, without=None, spread=1, template=None, like=()):
-        """-> (text, list of arguments): of one call, or of up to `spread` calls that differ in one parameter ("in Oslo
-        and Rome") or in two ("for Ann and Bo, with 3 and 5 guests, respectively"). `without`: a parameter that is left
-        unsaid; `template`: words around the values, in place of the function's own; `like`: the arguments of a call
-        before, which are all said anew."""
+        """-> (text, list of arguments) of one call, or of up to `spread` calls that differ in one parameter ("in Oslo
+        and Rome") or in two ("for Ann and Bo, with 3 and 5 guests, respectively"). `without`: a parameter that is not
+        stated. `template`: words around the values, instead of the function's own. `like`: the arguments of an earlier
+        call, which are all stated again."""
         self.way, self.length = self.rng.choice(NAMED), self.rng.choice([2, 2, 3, 4])
         whole = self.sentence(function) if not without and not template else None
         text, names, told = whole or (template, (), {})
@@ -1377,24 +1387,24 @@ class ApiWriter:
         spare = [p for p in function["parameters"] if not p["required"]]
         if (not whole and function["words"][0] in ("modify", "update", "change") and spare
                 and all(p["required"] for p in chosen)):
-            chosen.append(self.rng.choice(spare))  # a change that changes nothing is none
+            chosen.append(self.rng.choice(spare))  # a request to change must change something
         simple = [p for p in chosen if p["required"] and canonical(p) not in told and not takes_text(p)
                   and p["type"] in ("string", "integer", "number") and "enum" not in p
                   and p["values"] not in ("date", "time")]
-        if whole:  # "rent a {model}" asks for one
+        if whole:  # "rent a {model}" asks for one model
             one = r"\b(a|an|the|that|this|its|my) (\w+ )?{%s}"
             simple = [p for p in simple if p["type"] == "string" and p["values"] != "person"
                       and not re.search(one % canonical(p), text)]
-        else:  # "the {v} game" is one game, whoever plays
+        else:  # "the {v} game" is one game, so its value cannot vary
             simple = [p for p in simple if any(phrase.endswith("{v}") for phrase in p["phrases"])]
         varied = []
-        # of a list nobody could tell which value belongs to which call
+        # with a list, nobody could tell which value belongs to which call
         if spread > 1 and simple and not any(p["type"] == "array" for p in chosen):
-            # By their names first: "for Ann and Bo", not "2.5 and 1.6 stars".
+            # Names vary first: "for Ann and Bo", not "2.5 and 1.6 stars".
             varied = [self.rng.choice([p for p in simple if p["type"] == "string"] or simple)]
             rest = [p for p in simple if p is not varied[0]]
             varied += [self.rng.choice(rest)] if rest and not whole and self.rng.random() < 0.35 else []
-        made = []  # (parameter, its value or, where it varies, values, how they are said)
+        made = []  # (parameter, its value (or values, if it varies), how it is written)
         for p in chosen:
             if p in varied:
                 values, said = self.listed(p, spread)
@@ -1409,14 +1419,14 @@ class ApiWriter:
         dates = [(not later.isdisjoint(canonical(p).split("_")), value)
                  for p, value, _ in made if p.get("values") == "date" and p["type"] == "string"]
         backwards = any(a[0] < b[0] and a[1] > b[1] for a in dates for b in dates)
-        # from euros to euros; two people and three tables; back before one leaves
+        # draw again, to avoid "from euros to euros", two people and three tables, a return before the departure
         if len(set(words)) < len(words) or len(counts) > 1 or backwards:
             return self.request(function, without, spread, template, like)
         arguments = [{self.key(p): value[n] if p in varied else value for p, value, _ in made}
                      for n in range(max(counts, default=1))]
         if whole:
             return fill(text, {canonical(p): said for p, _, said in made}), arguments
-        joint = varied if len(varied) == 2 else []  # these are said together, last
+        joint = varied if len(varied) == 2 else []  # these two are stated together, at the end
         phrases = [text for p, _, text in made if p not in joint]
         # People begin with what matters most, but not always.
         if self.rng.random() < 0.2 and (self.named or {text.split(" ")[0]
@@ -1437,18 +1447,18 @@ class ApiWriter:
 
 
 def takes_text(parameter):
-    """Whether a parameter takes whole sentences, whatever its variant is called."""
+    """Whether a parameter takes whole sentences, whatever its name in the variant."""
     return parameter.get("called", parameter["name"])[-1] in corpus("apis.json")["texts"]
 
 
 def canonical(parameter):
-    """A parameter's name in the corpus, whatever its variant is called."""
+    """A parameter's name in the corpus, whatever its name in the variant."""
     return "_".join(parameter.get("called", parameter["name"]))
 
 
 def telling_words(text):
-    """The words of a short description, as a name: "day of travel, YYYY-MM-DD" -> ["day", "travel"]; None where they do
-    not make one ("party that sued", "lock or unlock", "night's plan")."""
+    """The words of a short description as a name: "day of travel, YYYY-MM-DD" -> ["day", "travel"]. None if the words
+    make no name ("party that sued", "lock or unlock", "night's plan")."""
     head = re.split(r", (?=yyyy|hh:mm)|[.;:(]", text.lower())[0]
     if not head.isascii() or re.search(r"[',]|\b(order|looked|and|or|that|which|what|where|who|whom|whose|one|is|are|"
                                        r"was|be|to|it|its|with|how|when|from|so|by)\b", head):
@@ -1458,12 +1468,13 @@ def telling_words(text):
 
 
 def api_calls(writer, function, tool):
-    """Requests to the functions of an offer, the first to `function` -> (texts, calls, mock results). Several calls,
-    where the writer's requests are joined, are asked for one by one, or in one text that differs in a value."""
+    """-> (texts, calls, mock results) of requests to the functions of an offer; the first request is to `function`. If
+    the writer joins requests, several calls are asked for: one by one, or in one text for calls that differ in a
+    value."""
     rng, prompts, calls, results = writer.rng, [], [], []
     spread = rng.choice([2, 2, 3]) if writer.joined and rng.random() < 0.4 else 1
     for n in range(rng.choice([2, 2, 3]) if writer.joined and spread == 1 else 1):
-        again = n > 0 and rng.random() < 0.3  # the same once more, with other values: only these are said
+        again = n > 0 and rng.random() < 0.3  # the same function with other values: the text states only the values
         if n and not again and rng.random() < 0.8:
             _, function, tool = rng.choice([o for o in writer.offered if o[1] is not function] or writer.offered)
         template, like = (rng.choice(of_split(corpus("answers.json")["api"]["again"], writer.split))["text"],
@@ -1476,12 +1487,12 @@ def api_calls(writer, function, tool):
 
 
 def unfit_request(writer, domain):
-    """A request that no offered function fits: for another function of the same domain, for one of another domain, or
-    for a built-in tool -> (text, family); None where what was drawn is on offer after all."""
+    """-> (text, family) of a request that no offered function fits: for another function of the same domain, for a
+    function of another domain, or for a built-in tool. None if the drawn function is on offer after all."""
     rng, split = writer.rng, writer.split
     if near := rng.random() < 0.5:
         function = rng.choice(domain["functions"])
-    else:  # of some others, in training, the one whose request looks most as if an offered function could take it
+    else:  # in training, of several functions the one whose request an offered function seems most able to answer
         shapes = Counter(p["type"] for f in writer.originals for p in f["parameters"])
         domain, function = max(writer.others(4 if split == "train" else 1),
                                key=lambda one: (shapes & Counter(p["type"] for p in one[1]["parameters"])).total()
@@ -1500,8 +1511,8 @@ def unfit_request(writer, domain):
 
 
 def incomplete_request(writer, function):
-    """A request that leaves out one value that the function requires -> (text, the words for that value); None where
-    nothing can be left out."""
+    """-> (text, the words for the missing value) of a request that leaves out one value that the function requires.
+    None if no value can be left out."""
     required = [p for p in function["parameters"] if p["required"] and p["type"] not in ("boolean", "object")
                 and p["called"][0] not in ("to", "from", "for", "with", "by", "at", "on", "in")]
     if len(required) < 2:
@@ -1521,7 +1532,7 @@ def joined_prompt(prompts, calls, split, rng):
 
 
 def carelessly_typed(prompt, calls):
-    """In lower case where no value of the calls has a capital, else without the full stop."""
+    """The prompt in lower case if no value of the calls has a capital letter, else without its final full stop."""
     stated = json.dumps([list(c.arguments.values()) for c in calls], ensure_ascii=False)
     if stated == stated.lower():
         return prompt.lower()
@@ -1536,8 +1547,8 @@ def api_family(domain, function):
 
 
 def api_conversation(kind, split, rng):
-    """One conversation with invented functions: request, calls, mock results, answer; or a question back, or a
-    refusal. None where the draw does not make one."""
+    """One conversation with synthetic functions: request, calls, mock results and answer; or a request and a question
+    for the missing value; or a request and a refusal. None if the draw did not fit."""
     answers = corpus("answers.json")["api"]
     several = {"api_one": False, "api_choice": True}.get(kind, rng.random() < 0.6)
     writer = ApiWriter(split, rng, several, kind == "api_parallel")
@@ -1577,35 +1588,35 @@ def api_conversation(kind, split, rng):
 
 # --------------------------------------------------------------------------- 6. ToolBench
 
-# Qin et al. 2023 (arXiv:2307.16789). Three shapes of files: answer trees, "toolllama" dialogues, and bare instructions.
-# All become conversations: functions are tools, the call of Finish is the final answer. An instruction has none: it is
-# the question alone.
+# Qin et al. 2023 (arXiv:2307.16789). Files have three shapes: answer trees, "toolllama" dialogues, and bare
+# instructions. All become conversations: functions become tools, the call of Finish becomes the final answer. An
+# instruction has no answer: it is the question alone.
 
-# Characters that are kept of a tool's result: the first that lets a conversation fit.
+# How many characters of a tool's result are kept: the first limit that lets the conversation fit.
 OBSERVATIONS = (1024, 512, 256, 128)
-API_TYPES = {"NUMBER": "integer", "BOOLEAN": "boolean"}  # all others are strings
+API_TYPES = {"NUMBER": "integer", "BOOLEAN": "boolean"}  # all other types become strings
 RESERVED = ("from", "class", "return", "false", "true", "id", "and")
 
 
 class Unusable(UserError):
-    """Why an item of a data set is left out, in a few words."""
+    """The reason why an item of a data set is left out, in a few words."""
 
 
 class Damaged(Unusable):
-    """It is not what it should be: the file is named."""
+    """The item is malformed; the report names its file."""
 
 
 def standard_name(text, reserved=RESERVED):
-    """ToolBench's names: "Get Player's-ID" -> get_player_s_id, "2fa" -> get_2fa, "id" -> is_id."""
+    """A name as ToolBench writes it: "Get Player's-ID" -> get_player_s_id, "2fa" -> get_2fa, "id" -> is_id."""
     name = re.sub("_+", "_", re.sub("[^a-z0-9_\u4e00-\u9fa5]", "_", text.lower())).strip("_")
     return f"get_{name}" if name[:1].isdigit() else f"is_{name}" if name in reserved else name
 
 
 def toolbench_api(api):
-    """An entry of an instruction's api_list -> tool schema; the name is that of the answers: api_for_tool, its last 64
-    characters."""
+    """An entry of an instruction's api_list -> tool schema. The tool has the same name as in the answers: the last 64
+    characters of api_for_tool."""
     required, optional = (api.get(key) or [] for key in ("required_parameters", "optional_parameters"))
-    # Backwards and back: of two of a name, the first.
+    # Reversed twice, so that of two parameters with one name the first counts.
     fields = {p["name"]: {"type": str(p.get("type")).upper(), "description": p.get("description") or None}
               for p in reversed(required + optional)}
     parameters = {"properties": dict(reversed(fields.items())), "required": [p["name"] for p in required]}
@@ -1614,7 +1625,7 @@ def toolbench_api(api):
 
 
 def toolbench_function(function):
-    """A function of an answer -> tool schema, its description without the wrapping. Names that are none, and types,
+    """A function of an answer -> tool schema; the text that wraps the description is removed. Invalid names and types
     become standard ones."""
     def field(given):
         kept = {key: given[key] for key in ("type", "description", "enum", "items", "default")
@@ -1633,19 +1644,19 @@ def toolbench_function(function):
     parameters, fields = function.get("parameters") or {}, {}
     properties = parameters.get("properties") or {}
     for key, given in properties.items():
-        fields.setdefault(standard_name(key) or key, field(given))  # of two of a name, the first
+        fields.setdefault(standard_name(key) or key, field(given))  # of two parameters with one name, the first counts
     required = dict.fromkeys(standard_name(key) or key for key in parameters.get("required") or [] if key in properties)
     wrapped = re.match(r'.*The description of this function is: "?(.*?)"?$', text, re.DOTALL)
     text = (wrapped[1] if wrapped else text).strip()
-    # one of 64 characters is the end of a longer one
+    # a name of 64 characters is the end of a longer name
     name = name if re.fullmatch(r"\w{64}", name) else standard_name(name)[-64:]
     return {"name": name, "description": text, "parameters": {"type": "object", "properties": fields,
                                                               "required": list(required)}}
 
 
 def toolbench_items(text):
-    """What a file of ToolBench holds, JSON or JSON lines -> (its items, each with the name of its shape, {line: why it
-    is none})."""
+    """The text of a ToolBench file, JSON or JSON lines -> ([(name of the shape or None, item)], {line number: why it
+    is unusable})."""
     shapes, bad = {"answer tree": "answer_generation", "dialogue": "conversations", "instruction": "api_list"}, {}
     try:
         content, why = [json.loads(text)], "it is none of ToolBench's shapes"
@@ -1665,15 +1676,15 @@ def toolbench_items(text):
 
 
 def toolbench_functions(text):
-    """The list of functions in a dialogue's system text: a Python list behind words about them, which may have brackets
-    too."""
+    """The list of functions in a dialogue's system text: a Python list after a text about the functions, which may also
+    contain brackets."""
     text = text[max(text.find("access to the following APIs:"), 0):]
     starts, ends = ([m.start() for m in re.finditer(mark, text)] for mark in (r"\[", r"\]"))
     # literals only: nothing is executed
     for start, end, read in itertools.product(starts[:20], ends[:-6:-1], (ast.literal_eval, json.loads)):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             functions = read(text[start:end + 1])
-            # not the [] in one of them
+            # not the [] inside a function
             if isinstance(functions, list) and functions and all(isinstance(f, dict) and "name" in f
                                                                  for f in functions):
                 return functions
@@ -1681,8 +1692,8 @@ def toolbench_functions(text):
 
 
 def toolbench_action(text):
-    """What an assistant says in a dialogue -> (its thought, (function name, argument text or None) or None): "Thought:
-    ... Action: ... Action Input: ..."."""
+    """An assistant's text in a dialogue, "Thought: ... Action: ... Action Input: ..." -> (its thought, (function name,
+    argument text or None) or None)."""
     lines = re.match(r"(.*?(?:^|\n))[ \t]*Action[ \t]*[:：][ \t]*([^\n]*\S)\s*?\n[ \t]*Action Input[ \t]*[:：](.*)$",
                      text, re.DOTALL | re.IGNORECASE)
     if lines:
@@ -1690,7 +1701,7 @@ def toolbench_action(text):
     before, _, arguments = text.partition("Action Input:")  # all in one line
     thought, action, name = before.rpartition("Action:")
     if not action or not arguments and thought.rpartition("\n")[2].strip():
-        return text, None  # it talks about an action
+        return text, None  # it only mentions an action
     return thought, (name.strip(), arguments or None)
 
 
@@ -1703,7 +1714,7 @@ def toolbench_steps(shape, item):
         if not answer.get("train_messages"):
             raise Unusable("no train_messages: the search found no answer")
         functions, steps = answer["function"], []
-        # cumulative, one list a step: the longest one holds them all
+        # cumulative, one list per step: the longest list contains all messages
         for message in max(answer["train_messages"], key=len):
             role, call = message["role"], message.get("function_call")
             call = (call["name"], call.get("arguments")) if call else None
@@ -1715,24 +1726,24 @@ def toolbench_steps(shape, item):
                                   else (turn["value"], None))) for turn in item["conversations"]]
     # Finish is the answer, not a tool
     functions = [toolbench_function(function) for function in functions if function["name"] != "Finish"]
-    return [function for function in functions if function["name"]], steps  # of a name in another script nothing stays
+    return [function for function in functions if function["name"]], steps  # a name in another script becomes ""
 
 
 def toolbench_arguments(text):
-    """The arguments of a call -> dict, or None. Real ones hold raw newlines and commas too many, stand between fences,
-    or are Python's."""
+    """The arguments of a call -> dict, or None if they cannot be read. Real arguments contain raw newlines and extra
+    commas, lie between code fences, or are Python literals."""
     with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         given = text if isinstance(text, str) else json.dumps(text)
         given, end = given.strip().strip("`").removeprefix("json").strip(), None
-        # JSON knows no \_ and no \'
+        # JSON does not allow \_ and \'
         given, as_json = (re.sub(rf"(?<!\\)((?:\\\\)*)\\(?=[{marks}])", r"\1", given) for marks in ("_", "_'"))
         with contextlib.suppress(ValueError):
-            end = json.JSONDecoder(strict=False).raw_decode(as_json)[1]  # words behind it go
+            end = json.JSONDecoder(strict=False).raw_decode(as_json)[1]  # words after the JSON are dropped
         try:
             found = _loads(as_json[:end], strict=False)
         except ValueError:
             if end:
-                return None  # JSON with a key twice, or with NaN
+                return None  # JSON with a duplicate key, or with NaN
             found = _loads(json.dumps(ast.literal_eval(given)))
         found = _loads(found, strict=False) if isinstance(found, str) else found
         return found if isinstance(found, dict) else None
@@ -1740,7 +1751,7 @@ def toolbench_arguments(text):
 
 
 def toolbench_typed(value, kind):
-    """A value as the type `kind` has it, where that can be: "5" -> 5, 5 -> "5", 5.0 -> 5."""
+    """A value converted to the type `kind`, if possible: "5" -> 5, 5 -> "5", 5.0 -> 5."""
     if kind == "string" and not isinstance(value, (str, type(None))):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, str) and kind in ("integer", "number", "boolean", "array", "object"):
@@ -1750,12 +1761,12 @@ def toolbench_typed(value, kind):
 
 
 def toolbench_repaired(arguments, tool):
-    """Arguments of the types that the schema asks for, unknown ones and empty optional ones (but texts) left out; None
-    if they do not fit all the same, or none is known. NUMBER has become integer, as in ToolBench, where fractions are
-    numbers too: then the schema says so."""
+    """The arguments converted to the schema's types, without unknown and empty optional arguments (empty texts stay).
+    None if the result still does not fit, or if no argument is known. NUMBER became integer, as in ToolBench, where
+    NUMBER includes fractions; if an argument is a fraction, its type in the tool's schema is changed to number."""
     fields, required = tool["parameters"]["properties"], tool["parameters"]["required"]
     names = {standard_name(name): name for name in reversed(fields)}
-    # exact names win
+    # an exact name has priority
     arguments = {key if key in fields else names.get(standard_name(key), key): value
                  for key, value in sorted(arguments.items(), key=lambda pair: pair[0] in fields)}
     made = {key: toolbench_typed(value, fields[key].get("type")) for key, value in arguments.items()
@@ -1768,30 +1779,29 @@ def toolbench_repaired(arguments, tool):
 
 
 def toolbench_text(text):
-    """What an assistant says, without the words that mark it as a thought, and without tags that would be read as
-    calls."""
+    """An assistant's text without the words that mark it as a thought, and without tags that would be read as calls."""
     return re.sub(r"</?(tool_call|tool_response)>", r"[\1]", re.sub(r"(?m)^[ \t]*Thought:[ \t]*", "", text)).strip()
 
 
 def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
     """An item -> (conversation, number of calls left out because they were broken, whether a result was clipped).
 
-    Thoughts stand beside the next call; those beside Finish are left out, for the user sees that turn, and so are those
-    beside a call that is left out. Raises Unusable with the reason.
+    Thoughts are kept in the turn of the next call. Thoughts with Finish are left out, because the user sees that turn;
+    thoughts with a call that is left out are left out too. Raises Unusable with the reason.
     """
     try:
         tools = {}
         found, steps = toolbench_steps(shape, item)
         for tool in found:
-            tools.setdefault(tool["name"], tool)  # of two of a name ToolBench runs the first
+            tools.setdefault(tool["name"], tool)  # of two tools with one name ToolBench runs the first
         names = {standard_name(name)[-64:]: name for name in reversed(tools)}
         messages, thoughts, dropped, unended, clipped, finished = [], [], 0, 0, False, False
-        waiting = None  # the call before, until its result comes; {} if it was left out
+        waiting = None  # the last call, until its result arrives; {} if the call was left out
         for role, text, call in steps:
-            if waiting and (role == "user" or call):  # it has no result, so no turn can follow it
+            if waiting and (role == "user" or call):  # the waiting call has no result, so no turn can follow it
                 dropped, waiting = dropped + 1, None
             if role == "user":
-                if messages and any(thoughts):  # words to the user, who answers
+                if messages and any(thoughts):  # words to the user, who now answers
                     messages.append({"role": "assistant", "content": "\n".join(filter(None, thoughts))})
                     thoughts = []
                 messages.append({"role": "user", "content": text.strip().removesuffix("Begin!").strip()})
@@ -1800,7 +1810,7 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                     content, cut = toolbench_observation(text, observation)
                     messages += [waiting, {"role": "tool", "content": content}]
                     clipped = clipped or cut
-                dropped += waiting is None  # of a call that cannot be read
+                dropped += waiting is None  # the result of a call that cannot be read
                 waiting = None
             elif role == "assistant" and call is None:
                 thoughts.append(toolbench_text(text))
@@ -1813,13 +1823,13 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                 if finished := ends == "give_answer" and bool(answer):
                     messages.append({"role": "assistant", "content": answer})
                     break
-                unended, waiting, thoughts = unended + 1, {}, []  # ToolBench answers it with an error, and goes on
+                unended, waiting, thoughts = unended + 1, {}, []  # ToolBench answers it with an error and continues
             elif role == "assistant":
                 name = call[0] if call[0] in tools else names.get(standard_name(str(call[0]))[-64:])
                 given = toolbench_arguments(call[1] or "{}")
                 arguments = toolbench_repaired(given, tools[name]) if name and given is not None else None
                 if arguments is None:
-                    # a name that is not offered, no JSON, not what the function takes: never to be learned
+                    # an unknown name, invalid JSON, or wrong arguments: the model must never learn this call
                     dropped, waiting = dropped + 1, {}
                 else:
                     said = "\n".join(filter(None, [*thoughts, toolbench_text(text)]))
@@ -1844,10 +1854,10 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
 
 
 def toolbench_observation(text, limit):
-    """{"error": "", "response": ...} -> (our {"result": ...} or {"error": ...}, at most `limit` characters of it;
-    whether that is less than was there).
+    """{"error": "", "response": ...} -> (our {"result": ...} or {"error": ...} with at most `limit` characters of the
+    content; whether the content was clipped).
 
-    ToolBench cuts the whole text at 1,024 characters and puts dots behind: what is left of it is unwrapped too.
+    ToolBench cuts the whole text at 1,024 characters and appends dots. The part that is left is unwrapped too.
     """
     text, error = toolbench_typed(text, "string") or "", ""
     try:
@@ -1866,11 +1876,11 @@ def toolbench_observation(text, limit):
 
 
 def toolbench_files(path):
-    """The files that a path means (one, a folder, a glob), each once, whatever links lead to it, and the others in its
-    folders: read are *.json* there."""
+    """-> (the files to read, the other files) of a path: one file, a folder or a glob. Each file is listed once, even
+    if several links lead to it. In folders, only *.json* files are read."""
     found, others, walked = {}, set(), set()
     for given in [path] if os.path.lexists(path) else glob.glob(str(path), recursive=True):
-        files = []  # begins with `given` itself if that is a file: what cannot be walked is to be read
+        files = []  # if `given` is a file, onerror adds it: a path that cannot be walked is read
         for folder, folders, names in os.walk(given, followlinks=True,
                                               onerror=lambda error: files.append(error.filename)):
             if os.path.realpath(folder) in walked:  # a link that leads back, or a second match of the glob
@@ -1884,12 +1894,12 @@ def toolbench_files(path):
 
 
 def read_toolbench(path, fits=lambda conversation: True, report=None, questions=True):
-    """ToolBench files (one, a folder, a glob) -> conversations that fit. A summary is printed; `report`: also written
-    there as JSON.
+    """ToolBench files (one file, a folder, a glob) -> conversations that fit. Prints a summary; `report`: a path where
+    the summary is also written as JSON.
 
-    questions: instructions too, which end with the user's message; nothing can be learned from them, but asked. Nothing
-    is fatal but a path that holds nothing usable. A conversation that does not fit has its tool results clipped further
-    (OBSERVATIONS), and is left out if that does not help.
+    `questions`: include instructions, which end with the user's message. A model cannot learn from them, but can be
+    asked. The only fatal error is a path that contains nothing usable. If a conversation does not fit, its tool results
+    are clipped further (OBSERVATIONS); if clipping does not help, it is left out.
     """
     names, others = toolbench_files(path)
     if not names:
@@ -1898,7 +1908,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
     noted = {name: "not read: its name has no .json" for name in others}
     for name in names:
         try:
-            if not os.path.isfile(name):  # a pipe would be waited for
+            if not os.path.isfile(name):  # reading a pipe would wait forever
                 raise Unusable("it is no file that can be read")
             raw = Path(name).read_bytes()
             items, bad = toolbench_items(raw.decode("utf-8-sig"))
@@ -1923,7 +1933,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
                 key = json.dumps([turns(conversation)], ensure_ascii=False)
                 if key in seen:
                     raise Unusable("the same as an earlier one")
-            except UserError as error:  # a chat template, too, may refuse turns that it does not know
+            except UserError as error:  # also from a chat template that refuses unknown turns
                 counts[str(error)] += 1
                 if isinstance(error, Damaged):
                     damaged[name if len(items) == 1 else f"{name}, item {number}"] = str(error)
@@ -1954,14 +1964,13 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
 # --------------------------------------------------------------------------- 7. what a teacher found
 
 def read_teacher(path, split, n, seed=0, extra=()):
-    """Conversations from the calls that survived in a run of teacher.py (its folder, or its augmented.jsonl), at most
-    n.
+    """At most n conversations from the calls that survived in a run of teacher.py (its folder, or its augmented.jsonl).
 
-    `extra`: tools beside the three built-in ones. Calls of any other tool are left out.
+    `extra`: tools in addition to the three built-in ones. Calls of any other tool are left out.
 
-    The user asks for the rest of a text; the assistant makes the call, and goes on from its result. As many texts, at
-    most, are gone on with without a call. One text in ten (a text that comes again counts once) belongs to `dev`, the
-    others to `train`.
+    The user asks for the rest of a text. The assistant makes the call and continues from its result. At most equally
+    many texts are continued without a call. One text in ten (a repeated text counts once) belongs to `dev`, all others
+    to `train`.
     """
     def check(line):
         with contextlib.suppress(TypeError, KeyError):
@@ -2010,10 +2019,10 @@ def read_teacher(path, split, n, seed=0, extra=()):
 # --------------------------------------------------------------------------- 8. datasets
 
 def dataset(config, tokenizer):
-    """The rows a run trains and evaluates on -> (train rows, held-out rows), each a list of (ids, mask).
+    """The rows that a run trains and evaluates on -> (train rows, held-out rows), each a list of (ids, mask).
 
-    Conversations longer than max_tokens are left out and counted, never cut. A row that trains nothing is an error, in
-    a JSONL file a line that is skipped and named.
+    Conversations longer than max_tokens are left out and counted, never cut. A row without a trained token is an error;
+    in a JSONL file, its line is skipped and reported.
     """
     def trained(item):
         conversation = check_conversation(item)
@@ -2029,9 +2038,10 @@ def dataset(config, tokenizer):
 
 
 def conversations(config, split, tokenizer, line=check_conversation, offered=()):
-    """What a run learns from ("train") or is evaluated on ("dev"), as its `source` says, with the config's own tools.
+    """The conversations that a run learns from ("train") or is evaluated on ("dev"), from the config's `source`, with
+    the config's custom tools.
 
-    `line` reads what a line of a JSONL file holds; `offered`: the tools of a line that names none.
+    `line` checks the content of a line of a JSONL file. `offered`: the tools for a line that names none.
     """
     path, count = (config.path, config.examples) if split == "train" else (config.eval_path, config.eval_examples)
     made, extra = [], [tool_from_schema(t) for t in config.tools]
@@ -2056,8 +2066,8 @@ def conversations(config, split, tokenizer, line=check_conversation, offered=())
 
 
 def with_tools(item, extra, offered=()):
-    """A line or a conversation, with the `extra` tools (a config's own) beside its tools, or beside those `offered`
-    where it names none."""
+    """A line or a conversation with the `extra` tools (a config's custom tools) added to its own tools, or to the
+    `offered` tools if it names none."""
     if not extra or not isinstance(item, dict):
         return item
     own, more = offered_in(item), {tool.name: tool for tool in extra}
@@ -2066,10 +2076,10 @@ def with_tools(item, extra, offered=()):
 
 
 def offered_in(item):
-    """The tools that a line or conversation names, under their name or the older one, perhaps as JSON text; None where
-    it names none. Without the "function" paths of schemas: data never decides which code is imported."""
+    """The tools that a line or conversation names, under "tools" or the older key "functions", perhaps as JSON text;
+    None if it names none. "function" paths of schemas are removed: data must never decide which code is imported."""
     tools = item.get("functions") if item.get("tools") is None else item["tools"]
-    with contextlib.suppress(ValueError, RecursionError):  # what is no JSON text is said by load_tools
+    with contextlib.suppress(ValueError, RecursionError):  # load_tools reports a text that is not JSON
         tools = json.loads(tools) if isinstance(tools, str) else tools
     return [without_function(t) for t in tools] if isinstance(tools, (list, tuple)) else tools
 
@@ -2079,8 +2089,8 @@ def mix_of(config):
 
 
 def stand_in(config, why, split="train"):
-    """The synthetic generator takes ToolBench's place in a run, and says so: here, and (as it learns from it) in its
-    config.json. -> its mix: the invented kinds of the config's own, if it has any."""
+    """Replace ToolBench by the synthetic generator in a run -> the generator's mix: the synthetic kinds of the config's
+    mix, if it has any. The replacement is printed and, if the run learns from the data, recorded in its config.json."""
     mix = {kind: weight for kind, weight in config.mix.items() if kind in SYNTHETIC} or SYNTHETIC
     print(f"{why}: invented functions ({', '.join(mix)}) stand in for ToolBench", file=sys.stderr)
     if split == "train":
@@ -2099,7 +2109,7 @@ def encode_all(conversations, tokenizer, config, what):
 
 
 def fitting(items, lengths, limit, what):
-    """The items that are at most `limit` tokens long; how many are left out is said. None of them cut."""
+    """The items that are at most `limit` tokens long. Prints how many items are left out; no item is cut."""
     kept = [item for item, length in zip(items, lengths) if length <= limit]
     if len(kept) < len(items):
         print(f"{len(items) - len(kept)} of {len(items)} {what} are longer than max_tokens = {limit} and left out",
@@ -2108,8 +2118,8 @@ def fitting(items, lengths, limit, what):
 
 
 class Batches:
-    """How a run goes through its rows: batches(step) are the indices of a step's batch, batches.total is the number of
-    steps."""
+    """The order in which a run uses its rows: batches(step) returns the row indices of a step's batch, batches.total is
+    the number of steps."""
 
     def __init__(self, rows, config):
         self.size, self.per_epoch = config.batch_size, -(-len(rows) // config.batch_size)
@@ -2122,8 +2132,8 @@ class Batches:
 
 
 def epoch_order(rows, seed, epoch, group):
-    """A fresh order of the rows for an epoch. Rows with the same system prompt stand in runs of `group`, shuffled
-    among themselves: what a batch shares, the trie computes once."""
+    """A new random order of the rows for an epoch. Rows with the same system prompt are shuffled and placed in groups
+    of `group` rows, because the trie computes the shared prompt of a batch once."""
     rng = random.Random(f"{seed} order {epoch}")
     by_prompt = {}
     for i, (ids, mask) in enumerate(rows):
@@ -2138,7 +2148,7 @@ def epoch_order(rows, seed, epoch, group):
 
 
 def coloured(conversation, tokenizer):
-    """The conversation as the model sees it; trained tokens in green."""
+    """The conversation as the model sees it, with trained tokens in green."""
     runs = itertools.groupby(zip(*encode(conversation, tokenizer)), key=lambda pair: pair[1])
     return "".join(f"\033[{32 if trained else 2}m{tokenizer.decode([i for i, _ in run])}\033[0m"
                    for trained, run in runs)
@@ -2149,7 +2159,7 @@ def write_jsonl(path, conversations):
     if path:
         lines = [json.dumps({**c, "tools": [t if isinstance(t, (str, dict)) else t.schema() for t in c["tools"]]},
                             ensure_ascii=False) + "\n" for c in conversations]
-        Path(path).write_text("".join(lines), encoding="utf-8", errors="replace")  # half a surrogate pair is no text
+        Path(path).write_text("".join(lines), encoding="utf-8", errors="replace")  # half a surrogate pair is invalid
         print(f"{len(lines)} conversations written to {path}")
 
 
@@ -2178,15 +2188,15 @@ def main(argv=None):
         parser.error("--report, --max-tokens and --questions go with --toolbench")
     mix = SYNTHETIC if args.kind == "synthetic" else {args.kind: 1} if args.kind else None
     with one_line_errors():
-        for file in filter(None, (args.out, args.report)):  # before the work
+        for file in filter(None, (args.out, args.report)):  # before the work begins
             Path(file).parent.mkdir(parents=True, exist_ok=True)
         if args.show or args.max_tokens:
-            import toolplay  # only here: data.py stands below toolplay.py
+            import toolplay  # only here: data.py lies below toolplay.py
             _, tokenizer = toolplay.load_model("smollm2-135m")
         if args.toolbench:
             fits = (lambda c: len(encode(c, tokenizer)[0]) <= args.max_tokens) if args.max_tokens else lambda c: True
             made = read_toolbench(args.toolbench, fits, args.report, args.questions)[:args.n]
-            made = [{"id": n, **c} for n, c in enumerate(made, 1)] if args.questions else made  # predict wants an id
+            made = [{"id": n, **c} for n, c in enumerate(made, 1)] if args.questions else made  # predict needs an id
         elif args.show or args.out:
             made = generate(args.split, args.n or (1000 if args.out else args.show), args.seed, mix)
         else:

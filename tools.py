@@ -1,27 +1,27 @@
 """Tools: what the model may call, how a call is written, and how it is run.
 
-A language model can only write text.  A tool call is a piece of text with an agreed shape:
+A language model can only write text.  A tool call is a piece of text with an agreed form:
 
     <tool_call>{"name": "calculator", "arguments": {"expression": "17 * 23"}}</tool_call>
 
-We read it (`parse_calls`), check it against the tool's JSON schema and run it (`execute`), and
-give the answer back as text again (`format_result`):
+We parse this text (`parse_calls`), check the call against the tool's JSON schema and run it
+(`execute`), and return the result to the model as text (`format_result`):
 
     <tool_response>{"result": 391}</tool_response>
 
 Three rules hold everywhere in this file.
-  1. The model is not trusted.  It may write anything, so reading never raises and takes time
-     linear in the length of the text; each mistake becomes a `CallError`, or a `Result` with a
-     readable message that the model sees.  There is no `eval`: the calculator walks over a syntax tree.
-  2. A tool is not trusted.  A tool of yours runs in a forked process, which is killed at the time
-     limit.  This stops hangs and crashes.  It is NOT a wall against evil code: files, network and
-     memory are open to it, and a tool that starts threads of torch in the child may hang there
-     (and is then killed).  Results are cut to `max_chars`.
-  3. Nobody forges a tag.  Inside our JSON each "<" is written \\u003c, so neither an argument nor
-     a result can contain `</tool_response>` or `<|im_end|>`.
+  1. The model is not trusted.  It may write anything, so parsing never raises and takes time
+     linear in the length of the text.  Each mistake becomes a `CallError`, or a `Result` with a
+     readable message that the model sees.  There is no `eval`: the calculator walks a syntax tree.
+  2. Tools are not trusted.  A custom tool runs in a forked process, which is killed at the time
+     limit.  The process stops hangs and crashes.  It is NOT a sandbox against malicious code: the
+     tool has access to files, network and memory.  A tool that starts torch threads in the child
+     process may hang there (and is then killed).  Results are cut to `max_chars`.
+  3. Nobody can forge a tag.  Inside our JSON each "<" is written \\u003c, so neither an argument
+     nor a result can contain `</tool_response>` or `<|im_end|>`.
 
-Prompts show tools as one-line signatures, a third of the tokens of JSON schemas.  This form is
-not OpenAI's; `Tool.schema()` and `render_tools(tools, "json")` give theirs.
+Prompts show tools as one-line signatures, which take a third of the tokens of JSON schemas.
+Signatures are not OpenAI's format; `Tool.schema()` and `render_tools(tools, "json")` return it.
 
 Run `python tools.py` to see the tools and some calls, right and wrong.
 """
@@ -55,16 +55,16 @@ from fractions import Fraction
 from pathlib import Path
 
 CORPORA = Path(__file__).parent / "configs" / "corpora"
-CUT = "…[cut]"  # ends everything that was too long
-MAX_CALL = 100_000  # characters in one call: a longer one is a runaway
-MAX_ERRORS = 100  # parse errors kept per text; ten megabytes of tags would make a million
-MAX_DEPTH = 50  # nesting, in JSON and in arithmetic
-ANYTHING = {}  # the schema of a value that may be anything
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: Python can hold but not print it
+CUT = "…[cut]"  # the end of every text that was cut
+MAX_CALL = 100_000  # characters in one call; a longer text is runaway output
+MAX_ERRORS = 100  # parse errors kept per text; ten megabytes of tags would cause a million errors
+MAX_DEPTH = 50  # nesting levels in JSON
+ANYTHING = {}  # the schema that any value fits
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: Python can store it but not print it
 
 
 class UserError(ValueError):
-    """A mistake of the user: one clear line that says what, where, and how to mend it."""
+    """A mistake of the user. The message is one clear line: what is wrong, where, and how to fix it."""
 
 
 class ToolError(Exception):
@@ -72,14 +72,14 @@ class ToolError(Exception):
 
 
 def _nearest(name, names):
-    """-> "; the nearest is 'x'", to mend a typing mistake; "" where none is near."""
+    """-> "; the nearest is 'x'", a hint for a typing mistake; "" if no name is near."""
     return "".join(f"; the nearest is {found!r}"
                    for found in difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.5))
 
 
 # 1. a tool and its schema
 
-# The second line is not JSON schema: BFCL, ToolBench and people write these.
+# The names from "dict" on are not JSON schema, but BFCL, ToolBench and people write them.
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool], "array": [list],
          "object": [dict], "null": [type(None)],
          "dict": [dict], "float": [int, float], "tuple": [list], "str": [str], "int": [int], "double": [int, float],
@@ -92,11 +92,11 @@ UNIONS = typing.Union, types.UnionType  # Optional[int], int | str
 
 @dataclass(frozen=True)
 class Tool:
-    """One tool as the model sees it, and the Python function behind it."""
+    """One tool as the model sees it, and the Python function that it runs."""
     name: str
     description: str
     parameters: dict  # JSON schema of one object: the arguments
-    function: typing.Callable | None = None  # None: can be shown to the model, not run
+    function: typing.Callable | None = None  # None: the tool can be shown to the model but not run
     isolated: bool = True  # run in a forked process under the time limit
 
     def __post_init__(self):
@@ -110,28 +110,28 @@ class Tool:
                                                       inspect.isgeneratorfunction)):
             raise UserError(f"tool {self.name}: it is async or a generator; "
                             "wrap it in a plain function that returns the value (asyncio.run, list)")
-        try:  # what can not be written, or breaks the check of an empty call, is no schema
+        try:  # a schema is invalid if it cannot be written, or if checking an empty call against it fails
             self.signature(), _dumps(self.schema()), _problems({}, self.parameters)
         except Exception as error:
             raise UserError(f"tool {self.name!r}: parameters: "
                             f"not a JSON schema that can be used ({type(error).__name__}: {error})") from None
 
     def __call__(self, *args, **kwargs):
-        """A decorated function is still one: without checks, in this process."""
+        """A decorated function can still be called directly: in this process, without checks."""
         return self.function(*args, **kwargs)
 
     def schema(self) -> dict:
-        """The OpenAI form."""
+        """The tool in OpenAI's format."""
         return {"type": "function", "function": {key: getattr(self, key)
                                                  for key in ("name", "description", "parameters")}}
 
     def signature(self, style="signature") -> str:
-        """One line: `name(p: type, q?: type = default) - first sentence`; "described": with what is said of the
-        parameters; "call": this too, and written like a call of it,
+        """The tool in one line: `name(p: type, q?: type = default) - first sentence`. Style "described" adds the
+        parameters' descriptions. Style "call" adds them too, and has the form of a call of the tool:
         `{"name": "name", "arguments": {"p": type, "q": type? = default}}`.
 
-        A name behind a blank has other tokens than behind a quote (" pickup", "_branch" and "pick", "up", "_branch"):
-        in the form of a call the model sees what it is to write, token by token.
+        A name has other tokens after a space than after a quote (" pickup", "_branch" and "pick", "up", "_branch"). In
+        the form of a call, the model sees exactly the tokens that it has to write.
         """
         sentence = re.split(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\b[A-Z]\.) ", " ".join(self.description.split()), maxsplit=1)[0]
         fields = _fields(self.parameters, style, self.parameters)
@@ -140,7 +140,7 @@ class Tool:
         return SURROGATE.sub("\ufffd", re.sub(r"<(?=\||/?tool_)", r"\\u003c", re.sub(r"\s*\n\s*", " ", line)))
 
 
-# The JSON schema of a tool, whose parameters are a JSON schema themselves.
+# The JSON schema of a tool. The tool's parameters are themselves a JSON schema.
 FORM = {"additionalProperties": True, "properties": {"name": {"type": "string"}, "description": {"type": "string"},
                                                      "parameters": {
     "type": "object", "additionalProperties": True, "properties": {"required": {"type": "array"}, "properties": {
@@ -151,8 +151,8 @@ COMBINED = ("allOf", "anyOf", "oneOf")
 
 
 def _resolved(schema, root):
-    """A schema without a $ref in front of it: "#" is the root, "#/$defs/Unit" a place in it. References to elsewhere
-    are not followed."""
+    """The schema with its $ref replaced by the schema that the $ref names: "#" is the root, "#/$defs/Unit" a place in
+    the root. References to other documents are not followed."""
     for _ in range(100):
         if not isinstance(ref := schema.get("$ref"), str) or ref != "#" and not ref.startswith("#/"):
             return schema
@@ -167,7 +167,8 @@ def _resolved(schema, root):
 
 
 def _parts(schema, root, words=COMBINED, seen=()):
-    """The schemas that are combined into one, it first. `seen`: those that led here, for one may be its own part."""
+    """A schema and the schemas that it combines, in one list; the schema itself comes first. `seen`: the schemas that
+    led here, because a schema may be its own part."""
     schema = _resolved(schema, root)
     return [schema, *(part for word in words for item in schema.get(word, []) if isinstance(item, dict)
                       and not any(item is x for x in seen)
@@ -175,35 +176,35 @@ def _parts(schema, root, words=COMBINED, seen=()):
 
 
 def _properties(schema, root, part=False):
-    """-> ({name: schema} of what a schema names, itself or by what it is combined of; whether there may be others, or
-    their schema).
+    """-> ({name: schema} of the properties that a schema or its parts name; whether other properties are allowed, or
+    the schema of other properties).
 
-    A schema that names nothing takes anything, and so does a `part` of a combined one: other names may be another
-    part's.
+    A schema that names no property allows any property. So does a `part` of a combined schema, because the other names
+    may belong to another part.
     """
     parts, named = _parts(schema, root), {}
     for inner in parts:
-        named |= {**inner.get("properties", {}), **named}  # of two of a name, the first
+        named |= {**inner.get("properties", {}), **named}  # of two properties with one name, the first counts
     closed = named or "properties" in parts[0]
-    # patterns are not read
+    # patternProperties: the patterns are not read, so any name is allowed
     return named, "patternProperties" in parts[0] or parts[0].get("additionalProperties", part or not closed)
 
 
 def _required(schema, root):
-    """Names that a schema requires, itself or by what it is combined of. Anything but a list (draft 3 had true and
-    false) requires nothing."""
+    """The names that a schema or its allOf parts require. A "required" that is not a list (draft 3 had true and false)
+    requires nothing."""
     lists = [part["required"] for part in _parts(schema, root, ("allOf",)) if isinstance(part.get("required"), list)]
     return [name for names in lists for name in names if isinstance(name, str)]
 
 
 def _whole(parameters):
-    """A tool's parameters as the schema of an object that has these arguments and no others."""
+    """A tool's parameters as the schema of an object with these arguments and no others."""
     return {**({"type": "object"} if {"$ref", *COMBINED} & set(parameters) else {"type": "object", "properties": {}}),
             **parameters}
 
 
 def _fields(schema, style, root, path=("#",)):
-    """The properties of a schema in a line; `path`: the references that led here."""
+    """The properties of a schema, in one line. `path`: the references that led here."""
     required, fields = _required(schema, root), []
     for name, field in _properties(schema, root)[0].items():
         whole = _resolved(field, root)
@@ -216,7 +217,8 @@ def _fields(schema, style, root, path=("#",)):
 
 
 def _type(schema, style, root, path=("#",)):
-    """A schema in a few words. A schema may hold itself: what is on the path already, or deep inside, is "any"."""
+    """A schema in a few words. A schema may contain itself, so a schema that is already on the path, or that lies deep
+    inside, becomes "any"."""
     if schema.get("$ref") in path or len(path) > 9:
         return "any"
     path = (*path, schema.get("$ref", ""))
@@ -239,22 +241,23 @@ def _type(schema, style, root, path=("#",)):
 
 
 def _types(schema):
-    """The Python types that a schema's "type" allows, or None: any (no type, or an unknown one)."""
+    """The Python types that a schema's "type" allows; None allows any type ("type" is missing or unknown)."""
     kinds = schema.get("type") or []
     kinds = [str(kind).lower() for kind in ([kinds] if isinstance(kinds, str) else kinds)]
     return {t for kind in kinds for t in TYPES[kind]} if kinds and set(kinds) <= set(TYPES) else None
 
 
 def _problems(value, schema, where="", root=None, part=False, known=None):
-    """[(error type, message)] for each way in which `value` breaks `schema`.  No coercion.
+    """[(error type, message)] for each way in which `value` breaks `schema`.  Values are not converted.
 
-    `part`: of a combined schema (allOf, anyOf, oneOf), see `_properties`.  `known`: what was found before, so that no
-    schema is asked twice of one place: a schema of alternatives that holds itself would be asked 2^depth times.
+    `part`: whether `schema` is part of a combined schema (allOf, anyOf, oneOf), see `_properties`.  `known`: results so
+    far, so that no schema is checked twice at one place. Without it, a schema of alternatives that contains itself
+    would be checked 2^depth times.
     """
     root, known = schema if root is None else root, {} if known is None else known
     key = (where, id(value), id(schema), part)
     if key not in known:
-        known[key] = [("wrong_type", "a schema that is its own alternative fits nothing")]  # until it is known
+        known[key] = [("wrong_type", "a schema that is its own alternative fits nothing")]  # until the check ends
         known[key] = list(_new_problems(value, schema, where, root, part, known))
     return known[key]
 
@@ -293,20 +296,20 @@ def _new_problems(value, schema, where, root, part, known):
             elif inner is not True:
                 yield from _problems(item, inner, prefix + key, root, False, known)
         for key in _required(schema, root):
-            if key not in value and (key in named or others is not False):  # else nobody could give it
+            if key not in value and (key in named or others is not False):  # else no call could give it
                 yield "missing_argument", f"missing argument {prefix + key!r}"
 
 
 BOUNDS = {"minimum": ((int, float), operator.ge), "maximum": ((int, float), operator.le),
           "exclusiveMinimum": ((int, float), operator.gt), "exclusiveMaximum": ((int, float), operator.lt),
-          # as decimals: 0.3 is three times 0.1
+          # in decimals: 0.3 is three times 0.1
           "multipleOf": ((int, float), lambda v, b: not b or Fraction(str(v)) % Fraction(str(b)) == 0),
           "minLength": ((str,), lambda v, b: len(v) >= b), "maxLength": ((str,), lambda v, b: len(v) <= b),
           "minItems": ((list,), lambda v, b: len(v) >= b), "maxItems": ((list,), lambda v, b: len(v) <= b)}
 
 
 def _same(a, b):
-    """Equality of JSON values, where 1 is 1.0 but not true."""
+    """Whether two JSON values are equal. 1 equals 1.0 but not true."""
     if type(a) is type(b) is list:
         return len(a) == len(b) and all(map(_same, a, b))
     if type(a) is type(b) is dict:
@@ -322,10 +325,10 @@ def _shown(value):
 
 
 def tool(function=None, *, isolated=True, name=None):
-    """Make a Tool from type hints and docstring: `@tool`, or `@tool(name=...)`.
+    """Make a Tool from a function's type hints and docstring: `@tool`, or `@tool(name=...)`.
 
-    Lines "name: text" under "Args:" describe the parameters.  What has a default, or is Optional,
-    is not required.  A hint without a JSON type is a UserError; no hint at all means any value.
+    Lines "name: text" under "Args:" describe the parameters.  A parameter that has a default or is
+    Optional is not required.  A hint without a JSON type is a UserError; no hint means any value.
     """
     if function is None:
         return functools.partial(tool, isolated=isolated, name=name)
@@ -336,7 +339,7 @@ def tool(function=None, *, isolated=True, name=None):
                         "with type hints and a docstring")
     description, notes = _docstring(function)
     try:
-        # Annotated[int, "how many"]
+        # extras: the text in Annotated[int, "how many"]
         hints, said = typing.get_type_hints(function), typing.get_type_hints(function, include_extras=True)
         parameters = inspect.signature(function).parameters
     except (NameError, SyntaxError, AttributeError, TypeError, ValueError) as error:
@@ -348,7 +351,7 @@ def tool(function=None, *, isolated=True, name=None):
         where, hint, default = f"tool {name}: parameter {key}", hints.get(key, typing.Any), parameter.default
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise UserError(f"{where}: arguments come by name; * and / have no JSON form")
-        # it may be left out; what is given has one of the other types
+        # an Optional argument may be left out; a given value has one of the other types
         if optional := typing.get_origin(hint) in UNIONS and type(None) in typing.get_args(hint):
             hint = typing.Union[tuple(part for part in typing.get_args(hint) if part is not type(None))]
         described = {"description": text for text in getattr(said.get(key), "__metadata__", ())
@@ -377,7 +380,7 @@ def _hint_schema(hint, where):
         return {"anyOf": [_hint_schema(part, where) for part in inner]}
     if kind is typing.Literal:
         return {**(HINTS.get(type(inner[0]), {}) if len(set(map(type, inner))) == 1 else {}), "enum": list(inner)}
-    if not isinstance(kind, Hashable) or kind not in HINTS:  # [str] is none
+    if not isinstance(kind, Hashable) or kind not in HINTS:  # [str] is no valid hint
         raise UserError(f"{where}: type {hint} has no JSON form; use str, int, float, bool, dict, list[...] or Literal")
     if kind in (list, dict) and inner:  # list[X], dict[str, X]
         return {**HINTS[kind], "items" if kind is list else "additionalProperties": _hint_schema(inner[-1], where)}
@@ -390,7 +393,7 @@ SECTIONS = ("Args|Arguments|Parameters|Other Parameters|Returns?|Raises|Yields|E
 
 def _docstring(function):
     """A docstring in Google's, NumPy's or reST's style -> (description, {parameter: {"description": text}})."""
-    # NumPy's headings as Google's
+    # rewrite NumPy's headings as Google's
     text = re.sub(rf"^({SECTIONS})\n-{{3,}}$", r"\1:", (inspect.getdoc(function) or "").expandtabs(4),
                   flags=re.MULTILINE)
     text, *fields = re.split(r"^:(?=\w)", text, flags=re.MULTILINE)  # reST's ":param city: where"
@@ -398,10 +401,10 @@ def _docstring(function):
     description, *sections = re.split(rf"^({SECTIONS}): *$", text, flags=re.MULTILINE)
     for title, lines in zip(sections[::2], sections[1::2]):
         if title.startswith(("Arg", "Param", "Other")):
-            # A line that is indented as the first one begins a parameter, "name (type): text" or "name : type" and the
-            # text below; what is indented further goes on.
+            # A line with the indent of the first line begins a parameter: "name (type): text", or "name : type" with
+            # the text below it. Lines with more indent continue the text.
             lines = lines.strip("\n")
-            if lines[:1] == " ":  # Google's; what stands at the margin again is no parameter
+            if lines[:1] == " ":  # Google's style: the parameters end where a line is at the margin again
                 lines = textwrap.dedent(re.match(r"(?: .*(?:\n|$)|\n)*", lines)[0])
             notes += [(name, more if numpy else f"{same} {more}")
                       for name, numpy, same, more in re.findall(r"^(\w+)(?:( :)| *\([^)]*\):|:|$)(.*)((?:\n(?: .*)?)*)",
@@ -412,8 +415,8 @@ def _docstring(function):
 def tool_from_schema(schema: dict, function=None) -> Tool:
     """Make a Tool from OpenAI's {"type": "function", "function": {...}} or from the inner dict.
 
-    In the inner dict "function": "package.module:name" says where the Python function is.  It is
-    imported, so take schemas with this key only from your own configs, never from a data set.
+    In the inner dict, "function": "package.module:name" names the Python function.  The function is
+    imported, so accept schemas with this key only from your own configs, never from a data set.
     """
     inner = schema["function"] if isinstance(schema, dict) and isinstance(schema.get("function"), dict) else schema
     if not isinstance(inner, dict) or "name" not in inner:
@@ -425,7 +428,7 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
             raise UserError(f"{where}: unknown key {unknown[0]!r}; it may have name, description, "
                             "parameters and function")
         function = import_by_name(function, where)
-        if parameters is None:  # then the function says what they are
+        if parameters is None:  # then the function defines the parameters
             function = function if isinstance(function, Tool) else tool(function)
             parameters, description = function.parameters, description or function.description
     elif "parameters" not in inner:
@@ -436,15 +439,15 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
     if (isinstance(parameters, dict) and parameters and all(isinstance(x, dict) for x in parameters.values())
             and parameters.keys().isdisjoint({"properties", "items", "additionalProperties", "$defs", "definitions"})):
         raise UserError(f'{where}: its parameters must stand under "properties", as in a JSON schema')
-    function = getattr(function, "function", function)  # that of a Tool
+    function = getattr(function, "function", function)  # a Tool's own function
     return Tool(inner["name"], description, without_nulls(parameters) or {"type": "object", "properties": {}}, function)
 
 
 def import_by_name(path, what):
-    """The object that "package.module:name" names; `what` asks for it."""
+    """The object that "package.module:name" names. `what`: who needs the object, for the error message."""
     try:
         return pkgutil.resolve_name(path)
-    except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
+    except (Exception, SystemExit) as error:  # a user's module may raise anything when it is imported
         own = path.split(":")[0].split(".")[0]
         hint = (f"{own} is a module of Toolplay's: give yours another name"
                 if (Path(__file__).parent / f"{own}.py").exists() else 'write "package.module:name"')
@@ -452,10 +455,10 @@ def import_by_name(path, what):
 
 
 def without_nulls(schema):
-    """A JSON schema without keywords that are null, as dumps of typed objects have them; null may be a value, in
-    default, const and enum."""
+    """A JSON schema without the keywords that are null; dumps of typed objects contain null keywords. In default, const
+    and enum, null may be a value and is kept."""
     if not isinstance(schema, dict):
-        return {} if schema is True else schema  # true: any value
+        return {} if schema is True else schema  # the schema `true` allows any value
     kept = {key: value for key, value in schema.items() if value is not None or key in ("default", "const")}
     for key in ("properties", "$defs", "definitions"):
         if isinstance(kept.get(key), dict):
@@ -469,9 +472,9 @@ def without_nulls(schema):
 
 
 def load_tools(items=None, known=None) -> dict:
-    """{name: Tool} from names of `known` tools ({name: Tool}, the built-ins if not given), Tool objects and schemas;
-    None: the three built-ins. A schema with the name of a tool that is known, and no more parameters, is run as that
-    one."""
+    """{name: Tool} from a list of names, Tool objects and schemas; None: the three built-ins. Names refer to the
+    `known` tools ({name: Tool}, the built-ins if not given). A schema with the name of a known tool, and with no
+    further parameters, runs the function of the known tool."""
     if items is not None and not isinstance(items, (list, tuple)):
         raise UserError(f"tools: must be a list of names, Tool objects or schemas, not {items!r:.80}")
     tools, known = {}, BUILTIN if known is None else known
@@ -481,7 +484,7 @@ def load_tools(items=None, known=None) -> dict:
         made = known[item] if isinstance(item, str) else item if isinstance(item, Tool) else tool_from_schema(item)
         own = known.get(made.name)
         if own and made.function is None and _narrows(made.parameters.get("properties", {}), own.parameters):
-            made = replace(made, function=own.function, isolated=own.isolated)  # a built-in in other words still runs
+            made = replace(made, function=own.function, isolated=own.isolated)  # a reworded built-in still runs
         if made.name in tools:
             raise UserError(f"tools: {made.name!r} is there twice; give each tool its own name")
         tools[made.name] = made
@@ -489,7 +492,8 @@ def load_tools(items=None, known=None) -> dict:
 
 
 def _narrows(fields, parameters):
-    """Whether the fields are some of a tool's, the required ones among them, with no value that it does not know."""
+    """Whether the fields are parameters of a tool, include all required ones, and list no enum value that the tool does
+    not know."""
     known = parameters.get("properties", {})
     return set(_required(parameters, parameters)) <= set(fields) <= set(known) and all(
         "enum" not in known[key]
@@ -498,7 +502,7 @@ def _narrows(fields, parameters):
 
 
 def render_tools(tools, style="signature") -> str:
-    """The text that tells the model about its tools, one a line."""
+    """The text that tells the model about its tools, one tool per line."""
     if style not in ("signature", "described", "call", "json"):
         raise UserError(f"tool style {style!r}: must be 'signature', 'described', 'call' or 'json'")
     tools = tools.values() if isinstance(tools, dict) else tools
@@ -521,7 +525,7 @@ class CallError:
 
 
 def _dumps(value):
-    """JSON that can be printed anywhere and holds no tag."""
+    """A value as JSON text that can be printed anywhere and contains no tag."""
     return SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False, allow_nan=False)).replace("<", "\\u003c")
 
 
@@ -529,23 +533,23 @@ def format_call(call: Call) -> str:
     return f"<tool_call>{_dumps({'name': call.name, 'arguments': call.arguments})}</tool_call>"
 
 
-# A call ends where the next one begins, so one that was left open does not swallow the next.
+# A call ends where the next call begins, so that an unclosed call does not swallow the next one.
 CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|(?=<tool_call>)|\Z)|</tool_call>", re.DOTALL)
 
 
 def parse_calls(text) -> tuple:
-    """-> (calls, errors) of a text by the model.  Never raises; linear time.
+    """-> (calls, errors) in a text that the model wrote.  Never raises; takes linear time.
 
-    Text between calls is free.  Kindly taken: arguments as a string that holds a JSON object, no
-    arguments, a comma too many before } or ].  A tag inside a tag is an error; reading goes on
-    with the inner one.
+    Any text may lie between calls.  Three deviations are accepted: arguments as a string that contains
+    a JSON object, missing arguments, a trailing comma before } or ].  A tag inside a tag is an error;
+    parsing continues with the inner tag.
     """
     found = read_calls(text)
     return [x for x in found if isinstance(x, Call)], [x for x in found if isinstance(x, CallError)]
 
 
 def read_calls(text) -> list:
-    """The same in one list: calls and errors in the order of the text."""
+    """Like `parse_calls`, but returns one list: calls and errors in the order of the text."""
     if not isinstance(text, str):
         return [CallError(0, f"not text but {type(text).__name__}", "")]
     found, errors = [], 0
@@ -576,48 +580,51 @@ def _read_call(text):
 
 
 def _given(arguments):
-    """A call's arguments, which may be JSON text (OpenAI's); none at all are {}. Raises what `_loads` raises."""
+    """A call's arguments as an object. They may be JSON text (as in OpenAI's format); missing arguments become {}.
+    Raises what `_loads` raises."""
     if isinstance(arguments, str):
         arguments = _loads(arguments) if arguments.strip() else None
     return {} if arguments is None else arguments
 
 
 def _loads(text, strict=True):
-    """Strict JSON, but for trailing commas (and raw newlines in strings, if not strict); raises ValueError or
-    RecursionError."""
+    """The value of a text in strict JSON, except that trailing commas are allowed (and raw newlines in strings, if not
+    `strict`). Raises ValueError or RecursionError."""
     def unique(pairs):
         if len(pairs) != len(dict(pairs)):
             raise ValueError("the same key twice in one object")
         return dict(pairs)
 
-    # A string is matched whole and kept; so only a comma outside of strings goes.
+    # A string is matched as a whole and kept, so only commas outside strings are removed.
     text = re.sub(r'("(?:[^"\\]|\\.)*(?:"|\\?\Z)|[\[{,]\s*,)|,(?=\s*[}\]])', r"\1", text, flags=re.DOTALL)
     return _clean(json.loads(text, object_pairs_hook=unique, strict=strict))
 
 
 def _clean(value, depth=0):
-    """The same JSON value, printable, finite and not too deep for those who walk through it."""
+    """A JSON value made printable. Raises ValueError if a number is not finite, or if the value is nested too deeply
+    for the functions that walk through it."""
     if depth > MAX_DEPTH or isinstance(value, float) and not math.isfinite(value):  # NaN, 1e999
         raise ValueError(f"JSON nested deeper than {MAX_DEPTH}, or with a number that is not finite")
     if isinstance(value, list):
         return [_clean(item, depth + 1) for item in value]
     if isinstance(value, dict):
         cleaned = {_clean(key): _clean(item, depth + 1) for key, item in value.items()}
-        if len(cleaned) < len(value):  # two keys that differed in half characters alone
+        if len(cleaned) < len(value):  # two keys differed only in half characters
             raise ValueError("the same key twice in one object")
         return cleaned
     return SURROGATE.sub("\ufffd", value) if isinstance(value, str) else value
 
 
 def call_state(text, tools):
-    """Where a turn that begins with `text` stands: "outside" of a call, "inside" one that can still end well, or
+    """The state of a turn that begins with `text`: "outside" a call, "inside" a call that can still become valid, or
     "invalid".
 
-    Invalid is a call that is not written `{"name": ..., "arguments": {...}}`, names no tool, has an argument that the
-    tool's schema does not know or of another type, or closes while a required one is missing.  Asked about each token
-    before it is taken, this makes a model keep to the schemas: constrained decoding (Willard & Louf 2023,
-    arXiv:2307.09702, with a reader of our own in place of their automaton).  Strict JSON, with at most one blank or
-    line break between its parts.  Bounds, lengths and what alternatives require are not read.  Never raises.
+    A call is invalid if it is not written `{"name": ..., "arguments": {...}}`, names no known tool, has an argument
+    that is unknown to the tool's schema or has a wrong type, or closes while a required argument is missing.  If each
+    token is checked with this function before it is accepted, the model keeps to the schemas: constrained decoding
+    (Willard & Louf 2023, arXiv:2307.09702; our own parser replaces their automaton).  The call must be strict JSON,
+    with at most one space or line break between its parts.  Bounds, lengths and what alternatives require are not
+    checked.  Never raises.
     """
     tools, reader = _by_name(tools), _CallReader(text)
     while True:
@@ -629,18 +636,18 @@ def call_state(text, tools):
             reader.call(tools)
         except _Unfinished:
             return "inside"
-        except Exception:  # what breaks the grammar is a ValueError; a schema that cannot be read may raise anything
+        except Exception:  # a call that breaks the grammar raises ValueError; an unreadable schema may raise anything
             return "invalid"
 
 
 class _Unfinished(Exception):
-    """The text is at its end, and may go on."""
+    """The text has ended, but more text may complete it."""
 
 
 class _CallReader:
-    """Reads a call that may not be finished. Each method moves `at` behind what it reads; it raises _Unfinished where
-    the text ends first, ValueError where no call can follow."""
-    INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)"), re.compile(r"-?(?:0|[1-9][0-9]*)?")  # finished, and not
+    """Reads a call that may be unfinished. Each method moves `at` past the text that it reads. It raises _Unfinished if
+    the text ends first, and ValueError if the text cannot become a call."""
+    INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)"), re.compile(r"-?(?:0|[1-9][0-9]*)?")  # finished, unfinished
     NUMBER = (re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"),
               re.compile(r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*|(?:\.[0-9]+)?[eE][+-]?[0-9]*)?)?"))
     STRING = tuple(re.compile(r'"(?:[^"\\<\x00-\x1f]|<(?!/?tool_call>)|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*' + end)
@@ -662,20 +669,20 @@ class _CallReader:
         self.words("}", "</tool_call>")
 
     def peek(self):
-        """The next character. One blank or new line may stand before it; more might never end."""
+        """The next character. One space or newline may precede it; if more were allowed, a model might never stop."""
         self.at += self.text[self.at:self.at + 1] in (" ", "\n")
         if self.at == len(self.text):
             raise _Unfinished
         return self.text[self.at]
 
     def word(self, choices):
-        """One of these words -> which."""
+        """Read one of these words -> the word."""
         choices = list(choices)
         if not choices:
             raise ValueError
         self.peek()
         rest = self.text[self.at:self.at + max(map(len, choices)) + 4]
-        # behind it, the first bytes of a character, which a tokenizer may write in several tokens
+        # after `head`: the first bytes of a character, which a tokenizer may split into several tokens
         head = rest.rstrip("\ufffd")
         bytes_ = 0 < len(rest) - len(head) <= 3 and self.text.endswith(rest)
         if any(word != rest and word.startswith(rest) or bytes_ and word.startswith(head)
@@ -699,7 +706,7 @@ class _CallReader:
         return found[0]
 
     def value(self, *schemas):
-        """A value of one of these schemas' kinds, the longest that is one."""
+        """Read the longest value of a kind that one of these schemas allows."""
         self.peek()
         end = max(map(self.end, schemas))
         if end == math.inf:
@@ -709,14 +716,15 @@ class _CallReader:
         self.at = end
 
     def end(self, schema):
-        """Where a value of the schema's kind ends that begins here: -1 if there is none, inf if it may go on behind the
-        text. No schema is asked twice of one place: alternatives that hold themselves would never end."""
+        """The position where the value that begins here ends, if the schema allows its kind: -1 if there is no such
+        value, inf if it may continue after the text. No schema is tried twice at one place, because alternatives that
+        contain themselves would never end."""
         start = self.at
         if (start, id(schema)) not in self.known:
-            self.known[start, id(schema)] = -1  # what begins with itself
+            self.known[start, id(schema)] = -1  # for a schema that begins with itself
             self.depth += 1
             try:
-                # it could not be read again (`_clean`); each choice between alternatives counts, too
+                # `_clean` would refuse a deeper value; each choice between alternatives counts as a level, too
                 if self.depth >= MAX_DEPTH:
                     raise ValueError
                 self.new_value(schema)
@@ -745,7 +753,7 @@ class _CallReader:
                        for text in (_dumps(x), json.dumps(x, ensure_ascii=False),
                                     *([str(int(x))] if type(x) is float and x.is_integer() else []))})
         elif "properties" not in schema and (alternatives := schema.get("anyOf") or schema.get("oneOf")):
-            if "type" in schema:  # which holds in each of them
+            if "type" in schema:  # the type holds for each alternative
                 alternatives = self.typed.setdefault(id(alternatives), [
                     {"type": schema["type"], **_resolved(part, self.root)} for part in alternatives])
             self.value(*alternatives)
@@ -771,11 +779,12 @@ class _CallReader:
                 return
 
     def object(self, schema):
-        """Each property at most once, in any order; it closes when none is missing that is required."""
+        """Read an object: each property at most once, in any order. It may close when no required property is
+        missing."""
         properties, others = _properties(schema, self.root)
         free, required, seen = others is not False, set(_required(schema, self.root)), set()
         if not free:
-            required &= properties.keys()  # what nobody can give
+            required &= properties.keys()  # other names cannot be given
         self.word("{")
         if self.peek() == "}":
             return self.word(["}"] * (not required))
@@ -791,7 +800,7 @@ class _CallReader:
             seen.add(name)
             self.word(":")
             if self.peek() == "n" and self.depth == 0 and name in properties and name not in required:
-                self.word(["null"])  # which leaves it out
+                self.word(["null"])  # null leaves the argument out
             else:
                 self.value(properties.get(name, others if isinstance(others, dict) else ANYTHING))
             if self.word(["}"] * (required <= seen) + [","] * (free or len(left) > 1)) == "}":
@@ -813,8 +822,8 @@ class Result:
     def text(self) -> str:
         """{"result": ...} or {"error": ...}, valid JSON of at most `max_chars` characters.
 
-        A value that JSON can not hold is written as its str().  (An impossible cap, under 25 or
-        so, still gives the bare marker.)
+        A value that JSON cannot represent is written as its str().  (An impossible limit, below about
+        25, still returns the bare marker.)
         """
         key, value = ("result", self.value) if self.ok else ("error", self.message)
         try:
@@ -825,17 +834,17 @@ class Result:
         value = value if isinstance(value, str) else _dumps(value)
         while len(text) > self.max_chars and room > 0:
             text = _dumps({key: value[:room] + CUT})
-            room -= max(1, (len(text) - self.max_chars) // 6)  # a character takes up to six: \u003c
+            room -= max(1, (len(text) - self.max_chars) // 6)  # a character can take six: \u003c
         return text
 
 
 def printable(text):
-    """Text for a terminal: what a data file has of control characters is shown, not obeyed."""
+    """Text for a terminal: control characters from a data file are shown, not executed."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
 def number(kind, low):
-    """A type for argparse: an int or float, at least `low`."""
+    """A type for argparse: an int or float of at least `low`."""
     def read(text):
         if not low <= (value := kind(text)) < math.inf:
             raise ValueError
@@ -846,14 +855,14 @@ def number(kind, low):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """A user's mistake is one line and exit code 2; Ctrl-C is no traceback either."""
-    sys.path.append(os.getcwd())  # where a user's own tools and rewards may stand
+    """In this context, a user's mistake prints one line and exits with code 2; Ctrl-C prints no traceback either."""
+    sys.path.append(os.getcwd())  # a user's custom tools and rewards may lie here
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character ends nothing
+            stream.reconfigure(errors="replace")  # a character that a terminal cannot show stops no run
     try:
         yield
-    except BrokenPipeError:  # `| head` has seen enough; what is still to be flushed goes nowhere
+    except BrokenPipeError:  # `| head` has closed the pipe; discard what is still to be flushed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except (UserError, OSError) as error:  # OSError: no space, no permission, a folder in the way; it names the file
@@ -869,7 +878,8 @@ def format_result(result: Result) -> str:
 
 
 def _by_name(tools):
-    """{name: Tool} as it is; of a list of Tools, where the last of a name counts; or of what `load_tools` takes."""
+    """{name: Tool} from a dict (returned as it is), from a list of Tools (of two tools with one name, the last counts),
+    or from a list that `load_tools` accepts."""
     if isinstance(tools, dict):
         return tools
     tools = list(tools or [])
@@ -877,10 +887,10 @@ def _by_name(tools):
 
 
 def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
-    """Check and run one call.  Never raises (Ctrl-C excepted): each failure is a Result.
+    """Check and run one call.  Never raises, except on Ctrl-C: each failure is a Result.
 
     error_type: unknown_tool, unknown_argument, missing_argument, wrong_type, not_executable,
-    timeout, crashed, bad_result, or tool_error for a ToolError of the tool itself.
+    timeout, crashed, bad_result, or tool_error if the tool itself raised a ToolError.
     """
     name = str(getattr(call, "name", ""))
     try:
@@ -896,24 +906,24 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
         if tool.function is None:
             return failed("not_executable", f"{name} can be shown but not run: it has no function")
         schema, arguments = _whole(tool.parameters), call.arguments
-        if isinstance(arguments, dict):  # null for what may be left out: it is left out
+        if isinstance(arguments, dict):  # drop a null if the argument may be left out
             may_be_left_out = {key: field for key, field in _properties(schema, schema)[0].items()
                                if key not in _required(schema, schema)}
             arguments = {key: value for key, value in arguments.items()
                          if value is not None or key not in may_be_left_out
                          or not _problems(None, may_be_left_out[key], root=schema)}
         own = BUILTIN.get(name)
-        # a built-in in other words has its own needs
+        # a reworded built-in must also satisfy the built-in's own schema
         schemas = [schema, own.parameters] if own and tool.function is own.function else [schema]
         for problem in itertools.chain.from_iterable(_problems(arguments, s) for s in schemas):
             return failed(*problem)
         return _run_in_child(tool, arguments, failed, timeout) if tool.isolated else _run(tool, arguments, failed)
-    except Exception as error:  # a broken schema, no more processes, an exception that can not be printed
+    except Exception as error:  # a broken schema, no more processes, an exception that cannot be printed
         return failed("crashed", f"{name} could not be run: {type(error).__name__}")
 
 
 def _run(tool, arguments, failed):
-    """Run here and now.  The result holds what its text will show: plain JSON, cut where it is too long."""
+    """Run the tool in this process.  The result contains what its text will show: plain JSON, cut if it is too long."""
     try:
         result = replace(failed(), ok=True, value=tool.function(**arguments))
         if inspect.isawaitable(result.value) or isinstance(result.value, (Iterator, AsyncIterator)):
@@ -923,7 +933,7 @@ def _run(tool, arguments, failed):
         result = failed("tool_error", str(error))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # whatever else a tool may raise, SystemExit or an exception group of its own
+    except BaseException as error:  # a tool may raise anything else, such as SystemExit or its own exception group
         result = failed("crashed", f"{type(error).__name__}: {error}")
     try:
         shown = json.loads(result.text())
@@ -938,12 +948,12 @@ FORKING = threading.Lock()
 
 
 def _run_in_child(tool, arguments, failed, timeout):
-    """Run in a forked process; its result comes back as one line of JSON through a socket."""
-    with FORKING:  # keeps our socket out of a child that another thread forks: it would hold it open
+    """Run the tool in a forked process; the result returns as one line of JSON through a socket."""
+    with FORKING:  # else a child that another thread forks would inherit our socket and keep it open
         reader, writer = socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            FORKING.release()  # the child's own copy of it: a tool may run tools
+            FORKING.release()  # the child's own copy of the lock: a tool may run tools
             _child(tool, arguments, failed, timeout, writer)
         writer.close()
     try:
@@ -962,20 +972,20 @@ def _run_in_child(tool, arguments, failed, timeout):
         if line:
             return failed("bad_result", f"{tool.name} sent something unreadable")
     finally:
-        for kill in (os.killpg, os.kill):  # the group, and the child if it had no time to make one
+        for kill in (os.killpg, os.kill):  # the group, and the child in case it had no time to make a group
             with contextlib.suppress(OSError):
                 kill(pid, signal.SIGKILL)
         status = 0
-        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored, nothing is left to wait for
+        with contextlib.suppress(ChildProcessError):  # if SIGCHLD is ignored, there is no child to wait for
             status = os.waitpid(pid, 0)[1]
     return failed("crashed", f"{tool.name} ended without a result (exit code {os.waitstatus_to_exitcode(status)})")
 
 
 def _child(tool, arguments, failed, timeout, writer):
-    """The life of the forked process; it never returns."""
+    """Run the tool and send its result: the code of the forked process.  Never returns."""
     try:
-        os.setpgid(0, 0)  # a group of its own, so that its children die with it
-        signal.alarm(math.ceil(timeout) + 2)  # should the parent die first
+        os.setpgid(0, 0)  # a separate process group, so that its children die with it
+        signal.alarm(math.ceil(timeout) + 2)  # in case the parent dies first
         sys.stdout = sys.stderr = open(os.devnull, "w")
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
@@ -983,7 +993,7 @@ def _child(tool, arguments, failed, timeout, writer):
         result = _run(tool, arguments, failed)
         writer.sendall(json.dumps([result.ok, result.value, result.error_type, result.message]).encode() + b"\n")
     finally:
-        os._exit(1)  # not sys.exit: nothing of the parent's may be flushed or cleaned up twice
+        os._exit(1)  # not sys.exit, which would flush and clean up the parent's things a second time
 
 
 # 4. calculator
@@ -1002,18 +1012,18 @@ TOKEN = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?:\.\d*)?|"  # 1,234.5
 def calculate(expression: str) -> int | float:
     """Evaluate arithmetic: + - * / // % ** and parentheses, sqrt abs min max round.
 
-    Numbers are kept as exact fractions as long as possible, so 0.1 + 0.2 is 0.3 and 6 / 2 is 3.
-    Spellings: 1,234 and 1 234 (but min(1,234) is 1, as in min(1, 234));
-    $ and € are dropped, "=" or "= ?" at the ends too; "3 x 4", "3 times 4", 2(3 + 4); "15% of 200".
-    round(2.5) is 2: halves go to the even number, as in Python.
+    Numbers remain exact fractions as long as possible, so 0.1 + 0.2 is 0.3 and 6 / 2 is 3.
+    Accepted spellings: 1,234 and 1 234 (but min(1,234) is 1, as in min(1, 234)); "3 x 4",
+    "3 times 4", 2(3 + 4); "15% of 200". $ and € are dropped, also "=" or "= ?" at the ends.
+    round(2.5) is 2: halves are rounded to the even number, as in Python.
     `%` before a number, a name or "(" is modulo, else percent: 17 % 5 is 2, 15% is 0.15.
-    Percent is only a number: 200 + 10% is 200.1.
+    A percentage is only a number: 200 + 10% is 200.1.
     """
     return evaluate(parse_expression(expression))
 
 
 def parse_expression(expression):
-    """An expression -> its tree, as Python reads it; nothing of it is run. ToolError if it is none."""
+    """An expression -> its syntax tree, parsed as Python; nothing is run. ToolError if the text is no expression."""
     if not isinstance(expression, str) or len(expression) > MAX_EXPRESSION:
         raise ToolError(f"the expression must be a text of at most {MAX_EXPRESSION} characters")
     if not expression.strip():
@@ -1023,7 +1033,7 @@ def parse_expression(expression):
 
 
 def evaluate(tree):
-    """The number that a tree of `parse_expression` comes to. ToolError if there is none."""
+    """The value of a tree from `parse_expression`, as a number. ToolError if there is no value."""
     with _arithmetic_errors():
         return _rounded(_value(tree))
 
@@ -1041,7 +1051,7 @@ def _arithmetic_errors():
 
 
 def _respell(text):
-    """The expression as Python writes it: "1,234 x 5%" -> "1234 * 5 .percent"."""
+    """The expression rewritten in Python's syntax: "1,234 x 5%" -> "1234 * 5 .percent"."""
     text = re.sub("⁻?[⁰¹²³⁴-⁹]+", lambda m: "**" + unicodedata.normalize("NFKC", m[0]), text)  # 10²³ has one exponent
     # 1 234
     text = re.sub(r"(?<![\d.,])\d{1,3}(?:[ \xa0\u2009\u202f]\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0]), text,
@@ -1049,25 +1059,25 @@ def _respell(text):
     text = text.translate(FULL_WIDTH).translate(SPELLING)
     text = re.sub(r"\s*(?<![a-z])per ?cent\b", "%", text.rstrip("=? \t\n").lstrip("= \t\n").lower())
     text = re.sub(rf"(?<![a-z])({'|'.join(WORDS)})(?![a-z(])", lambda m: WORDS[m[0]], text)
-    # A comma before three digits is one of thousands; in min and max it separates, unless others do so with a space, or
-    # 000 comes next, which nobody writes for a number: max(1,000,2).
+    # A comma before three digits separates thousands. In min and max it separates arguments, unless other commas with a
+    # space do so, or unless 000 follows, because nobody writes 000 as a number: max(1,000,2).
     tight = bool(re.search(r"min|max", text)) and not re.search(r"\d(,\s|\s+,)", text)
     if unclear := tight and re.search(r"(?<![\d.])\d{1,3}(,\d{3})*,(?!000)\d{3}(,\d{3})*,000(?!\d)", text):
         raise ToolError(f"{unclear[0][:50]!r}: write a space behind the commas that separate numbers")
     text = re.sub(rf"(?<![\d.])\d{{1,3}}(,\d{{3}})*?,000{'' if tight else '(,[0-9]{3})*'}(?!\d)",
                   lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"\bsqrt\s+(\d+(?:,\d{3})*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)", r"sqrt(\1)", text)
-    # "100 / 10% of 50": "of" binds first
+    # in "100 / 10% of 50", "of" binds tighter than "/"
     text = re.sub(rf"(/|\*\*)\s*({PLAIN})\s*%\s*of\s+({PLAIN}(?:\s*\*\*\s*{PLAIN})?)(?!\w)", r"\1(\2% * \3)", text)
     if split := re.search(rf"(?:/|\*\*)\s*({PLAIN}\s*%\s*of\b.*)", text):
         raise ToolError(f"put brackets around {split[1][:50]!r}")
     if based := re.search(r"(?<![\w.])0[xob]\d\w*", text):
         raise ToolError(f"unexpected {based[0][:50]!r}: numbers are decimal")
     text = re.sub(r"(?<=[\d)])\s*(?=\()|(?<=[\d)])\s*(?=sqrt\b)", "*", text)  # 2(3 + 4), (1 + 2)(3 + 4), 2 sqrt(9)
-    text = re.sub(r"(?<![a-z])(x|of)(?=\s*[\d.(]|\s+-?[\d.(a-z])", "*", text)  # "3 x 4", but not the unknown of 3x + 4
-    # As an attribute, the percent sign binds as tightly as it should: 2 ** 50% is 2 ** 0.5.
+    text = re.sub(r"(?<![a-z])(x|of)(?=\s*[\d.(]|\s+-?[\d.(a-z])", "*", text)  # "3 x 4", but not the variable in 3x + 4
+    # Written as an attribute, the percent sign binds tightest, as it should: 2 ** 50% is 2 ** 0.5.
     tokens = TOKEN.findall(re.sub(r"%(?!\s*[0-9.(a-z]|\s+-[0-9.(])", " .percent ", text))
-    # calls: for each open parenthesis, whether a tight comma separates there
+    # for each open parenthesis: whether a comma without a space separates arguments in it
     calls = []
     for index, token in enumerate(tokens):
         if token == "(":
@@ -1078,11 +1088,11 @@ def _respell(text):
             raise ToolError(f"unexpected {token[:50]!r}")
         elif calls[-1:] != [True]:
             tokens[index] = token.replace(",", "") or token
-    return re.sub(r"(?<![\d.])0+(?=\d)", "", " ".join(tokens))  # 007 is 7, but not in Python
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", " ".join(tokens))  # 007 is 7 here, but an error in Python
 
 
 def _value(node):
-    """The number that a node of Python's syntax tree stands for."""
+    """The value of a node of Python's syntax tree."""
     match node:
         case ast.Constant():
             value = node.value if node.value == math.inf else Fraction(str(node.value))
@@ -1100,13 +1110,13 @@ def _value(node):
             raise ToolError(f"this is no arithmetic: {ast.unparse(node)[:50]}")
     if isinstance(value, complex):
         raise ToolError("a negative number has no such root")
-    if not math.isfinite(value):  # no number leaves the range of a float
+    if not math.isfinite(value):  # no number may leave the range of a float
         raise OverflowError
     return float(value) if isinstance(value, Fraction) and value.denominator >> MAX_BITS else value
 
 
 def _power(base, exponent):
-    """Exact while that stays short, else in floating point, which overflows at once for 9 ** 9 ** 9."""
+    """The power: exact while the result is short, else in floating point, where 9 ** 9 ** 9 overflows at once."""
     exact = not isinstance(base, float) and exponent == int(exponent)
     if exact and max(abs(base.numerator), base.denominator).bit_length() * abs(exponent) <= MAX_BITS:
         return Fraction(base) ** int(exponent)
@@ -1120,7 +1130,8 @@ def _round(value, digits=0):
 
 
 def _rounded(value):
-    """Whole numbers as int; exact decimals as they are; else 10 digits, at least 2 after the point."""
+    """Round a value: whole numbers become int, exact decimals stay, other values keep 10 digits, at least 2 of them
+    after the decimal point."""
     if not isinstance(value, float) and value.denominator == 1:
         return int(value)
     number = float(value)
@@ -1137,7 +1148,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.UAdd: operator.pos}
 
 
-# 5. weather: a stand-in for a web service, the same answer each time
+# 5. weather: a stand-in for a web service that always gives the same answer
 
 CONDITIONS = ("sunny", "partly cloudy", "cloudy", "light rain", "heavy rain", "windy", "foggy", "clear")
 LETTERS = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ð": "d", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th", "'": "",
@@ -1162,16 +1173,16 @@ def _cities(path):
         cities = [*content["cities"], *content.get("geonames", [])]
         names = {_normal(name): city["name"] for city in reversed(cities)
                  for name in [*city.get("aliases", []), city["name"]]}
-        # of two namesakes, the first one stays
+        # of two cities with one name, the first counts
         return names, {_normal(city.get("country", "")) for city in cities} - {""}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: {type(error).__name__}: {error}; it needs {{"cities": [{{"name": ...}}]}}') from error
 
 
 def weather(city: str, unit: str = "celsius", path=None) -> dict:
-    """The weather in a known city; case, accents and a country at the end do not matter."""
+    """The weather in a known city. Case, accents and a country at the end of the name do not matter."""
     cities, countries = _cities(_city_file(path))
-    city = city[:200]  # no name is longer; to sort out accents takes time that grows with their number squared
+    city = city[:200]  # no name is longer; sorting accents takes time that grows with the square of their number
     if unit not in ("celsius", "fahrenheit"):
         raise ToolError(f"unknown unit: {unit}")
     tries = [_normal(city), _normal(city.split(",")[0])]
@@ -1179,7 +1190,7 @@ def weather(city: str, unit: str = "celsius", path=None) -> dict:
     key = next((key for key in tries if key in cities), None)
     if key is None:
         raise ToolError(f"unknown city: {city[:100]}")
-    digest = hashlib.sha256(_normal(cities[key]).encode()).digest()  # not hash(): that one changes from run to run
+    digest = hashlib.sha256(_normal(cities[key]).encode()).digest()  # not hash(), which changes from run to run
     celsius = digest[0] % 41 - 5
     condition = "light snow" if celsius < 1 and digest[1] % 2 else CONDITIONS[digest[2] % len(CONDITIONS)]
     temperature = round(celsius * 9 / 5 + 32) if unit == "fahrenheit" else celsius
@@ -1188,7 +1199,7 @@ def weather(city: str, unit: str = "celsius", path=None) -> dict:
 
 # 6. search: BM25 over a small text file
 
-MAX_QUERY = 1000  # characters that are read
+MAX_QUERY = 1000  # characters; the rest of a query is not read
 STOP_WORDS = frozenset("""a about an and any are as at be been by can could did do does for from give had has have how i
     in is it its me my of on or please should show so some tell that the their them there these they this to up us
     was we were what when where which who whom whose why will with would you your""".split())
@@ -1202,7 +1213,7 @@ def _terms(text):
 
 @functools.lru_cache(maxsize=8)
 def _index(path):
-    """-> (pages, terms of each title, counts of terms in each page, number of pages that hold each term)."""
+    """-> (pages, terms of each title, counts of terms in each page, number of pages that contain each term)."""
     pages, number = [], 0
     try:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
@@ -1222,9 +1233,9 @@ def _search_file(path=None):
 
 
 def check_corpora():
-    """UserError if what TOOLPLAY_CITIES or TOOLPLAY_SEARCH names cannot be used: else the model would hear of it, and
-    not the user."""
-    if os.environ.get("TOOLPLAY_CITIES"):  # the built-in ones are there, and no command need read them to begin
+    """UserError if the file that TOOLPLAY_CITIES or TOOLPLAY_SEARCH names cannot be used. Without this check, the model
+    would see the error instead of the user."""
+    if os.environ.get("TOOLPLAY_CITIES"):  # the built-in files exist; a command need not read them when it starts
         _cities(_city_file())
     if os.environ.get("TOOLPLAY_SEARCH"):
         _index(_search_file())
@@ -1238,8 +1249,8 @@ def search(query: str, path=None) -> list:
     rarity = {term: math.log(1 + (len(pages) - holders[term] + 0.5) / (holders[term] + 0.5))
               for term in _terms(query[:MAX_QUERY])}
     mean = max(1, sum(count.total() for count in counts) / max(1, len(pages)))
-    # A page would only mislead if it holds less than 0.4 of the question's meaning (its terms, weighed by rarity), or
-    # less than 0.7 while its title, which says what it is about, is not in the question at all.
+    # A page would only mislead if it contains less than 0.4 of the question's meaning (its terms, weighted by rarity).
+    # The limit is 0.7 if the question has no term of the page's title, which says what the page is about.
     scores = [sum(rarity[term] * count[term] * 2.5 / (count[term] + 1.5 * (0.25 + 0.75 * count.total() / mean))
                   for term in rarity)
               * (sum(rarity[term] for term in rarity if term in count) >= (0.4 if title & set(rarity) else 0.7)
@@ -1251,7 +1262,7 @@ def search(query: str, path=None) -> list:
 
 
 def _builtin(name, description, function, **properties):
-    # They bound themselves, so they need no process of their own.
+    # The built-in tools limit themselves, so they need no separate process.
     return Tool(name, description, {"type": "object", "properties": properties, "required": [next(iter(properties))]},
                 function, False)
 
