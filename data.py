@@ -2092,7 +2092,7 @@ def stand_in(config, why, split="train"):
     """Replace ToolBench by the synthetic generator in a run -> the generator's mix: the synthetic kinds of the config's
     mix, if it has any. The replacement is printed and, if the run learns from the data, recorded in its config.json."""
     mix = {kind: weight for kind, weight in config.mix.items() if kind in SYNTHETIC} or SYNTHETIC
-    print(f"{why}: invented functions ({', '.join(mix)}) stand in for ToolBench", file=sys.stderr)
+    print(f"{why}: synthetic functions ({', '.join(mix)}) are used instead of ToolBench", file=sys.stderr)
     if split == "train":
         config.source, config.fallback, config.mix = "synthetic", "synthetic", mix
     return mix
@@ -2172,7 +2172,7 @@ def main(argv=None):
     parser.add_argument("--split", choices=["train", "dev", "test"], default="train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=[*KINDS, "synthetic"],
-                        help="only this kind (synthetic: all of invented functions)")
+                        help="only this kind (synthetic: all kinds of synthetic functions)")
     parser.add_argument("--toolbench", metavar="PATH",
                         help="read ToolBench files (a file, folder or glob) instead; with --out: export them")
     parser.add_argument("--questions", action="store_true",

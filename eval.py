@@ -908,7 +908,7 @@ def command(args):
                         else "--bfcl FOLDER goes with --suite bfcl:...")
     suite = bfcl_cases(args.suite, args.bfcl, args.n) if args.suite is not None else []
     model, tokenizer, config = toolplay.model_of(args)
-    stands_in = (" (trained on invented functions, which stood in for ToolBench)"
+    stands_in = (" (trained on synthetic functions, used instead of ToolBench)"
                  if config.fallback and config.source == "synthetic" else "")
     trained_on = config.source + stands_in if args.run else None
     settings = {"style": config.tool_style, "constrained": config.constrained, "batch_size": args.batch_size}

@@ -34,11 +34,10 @@ import torch
 @dataclass
 class Config:
     """SFT's own keys; the shared ones are in toolplay.Config."""
-    decision_weight: Annotated[float, "> 0"] = 1.0     # how often the tokens count that decide: call or talk, and which
-                                                       # tool
-    call_weight: Annotated[float, "> 0"] = 1.0         # how often the other tokens of turns that call a tool count
-    keep_best: bool = True                             # keep the weights of the lowest evaluation loss; false: the last
-                                                       # ones
+    decision_weight: Annotated[float, "> 0"] = 1.0     # weight of the tokens that decide: call or talk, and which tool
+    call_weight: Annotated[float, "> 0"] = 1.0         # weight of the other tokens of turns that call a tool
+    keep_best: bool = True                             # keep the weights with the lowest evaluation loss; false: the
+                                                       # last weights
 
 
 def sft_loss(logp, mask):

@@ -62,14 +62,15 @@ class Config:
     texts: Annotated[int, "> 0"] = 600             # how many texts to read
     tau_s: Annotated[float, "0 to 1"] = 0.0        # a position is tried if p(open) exceeds this; the paper: 0.05, for
                                                    # calculator and translation 0
-    positions: Annotated[int, "> 0"] = 5           # k: at most that many positions a text and tool; the paper: 5, for
-                                                   # these 20
-    samples: Annotated[int, "> 0"] = 4             # m: calls sampled at each; the paper: 5, for these 10
-    tau_f: float = 0.5                             # a call is kept if it lowers the loss by this, in nats; the paper:
-                                                   # 1, for these 0.5
-    call_tokens: Annotated[int, "> 0"] = 24        # a call that has not ended by then is dropped
-    call_top: Annotated[int, "> 0"] = 10           # when writing, a call begins if its token is among that many most
-                                                   # probable ones; the paper: 10
+    positions: Annotated[int, "> 0"] = 5           # k: at most this many positions per text and tool; the paper: 5, for
+                                                   # calculator and translation 20
+    samples: Annotated[int, "> 0"] = 4             # m: calls sampled at each position; the paper: 5, for calculator and
+                                                   # translation 10
+    tau_f: float = 0.5                             # a call is kept if it lowers the loss by at least this, in nats; the
+                                                   # paper: 1, for calculator and translation 0.5
+    call_tokens: Annotated[int, "> 0"] = 24        # a call that has not ended after this many tokens is dropped
+    call_top: Annotated[int, "> 0"] = 10           # when writing, a call may begin if its token is among this many most
+                                                   # probable tokens; the paper: 10
     texts_at_once: Annotated[int, "> 0"] = 8       # texts that are annotated together
     annotate_with: list[str] = field(default_factory=list)  # names of the tools whose calls are tried; empty: all
 

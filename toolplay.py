@@ -85,11 +85,11 @@ class Config:
     method: Literal[METHODS] = "sft"     # which file trains
     model: str = "smollm2-135m"          # smollm2-135m (installed by setup.sh), tiny, a hub name, a folder or a .gguf
                                          # file
-    start_from: str = ""                 # run folder whose adapter training goes on in (its rank and targets hold);
+    start_from: str = ""                 # run folder whose adapter is trained further (with its rank and targets);
                                          # empty: the base model
     run_dir: str = ""                    # where results go; empty: runs/<name of the config file>
     seed: NotNegative = 0                # one seed for data, initialisation, order, dropout and sampling
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: fp16 with loss scaling on cuda, fp32 on cpu
     # adapters (lora.py)
     lora_r: NotNegative = 16             # rank; 0 trains every weight instead (not for ppo)
@@ -101,39 +101,38 @@ class Config:
                                          # = 0: they and the embeddings are frozen)
     # data (data.py)
     source: Literal["manual", "synthetic", "jsonl", "toolbench", "teacher"] = "manual"
-                                         # manual: templates; synthetic: invented functions; else what `path` holds
-                                         # (the key may be called "data", too)
+                                         # manual: templates; synthetic: synthetic functions; else what `path` holds
+                                         # (the key may also be called "data")
     path: str = ""                       # JSONL file of training conversations; ToolBench's files: one, a folder or a
                                          # glob; a teacher run
     eval_path: str = ""                  # the same for evaluation during training; empty: the dev split (none for
                                          # jsonl, toolbench; the teacher measures on the test split)
     fallback: Literal["", "synthetic"] = ""
-                                         # what stands in where ToolBench's path holds nothing usable; always so without
-                                         # a path
-    examples: Positive = 4000            # how many conversations to write (jsonl, toolbench: all lines count; teacher:
-                                         # at most so many)
-    eval_examples: NotNegative = 100     # how many to keep for evaluation during training
+                                         # used if ToolBench's path holds nothing usable, and always without a path
+    examples: Positive = 4000            # how many conversations to make (jsonl, toolbench: all lines are used;
+                                         # teacher: at most this many)
+    eval_examples: NotNegative = 100     # how many conversations to evaluate on during training
     mix: dict = field(default_factory=dict)  # weights of the kinds; empty: data.MIX, for synthetic data.SYNTHETIC
     max_tokens: Positive = 1024          # longer conversations are left out and counted, never cut
     tool_style: Literal["signature", "described", "call", "json"] = "signature"
-                                         # how tools are written into the system prompt; described: with their
-                                         # parameters' descriptions; call: these too, in the form of a call
-    constrained: bool = False            # calls are held to their tools' schemas while they are written (constrained
-                                         # decoding): by eval, predict, chat and the evaluations of ppo and demo; what
-                                         # is learned from never is
+                                         # how tools are written into the system prompt; described: with descriptions of
+                                         # the parameters; call: the same, written like a call
+    constrained: bool = False            # constrained decoding: in eval, predict, chat and the evaluations of ppo and
+                                         # demo, calls can only be written as their tool's schema allows; samples to
+                                         # learn from are never constrained
     tools: list = field(default_factory=list)
-                                         # further tools: {"name", "description", "parameters", "function":
+                                         # more tools: {"name", "description", "parameters", "function":
                                          # "package.module:name"}
-    group: Positive = 8                  # examples in a row that share a system prompt (what the trie shares)
+    group: Positive = 8                  # consecutive examples with the same system prompt (which the trie shares)
     # optimisation (train_step)
-    lr: Rate = 1e-3                      # AdamW step size; 1e-3 suits LoRA on a small model, 3e-4 all its weights, 2e-5
-                                         # those of a large one
+    lr: Rate = 1e-3                      # AdamW's learning rate; 1e-3 suits LoRA on a small model, 3e-4 all weights of
+                                         # a small model, 2e-5 of a large one
     batch_size: Positive = 16            # examples per optimizer step
-    micro_tokens: Positive = 1024        # trie nodes per forward: bounds memory, changes the gradient by rounding
+    micro_tokens: Positive = 1024        # trie nodes per forward: bounds memory; changes the gradient only by rounding
     epochs: Annotated[float, "> 0"] = 1.0  # passes over the examples
     steps: NotNegative = 0               # optimizer steps; 0: as many as the epochs need
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up, down to zero
-    warmup: Share = 0.05                 # share of the steps with rising step size
+    warmup: Share = 0.05                 # share of the steps in which the learning rate rises
     weight_decay: Annotated[float, ">= 0"] = 0.0  # AdamW's; adapters need none
     max_grad_norm: Rate = 1.0            # gradients are clipped to this norm
     # logging

@@ -133,7 +133,8 @@ class Tool:
         A name has other tokens after a space than after a quote (" pickup", "_branch" and "pick", "up", "_branch"). In
         the form of a call, the model sees exactly the tokens that it has to write.
         """
-        sentence = re.split(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\b[A-Z]\.) ", " ".join(self.description.split()), maxsplit=1)[0]
+        sentence = re.split(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\b[A-Z]\.) ",
+                            " ".join(self.description.split()), maxsplit=1)[0]
         fields = _fields(self.parameters, style, self.parameters)
         line = (f'{{"name": {_dumps(self.name)}, "arguments": {{{fields}}}}}' if style == "call"
                 else f"{self.name}({fields})") + (f" - {sentence}" if sentence else "")
