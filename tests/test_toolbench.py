@@ -458,7 +458,7 @@ def test_without_a_path_invented_functions_stand_in_and_it_is_said(tmp_path, cap
     toolplay.main(["eval", "--run", str(tmp_path / "run"), "--n", "2"])
     assert data.stand_in(toolplay.load_config({"mix": {"sums": 3, "api_one": 2}}), "so") == {"api_one": 2}
     assert data.stand_in(toolplay.load_config({"mix": {"sums": 3}}), "so") == data.SYNTHETIC
-    assert "stood in for ToolBench" in capsys.readouterr().out
+    assert "used instead of ToolBench" in capsys.readouterr().out
     assert "ToolBench" in json.loads((tmp_path / "run" / "eval.json").read_text())["trained_on"]
 
 
