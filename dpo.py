@@ -1,34 +1,35 @@
 """
 dpo.py - direct preference optimisation: prefer the better of two answers
 
-The idea. Of two answers y to one prompt x a judge prefers y_w ("chosen") to y_l ("rejected"). Reinforcement learning
-would fit a reward model to such judgements and then maximise it under a KL penalty beta to a reference model. Rafailov
-et al. (2023, arXiv:2305.18290) solve that problem in closed form: the best policy's own log-ratio to the reference is
-the reward, so that the judgements can be fitted directly, with a classifier's loss and without sampling.
+The idea. Of two answers y to one prompt x, a judge prefers y_w ("chosen") to y_l ("rejected"). Reinforcement learning
+would fit a reward model to the judgements and then maximise the reward under a KL penalty beta to a reference model.
+Rafailov et al. (2023, arXiv:2305.18290) solve this problem in closed form: the best policy's own log-ratio to the
+reference is the reward. So we can fit the judgements directly, with a classifier's loss and without sampling.
 
     r(x, y) = beta log pi(y|x) / pi_ref(y|x)  + a term of x alone, which cancels    implicit reward           (5)
     h       = log pi(y_w|x) / pi_ref(y_w|x)  -  log pi(y_l|x) / pi_ref(y_l|x)       log-ratio difference
     L_DPO   = - E log sigmoid(beta h)                                                                         (7)
 
-log pi(y|x) is a sum over the trained tokens of y: what the model chose. Results of tools stand inside y, but the model
-did not choose them, so they are conditions and no terms (implementations that sum over them push the tool, not the
-model).
+log pi(y|x) is a sum over the trained tokens of y, which are the tokens that the model chose. Tool results lie inside y,
+but the model did not choose them. So tool results are conditions, not terms of the sum (an implementation that sums
+over tool results trains the tool's words, not the model's).
 
-Departures. The reference is the policy as training found it (an SFT run, or the base model, which is the same thing
-while B = 0); it never changes, so its log-probs are computed once, kept in the run folder and checked against the data,
-and no second model is held in memory. IPO's log-ratios are means over the tokens (as in TRL; its eq. 17 has sums), and
-the hinge stands without SLiC's regularisation term. Both answers and all pairs of a micro-batch lie in one token trie:
-the prompt is computed once, and so are the turns that the two answers share.
+Departures. The reference is the policy before training: an SFT run, or the base model (a new adapter has B = 0, so it
+changes nothing). The reference never changes, so its log-probs are computed once, kept in the run folder and checked
+against the data, and memory holds no second model. IPO's log-ratios are means over the tokens (as in TRL; IPO's eq. 17
+has sums). The hinge loss omits SLiC's regularisation term. Both answers and all pairs of a micro-batch share one token
+trie, which computes the prompt once and also the turns that the two answers share.
 
 What to watch: `logp/chosen` often falls, although it should rise; the loss only asks that `logp/rejected` falls faster
-(Pal et al. 2024, arXiv:2402.13228). A fall to nothing means a beta too small or a step too large.
+(Pal et al. 2024, arXiv:2402.13228). If `logp/chosen` collapses, beta is too small or the learning rate is too large.
 
-For tools the wish is not "this text rather than that one" but "call rather than talk, this tool, one call more": one
-token each time. Over whole answers (7) also pushes down all that follows the wrong token, which is what right calls are
-made of, and soon none is well-formed. So `parting` cuts both answers behind where they part; and since the policy's own
-faults lean to one side (most are needless calls, and "never call" is learned before "read the list of tools"), they
-need company: `twins`, the same request with the other list of tools, and `pairs: "both"`, faulty copies of what it does
-right.
+For tool use the preference is not "this text, not that text" but "call, do not talk", "this tool" or "one more call":
+one token decides each time. Over whole answers (7) also lowers the probability of all tokens after the wrong token.
+Right calls consist of these tokens too, so soon no call is well-formed. Therefore `parting` cuts both answers after the
+point where they differ. The policy's own faults also lean to one side: most are unnecessary calls, and the policy
+learns "never call" before it learns "read the list of tools". Two settings add pairs that balance these faults:
+`twins` adds the same request with the other list of tools, and `pairs: "both"` adds faulty copies of what the policy
+does right.
 
     python dpo.py configs/dpo.json          the same as: python toolplay.py train configs/dpo.json
     python dpo.py --show 10 [CONFIG]        pairs, with what differs highlighted
@@ -53,8 +54,8 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    """DPO's own keys; the shared ones are in toolplay.Config. `source: jsonl` reads pairs, or conversations to make
-    them of."""
+    """DPO's own keys; the shared keys are in toolplay.Config. `source: jsonl` reads pairs, or conversations from which
+    pairs are made."""
     pairs: Literal["corrupted", "sampled", "both"] = "corrupted"
                                                      # gold against a faulty copy; the policy's own best against its
                                                      # worst; that, and a faulty copy where it makes no pair
@@ -85,13 +86,14 @@ class Config:
 
 # --------------------------------------------------------------------------- 1. the losses
 
-VARIANTS = {}               # name -> loss, as a config may name it
-MEAN, FREE = set(), set()   # log-probs are means over the trained tokens, not sums; no reference is needed
+VARIANTS = {}               # name of a loss in a config -> the loss
+MEAN, FREE = set(), set()   # names of losses: with means over the trained tokens, not sums; without a reference
 
 
 def variant(*traits):
-    """A loss of this name: a function of (chosen, rejected, beta, label_smoothing), log-ratios to the reference [B]
-    (without one: log-probs) -> loss of each pair [B]."""
+    """Decorator: enter a loss into VARIANTS and into the sets `traits`. The loss is a function of (chosen, rejected,
+    beta, label_smoothing) -> loss of each pair [B]. chosen and rejected are log-ratios to the reference [B], or
+    log-probs if the loss is in FREE."""
     def add(loss):
         VARIANTS[loss.__name__] = loss
         for names in traits:
@@ -102,14 +104,14 @@ def variant(*traits):
 
 @variant()
 def sigmoid(chosen, rejected, beta, label_smoothing):
-    """DPO, eq. 7; with label smoothing the conservative one (Mitchell 2023, ericmitchell.ai/cdpo.pdf, eq. 3)."""
+    """DPO, eq. 7; with label smoothing: conservative DPO (Mitchell 2023, ericmitchell.ai/cdpo.pdf, eq. 3)."""
     h = chosen - rejected                                                                      # [B]
     return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
 @variant()
 def robust(chosen, rejected, beta, label_smoothing):
-    """rDPO, unbiased when a share of the judgements is flipped (Chowdhury et al. 2024, arXiv:2403.00409, the loss
+    """rDPO: unbiased when a share of the judgements is flipped (Chowdhury et al. 2024, arXiv:2403.00409, the loss
     "rDPO")."""
     h = chosen - rejected
     kept, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
@@ -118,7 +120,8 @@ def robust(chosen, rejected, beta, label_smoothing):
 
 @variant(MEAN)
 def ipo(chosen, rejected, beta, label_smoothing):
-    """IPO: regress the difference on 1 / (2 beta), which is finite (Azar et al. 2023, arXiv:2310.12036, eq. 17)."""
+    """IPO: regress the difference of the log-ratios on 1 / (2 beta), a finite target (Azar et al. 2023,
+    arXiv:2310.12036, eq. 17)."""
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
@@ -141,10 +144,10 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
     """The loss of B pairs, as a sum.
 
     *_logp: [B] log-probs of whole answers, sums over their trained tokens (for ipo and simpo: means, see
-    `sequence_logp`). The reference's are ignored by simpo and may be None there.
+    `sequence_logp`). simpo ignores the reference's log-probs; for simpo they may be None.
     -> (loss summed over the pairs, info: sums over the pairs of rewards, margin, accuracy and log-probs).
-    Raises ValueError for an unknown variant, for a beta or a smoothing that makes the loss meaningless, and without a
-    reference that is needed.
+    Raises ValueError for an unknown variant, for a beta or a label smoothing that makes the loss meaningless, and if
+    the variant needs a reference and gets none.
     """
     if not beta > 0:
         raise ValueError(f"beta = {beta}: must be above 0")
@@ -157,7 +160,7 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing = {label_smoothing}: must be in [0, 0.5); "
                          "from there on the judgements say nothing, or the reverse")
-    # half precision cannot tell 760 from 761
+    # at least fp32: half precision cannot tell 760 from 761
     policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp = (
         x.to(torch.promote_types(x.dtype, torch.float32))
         for x in (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp))
@@ -171,10 +174,10 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
 
 
 def sequence_logp(logp, mask, mean=False):
-    """Log-probs of tokens [B, T] under their mask [B, T] -> of whole answers [B]: the sum, or the mean, over trained
-    tokens.
+    """Log-probs of tokens [B, T] and their mask [B, T] -> log-probs of whole answers [B]: the sum, or the mean, over
+    trained tokens.
 
-    In float64: the loss looks at small differences of sums of hundreds of terms.
+    In float64, because the loss uses small differences between sums of hundreds of terms.
     """
     total = torch.where(mask.bool(), logp.double(), 0).sum(-1)
     return total / mask.double().sum(-1).clamp(min=1) if mean else total
@@ -182,24 +185,24 @@ def sequence_logp(logp, mask, mean=False):
 
 # --------------------------------------------------------------------------- 2. pairs by corruption
 
-GIVEN = "given"  # why, of a pair that a file holds
-# A pair: two rows (ids, mask) that share their prompt, and what is wrong with the second.
+GIVEN = "given"  # the `why` of a pair that was read from a file
+# A pair: two rows (ids, mask) that share their prompt, and `why`, which says what is wrong with the second row.
 Pair = namedtuple("Pair", "chosen rejected why")
 
-# Each takes a gold conversation {"messages", "tools"} and returns the messages of a worse one that departs from it in
-# one assistant turn, as such models really fail; or None where it does not apply.
+# Each function takes a gold conversation {"messages", "tools"} and returns the messages of a worse conversation. One
+# assistant turn differs and contains a fault that small models really make. If the fault does not apply: None.
 
 
 def wrong_tool(conversation, rng):
-    """Another of the offered tools, with arguments that the message suggests."""
+    """A call to another offered tool, with arguments that the user's message suggests."""
     at, calls = first_call(conversation)
     others = [name for name in tools_of(conversation) if calls and name != calls[0]["name"]]
     return until(conversation, at, others and [tempting_call(rng.choice(others), conversation), *calls[1:]])
 
 
 def malformed(conversation, rng):
-    """A call that does not parse: an end or a quote missing, Python in the place of JSON."""
-    from tools import Call, format_call, parse_calls  # here, so that this file alone gives the losses
+    """A call that does not parse: an end or a quote is missing, or it is Python instead of JSON."""
+    from tools import Call, format_call, parse_calls  # here, so that the losses work without other files
     at, calls = first_call(conversation)
     if not calls:
         return None
@@ -213,9 +216,9 @@ def malformed(conversation, rng):
 
 
 def wrong_argument(conversation, rng):
-    """An operator or a number changed, half of a city's name, a word of the question left out, a list's last item
-    gone."""
-    from eval import same_call  # here, so that this file alone gives the losses
+    """A call with one wrong argument: another operator or number, half of a city's name, a question without one of its
+    words, or a list without its last item."""
+    from eval import same_call  # here, so that the losses work without other files
     from tools import Call
     at, calls = first_call(conversation)
     changeable = [(key, value) for key, value in (calls[0]["arguments"].items() if calls else ())
@@ -224,12 +227,12 @@ def wrong_argument(conversation, rng):
         return None
     key, value = rng.choice(changeable)
     worse = [{**calls[0], "arguments": {**calls[0]["arguments"], key: c}} for c in changes(key, value, rng)]
-    worse = [call for call in worse if not same_call(Call(**calls[0]), Call(**call))]  # a filler word less is no fault
+    worse = [call for call in worse if not same_call(Call(**calls[0]), Call(**call))]  # a missing filler is no fault
     return until(conversation, at, worse and [rng.choice(worse), *calls[1:]])
 
 
 def changes(key, value, rng):
-    """What an argument may be mistaken for; some of it may be the same still."""
+    """Wrong values for an argument; some of these values may still equal the right one."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, (int, float)):
@@ -246,7 +249,7 @@ def changes(key, value, rng):
 
 
 def missing_argument(conversation, rng):
-    """A call without the first argument that its tool requires; without an optional one it might be as right."""
+    """A call without its first required argument. (Without an optional argument the call could still be right.)"""
     at, calls = first_call(conversation)
     if not calls or calls[0]["name"] not in (tools := tools_of(conversation)):
         return None
@@ -257,46 +260,46 @@ def missing_argument(conversation, rng):
 
 
 def call_left_out(conversation, rng):
-    """Of several calls the last is not made."""
+    """Several calls without the last one."""
     at, calls = first_call(conversation)
     return until(conversation, at, calls[:-1])
 
 
 def call_too_many(conversation, rng):
-    """Behind the calls that are due one more."""
+    """The right calls, followed by one more call."""
     at, calls = first_call(conversation)
     names = list(tools_of(conversation))
     return until(conversation, at, names and calls and [*calls, tempting_call(rng.choice(names), conversation)])
 
 
 def missing_call(conversation, rng):
-    """An answer out of the blue where a tool should have been asked."""
+    """A made-up answer instead of a tool call."""
     at, calls = first_call(conversation)
     guess = out_of_the_blue("guesses", rng)
     return until(conversation, at, calls and guess)
 
 
 def needless_call(conversation, rng):
-    """A call although the message asks for none."""
+    """A call although the message needs no call."""
     at, calls = first_call(conversation)
     names = list(tools_of(conversation))
     return until(conversation, at, names and not calls and [tempting_call(rng.choice(names), conversation)])
 
 
 def ignores_result(conversation, rng):
-    """A final answer whose numbers, or whose content, are not what the tool said."""
+    """A final answer whose numbers or content differ from the tool's result."""
     text = final_answer(conversation)
     if not text:
         return None
     other = re.sub(r"\d{1,4000}", lambda m: str(int(m.group()) + rng.randint(1, 30)), text)
-    # nothing found, or an error: made up instead
+    # the answer has no number to change, or the result is an error: make up an answer instead
     if other == text or '"error"' in conversation["messages"][-2]["content"]:
         other = out_of_the_blue("made_up", rng)
     return until(conversation, -1, other)
 
 
 def endless(conversation, rng):
-    """A final answer that repeats itself and does not end (`pair_of` takes its end token away)."""
+    """A final answer that repeats itself and does not end (`pair_of` removes its end token)."""
     text = final_answer(conversation)
     return until(conversation, -1, text and " ".join([text] * 3))
 
@@ -306,27 +309,27 @@ CORRUPTIONS = {f.__name__: f for f in (wrong_tool, malformed, wrong_argument, mi
 
 
 def first_call(conversation):
-    """-> (index of the first assistant message, its calls). There must be one."""
+    """-> (index of the first assistant message, calls of this message). There must be an assistant message."""
     at = next(n for n, m in enumerate(conversation["messages"]) if m["role"] == "assistant")
     return at, conversation["messages"][at].get("tool_calls") or []
 
 
 def final_answer(conversation):
-    """The text of the answer that follows a tool result and ends the conversation, or ""."""
+    """The text of the answer that follows a tool result and ends the conversation; "" if there is no such answer."""
     *_, before, last = conversation["messages"]
     final = before["role"] == "tool" and last["role"] == "assistant" and not last.get("tool_calls")
     return last["content"] if final else ""
 
 
 def out_of_the_blue(kind, rng):
-    """One of a kind of made-up answers, with a random number in it."""
-    from data import corpus  # here, so that this file alone gives the losses
+    """A random made-up answer of this kind, with a random number in it."""
+    from data import corpus  # here, so that the losses work without other files
     return rng.choice([text.format(n=rng.randint(low, high)) for text, low, high in corpus("faults.json")[kind]])
 
 
 def until(conversation, at, worse):
-    """The messages before `at`, and in its place an assistant message with the `worse` calls or text; None without any.
-    Calls in the place of calls keep the thought beside them."""
+    """The messages before index `at`, then an assistant message with the `worse` calls or text; None if `worse` is
+    empty. If calls replace calls, the thought beside the old calls is kept."""
     gold = conversation["messages"][at]
     thought = gold.get("content") or "" if gold.get("tool_calls") else ""
     said = {"content": worse, "tool_calls": ()} if isinstance(worse, str) else {"content": thought, "tool_calls": worse}
@@ -334,13 +337,14 @@ def until(conversation, at, worse):
 
 
 def tools_of(conversation):
-    """{name: Tool} of what it offers."""
-    from tools import load_tools  # here, so that this file alone gives the losses
+    """{name: Tool} of the tools that the conversation offers."""
+    from tools import load_tools  # here, so that the losses work without other files
     return load_tools(conversation.get("tools") or [])
 
 
 def tempting_call(name, conversation):
-    """A call such as a model makes that looks at single words: the numbers, the capitalised word, the whole message."""
+    """A call that a model makes if it looks only at single words. The arguments are the numbers, the capitalised word
+    or the whole message."""
     tool = tools_of(conversation)[name]
     first = next(iter([*tool.parameters.get("required", []), *tool.parameters.get("properties", {})]), "query")
     text = next(m["content"] for m in conversation["messages"] if m["role"] == "user")
@@ -351,20 +355,20 @@ def tempting_call(name, conversation):
 
 
 def corrupted_pairs(conversations, tokenizer, seed=0, style="signature", faults=()):
-    """Gold conversations -> pairs: the gold one, and the same with one fault of a random kind that applies (of
-    `faults`, if any are named)."""
+    """Gold conversations -> pairs: the gold conversation, and a copy with one fault of a random kind that applies (one
+    of `faults`, if any are named)."""
     pairs = []
     for n, conversation in enumerate(conversations):
         roles = [m["role"] for m in conversation["messages"]]
         if "assistant" not in roles or "user" not in roles[:roles.index("assistant")]:
-            continue  # nothing to spoil: no answer to a request
+            continue  # nothing to corrupt: the conversation has no answer to a request
         rng, names = random.Random(f"{seed} pair {n}"), list(faults or CORRUPTIONS)
         for name in rng.sample(names, len(names)):
             worse = CORRUPTIONS[name](conversation, rng)
             if worse:
                 *shared, better = conversation["messages"][:len(worse)]
                 pair = pair_of({**conversation, "messages": shared}, [better], worse[-1:], tokenizer, style, name)
-                # not where the gold turn has weight 0: it is not to be learned
+                # no pair if the gold turn has weight 0, because this turn must not be learned
                 if all(any(mask) for _, mask in pair[:2]):
                     pairs.append(pair)
                     break
@@ -374,13 +378,13 @@ def corrupted_pairs(conversations, tokenizer, seed=0, style="signature", faults=
 def pair_of(prompt, chosen, rejected, tokenizer, style="signature", why=""):
     """A prompt (conversation) and two continuations (messages) -> Pair. Assistant turns of the prompt are not
     trained."""
-    import data  # here, so that this file alone gives the losses
+    import data  # here, so that the losses work without other files
     start = len(data.encode(prompt, tokenizer, style)[0])
     rows = []
     for answer in (chosen, rejected):
         ids, mask = data.encode({**prompt, "messages": [*prompt["messages"], *answer]}, tokenizer, style)
         rows.append((ids, [0] * start + mask[start:]))
-    if why == "endless":  # what is wrong with it is that it did not end
+    if why == "endless":  # the fault is the missing end token
         ids, mask = rows[1]
         end = max(t for t, m in enumerate(mask) if m)
         rows[1] = (ids[:end], mask[:end])
@@ -388,12 +392,13 @@ def pair_of(prompt, chosen, rejected, tokenizer, style="signature", why=""):
 
 
 def parted(pair, tokens):
-    """The pair, cut `tokens` behind where its answers part, with a mask for these tokens alone; 0: as it is.
+    """The pair, cut `tokens` tokens after the point where its answers differ, with a mask for these tokens alone. With
+    `tokens` = 0 the pair is unchanged.
 
-    Call or talk, this tool or that one, another call or the end: each is decided by a token or two. DPO over whole
-    answers also pushes down what follows a wrong decision, and calls are all alike there: soon none is well-formed. A
-    pair whose answers do not part in words of the model (one begins with the whole other) is left as it is; so is a
-    given one, whose answers are whatever somebody preferred.
+    One or two tokens decide between call and talk, between one tool and another, between a further call and the end.
+    DPO over whole answers also lowers the probability of what follows a wrong decision. All calls are alike there, so
+    soon no call is well-formed. A pair is unchanged if its answers do not differ in tokens of the model (one answer
+    begins with the whole other answer). A given pair is also unchanged: its answers are whatever somebody preferred.
     """
     at = next((t for t, (a, b) in enumerate(zip(pair.chosen[0], pair.rejected[0])) if a != b), 0)
     rows = [(ids[:at + tokens], [0] * at + list(mask[at:at + tokens])) for ids, mask in pair[:2]]
@@ -401,21 +406,22 @@ def parted(pair, tokens):
 
 
 def lines_of(config, split, tokenizer, read, offered=()):
-    """What a run's source holds: Pairs, and what `read` makes of other lines. A pair has "chosen" or "rejected",
-    whatever else it holds (UltraFeedback's have "messages" too)."""
-    import data  # here, so that this file alone gives the losses
+    """The content of a run's source: Pairs, and what `read` returns for other lines. A line with "chosen" or "rejected"
+    is a pair, whatever else it holds (UltraFeedback's pairs also have "messages")."""
+    import data  # here, so that the losses work without other files
     return data.conversations(config, split, tokenizer, lambda line: read_pair(line, tokenizer, config.tool_style)
                               if isinstance(line, dict) and {"chosen", "rejected"} & set(line) else read(line), offered)
 
 
 def read_pair(line, tokenizer, style="signature"):
-    """A line of a pairs file, as TRL reads it: prompt, chosen, rejected (messages, or texts), tools; -> Pair.
+    """A line of a pairs file in TRL's format (prompt, chosen, rejected as messages or texts, and tools) -> Pair.
 
-    Without "prompt", chosen and rejected are whole conversations and their common beginning is the prompt; also where
-    they repeat the prompt's text or messages (UltraFeedback does). Texts become a user's and an assistant's message, so
-    that two texts alone have no prompt. Raises UserError for anything else.
+    Without "prompt", chosen and rejected are whole conversations and their common beginning is the prompt. Chosen and
+    rejected may also be whole conversations that repeat the prompt's text or messages (as in UltraFeedback). A text in
+    "prompt" becomes a user message, a text in chosen or rejected an assistant message. So two texts alone have no
+    prompt. Raises UserError for anything else.
     """
-    import data  # here, so that this file alone gives the losses
+    import data  # here, so that the losses work without other files
     from tools import UserError
     if not isinstance(line, dict) or not {"chosen", "rejected"} <= set(line):
         raise UserError('a pair is an object with "prompt", "chosen" and "rejected"')
@@ -432,11 +438,11 @@ def read_pair(line, tokenizer, style="signature"):
 
     tools = data.offered_in(line) or []
 
-    def spelled(messages):  # in one spelling, or the same would differ
+    def spelled(messages):  # in one spelling; otherwise equal messages could differ
         return data.check_conversation({"messages": messages, "tools": tools})["messages"] if messages else []
 
     def complete(answer):
-        """The whole conversation: the prompt and the answer, unless this repeats the prompt."""
+        """The whole conversation: the prompt and the answer, or the answer alone if it repeats the prompt."""
         own, before = spelled(answer), spelled(prompt)
         whole = isinstance(line.get("prompt"), str) and own[0]["role"] in ("system", "user")
         if whole and line["prompt"].strip() not in ["", *(m["content"].strip() for m in own)]:
@@ -452,7 +458,7 @@ def read_pair(line, tokenizer, style="signature"):
                   min(len(chosen), len(rejected)) - 1)
     if not shared:
         raise UserError('the pair has no "prompt", and chosen and rejected have no messages in common that could be it')
-    # What both share is prompt: in mean log-probs (ipo, simpo) it would not cancel.
+    # Messages that both answers share belong to the prompt: in mean log-probs (ipo, simpo) they would not cancel.
     prompt = {"messages": chosen[:shared], "tools": tools}
     pair = pair_of(prompt, chosen[shared:], rejected[shared:], tokenizer, style, GIVEN)
     if not all(any(mask) for _, mask in pair[:2]):
@@ -465,7 +471,7 @@ def read_pair(line, tokenizer, style="signature"):
 # --------------------------------------------------------------------------- 3. training
 
 def check_settings(config):
-    """UserError for settings that fit each other badly; said before minutes of sampling."""
+    """Raise UserError for settings that do not fit each other, before minutes of sampling."""
     from ppo import reward_of
     from tools import UserError
     if config.lora_dropout:
@@ -483,7 +489,7 @@ def check_settings(config):
 
 
 def train(run):
-    # Imported here so that this file alone gives the losses to anyone who copies it.
+    # Imported here so that the losses work in a project that copies this file alone.
     import data
     import toolplay
     from sft import pad_mask
@@ -502,12 +508,12 @@ def train(run):
               f"{tokens / nodes:.2f} times fewer for sharing the prompt within a pair alone", file=sys.stderr)
 
     def answers(group):
-        """Log-probs of the chosen answers and of the rejected ones: [2, B]."""
-        rows = [row for pair in group for row in pair[:2]]  # by turns
+        """Log-probs of the chosen and of the rejected answers: [2, B]."""
+        rows = [row for pair in group for row in pair[:2]]  # chosen and rejected alternate
         logp = toolplay.token_logprobs(model, rows, budget=None if torch.is_grad_enabled() else config.micro_tokens)
         return sequence_logp(logp, pad_mask(rows, run.device), config.variant in MEAN).reshape(-1, 2).T
 
-    # 2. reference: under the trainer's precision, or the first log-ratios would not be 0
+    # 2. reference: in the trainer's precision; otherwise the first log-ratios would not be 0
     batches = data.Batches([pair.chosen for pair in pairs], config)
     trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, batches.total)
     reference = reference_logp(run, pairs + held_out, answers, trainer.autocast)
@@ -523,7 +529,7 @@ def train(run):
                         config.simpo_margin)
 
     # 4. loop
-    # always in eval mode: with dropout the policy would not be compared with its reference alone
+    # always in eval mode: with dropout, the log-ratios would also contain the dropout noise
     for step in run.steps(trainer, batches.total):
         batch = [units[i] for i in batches(step)]
         info = toolplay.train_step(trainer, batch, loss, rows=lambda unit: unit[:2])
@@ -542,8 +548,8 @@ def train(run):
 
 
 def datasets(config, tokenizer):
-    """-> (training pairs, held-out pairs), given ones and corrupted ones; those longer than max_tokens are left out and
-    counted."""
+    """-> (training pairs, held-out pairs): given pairs and corrupted pairs. Pairs longer than max_tokens are left out
+    and counted."""
     import data
     from tools import UserError
     out = []
@@ -562,11 +568,11 @@ def datasets(config, tokenizer):
 
 
 def sampled_pairs(model, tokenizer, conversations, config):
-    """On-policy pairs: of `samples` answers to each prompt the best against the worst, if the reward tells them apart.
+    """On-policy pairs: the best against the worst of `samples` answers to each prompt, if the reward tells them apart.
 
-    The rows are the sampled ids themselves, token for token. With `chosen: "gold"` the worst stands against the
-    example's own first turn (as in SPIN, Chen et al. 2024, arXiv:2401.01335, but only where the sample is at fault).
-    Given Pairs stay as they are.
+    The rows are the sampled ids themselves, token for token. With `chosen: "gold"` the pair is the example's own first
+    turn against the worst sample (as in SPIN, Chen et al. 2024, arXiv:2401.01335, but only if the sample is wrong).
+    Given Pairs are unchanged.
     """
     import data
     import eval as evaluation
@@ -590,7 +596,7 @@ def sampled_pairs(model, tokenizer, conversations, config):
             shown = {**conversation, "messages": conversation["messages"][:turn]}
             chosen, earned = data.encode(shown, tokenizer, config.tool_style), config.min_best
             rival = "the example's"
-        # A line with "expected" has no gold turn; a prompt as long as the context has no answer.
+        # A line with "expected" has no gold turn; a prompt that fills the whole context has no answer.
         answered = any(chosen[1][tries[worst].prompt:]) and any(tries[worst].mask)
         if earned >= config.min_best and earned - scores[worst] >= config.min_gap and answered:
             pairs.append(Pair(chosen, (tries[worst].ids, tries[worst].mask),
@@ -599,13 +605,13 @@ def sampled_pairs(model, tokenizer, conversations, config):
                 rng = random.Random(f"{config.seed} twin {n}")
                 pairs.append(twin(conversation, call, tokenizer, config.tool_style, rng))
         elif config.pairs == "both" and len(conversation["messages"]) > len(case.conversation["messages"]):
-            # it has an answer, which is kept up
+            # the example has an answer, which a faulty copy helps to maintain
             pairs += corrupted_pairs([conversation], tokenizer, f"{config.seed} {n}", config.tool_style, config.faults)
     return fitting(pairs, config, "sampled pairs")
 
 
 def withheld(conversation):
-    """The call that would be right if its tool were offered ("facts" of a conversation of the templates), or None."""
+    """The call that would be right if its tool were offered, or None. (A template conversation has it in "facts".)"""
     from tools import BUILTIN
     match conversation:
         case {"facts": {"withheld": {"name": str(name), "arguments": dict()} as call}} if (
@@ -614,10 +620,11 @@ def withheld(conversation):
 
 
 def twin(conversation, call, tokenizer, style, rng):
-    """A request whose tool was withheld, now with the tool: the call is preferred to saying that it cannot be done.
+    """Pair for a request whose tool was withheld, now with the tool: the call is preferred to the answer that it cannot
+    be done.
 
-    Beside the pair that prefers the opposite nothing but the list of tools tells which is right. Without it DPO learns
-    what is the same in all such pairs: not to call.
+    The original pair prefers the opposite, so only the list of tools tells which answer is right. Without the twin, DPO
+    learns what all pairs with a withheld tool have in common: not to call.
     """
     at, _ = first_call(conversation)
     tools = list(conversation["tools"])
@@ -633,13 +640,13 @@ def fitting(pairs, config, what):
 
 
 def prompts_of(config, split, tokenizer):
-    """Conversations whose first user turns are sampled from, the three built-in tools offered where a line of a file
-    names none; and a file's own Pairs."""
+    """Conversations whose first user turns are the prompts for sampling, and a file's own Pairs. A line of a file that
+    names no tools offers the three built-in tools."""
     import data
     from eval import as_case
     from tools import BUILTIN
 
-    def usable(line):  # here, where a bad line still has its number
+    def usable(line):  # checked here, where the error message can still name the number of a bad line
         case = as_case(line)
         return data.check_conversation({**line, "messages": data.messages_of(line),
                                         "tools": case.conversation["tools"]})
@@ -647,14 +654,14 @@ def prompts_of(config, split, tokenizer):
 
 
 def sampled_datasets(run, model, tokenizer):
-    """-> (training pairs, held-out pairs) sampled from the initial policy, once: they are kept in the run folder."""
+    """-> (training pairs, held-out pairs), sampled once from the initial policy and kept in the run folder."""
     import lora
     import toolplay
     from tools import UserError
     config, path = run.config, run.folder / "pairs.json"
-    if not toolplay.gathered(path.exists())[0]:  # for all ranks alike
+    if not toolplay.gathered(path.exists())[0]:  # all ranks decide alike
         prompts = [prompts_of(config, split, tokenizer) for split in ("train", "dev")]
-        with lora.merged(model) if config.lora_r else contextlib.nullcontext():  # sampled from faster
+        with lora.merged(model) if config.lora_r else contextlib.nullcontext():  # sampling is faster
             out = toolplay.gathered([sampled_pairs(model, tokenizer, chats, config) if chats else []
                                      for chats in prompts])[0]
         asked = sum(not isinstance(chat, Pair) for chat in prompts[0])
@@ -674,17 +681,17 @@ def sampled_datasets(run, model, tokenizer):
 
 
 def reference_logp(run, pairs, answers, autocast):
-    """The initial policy's log-probs of all pairs -> [[chosen, rejected]], from the run folder if they are there and
-    fit.
+    """The initial policy's log-probs of all pairs -> [[chosen, rejected]], from the run folder if it holds them.
 
-    Must be called before a checkpoint is loaded: the model is the initial policy only until then.
+    UserError if they belong to other pairs or to another model. Must be called before a checkpoint is loaded: the model
+    is the initial policy only until then.
     """
     import toolplay
     from tools import UserError
     key = hashlib.sha256(json.dumps([run.config.model, toolplay.start_hashes(run.config), run.config.precision,
                                      run.config.variant in MEAN, [pair[:2] for pair in pairs]]).encode()).hexdigest()
     path = run.folder / "reference.json"
-    if toolplay.gathered(path.exists())[0]:  # for all ranks alike
+    if toolplay.gathered(path.exists())[0]:  # all ranks decide alike
         kept = toolplay.read_json(path,
                                   lambda kept: (kept["data_sha256"], [float(a) + float(b) for a, b in kept["logp"]]),
                                   "remove it: it is computed anew")
@@ -692,7 +699,7 @@ def reference_logp(run, pairs, answers, autocast):
             raise UserError(f"{path}: these log-probs are of other pairs or another model; "
                             "the data has changed since the run began. Start a new run")
         return kept["logp"]
-    with torch.no_grad(), autocast():  # without a reference: kept for the hash
+    with torch.no_grad(), autocast():  # a loss without reference gets zeros: the file is written for its hash
         logp = ([(0.0, 0.0)] * len(pairs) if run.config.variant in FREE
                 else toolplay.shared_out(pairs, lambda own: answers(own).T.tolist()))
     if run.rank == 0:
@@ -701,7 +708,7 @@ def reference_logp(run, pairs, answers, autocast):
 
 
 def show(n, config):
-    """Print n pairs: what stands behind the last user's words, and where the two differ (green: chosen, red:
+    """Print n pairs: the text from the last user message on, with the differences in colour (green: chosen, red:
     rejected)."""
     import toolplay
     from tools import UserError, printable
@@ -718,7 +725,7 @@ def show(n, config):
         raise UserError(f"no pair among the answers to {4 * n} prompts: show more, or raise temperature or samples")
     for pair in pairs[:n]:
         (ids, mask), (other, other_mask), why = pair
-        # where they part, or an answer begins
+        # the first difference, or the beginning of an answer if that comes earlier
         start = min(toolplay.common_prefix(ids, other), mask.index(1), other_mask.index(1))
         words = [re.findall(r"\w+|\s+|[^\w\s]", printable(tokenizer.decode(row[start:]).rstrip("\n")))
                  for row in (ids, other)]

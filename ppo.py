@@ -3,7 +3,7 @@ ppo.py - proximal policy optimisation: learn from a score, not from an example
 
 The idea. The model answers, its calls are executed, and a score says how good the whole episode was. Tokens that did
 better than a critic expected become more probable, within a trust region: the probability ratio to the policy that
-sampled them is clipped, and a KL penalty ties the policy to a reference.
+sampled the tokens is clipped, and a KL penalty ties the policy to a reference.
 
     r_t     = - beta KL_t  +  [t is the episode's last token] score              Ziegler et al. 2019, eq. 2
     delta_t = r_t + gamma V_{t+1} - V_t
@@ -15,42 +15,43 @@ sampled them is clipped, and a KL penalty ties the policy to a reference.
     GRPO: A = (score_i - mean) / std over the samples of one prompt              (5) Shao et al. 2024, sec. 4.1.2
     PPO-ptx: L = L_clip - gamma_ptx E_shown log pi(x)                            (6) Ouyang et al. 2022, eq. 2
 
-t counts the model's own tokens only. Tool results stand between them, but nobody chose them: the recursion (1) steps
-over them as if they were not there, so that no advantage, return or loss depends on how long a tool's answer is.
-(Recursions that walk through them, with mask 0, discount and leak values across: TRL 0.11, OpenRLHF.)
+t counts only the model's own tokens. Tool results lie between these tokens, but nobody chose the results. So the
+recursion (1) skips tool results, and no advantage, return or loss depends on the length of a tool's answer. (In TRL
+0.11 and OpenRLHF the recursion runs through the results with mask 0, so it discounts and leaks values across them.)
 
-Implementation details, after Huang et al. 2024 (arXiv:2403.17031) and "The 37 implementation details", in an
-order of our own:
+Implementation details, after Huang et al. 2024 (arXiv:2403.17031) and "The 37 implementation details", in our own
+order:
   done      1  KL in the per-token reward (k1, or k3)
             2  adaptive KL coefficient (`adaptive_kl`, with `kl_target`)
             3  score on the last model token
-            5  advantages whitened under the mask, returns computed before
+            5  advantages whitened under the mask, returns computed before the whitening
             6  gamma 1, lambda 0.95
             7  ratio clip 0.2
             8  value clip 0.2, 1/2 max, coefficient 0.1
             9  value head starts at zero
            10  logits divided by the temperature everywhere
-           11  penalty without end token (reward `no_end`)
+           11  penalty for a missing end token (reward `no_end`)
            12  explicit positions (the trie)
-           14  four epochs, fresh permutations (of prompts: the samples of one share its prefix in the trie)
+           14  four epochs, fresh permutations (of prompts: the samples of a prompt share its prefix in the trie)
            15  dropout off
            16  ratio guard, KL stop
            17  averages over model tokens only
-  declined  4  reward whitening (`whiten_rewards`, off: scores have a known scale)
-           13  lr 1e-5 and Adam eps 1e-5: those are for all weights; adapters take larger steps, eps 1e-8 is the shared
-               Trainer's, and the lr falls along a cosine (`schedule`: or a line)
+  declined  4  reward whitening (`whiten_rewards` is off, because scores have a known scale)
+           13  lr 1e-5 and Adam eps 1e-5, which suit training all weights. Adapters take larger steps, the shared
+               Trainer uses eps 1e-8, and the lr falls along a cosine (or a line: `schedule`)
 
-Departures. The reference is where training starts, a copy of the adapter as it was (B = 0 is the base model): one model
-in memory. RLOO has clipped ratios of tokens and several epochs here, where the paper has plain REINFORCE of whole
-answers. GRPO takes beta KL out of the advantage instead of adding a KL loss, and averages over all tokens, not first
-over each episode's. With `value_lora` the critic is an adapter of its own on the same trunk: policy and value no longer
-pull at the same weights, for a second forward. `min_spread` leaves prompts out whose samples earned the same, for they
-cost most of a round and teach next to nothing (dynamic sampling, Yu et al. 2025, arXiv:2503.14476, eq. 11, but no other
-prompts are sampled in their place); with `replay`, prompts that taught come again, for as long as they teach
-(prioritised replay, Jiang et al. 2021, arXiv:2010.03934). With `center` GAE's scores are (4), measured from a prompt's
-other samples: the critic learns which words of an answer were good, and need not know how hard each question is. With
-`ptx` each minibatch also imitates conversations of kinds that the model knew before (6), so that they are not
-forgotten. Under torchrun the ranks share out the prompts of a round, and its learning.
+Departures. The reference is the policy before training, a copy of its adapter (B = 0 is the base model), so memory
+holds one model. RLOO here uses clipped ratios of tokens and several epochs; the paper uses plain REINFORCE of whole
+answers. GRPO here subtracts beta KL from the advantage instead of adding a KL loss. It averages over all tokens, not
+first over each episode's tokens. With `value_lora` the critic has its own adapter on the same trunk: policy and value
+no longer pull at the same weights, at the cost of a second forward. `min_spread` leaves out prompts whose samples all
+earned the same, because these prompts cost most of a round and teach almost nothing (dynamic sampling, Yu et al. 2025,
+arXiv:2503.14476, eq. 11, but no other prompts are sampled instead). With `replay`, prompts that taught are played
+again for as long as they teach (prioritised replay, Jiang et al. 2021, arXiv:2010.03934). With `center`, GAE's
+scores are (4), measured from the mean of the prompt's other samples. The critic then learns which words of an answer
+were good and need not know how hard each question is. With `ptx`, each minibatch also imitates conversations of kinds
+that the model knew before (6), so that the model does not forget them. Under torchrun the ranks share the prompts of a
+round and the learning.
 
     python ppo.py configs/ppo.json          the same as: python toolplay.py train configs/ppo.json
     python ppo.py --inspect RUN             sampled episodes with reward, advantage and mask of every token
@@ -75,7 +76,7 @@ import torch
 
 @dataclass
 class Config:
-    """PPO's own keys; the shared ones are in toolplay.Config. batch_size is the number of episodes in a minibatch."""
+    """PPO's own keys; the shared keys are in toolplay.Config. batch_size is the number of episodes in a minibatch."""
     advantage: Literal["gae", "rloo", "grpo"] = "gae"  # critic, or the other samples of the same prompt as baseline
     iterations: Annotated[int, "> 0"] = 20             # rounds of sampling and learning
     prompts: Annotated[int, "> 0"] = 16                # prompts in a round
@@ -124,30 +125,30 @@ class Config:
 # --------------------------------------------------------------------------- 1. pure functions
 
 def model_tokens(x, mask):
-    """The entries of x [B, T] where the mask is 1, in order -> [n], in fp32 at least. Sums over them do not depend on
-    what lies between."""
+    """The entries of x [B, T] where the mask is 1, in order -> [n], in fp32 at least. Sums over these entries do not
+    depend on the entries between them."""
     return floating(x[mask.bool()])
 
 
 def where_masked(x, mask):
-    """x [B, T] where the mask is 1, 0 elsewhere, whatever stands there (nan too)."""
+    """x [B, T] where the mask is 1, 0 elsewhere, even if x is nan there."""
     return torch.where(mask.bool(), x, 0)
 
 
 def floating(x):
-    """x in fp32 at least: half precision cannot add up a thousand tokens, and scores of 0 and 1 have a mean between."""
+    """x in fp32 at least: half precision cannot add up a thousand tokens, and integer scores need a fractional mean."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def masked_mean(x, mask):
-    """Mean over the masked entries -> scalar; 0 if there are none."""
+    """Mean over the entries where the mask is 1 -> scalar; 0 if there are none."""
     return model_tokens(x, mask).sum() / mask.bool().sum().clamp(min=1)
 
 
 def masked_whiten(x, mask, shift_mean=True):
-    """x [B, T] scaled to variance 1 (with Bessel's correction) over the masked entries; mean 0 too with `shift_mean`.
-    0 elsewhere."""
-    x = where_masked(floating(x), mask)  # 1e-8 is 0 in fp16; and nothing of what is left out reaches a gradient
+    """x [B, T] scaled to variance 1 (with Bessel's correction) over the entries where the mask is 1; `shift_mean` also
+    shifts their mean to 0. 0 elsewhere."""
+    x = where_masked(floating(x), mask)  # fp32, because 1e-8 is 0 in fp16; no masked-out entry reaches a gradient
     inside, mean = model_tokens(x, mask), masked_mean(x, mask)
     variance = ((inside - mean) ** 2).sum() / max(inside.numel() - 1, 1)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -161,24 +162,26 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     advantage, following, columns = values.new_zeros(len(values)), values.new_zeros(len(values)), []
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * following - values[:, t]                # [B]
-        # (1); a tool's token hands on what comes behind it
+        # (1); a tool's token passes on what comes after it
         advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
         following = torch.where(mask[:, t], values[:, t], following)
         columns.append(advantage)
-    advantages = where_masked(torch.stack(columns[::-1], 1), mask) if columns else values  # no token at all
+    advantages = where_masked(torch.stack(columns[::-1], 1), mask) if columns else values  # no tokens, T = 0
     return advantages, where_masked(advantages + values, mask)
 
 
 def rloo_advantages(scores):
-    """Equation (4). scores [prompts, samples] -> the same shape; one sample alone has no baseline, and advantage 0."""
+    """Equation (4). scores [prompts, samples] -> advantages of this shape. A single sample has no baseline: advantage
+    0."""
     scores, k = floating(scores), scores.shape[1]
     return (scores - scores.mean(1, keepdim=True)) * (k / max(k - 1, 1))        # = score - mean of the others
 
 
 def grpo_advantages(scores, eps=1e-4):
-    """Equation (5). scores [prompts, samples] -> the same shape; one sample alone has advantage 0. Samples that differ
-    by a few tokens of length count as much as right and wrong: `min_spread` leaves such prompts out."""
-    dtype, scores = floating(scores).dtype, scores.double()  # in fp32 the mean of equal scores may be another one
+    """Equation (5). scores [prompts, samples] -> advantages of this shape. A single sample has advantage 0. Samples
+    that differ only by a few tokens of length get advantages as large as right and wrong samples; `min_spread` leaves
+    out prompts with samples that differ so little."""
+    dtype, scores = floating(scores).dtype, scores.double()  # in fp32 the mean of equal scores may not equal them
     spread = scores.std(1, keepdim=True) if scores.shape[1] > 1 else torch.zeros_like(scores)
     return ((scores - scores.mean(1, keepdim=True)) / (spread + eps)).to(dtype)
 
@@ -187,7 +190,7 @@ def policy_loss(logp, old_logp, advantages, mask, clip_range=0.2, dual_clip=0.0)
     """Equation (2) as a sum over the model's tokens. All [B, T] -> (loss, {"tokens", "ratio", "clip_fraction",
     "approx_kl"}: sums)."""
     logp, old_logp, advantages = (model_tokens(x, mask) for x in (logp, old_logp, advantages.expand_as(logp)))    # [n]
-    ratio = torch.exp((logp - old_logp).clamp(-20, 20))  # finite, whatever became of it (no gradient beyond)
+    ratio = torch.exp((logp - old_logp).clamp(-20, 20))  # always finite (no gradient beyond the clamp)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     gain = torch.minimum(ratio * advantages, clipped * advantages)                                # (2)
     if dual_clip:
@@ -208,7 +211,7 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
 
 
 def kl_penalty(logp, ref_logp, estimator="k1"):
-    """KL(policy || reference) of each sampled token, estimated from that token alone (Schulman 2020,
+    """KL(policy || reference) of each sampled token, estimated from this token alone (Schulman 2020,
     joschu.net/blog/kl-approx).
 
     k1 = log pi - log ref is unbiased; k3 = ref/pi - 1 - log ref/pi is unbiased, never negative, and varies less.
@@ -216,12 +219,12 @@ def kl_penalty(logp, ref_logp, estimator="k1"):
     if estimator not in ("k1", "k3"):
         raise ValueError(f"estimator {estimator!r}: must be k1 or k3")
     difference = floating(ref_logp) - floating(logp)
-    # finite, as the ratio
+    # clamped to be finite, like the ratio in policy_loss
     return -difference if estimator == "k1" else torch.exp(difference.clamp(-20, 20)) - 1 - difference
 
 
 def token_rewards(scores, kl, mask, kl_coef):
-    """r_t: - kl_coef * KL on the model's tokens, and the episode's score on its last one.
+    """r_t: - kl_coef * KL on the model's tokens, plus the episode's score on the last model token.
     scores [B], kl and mask [B, T]."""
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)                     # [B]
     rewards = where_masked(-kl_coef * floating(kl), mask)
@@ -229,38 +232,38 @@ def token_rewards(scores, kl, mask, kl_coef):
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows nothing."""
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 a critic that knows nothing."""
     values, returns = (model_tokens(x, mask).double() for x in (values, returns))
     return float(1 - (returns - values).var() / returns.var()) if returns.numel() > 1 and returns.var() > 0 else 0.0
 
 
 def adaptive_kl(beta, kl, episodes, target, horizon):
-    """The next beta, steered so that the KL of an episode comes to the target (Ziegler et al. 2019, sec. 2.2); a target
-    of 0 leaves it."""
+    """The next beta, steered so that the KL of an episode reaches the target (Ziegler et al. 2019, sec. 2.2). A target
+    of 0 keeps beta."""
     error = min(max(kl / target - 1, -0.2), 0.2) if target and math.isfinite(kl) else 0.0
     return beta * max(1 + error * episodes / horizon, 0.0)
 
 
 # --------------------------------------------------------------------------- 2. the reward
 
-# Each component looks at one episode and says how far it has what the name says, 0 to 1. verdicts: eval.judge's.
-# WEIGHTS adds them up; negative weights are faults.
+# Each component looks at one episode and returns a number from 0 to 1: how far the episode has what the component's
+# name says. `verdicts` come from eval.judge. The reward is the sum weighted by WEIGHTS; negative weights are faults.
 
 
 def first_turn_only(episode):
-    """Whether the episode was stopped behind its first calls: with max_turns = 1 nothing more is asked for."""
+    """Whether the episode was stopped after its first calls: with max_turns = 1 nothing more is required."""
     return episode.stop == "turns" and len(episode.turns) == 1
 
 
 def forges(episode):
-    """Whether a turn holds a result or chat tag, which are not the model's to write."""
-    from eval import FORGED  # here, so that this file alone gives the losses
+    """Whether a turn contains a result tag or a chat tag, which the model must not write."""
+    from eval import FORGED  # here, so that the losses work without other files
     return any(FORGED.search(turn) for turn in episode.turns)
 
 
 def right_format(case, episode, verdicts):
-    """Every call parses and fits its schema, no turn holds a forged result or chat tag, and something is said in the
-    end: a number, if one is asked for."""
+    """Every call parses and fits its schema, no turn contains a forged result tag or chat tag, and the final text is
+    not empty (it contains a number if the case asks for a number)."""
     from data import numbers_in
     said = first_turn_only(episode) or (numbers_in(episode.final) if wants_number(case) else episode.final.strip())
     broken = {"malformed_call", "unknown_tool", "unknown_argument", "missing_argument", "wrong_type"}
@@ -269,26 +272,27 @@ def right_format(case, episode, verdicts):
 
 
 def right_tool(case, episode, verdicts):
-    """The tool that is due was called, or rightly none. Where only a number is known, the calculator is due."""
+    """The required tool was called, or no tool if none is required. If only a number is known, the calculator is
+    required."""
     if verdicts["tool_accuracy"] is None:
         return float(wants_number(case) and {call.name for call in episode.calls} == {"calculator"})
     return float(verdicts["tool_accuracy"])
 
 
 def executed(case, episode, verdicts):
-    """Share of calls that gave a result; a crash, a time-out and a malformed call count as none."""
+    """Share of calls that gave a result. A crash, a time-out and a malformed call give no result."""
     results = verdicts["execution"]
     return sum(results) / len(results) if results else 0.0
 
 
 def calculates(case, episode, verdicts):
-    """A number is asked for, and it is worked out with the calculator; see `worked_out`."""
+    """The case asks for a number, and the calculator works it out; see `worked_out`."""
     return float(wants_number(case) and worked_out(case, episode))
 
 
 def calculations(episode):
-    """The calculator's calls -> [(expression, its result; nan if that is no number: a tool of one's own may have its
-    name)]."""
+    """The calculator's calls -> [(expression, result)]. A result that is no number becomes nan (a custom tool may have
+    the calculator's name)."""
     from eval import is_number
     calls, results = ([x for x in some if x.name == "calculator"] for some in (episode.calls, episode.results))
     return [(call.arguments.get("expression"), result.value if is_number(result.value) else math.nan)
@@ -296,7 +300,7 @@ def calculations(episode):
 
 
 def unused(episode):
-    """Results of the calculator, but for the last, that no later expression uses."""
+    """Results of the calculator that no later expression uses; the last result is not included."""
     from data import numbers_in
     steps = calculations(episode)
     results = [(n, value) for n, (_, value) in enumerate(steps) if not math.isnan(value)]
@@ -305,8 +309,8 @@ def unused(episode):
 
 
 def worked_out(case, episode):
-    """Where the calculator is due: each of its calls has the gold one's numbers, or works with the prompt's and with
-    results of calls before it (`is_calculation`); and where a number is asked for, there is one."""
+    """If the calculator is required: each of its calls has the numbers of a gold call, or works with numbers of the
+    prompt and results of earlier calls (`is_calculation`). If the case asks for a number, there must be a call."""
     from data import numbers_in
     gold = [sorted(numbers_in(call.arguments.get("expression")))
             for call in case.calls or [] if call.name == "calculator"]
@@ -316,24 +320,24 @@ def worked_out(case, episode):
 
 
 def right_arguments(case, episode, verdicts):
-    """All arguments are the gold ones, where these are known: an expression of the same value that works it out."""
+    """All arguments match the gold arguments, which must be known. An expression matches if it has the same value and
+    works this value out (`worked_out`)."""
     return float(bool(verdicts["argument_accuracy"]) and worked_out(case, episode))
 
 
 def answer_was_computed(case, episode):
-    """Whether the calculator's last result is the number that is asked for, by calculations with the prompt's
+    """Whether the calculator's last result is the number that the case asks for, calculated with the prompt's
     numbers."""
     last = [value for _, value in calculations(episode) if not math.isnan(value)][-1:]
-    places = len(f"{case.answer:.9f}".rstrip("0").partition(".")[2])  # 20 / 3 is 6.67, where that is the answer
+    places = len(f"{case.answer:.9f}".rstrip("0").partition(".")[2])  # 20 / 3 is right if the answer is 6.67
     right = any(math.isclose(x, case.answer, rel_tol=1e-6) or places and math.isclose(round(x, places), case.answer)
                 for x in last)
     return right and worked_out(case, episode)
 
 
 def right_result(case, episode, verdicts):
-    """What right_answer asks of a whole conversation, asked of its calls alone, for episodes of one turn: the number is
-    the last result of the calculator, worked out there; other calls are the gold ones, and where none is due, none is
-    made."""
+    """The conditions of right_answer for the calls alone, for episodes of one turn. A number is the last result of the
+    calculator and is worked out by its calls. Other calls are the gold calls. No call is made if none is required."""
     if not wants_number(case):
         return float(bool(verdicts["call_accuracy"]) and worked_out(case, episode)
                      and (bool(case.calls) or bool(verdicts["response_quality"])))
@@ -343,8 +347,8 @@ def right_result(case, episode, verdicts):
 
 def right_answer(case, episode, verdicts):
     """The final text is right, tidy, and ends, and no call was made twice. A number must be the last result of the
-    calculator, worked out there, and the only result that is stated; what was searched must have been searched for;
-    talk counts half, and the rest by its likeness to the reference."""
+    calculator, worked out by its calls, and the only result that the text states. A searched fact must come from the
+    right search. Talk earns a half, and up to another half for its likeness to the reference."""
     from eval import in_circles, words_of
     if (in_circles(words_of(episode.final)) or not verdicts["response_quality"]
             or not right_format(case, episode, verdicts) or episode.stop != "end" or repeated(episode)):
@@ -359,15 +363,16 @@ def right_answer(case, episode, verdicts):
 
 
 def states_a_step(case, episode):
-    """Whether the final text states, beside the number, a result on the way to it. A step that leads on may be told."""
+    """Whether the final text states an intermediate result beside the number. The text may state a result that a later
+    step uses."""
     from eval import numbers
     earlier = [x for _, x in calculations(episode)[:-1]] if re.search(r"\bor\b", episode.final) else unused(episode)
     return any(math.isclose(x, y) and not math.isclose(x, case.answer) for x in earlier for y in numbers(episode.final))
 
 
 def guesses(case, episode):
-    """Whether a number that was to be known without a call stands in the final text among others that nobody told the
-    model: those of the prompt, of results and of shown work (which is no list of guesses) are told."""
+    """For a number that the model should know without a call: whether the final text states it among other numbers that
+    nobody told the model. Numbers of the prompt, of results and of shown work (no list of guesses) are told."""
     from eval import in_words, numbers, states
     if case.answer is None or case.calls:
         return False
@@ -379,7 +384,7 @@ def guesses(case, episode):
 
 
 def worth_of_talk(case, episode, verdicts):
-    """A half, and up to one by its likeness to the reference. Garbage is short, or says the same again."""
+    """0.5, and up to 1 for the likeness to the reference. Untidy text earns 0: garbage is short or repeats itself."""
     likeness = like_reference(case, episode, verdicts)
     if not tidy(episode.final) and likeness < 0.8:
         return 0.0
@@ -387,7 +392,7 @@ def worth_of_talk(case, episode, verdicts):
 
 
 def same_value(expression, result):
-    """Whether an expression of an answer comes to what the answer says it does: then its numbers are shown work."""
+    """Whether an expression in an answer has the value that the answer states. Its numbers are then shown work."""
     from tools import ToolError, calculate
     with contextlib.suppress(ToolError, ValueError):
         return math.isclose(calculate(expression), float(result), rel_tol=0.01)
@@ -395,20 +400,20 @@ def same_value(expression, result):
 
 
 def tidy(text):
-    """Whether a text may be a sentence (whether its words are in order is not asked): three different words at least, and more different ones than repeated. Of scripts
-    without Latin letters the characters count."""
+    """Whether a text may be a sentence: at least three different words, and more different words than repeated words.
+    The order of the words is not checked. In scripts without Latin letters the characters count as words."""
     cjk = "\u3040-\u9fff\uac00-\ud7a3"
     words = re.findall(rf"[{cjk}]|[^\W{cjk}]+" if re.search("[a-z]", text.lower()) else r"\w", text.lower())
     return len(set(words)) >= 3 and 2 * len(set(words)) > min(len(words), 30)
 
 
 def like_reference(case, episode, verdicts):
-    """Overlap of words with the reference answer: 0 for garbage, and for a reply that fits any prompt it is small."""
+    """Overlap of words with the reference answer: 0 for garbage, small for a reply that fits any prompt."""
     return verdicts["response_f1"] or 0.0
 
 
 def repeated(episode):
-    """Whether a call was made twice, in whatever spelling; 4 * 6 and 3 * 8 are two."""
+    """Whether a call was made twice, in any spelling; 4 * 6 and 3 * 8 are two different calls."""
     from data import numbers_in
     from eval import same_call
     written = lambda call: sorted(numbers_in(call.arguments.get("expression")))  # noqa: E731
@@ -417,8 +422,8 @@ def repeated(episode):
 
 
 def needless_call(case, episode, verdicts):
-    """A call where none is due, more calls that gave a result than are due, the same call again, a calculation that
-    nothing uses but to list its result, or a call of another tool where a number is to be worked out."""
+    """A call where none is required, more calls with a result than required, a repeated call, a calculation whose
+    result is at most listed and never used, or a call of another tool where the case asks for a number."""
     too_many = (case.calls is not None and not wants_number(case)
                 and sum(r.ok for r in episode.results) > len(case.calls))
     others = {call.name for call in episode.calls} - ({call.name for call in case.calls or []} or {"calculator"})
@@ -427,13 +432,13 @@ def needless_call(case, episode, verdicts):
 
 
 def length(case, episode, verdicts):
-    """Sampled tokens, 1 at 200 and more."""
+    """Number of sampled tokens / 200, at most 1."""
     return min(sum(episode.mask) / 200, 1.0)
 
 
 def no_end(case, episode, verdicts):
-    """A turn did not end by itself: the last one, one that talked on behind its calls, or one that forged a result or
-    chat tag."""
+    """A turn did not end by itself: the last turn was stopped, a turn continued with text after its calls, or a turn
+    forged a result tag or chat tag."""
     return float(forges(episode) or episode.stop != "end" and not first_turn_only(episode)
                  or any(turn.rpartition("</tool_call>")[2].strip() for turn in episode.turns if "</tool_call>" in turn))
 
@@ -446,15 +451,15 @@ WEIGHTS = {"right_format": 0.1, "right_tool": 0.1, "executed": 0.1, "calculates"
 
 
 def wants_number(case):
-    """Whether the case asks for a number that the calculator is there for
-    (where calls are known, one of them is its)."""
+    """Whether the case asks for a number and the calculator is the tool for it (if the calls are known, one of them
+    calls the calculator)."""
     due = case.calls is None or any(call.name == "calculator" for call in case.calls)
     return case.answer is not None and due and any(tool.name == "calculator" for tool in case.conversation["tools"])
 
 
-# What everybody knows: legs, days, ounces, coins, hours, weeks, minutes, degrees, metres; several of them together,
-# such as the minutes of a week, km/h, °F, a circle, a ball; and formulas that add a number to what they multiply: °F,
-# the angles of a polygon.
+# What everybody knows: numbers of legs, days, ounces, coins, hours, weeks, minutes, degrees, metres; several such
+# numbers together, as for the minutes of a week, km/h, °F, a circle, a ball; and formulas that add a number and also
+# multiply by numbers: (added number, its multipliers) of °F and of the angles of a polygon.
 EVERYDAY = {*range(2, 11), 12, 16, 24, 25, 30, 31, 36, 50, 52, 60, 75, 180, 360, 365, 366, 1000, 3600, 1000000,
             14, 1024, 1760, 5280, 0.01, 0.05, 0.1, 0.25, 0.3048, 0.45, 0.4536, 0.5, 0.62, 0.6214, 0.75, 1.5, 1.6, 1.609,
             1.60934, 1.61, 1.8, 2.2, 2.205, 2.20462, 2.54, 3.14, 3.1416, 3.14159, 3.14159265, 3.6}
@@ -462,31 +467,31 @@ TOGETHER = [7 * 24, 7 * 24 * 60, 7 * 24 * 3600, 24 * 60, 24 * 3600, 365 * 24, 36
             365 * 24 * 3600, 5 * 52, 12 * 2.54, 52 / 12,
             *(k * pi for pi in (3.14, 3.1416, 3.14159, 3.14159265) for k in (2, 4, 4 / 3))]
 FORMULAS = [(32, {1.8}), (32, {5, 9}), (2, {180})]
-LEFT_OF = {12, 24, 60, 90, 180, 360, 365, 366}  # of a day, an hour, an angle, a year something is left
+LEFT_OF = {12, 24, 60, 90, 180, 360, 365, 366}  # "60 - x": what is left of a day, an hour, an angle, a year
 
 
 def is_calculation(expression, prompt, earlier=()):
-    """Whether an expression works something out, and does not dress up a number that was guessed.
+    """Whether an expression works something out, instead of disguising a guessed number.
 
-    `earlier`: [(expression, its result)] of the calculations before it.
+    `earlier`: [(expression, result)] of the calculations before this expression.
 
-    1. The result is not just a number that stands there (10 * 1, 7 * (9 - 8)), but the prompt's own beside others
-       (64 - 6 + 6).
-    2. Every number matters: with another in its place the result is another (not so in 36 / 36 * 42).
-    3. All is built on the prompt's numbers, see `Ground`. So 36 + 6, 15 * 2.8, 36 * 7 / 6 and min(36 + 9, 6 * 7) are
-       guesses.
+    1. The result is not just a number of the expression (as in 10 * 1, 7 * (9 - 8)). The prompt's own number beside
+       other prompt numbers is allowed (64 - 6 + 6).
+    2. Every number matters: another number in its place changes the result (in 36 / 36 * 42 it does not).
+    3. The expression is built on the prompt's numbers, see `Ground`. So 36 + 6, 15 * 2.8, 36 * 7 / 6 and
+       min(36 + 9, 6 * 7) are guesses.
     """
     from data import numbers_in
     from tools import ToolError, evaluate, parse_expression
     prompts = numbers_in(prompt)
     given = [*prompts, *(abs(result) for _, result in earlier)]
-    if not any(x > 1 for x in given):  # then all is everybody's knowledge
+    if not any(x > 1 for x in given):  # then what everybody knows counts as given
         given = prompts = [*prompts, *EVERYDAY]
-    with contextlib.suppress(ToolError, RecursionError, ArithmeticError):  # it is no expression, or one without end
+    with contextlib.suppress(ToolError, RecursionError, ArithmeticError):  # no expression, or one too deep or too large
         tree = parse_expression(expression)
         places, result = numbers_of(tree), abs(evaluate(tree))
         used = {place.value for place in places}
-        if len(places) > 50 or used <= {0, 1, 100}:  # 1 + 1, of a prompt that has "one" in it
+        if len(places) > 50 or used <= {0, 1, 100}:  # 1 + 1, for a prompt that contains "one"
             return False
         mine = sum(place.value not in (0, 1) and is_own(place.value, given) for place in places)
         divisors = {place.value for node in ast.walk(tree)
@@ -495,8 +500,9 @@ def is_calculation(expression, prompt, earlier=()):
             x, equal = place.value, [other for other in places if other.value == place.value]
             if same(x, result) and x not in {1, *divisors} and not (mine > 1 and is_own(x, given)):  # 1
                 return False
-            # A number that is used more often than it is given counts as one: 20 does not matter in 10 * 20 / 20. Some
-            # may divide once more: base * height / 2 with a base of 2, 60 km/h for 45 / 60 of an hour.
+            # If a number is used more often than it is given, all its places change together: 20 does not matter in
+            # 10 * 20 / 20. The divisors 2, 3, 4 and 60 may be used once more than they are given: base * height / 2
+            # with a base of 2, 60 km/h for 45 / 60 of an hour.
             often = sum(same(x, y) for y in given) + (x in divisors & {2, 3, 4, 60})
             if not changes(tree, [place] if x == 1 or len(equal) <= often else equal):  # 2
                 return False
@@ -508,10 +514,10 @@ def is_calculation(expression, prompt, earlier=()):
 
 
 def changes(tree, places):
-    """Whether a tree comes to something else with another number, much larger or smaller, in these places."""
+    """Whether the value of a tree changes with another number, much larger or smaller, in these places."""
     from tools import ToolError, evaluate
     x, results = places[0].value, set()
-    for number in (1000 * x + 7, x / 1000, x):  # the last leaves it as it was
+    for number in (1000 * x + 7, x / 1000, x):  # x comes last and restores the tree
         for place in places:
             place.value = number
         with contextlib.suppress(ToolError):
@@ -520,7 +526,7 @@ def changes(tree, places):
 
 
 def is_own(x, given):
-    """Whether a number is given: itself, as p %, or as p % more or less."""
+    """Whether a number is given: as it is, as p %, or as p % more or less."""
     return any(same(x, y) for g in given for y in (g, g / 100, 1 + g / 100, 1 - g / 100, 100 + g, 100 - g))
 
 
@@ -529,29 +535,31 @@ def same(x, y):
 
 
 def numbers_of(node):
-    """The numbers in an expression's tree; to how many digits something is rounded is none of them."""
+    """The numbers in an expression's tree, without the number of digits in `round`."""
     inner = node.args[:1] if isinstance(node, ast.Call) and node.func.id == "round" else ast.iter_child_nodes(node)
     return [node] if isinstance(node, ast.Constant) else [place for child in inner for place in numbers_of(child)]
 
 
 class Ground:
-    """What an expression is built on: the `given` numbers, and no more others than these, such as everybody knows.
+    """What an expression may be built on: the `given` numbers, and numbers that everybody knows, which must not
+    outnumber the given numbers. A part that is built in this way "stands".
 
-    Every part of it is a product, {number or node: power}. It stands if one of its factors is given, or is itself a
-    sum, power, remainder or choice that stands. What it has to `spare` is by how many these outnumber the other
-    factors; a sum and the like have 1 to spare at most. 36 * 7 has none: neither 36 * 7 / 6 nor sqrt(36 * 7) / 6
-    stands.
+    Every part is a product {number or node: power}. A product stands if one of its factors is given, or is itself a
+    sum, power, remainder or choice that stands. Its `spare` is by how many these factors outnumber the other factors; a
+    sum, power, remainder or choice has at most 1 to spare. 36 * 7 has 0 to spare; 36 * 7 / 6 and sqrt(36 * 7) / 6
+    would have -1, so they do not stand.
 
-    `used`: all numbers of the expression. `enough`: two of them are given (or one, where the prompt has one); else
-    nothing is added to them. `known`: results [(number, product)] that stand for what they were worked out as.
+    `used`: all numbers of the expression. `enough`: two used numbers are given (or one, if the prompt has only one);
+    otherwise nothing may be added to given numbers. `known`: results [(number, product)]; such a number counts as the
+    product that it was worked out from.
     """
 
     def __init__(self, given, used, enough):
         self.given, self.used, self.enough, self.standing, self.known = given, used, enough, {}, []
 
     def spare(self, factors):
-        """By how many the factors that stand outnumber the others; -1 if there is none, or not everybody knows the
-        others."""
+        """By how many the standing factors outnumber the other factors; -1 if no factor stands, or if not everybody
+        knows the other factors."""
         own = {x: self.standing.get(x, 1) for x in factors if x in self.standing or is_own(x, self.given)}
         others = {x: n for x, n in factors.items() if x not in own and x not in (1, 100)}
         ratio = math.prod(float(x) ** n for x, n in others.items())
@@ -559,18 +567,18 @@ class Ground:
             others = {}
         if not own or not EVERYDAY.issuperset(others):
             return -1
-        # none for 7 / 7
+        # 7 / 7 adds 0 (its power is 0)
         return sum(spare * abs(factors[x]) for x, spare in own.items()) - sum(map(abs, others.values()))
 
     def factors(self, node):
-        """A node as a product, {number or node: power}; nan for what does not stand."""
+        """A node as a product {number or node: power}; nan replaces a node that does not stand."""
         match node:
             case ast.Constant(value=x):
                 made = [factors for result, factors in self.known if same(result, x)]
                 return made[-1] if made and not is_own(x, self.given) else Counter({x: 1})
             case (ast.Attribute(value=part) | ast.UnaryOp(operand=part) | ast.Call(func=ast.Name(id="abs"), args=[part])
                   | ast.Call(func=ast.Name(id="round"), args=[part, _])):
-                return self.factors(part)  # a percent sign is no factor, as 100 is none
+                return self.factors(part)  # a percent sign is no factor, like 100
             case ast.BinOp(left=left, op=ast.Mult() | ast.Div() as op, right=right):
                 product = Counter(self.factors(left))
                 (product.update if isinstance(op, ast.Mult) else product.subtract)(self.factors(right))
@@ -580,18 +588,18 @@ class Ground:
         return Counter({node if spare >= 0 else math.nan: 1})
 
     def carried(self, node):
-        """What a sum, a power, a remainder or a choice has to spare; -1 if it does not stand."""
+        """The `spare` of a sum, power, remainder or choice; -1 if it does not stand."""
         from tools import evaluate
         sides = node.args if isinstance(node, ast.Call) else [node.left, node.right]
-        # what is cut to a whole number may be 1, whatever it is made of
+        # a value that is cut to a whole number may be 1, whatever numbers it is made of
         whole = isinstance(node, ast.Call) and len(sides) == 1 or isinstance(getattr(node, "op", 0), (ast.FloorDiv, ast.Mod))
         is_sum, raised = (isinstance(getattr(node, "op", None), kinds) for kinds in ((ast.Add, ast.Sub), ast.Pow))
         products = [self.factors(side) for side in sides]
-        # nothing stands on 0
+        # a side with the value 0 does not stand
         spare = [self.spare(product) if evaluate(side) else -1 for side, product in zip(sides, products)]
         if min(spare) >= 0 or isinstance(node, ast.Call):
             return sum(spare) if is_sum else min(*spare, 0) if whole else min(spare)
-        right = spare[0] >= 0  # one side does not stand: is it the right one?
+        right = spare[0] >= 0  # one side does not stand: is it the right side?
         x = abs(evaluate(sides[right])) if {math.nan, *self.standing}.isdisjoint(products[right]) else math.nan
         if is_sum:
             left = isinstance(node.op, ast.Sub) and not right and x in LEFT_OF
@@ -614,7 +622,7 @@ def score(case, episode, weights=WEIGHTS):
 
 
 def custom_reward(path):
-    """The function that "package.module:name" names: (case, episode) -> number."""
+    """The reward function that "package.module:name" names, as (case, episode) -> (number, {})."""
     from tools import UserError, import_by_name
     function = import_by_name(path, "reward")
     if not callable(function):
@@ -633,7 +641,7 @@ def custom_reward(path):
 
 
 def reward_of(config):
-    """The reward that a config asks for: (case, episode) -> (number, {component: value})."""
+    """The reward function that a config asks for: (case, episode) -> (number, {component: value})."""
     from tools import UserError
     weights = {**WEIGHTS, **config.reward_weights}
     for name, weight in weights.items():
@@ -651,7 +659,7 @@ def reward_of(config):
 
 
 def judgeable(cases, config):
-    """The cases, if something is known of each that a reward could judge by."""
+    """The cases. UserError if toolplay's reward has nothing to judge a case by: neither calls nor answer are known."""
     from tools import UserError
     if not config.reward and (unknown := [c for c in cases if c.calls is None and c.answer is None]):
         raise UserError(f"{len(unknown)} of {len(cases)} prompts say nothing of a right answer, as "
@@ -666,7 +674,7 @@ def judgeable(cases, config):
 def prompts_of(config, tokenizer, context=math.inf):
     """Prompts that fit max_tokens and the model's `context` -> (cases to learn from, held-out cases).
 
-    With `answers_only` the former know their number, not its expression.
+    With `answers_only` the cases to learn from contain the number that is asked for, but not its expression.
     """
     import data
     from eval import Case, as_case
@@ -683,12 +691,12 @@ def prompts_of(config, tokenizer, context=math.inf):
 
 
 class ValueHead(torch.nn.Linear):
-    """V_t from the trunk's output before token t: D numbers -> one. Zero at the start: the first returns are then the
-    rewards to come, and no guesses.
+    """V_t from the trunk's output before token t: D numbers -> one. The weights start at zero, so the first returns are
+    the rewards to come, not guesses.
 
-    It reads hidden / D^(1/4): its learning rate is that of adapters, and Adam moves every weight by about as much.
-    Unscaled, one step moves V by up to lr sum_d |hidden_d| (SmolLM2, lr 6e-4: 0.45, half of a reward), and V was noise;
-    by 1/sqrt(D) it stood still.
+    The head reads hidden / D^(1/4): its learning rate is that of the adapters, and Adam moves every weight by about the
+    learning rate. Without the scaling, one step moves V by up to lr sum_d |hidden_d| (SmolLM2, lr 6e-4: 0.45, half of a
+    reward), and V was noise. With the scaling 1/sqrt(D), V did not move.
     """
 
     def __init__(self, width):
@@ -701,7 +709,7 @@ class ValueHead(torch.nn.Linear):
 
 
 class Policy(torch.nn.Module):
-    """The model as a function of rows (`toolplay.token_logprobs`), with its own adapter or another of that shape."""
+    """The model as a function of rows (`toolplay.token_logprobs`), with its own or another adapter of equal shape."""
 
     def __init__(self, model, temperature, budget):
         super().__init__()
@@ -713,21 +721,21 @@ class Policy(torch.nn.Module):
         return toolplay.token_logprobs(self.model, rows, self.temperature, budget, want)
 
     def switched(self, adapter, rows, want=()):
-        """As if `adapter`, {name: tensor} as of `adapter()`, were the model's: for this one call each of its parameters
-        is the tensor of that name. So reference and critic are small adapters on the one model; gradients go to their
-        tensors."""
+        """The output with `adapter` ({name: tensor}, as from `adapter()`) instead of the model's own adapter: for this
+        one call a parameter is replaced by the tensor of its name. So reference and critic are small adapters on one
+        model; gradients go to the tensors of `adapter`."""
         return torch.func.functional_call(self, adapter, (rows, want))
 
     def adapter(self):
-        """A copy of the adapter as it is now: before training that of `start_from`, or (B = 0) the base model."""
+        """A copy of the current adapter: that is, before training, `start_from`'s adapter or (B = 0) the base model."""
         return {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
 
 
 class ActorCritic:
-    """Policy, reference and critic in one model: which adapter is on tells them apart.
+    """Policy, reference and critic in one model: they differ in the active adapter.
 
-    `parameters`, {name: tensor}, is what is trained: the policy's adapter, and with GAE the value head and the critic's
-    own adapter.
+    `parameters` {name: tensor} holds what is trained: the policy's adapter, and with GAE also the value head and the
+    critic's own adapter.
     """
 
     def __init__(self, model, config, device):
@@ -744,13 +752,13 @@ class ActorCritic:
                 self.parameters.update({f"critic.{name}": p for name, p in self.critic.items()})
 
     def values(self, rows, out):
-        """V [B, T] of rows, whose policy has read `out`; a critic of its own reads them once more."""
+        """V [B, T] of rows; `out` is the policy's output for rows. A critic with its own adapter reads rows again."""
         return self.head((self.policy.switched(self.critic, rows, self.trunk) if self.critic else out)["hidden"])
 
     @torch.no_grad()
     def old_and_reference(self, units):
-        """What stays as it is while episodes are learned from -> for each unit its log-probs under policy and
-        reference, and values."""
+        """What stays fixed while the policy learns from the episodes -> for each unit its log-probs under policy and
+        reference, and its values."""
         rows = [unit["row"] for unit in units]
         out, ref_logp = self.policy(rows, self.trunk), self.policy.switched(self.reference, rows)
         logp, values = (out["logp"], self.values(rows, out)) if self.trunk else (out, torch.zeros_like(out))
@@ -780,7 +788,7 @@ class ActorCritic:
 
 
 def padded(rows, width, device):
-    """Lists of numbers of different length, [] among them -> [B, width], zeros behind."""
+    """Lists of numbers of different lengths (also []) -> [B, width], padded with zeros at the end."""
     return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], dtype=torch.float32, device=device)
 
 
@@ -800,18 +808,18 @@ def advantages_of(config, scores, kl, values, mask, kl_coef):
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
         return masked_whiten(advantages, mask), returns, rewards
-    # The others have no critic: every token of an episode gets the same advantage, and returns are not used.
+    # RLOO and GRPO have no critic: every token of an episode gets the same advantage, and returns are not used.
     cost = kl_coef * torch.stack([model_tokens(x, m).sum() for x, m in zip(kl, mask)]).reshape(groups.shape)
     if config.advantage == "rloo":
         advantages = rloo_advantages(groups - cost)
-    else:  # KL beside the score, not inside it: where all samples are equally good, its noise must not be blown up
+    else:  # KL is not divided by std: if all samples are equally good, the division would amplify the KL's noise
         advantages = grpo_advantages(groups) - (cost - cost.mean(1, keepdim=True))
     return advantages.reshape(-1, 1) * mask, torch.zeros_like(rewards), rewards
 
 
 def choose_prompts(state, n, config):
-    """Which of n cases a round plays -> (those that taught when last played, who waited longest first; new ones, in a
-    fresh order each time through)."""
+    """Which of n cases a round plays -> (cases that taught when last played, longest wait first; new cases, in a fresh
+    order on each pass)."""
     waiting, start = state.get("taught", []), state.get("new", 0)
     again = waiting[:int(config.replay * config.prompts)]
     state.update(taught=waiting[len(again):], new=start + config.prompts - len(again))
@@ -819,7 +827,7 @@ def choose_prompts(state, n, config):
 
 
 def compute_advantages(config, units, kl_coef, device):
-    """Write advantages, returns and token rewards into the units that are learned from -> log."""
+    """Write advantages, returns and token rewards into the units to learn from -> log."""
     width = max(len(unit["mask"]) for unit in units)
     mask, logp, ref_logp, values, sampled = (padded(x, width, device) for x in [
         *([unit[key] for unit in units] for key in ("mask", "logp", "ref_logp", "values")),
@@ -838,7 +846,7 @@ def compute_advantages(config, units, kl_coef, device):
 
 
 def summary(units):
-    """What a round's episodes earned, those that are not learned from among them."""
+    """What all episodes of a round earned, also the episodes that the policy does not learn from."""
     scores = torch.tensor([unit["score"] for unit in units])
     calls = [r.ok for unit in units for r in unit["episode"].results]
     return {"reward": float(scores.mean()), "reward_std": float(scores.std()) if len(units) > 1 else 0.0,
@@ -850,7 +858,7 @@ def summary(units):
 # --------------------------------------------------------------------------- 4. training
 
 def check_settings(config):
-    """UserError for settings that contradict each other, or teach nothing."""
+    """Raise UserError for settings that contradict each other or teach nothing."""
     from tools import UserError
     if not config.lora_r or config.lora_dropout:
         raise UserError("ppo trains adapters without dropout (switched off or back, they are the reference; the first "
@@ -878,14 +886,14 @@ def check_settings(config):
 
 
 def minibatches(config, prompts):
-    """How many minibatches the episodes of that many prompts give, in all epochs."""
+    """Number of minibatches that the episodes of this many prompts give, in all epochs."""
     return config.ppo_epochs * -(-prompts * config.samples // config.batch_size)
 
 
 def learn(trainer, groups, loss, imitated, position, config):
-    """Epochs over the episodes of a round's prompts -> means of the minibatches' logs, over their tokens.
+    """Train for all epochs on the episodes of a round's prompts -> means of the minibatches' logs, weighted by tokens.
 
-    `imitated`: see `imitation`. `position`: the trainer's step, before the round.
+    `imitated`: see `imitation`. `position`: the trainer's step before the round.
     """
     import toolplay
     sums, count, terms, stopped, whole = {}, 0, 0, False, minibatches(config, len(groups))
@@ -899,15 +907,15 @@ def learn(trainer, groups, loss, imitated, position, config):
                                    rows=lambda unit: [unit["row"]],
                                    veto=lambda means: means["ratio"] > config.ratio_guard)
         count += 1
-        if trainer.skipped == skipped:  # else its numbers are nan, or those of a step that was refused
+        if trainer.skipped == skipped:  # the numbers of a skipped step are nan, or belong to a refused step
             for name, value in info.items():
-                # a mean over tokens: the last minibatch may be short
+                # weighted by tokens, because the last minibatch may be short
                 sums[name] = sums.get(name, 0.0) + value * info["terms"]
             terms += info["terms"]
         if stopped := bool(config.kl_stop and count < whole and info["approx_kl"] > config.kl_stop):
             break
-    # A round may learn from fewer minibatches than planned; step and schedule go on as if it had not, so that they
-    # depend on the round alone.
+    # A round may learn from fewer minibatches than planned. Step and schedule still advance by the planned number, so
+    # that they depend on the round alone.
     left = minibatches(config, config.prompts) - count
     trainer.step, trainer.updates = trainer.step + left, trainer.updates + left
     return {**{name: value / terms for name, value in sums.items() if name not in ("tokens", "terms", "skipped")},
@@ -915,8 +923,8 @@ def learn(trainer, groups, loss, imitated, position, config):
 
 
 def imitation(config, tokenizer):
-    """A function of (the trainer's step, the tokens of a minibatch) -> the conversations that are imitated beside it:
-    units whose tokens are no actions (mask 0), but have such weights that their mean loss counts `ptx_coef`."""
+    """A function (trainer's step, tokens of a minibatch) -> the conversations that are imitated beside the minibatch.
+    They are units whose tokens are no actions (mask 0). The tokens' weights make their mean loss count `ptx_coef`."""
     import data
     if not config.ptx:
         return lambda step, tokens: []
@@ -932,11 +940,11 @@ def imitation(config, tokenizer):
 
 
 def play(run, model, tokenizer, cases, reward, round_):
-    """A rank's share of a round: for each of its cases `samples` episodes with what they earned."""
+    """A rank's share of a round: for each of the rank's cases `samples` episodes with their rewards."""
     import lora
     import toolplay
     config, chosen = run.config, [case for case in cases for _ in range(run.config.samples)]
-    with lora.merged(model):  # sampled from faster
+    with lora.merged(model):  # sampling is faster
         episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen],
                                     temperature=config.temperature, style=config.tool_style, bar="ppo rollout",
                                     max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
@@ -947,7 +955,7 @@ def play(run, model, tokenizer, cases, reward, round_):
 
 
 def train(run):
-    # Imported here so that this file alone gives the losses to anyone who copies it.
+    # Imported here so that the losses work in a project that copies this file alone.
     import eval as evaluation
     import toolplay
     from tools import UserError
@@ -955,7 +963,7 @@ def train(run):
     check_settings(config)
     reward = reward_of(config)
 
-    # 1. data: prompts with what is known of their answers
+    # 1. data: prompts, and what is known about their answers
     model, tokenizer = toolplay.prepare_model(config, run.device)
     cases, held_out = prompts_of(config, tokenizer, toolplay.context_of(model))
     imitated = imitation(config, tokenizer)
@@ -974,7 +982,7 @@ def train(run):
                         "and was its reference; start a new run")
     beta = trainer.extra.get("kl_coef", config.kl_coef)
 
-    # 4. loop: one turn is one round, sampled and learned from; a killed round is played again, exactly
+    # 4. loop: each iteration samples one round and learns from it; a killed round is repeated exactly
     for position in run.steps(trainer, trainer.total):
         round_ = position // per_round
         again, new = choose_prompts(trainer.extra, len(cases), config)
@@ -984,14 +992,14 @@ def train(run):
         played = [[{"case": cases[i], **unit} for unit in group] for i, group in zip(picked, played)]
         scores = [[unit["score"] for unit in group] for group in played]
         taught = [max(s) - min(s) >= config.min_spread for s in scores]
-        # a case that waits may come as a new one, too
+        # a waiting case may also be picked as a new case
         waiting = [i for i in trainer.extra["taught"] if i not in picked]
         trainer.extra["taught"] = waiting + list(dict.fromkeys(i for i, yes in zip(picked, taught) if yes))
         groups = [group for group, yes in zip(played, taught) if yes]
         everything, units = ([unit for group in some for unit in group] for some in (played, groups))
         log = {**summary(everything), "kl_coef": beta, "learned_from": len(groups) / config.prompts,
                "replayed": len(again) / config.prompts}
-        if new:  # what is played again was chosen for its results: only on new prompts does progress show
+        if new:  # replayed prompts were chosen for their results: only new prompts show progress
             log["reward_new"] = summary(everything[len(again) * config.samples:])["reward"]
         if units:
             with trainer.autocast():
@@ -1017,7 +1025,7 @@ def train(run):
 
 
 def sample_line(unit, tokenizer):
-    """What samples.jsonl keeps of an episode."""
+    """The entry of an episode in samples.jsonl."""
     case, episode = unit["case"], unit["episode"]
     return {"prompt": case.conversation["messages"][-1]["content"], "turns": episode.turns,
             "results": [r.text() for r in episode.results], "answer": case.answer,
@@ -1027,7 +1035,7 @@ def sample_line(unit, tokenizer):
 
 
 def inspect(folder="", n=4):
-    """Print the newest kept samples of a run: what was said, and reward and advantage of every token of the model."""
+    """Print the newest samples of a run: the text, and the reward and advantage of every token of the model."""
     from pathlib import Path
 
     import toolplay
