@@ -57,30 +57,32 @@ class Config:
     """DPO's own keys; the shared keys are in toolplay.Config. `source: jsonl` reads pairs, or conversations from which
     pairs are made."""
     pairs: Literal["corrupted", "sampled", "both"] = "corrupted"
-                                                     # gold against a faulty copy; the policy's own best against its
-                                                     # worst; that, and a faulty copy where it makes no pair
+                                                     # corrupted: the gold answer against a faulty copy; sampled: the
+                                                     # policy's best sample against its worst; both: sampled, or a
+                                                     # faulty copy if sampling gives no pair
     faults: list = field(default_factory=list)       # corrupted, both: which of CORRUPTIONS; empty: all
-    samples: Annotated[int, "> 0"] = 4               # sampled: answers to each prompt (two or more), scored with
-                                                     # ppo.py's reward
+    samples: Annotated[int, "> 0"] = 4               # sampled: answers per prompt (two or more), scored with ppo.py's
+                                                     # reward
     temperature: Annotated[float, "> 0"] = 1.0       # sampled: of the sampling
     max_new_tokens: Annotated[int, "> 0"] = 64       # sampled: bound of each turn
-    max_turns: Annotated[int, "> 0"] = 3             # sampled: assistant turns; 1 ends an answer behind its calls'
+    max_turns: Annotated[int, "> 0"] = 3             # sampled: assistant turns; 1 ends an answer after its first calls'
                                                      # results
     reward: str = ""                                 # sampled: as in ppo.py
     reward_weights: dict = field(default_factory=dict)  # sampled: as in ppo.py
     min_gap: Annotated[float, "> 0"] = 0.1           # sampled: best and worst must differ by this much in reward
     min_best: float = 0.0                            # sampled: the best must earn this much; the least bad of bad
                                                      # answers teaches nothing
-    chosen: Literal["best", "gold"] = "best"         # sampled: the better answer is the best sample, or the example's
-                                                     # own first turn (taken to earn min_best)
-    twins: bool = False                              # sampled, both; gold: where a tool that is not offered was called,
-                                                     # also the same request with it: there the call is right
-    parting: Annotated[int, ">= 0"] = 0              # train only this many tokens of either answer, from where the two
-                                                     # part; 0: all
+    chosen: Literal["best", "gold"] = "best"         # sampled: the chosen answer is the best sample, or the example's
+                                                     # own first turn (which counts as earning min_best)
+    twins: bool = False                              # sampled or both, with chosen gold: if a tool that is not offered
+                                                     # was called, add the same request with this tool offered, where
+                                                     # the call is right
+    parting: Annotated[int, ">= 0"] = 0              # train only this many tokens of each answer, from where the two
+                                                     # differ; 0: all
     variant: Literal[tuple(VARIANTS)] = "sigmoid"    # the loss
-    beta: Annotated[float, "> 0"] = 0.1              # strength of the tie to the reference; 0.1 as in the paper
+    beta: Annotated[float, "> 0"] = 0.1              # strength of the pull to the reference; 0.1 as in the paper
     label_smoothing: Annotated[float, "0 to below 0.5"] = 0.0
-                                                     # share of judgements taken to be wrong (sigmoid, robust, simpo)
+                                                     # assumed share of wrong preferences (sigmoid, robust, simpo)
     simpo_margin: Annotated[float, ">= 0"] = 0.5     # SimPO's gamma; its beta is 2 to 2.5 in the paper
 
 
@@ -160,7 +162,7 @@ def dpo_loss(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing = {label_smoothing}: must be in [0, 0.5); "
                          "from there on the judgements say nothing, or the reverse")
-    # at least fp32: half precision cannot tell 760 from 761
+    # at least fp32: bf16 cannot tell 760 from 761
     policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp = (
         x.to(torch.promote_types(x.dtype, torch.float32))
         for x in (policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp))

@@ -97,27 +97,27 @@ class Config:
     entropy_coef: Annotated[float, ">= 0"] = 0.0       # weight of an entropy bonus
     kl_coef: Annotated[float, ">= 0"] = 0.05           # beta, the weight of the KL to the reference
     kl_estimator: Literal["k1", "k3"] = "k1"           # of the KL to the reference
-    kl_target: Annotated[float, ">= 0"] = 0.0          # KL an episode that beta is steered to; 6 in
+    kl_target: Annotated[float, ">= 0"] = 0.0          # KL per episode to which beta is adapted; 6 in
                                                        # lm-human-preferences; 0: beta is fixed
-    kl_horizon: Annotated[float, "> 0"] = 10000.0      # episodes over which it is steered
-    center: bool = False                               # gae: scores are measured from the mean of the prompt's other
+    kl_horizon: Annotated[float, "> 0"] = 10000.0      # episodes over which beta adapts
+    center: bool = False                               # gae: subtract from each score the mean of the prompt's other
                                                        # samples, (4)
-    min_spread: Annotated[float, ">= 0"] = 0.0         # learn only from prompts whose samples' rewards differ by this
-                                                       # much (dynamic sampling)
-    replay: Annotated[float, "0 to 1"] = 0.0           # share of a round's prompts, at most, that taught when last
-                                                       # played (min_spread 0: all did); the others are new
-    ptx: Annotated[int, ">= 0"] = 0                    # conversations of ptx_mix that each minibatch imitates besides,
+    min_spread: Annotated[float, ">= 0"] = 0.0         # learn only from prompts whose samples' rewards differ by at
+                                                       # least this (dynamic sampling)
+    replay: Annotated[float, "0 to 1"] = 0.0           # at most this share of a round's prompts is replayed: prompts
+                                                       # that were learned from when last played; the rest is new
+    ptx: Annotated[int, ">= 0"] = 0                    # conversations of ptx_mix that each minibatch also imitates,
                                                        # (6); 0: none
     ptx_coef: Annotated[float, "> 0"] = 1.0            # gamma_ptx: weight of their mean loss
-    ptx_mix: dict = field(default_factory=dict)        # their kinds, with weights; their expressions are shown,
-                                                       # whatever `answers_only` says
-    kl_stop: Annotated[float, ">= 0"] = 0.0            # end a round's learning when KL to the sampling policy, a token,
-                                                       # exceeds this; 0: never
+    ptx_mix: dict = field(default_factory=dict)        # kinds of these conversations, with weights; their expressions
+                                                       # are shown even with `answers_only`
+    kl_stop: Annotated[float, ">= 0"] = 0.0            # end a round's learning when the KL to the sampling policy, per
+                                                       # token, exceeds this; 0: never
     ratio_guard: Annotated[float, "> 0"] = 10.0        # a minibatch whose mean ratio exceeds this is skipped
     whiten_rewards: bool = False                       # gae: scale rewards to unit variance (their mean is kept)
-    answers_only: bool = True                          # of a case with a number only that is known, never its
+    answers_only: bool = True                          # of a case with a number only this number is known, never its
                                                        # expression
-    reward: str = ""                                   # own reward, "package.module:function" of (case, episode);
+    reward: str = ""                                   # custom reward, "package.module:function" of (case, episode);
                                                        # empty: the components
     reward_weights: dict = field(default_factory=dict)  # component -> weight, over WEIGHTS
 
@@ -592,7 +592,8 @@ class Ground:
         from tools import evaluate
         sides = node.args if isinstance(node, ast.Call) else [node.left, node.right]
         # a value that is cut to a whole number may be 1, whatever numbers it is made of
-        whole = isinstance(node, ast.Call) and len(sides) == 1 or isinstance(getattr(node, "op", 0), (ast.FloorDiv, ast.Mod))
+        whole = (isinstance(node, ast.Call) and len(sides) == 1
+                 or isinstance(getattr(node, "op", None), (ast.FloorDiv, ast.Mod)))
         is_sum, raised = (isinstance(getattr(node, "op", None), kinds) for kinds in ((ast.Add, ast.Sub), ast.Pow))
         products = [self.factors(side) for side in sides]
         # a side with the value 0 does not stand
