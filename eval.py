@@ -222,7 +222,7 @@ def same_calls(gold, got, tools={}):
 
 def numbers(text):
     """The numbers in a text -> {value: digits after the point}; commas, currency signs and units are ignored."""
-    text = re.sub(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)[ -](hundred|thousand|million|billion)\b",
+    text = re.sub(r"(?<![\w.,])(\d[\d,]*(?:\.\d+)?)[ -](hundred|thousand|million|billion)\b",
                   lambda m: f"{float(m[1].replace(',', '')) * SCALES[m[2].lower()]:.15g}", text, flags=re.IGNORECASE)
     return {float(re.sub("[−–]", "-", sign) + re.sub(r"[^\d.]", "", digits) + power): len(digits.partition(".")[2])
             for sign, digits, power in NUMBER.findall(text)}
@@ -249,7 +249,7 @@ def states(text, answer, known, guesses=2):
     `known`."""
     text = re.sub(rf"({BELOW})(?=[$€£]?\d)", lambda m: m[1].rstrip().rpartition(" ")[0] + " -",
                   text.replace("’", "'"), flags=re.IGNORECASE)
-    text = re.sub(r"(?<![-−–\w.])(?=\d[\d.]*\s*(?:°|degrees?)?\s*(?:[CF]|celsius|fahrenheit)?\s+below zero)", "-", text,
+    text = re.sub(r"(?<![-−–\w.])(?=\d[\d.]* ?(?:°|degrees?)? ?(?:[CF]|celsius|fahrenheit)? below zero)", "-", text,
                   flags=re.IGNORECASE)
     shown, spelled, exact = numbers(text), in_words(text), answer == round(answer) and abs(answer) < 1e15
 
@@ -626,7 +626,7 @@ def compare_command(args):
         records = [r for r in result["records"] if r["kind"] in wanted]
         cases = [(r["id"], r["prompt"], r["due"], *map(r.get, ("expected", "answer", "reference"))) for r in records]
         if same is not None and cases != same or not cases:
-            raise UserError(f"{folder}: its eval.json is of other cases than {args.runs[0]}'s; "
+            raise UserError(f"{folder}: its eval.json has other cases than {args.runs[0]}'s; "
                             "run eval on all with the same --data, --n and --seed")
         same = cases
         key, seed = json.dumps([settings_of(config), result.get("constrained", False)],

@@ -248,7 +248,7 @@ def _parsed(text):
 def _no_duplicates(pairs):
     keys = [key for key, _ in pairs]
     if twice := {key for key in keys if keys.count(key) > 1}:
-        raise ValueError(f'key "{sorted(twice)[0]}" stands twice')
+        raise ValueError(f'key "{sorted(twice)[0]}" occurs twice')
     return dict(pairs)
 
 
@@ -1231,7 +1231,7 @@ class Run:
                 setattr(config, key, was)  # the data that replaced ToolBench's; the adapter's values
             elif (now := getattr(config, key)) != was and key not in free:
                 raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(was)}, now "
-                                f"{json.dumps(now)}; go on with the run's own config (python toolplay.py train "
+                                f"{json.dumps(now)}; continue with the run's own config (python toolplay.py train "
                                 f"{self.folder} --resume), or start a new run with --run_dir=...")
         kept = read_json(self.folder / "config.json", lambda value: value | {}, "start a new run")
         began, here = kept.get("provenance"), provenance(config.seed)
@@ -1253,8 +1253,8 @@ class Run:
         if self.resume and (found := newest_checkpoint(self.folder)):
             load_checkpoint(found, trainer)
             if trainer.extra.get("data_sha256", data_sha256) != data_sha256:
-                raise UserError(f"{self.folder}: its data are others than when it began (a file has changed, or "
-                                "Toolplay has); start a new run with --run_dir=...")
+                raise UserError(f"{self.folder}: its data have changed since it began (a file, or "
+                                "Toolplay itself); start a new run with --run_dir=...")
             print(f"resuming {self.folder} after step {trainer.step}", file=sys.stderr)
         trainer.extra["data_sha256"] = data_sha256
         if self.rank == 0:
@@ -1599,7 +1599,7 @@ def predict(args):
     try:
         finished = [] if stream else read_lines(output, ["id", "output"])
     except UserError as error:
-        raise UserError(f"{error}: this is something else than answers; choose another --output, or mend it") from None
+        raise UserError(f"{error}: this file holds no answers; choose another --output, or repair it") from None
     model, tokenizer, config = model_of(args)
     tools = read_tools(args.tools, config.tools)
     known = {**BUILTIN, **tools}  # a name, or a schema of that name, in a line means the tool loaded here
@@ -1619,7 +1619,7 @@ def predict(args):
         name = json.dumps(key, ensure_ascii=False, allow_nan=False)
         name.encode()  # fails for a lone surrogate, which cannot be written
         if name in ids:
-            raise UserError(f"id {name} stands twice")
+            raise UserError(f"id {name} occurs twice")
         ids.add(name)
         return key, conversation
     items = data.read_jsonl(args.input, check)
@@ -1795,7 +1795,7 @@ def demo(args):
     """Ten minutes on a laptop: score the untrained model, teach it three tools, score it again."""
     config = load_config(ROOT / "configs" / "sft_demo.json", args.overrides)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("the demo runs in one process; under torchrun take train configs/sft_demo.json")
+        raise UserError("the demo runs in one process; under torchrun use train configs/sft_demo.json")
     # a second demo gets its own folder
     if not args.resume and not any(o.startswith("--run_dir") for o in args.overrides):
         folders = (config.run_dir + f"-{n}" * (n > 1) for n in itertools.count(1))
@@ -1953,7 +1953,7 @@ def build_parser():
     made.add_argument("--batch-size", type=number(int, 1), default=32)
     of_model(verb(chat))
     made = verb(demo)
-    made.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
+    made.add_argument("--resume", action="store_true", help="continue an interrupted demo")
     made.add_argument("--n", type=number(int, 1), default=80, help="how many test prompts (default 80)")
     made = verb(validate)
     made.add_argument("--model", default="smollm2-135m")
@@ -1987,7 +1987,7 @@ def main(argv=None):
                 verb = ["demo", "--resume", "--n", str(args.n), f"--run_dir={error}",
                         *(x for x in args.overrides if not x.startswith("--run_dir="))]
             if world_rank()[0] == 0:
-                print(f"\nstopped; the run is safe in {error}. Go on with: python toolplay.py {shlex.join(verb)}",
+                print(f"\nstopped; the run is safe in {error}. Continue with: python toolplay.py {shlex.join(verb)}",
                       file=sys.stderr)
             raise SystemExit(130) from None
 

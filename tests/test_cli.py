@@ -138,7 +138,7 @@ def test_predict_keeps_what_it_did_not_write(run, tmp_path, capsys):
     assert json.loads(lines[0]) == answer and [json.loads(x)["id"] for x in lines] == [2, 3]
     for foreign in ("# my notes\n", '{"id": 1, "prompt": "an input file"}\n', "[1]\n"):
         target.write_text(foreign)
-        assert "something else" in cli("predict", "--run", run, "--input", source, "--output", target, code=2, capsys=capsys).err
+        assert "holds no answers" in cli("predict", "--run", run, "--input", source, "--output", target, code=2, capsys=capsys).err
         assert target.read_text() == foreign
 
 
@@ -347,7 +347,7 @@ def test_lines_that_are_not_to_be_learned_are_skipped(tmp_path, capsys):
     """OpenAI's weight 0 on every answer of a line."""
     lines = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho", "weight": n}]} for n in (1, 0)]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert "line 2: it has no assistant message (or only such of weight 0)" in cli("trie", ROOT / "configs" / "sft_tiny.json",
+    assert "line 2: it has no assistant message (or only messages of weight 0)" in cli("trie", ROOT / "configs" / "sft_tiny.json",
                                                                                    "--source=jsonl", f"--path={tmp_path / 'm.jsonl'}",
                                                                                    capsys=capsys).err
 

@@ -99,7 +99,7 @@ def test_good_values(file, key, value):
 
 
 @pytest.mark.parametrize("content, says", [
-    ('{"lr": 1, "lr": 2}', '"lr" stands twice'), ('{"mix": {"weather": 1, "weather": 2}}', "twice"), ("", "JSON"), ("{", "JSON"),
+    ('{"lr": 1, "lr": 2}', '"lr" occurs twice'), ('{"mix": {"weather": 1, "weather": 2}}', "twice"), ("", "JSON"), ("{", "JSON"),
     ("{'lr': 1}", "JSON"),
     ('{"lr": 1,}', "JSON"), ("lr = 1", "JSON"), ("[]", "object"), ("3", "object"), ("null", "object"), ("[" * 100000, "JSON"),
     ('{"lr": 1} x', "JSON")])

@@ -362,7 +362,7 @@ def test_without_expectation_only_format_and_execution():
 
 @pytest.mark.parametrize("text", ["<tool_call>" * 5000, "\ud800 half", "<tool_call>{\"name\": \"calculator\", \"arguments\": "
                                                                        "{\"expression\": \"9**9**9\"}}</tool_call>",
-                                  "1," * 20000, "9" * 5000, "a " * 5000, "<|im_end|>" * 100, "</tool_call>\x00", "(" * 1000])
+                                  "1," * 20000, "9" * 5000, "9" + " " * 20000, "9 degrees " * 5000, "a " * 5000, "<|im_end|>" * 100, "</tool_call>\x00", "(" * 1000])
 def test_hostile_output_is_judged(text):
     for given in (SUM, TALK, case("weather in Atlantis?", [Call("weather", {"city": "Atlantis"})])):
         record = evaluation.judge(given, play(given, text))

@@ -393,7 +393,7 @@ def test_later_turns_may_not_call_on():
 
 
 def test_episodes_of_one_turn_are_scored_by_their_result():
-    """max_turns = 1: the episode ends behind its calls. That is no fault, and no help to a hacker."""
+    """max_turns = 1: the episode ends after its calls. That is no fault, and no help to a hacker."""
     weights = {**ppo.WEIGHTS, "right_result": 1.0, "right_answer": 0.0}
 
     def first(case, *turns, stop="turns", **more):

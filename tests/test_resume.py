@@ -175,7 +175,7 @@ def test_other_data_than_the_run_began_with_are_refused(config, tmp_path):
     folder = train(config(path=str(path)))
     shutil.rmtree(folder / "adapter")
     path.write_text("\n".join(lines[1:] + lines[:1]))
-    with pytest.raises(UserError, match="data are others"):
+    with pytest.raises(UserError, match="data have changed"):
         train(config(path=str(path)), resume=True)
 
 
