@@ -355,7 +355,7 @@ def _in_call_order(messages):
         if ids and results and len(set(order)) == len(order) and None not in [*ids, *(m["id"] for m in results)]:
             if sorted(answered) != sorted(order):
                 raise UserError(f"message {n}: its calls have the ids {', '.join(order)[:80]}, "
-                                f"the results behind it answer {', '.join(answered)[:80]}")
+                                f"but the results after it answer {', '.join(answered)[:80]}")
             messages[n + 1:n + 1 + len(ids)] = sorted(results, key=lambda m: order.index(str(m["id"])))
     return [{key: value for key, value in m.items() if key not in ("id", "ids")} for m in messages]
 
@@ -2027,7 +2027,7 @@ def dataset(config, tokenizer):
     def trained(item):
         conversation = check_conversation(item)
         if all(m["role"] != "assistant" or m.get("weight", 1) == 0 for m in conversation["messages"]):
-            raise UserError("it has no assistant message (or only such of weight 0), so nothing in it is trained")
+            raise UserError("it has no assistant message (or only messages of weight 0), so nothing in it is trained")
         for role, text in turns(conversation):
             if role == "assistant" and (broken := parse_calls(text)[1]):
                 raise UserError(f"an assistant turn holds a call that cannot be read ({broken[0].reason})")
@@ -2183,7 +2183,7 @@ def main(argv=None):
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line
     args = parser.parse_args(argv)
     if args.toolbench and args.kind:
-        parser.error("--kind is of the templates, not of --toolbench")
+        parser.error("--kind chooses templates; it does not go with --toolbench")
     if not args.toolbench and (args.report or args.max_tokens or args.questions):
         parser.error("--report, --max-tokens and --questions go with --toolbench")
     mix = SYNTHETIC if args.kind == "synthetic" else {args.kind: 1} if args.kind else None

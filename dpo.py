@@ -402,9 +402,22 @@ def parted(pair, tokens):
     soon no call is well-formed. A pair is unchanged if its answers do not differ in tokens of the model (one answer
     begins with the whole other answer). A given pair is also unchanged: its answers are whatever somebody preferred.
     """
-    at = next((t for t, (a, b) in enumerate(zip(pair.chosen[0], pair.rejected[0])) if a != b), 0)
+    at = parting_of(pair)
     rows = [(ids[:at + tokens], [0] * at + list(mask[at:at + tokens])) for ids, mask in pair[:2]]
     return Pair(*rows, pair.why) if tokens and pair.why != GIVEN and all(any(mask) for _, mask in rows) else pair
+
+
+def parting_of(pair):
+    """The position of the first token that differs; 0 if one answer begins with the whole other answer."""
+    return next((t for t, (a, b) in enumerate(zip(pair.chosen[0], pair.rejected[0])) if a != b), 0)
+
+
+def part_in_arguments(pair, tokenizer):
+    """Whether the answers of a pair part inside the arguments of a call. What is wrong is then a later decision (the
+    tool, one call more), and the token where they part has nothing to do with it: to prefer that operator or digit
+    would spoil the expressions."""
+    call = tokenizer.decode(pair.chosen[0][:parting_of(pair)]).rpartition("<tool_call>")[2]
+    return '"arguments"' in call and "</tool_call>" not in call
 
 
 def lines_of(config, split, tokenizer, read, offered=()):
@@ -600,9 +613,10 @@ def sampled_pairs(model, tokenizer, conversations, config):
             rival = "the example's"
         # A line with "expected" has no gold turn; a prompt that fills the whole context has no answer.
         answered = any(chosen[1][tries[worst].prompt:]) and any(tries[worst].mask)
-        if earned >= config.min_best and earned - scores[worst] >= config.min_gap and answered:
-            pairs.append(Pair(chosen, (tries[worst].ids, tries[worst].mask),
-                              f"reward {scores[worst]:.2f} against {rival}"))
+        pair = Pair(chosen, (tries[worst].ids, tries[worst].mask), f"reward {scores[worst]:.2f} against {rival}")
+        if (earned >= config.min_best and earned - scores[worst] >= config.min_gap and answered
+                and not (config.parting and part_in_arguments(pair, tokenizer))):
+            pairs.append(pair)
             if config.twins and config.chosen == "gold" and tries[worst].calls and (call := withheld(conversation)):
                 rng = random.Random(f"{config.seed} twin {n}")
                 pairs.append(twin(conversation, call, tokenizer, config.tool_style, rng))
@@ -698,7 +712,7 @@ def reference_logp(run, pairs, answers, autocast):
                                   lambda kept: (kept["data_sha256"], [float(a) + float(b) for a, b in kept["logp"]]),
                                   "remove it: it is computed anew")
         if kept["data_sha256"] != key or len(kept["logp"]) != len(pairs):
-            raise UserError(f"{path}: these log-probs are of other pairs or another model; "
+            raise UserError(f"{path}: these log-probs belong to other pairs or to another model; "
                             "the data has changed since the run began. Start a new run")
         return kept["logp"]
     with torch.no_grad(), autocast():  # a loss without reference gets zeros: the file is written for its hash

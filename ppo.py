@@ -654,7 +654,7 @@ def reward_of(config):
                         f"reward_weights: they weigh toolplay's components, but reward = {config.reward!r} is used; "
                         "give one of the two")
     if config.max_turns == 1 and not config.reward and weights["right_answer"] and not weights["right_result"]:
-        raise UserError("max_turns = 1: an episode ends behind its calls, where right_answer is never earned; "
+        raise UserError("max_turns = 1: an episode ends after its calls, so right_answer is never earned; "
                         'set "reward_weights": {"right_result": 1.0, "right_answer": 0.0}, or max_turns to 2 or more')
     return custom_reward(config.reward) if config.reward else lambda case, episode: score(case, episode, weights)
 
@@ -663,7 +663,7 @@ def judgeable(cases, config):
     """The cases. UserError if toolplay's reward has nothing to judge a case by: neither calls nor answer are known."""
     from tools import UserError
     if not config.reward and (unknown := [c for c in cases if c.calls is None and c.answer is None]):
-        raise UserError(f"{len(unknown)} of {len(cases)} prompts say nothing of a right answer, as "
+        raise UserError(f"{len(unknown)} of {len(cases)} prompts have no known right answer, for example "
                         f"{unknown[0].conversation['messages'][-1]['content'][:60]!r}: "
                         'give them "answer", "expected" with "calls" or "answer", or an assistant turn, '
                         'or set "reward" to a function of your own')
@@ -979,7 +979,7 @@ def train(run):
                          case.calls and [vars(call) for call in case.calls],
                          case.answer, case.reference, case.kind) for case in [*cases, *held_out]])
     if trainer.extra.setdefault("reference", started := toolplay.start_hashes(config)) != started:
-        raise UserError(f"{config.start_from}: its adapter is another one than when the run began, "
+        raise UserError(f"{config.start_from}: its adapter has changed since the run began, "
                         "and was its reference; start a new run")
     beta = trainer.extra.get("kl_coef", config.kl_coef)
 

@@ -557,7 +557,7 @@ def train(run):
     rows = data.fitting(rows, [len(ids) for ids, _ in rows], config.max_tokens, "texts with their calls")
     if not any(0 in mask for _, mask in rows):
         best = max((c["gain"] for line in annotated for c in line["candidates"]), default=None)
-        lower = "" if best is None else f"go on with --resume and a tau_f below {best:.3f}, or "
+        lower = "" if best is None else f"continue with --resume and a tau_f below {best:.3f}, or "
         raise UserError(f"no call helped in a text that fits max_tokens: nothing to learn from; {lower}"
                         "start a new run (--run_dir=...) with more texts, positions or samples")
 
@@ -619,7 +619,7 @@ def annotated_texts(run, model, tokenizer, texts, tools):
     if len(lines) < len(texts):
         del lines[len(lines) // n * n:]  # keep whole groups only: a killed run may have left a part of a group
     if any(line["text"] != item["text"] for line, item in zip(lines, texts)):
-        raise UserError(f"{path}: it is of other texts; start a new run")
+        raise UserError(f"{path}: it belongs to other texts; start a new run")
 
     def augmented(line):
         return {**line,
