@@ -134,7 +134,7 @@ def ids_behind(before, text, tokenizer, **how):
 
 @functools.lru_cache(16)
 def blank_first(tokenizer):
-    return tokenizer.tokenize("a")[0].startswith("▁")
+    return "".join(tokenizer.tokenize("a")).startswith("▁")
 
 
 def pieces(messages, tokenizer, generation=False):

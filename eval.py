@@ -223,7 +223,8 @@ def same_calls(gold, got, tools={}):
 def numbers(text):
     """The numbers in a text -> {value: digits after the point}; commas, currency signs and units are ignored."""
     text = re.sub(r"(?<![\w.,])(\d[\d,]*(?:\.\d+)?)[ -](hundred|thousand|million|billion)\b",
-                  lambda m: f"{float(m[1].replace(',', '')) * SCALES[m[2].lower()]:.15g}", text, flags=re.IGNORECASE)
+                  lambda m: f"{float(m[1].replace(',', '')) * SCALES[m[2].lower()]:.15g}", text,
+                  flags=re.IGNORECASE | re.ASCII)
     return {float(re.sub("[−–]", "-", sign) + re.sub(r"[^\d.]", "", digits) + power): len(digits.partition(".")[2])
             for sign, digits, power in NUMBER.findall(text)}
 
@@ -395,6 +396,11 @@ def response(case, episode, gold_results):
     asked = f" {_normal(' '.join(told))} "
     known, like = set(numbers(" ".join(texts))) | in_words(" ".join(texts)), lambda text: f1(final, text) >= 0.5
     functions = {tool.name: tool.function for tool in case.conversation["tools"]}
+    # "135 thousand" is 135 if the question is how many thousand, or if the result gives "thousand" as the unit
+    units = {str(leaf).lower() for result in gold_results for leaf in leaves(result.value)}
+    for unit in SCALES:
+        if unit in units or f" how many {unit} " in asked:
+            final = re.sub(rf"(?<=\d)[ -]{unit}\b", "", final, flags=re.IGNORECASE)
 
     def fact(result):
         # a custom tool may have the name of a built-in tool, so compare functions
@@ -419,7 +425,7 @@ def response(case, episode, gold_results):
         if made_up:
             return False
         return bool(reference and like(reference)) or any(
-            x in numbers(final) if is_number(x) else
+            float(x) in numbers(final) if is_number(x) else
             re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said)
     if (case.calls or case.answer is not None) and (final.lstrip()[:1] in ("{", "[")
                                                     or re.search(r'\{\s*"(result|error)"\s*:', final)):
@@ -443,14 +449,15 @@ def response(case, episode, gold_results):
         return bool(re.search(r"\?|\b(need|please|tell me|let me know)\b", final, re.IGNORECASE))
     # "Paris", "4": a fact that the text must contain
     if reference and case.kind not in data.KINDS and len(words := words_of(reference, apart=True)) <= 3:
-        if {"yes": "no", "no": "yes"}.get(words[0] if words else "") in words_of(final, apart=True)[:3]:
+        if {"yes": "no", "no": "yes"}.get(words[0] if words else "") in words_of(PHRASES.sub("", final), apart=True)[:3]:
             return False
         facts = (set(numbers(reference)) | in_words(reference)) - known
         names = {word for word in words if (len(word) > 2 or word.isdigit())
                  and not facts & (set(numbers(word)) | in_words(word))} - common_words()
         if facts or names:  # "Sure!" has neither, and is small talk
-            denied = [x for x in names if re.search(rf"{NOT}{x}\b", final.casefold().replace("’", "'"))]
-            return (all(states(final, x, known | facts) for x in facts) and not denied
+            denied, may_be = ({x for x in names if re.search(rf"{NOT}{x}\b", text.casefold().replace("’", "'"))}
+                              for text in (final, reference))
+            return (all(states(final, x, known | facts) for x in facts) and denied <= may_be
                     and names <= set(words_of(final, apart=True)))
     talk = " ".join([reference or "", *(m["content"] for m in messages)])
     return converses(final, messages[-1]["content"]) and worded(final, talk)
@@ -585,7 +592,8 @@ def compare(groups, draws=2000):
                                             else np.nanpercentile(x[1:], [2.5, 97.5])
                                             for x in (values, values - at[first]))
             if low == high:  # all verdicts are equal: every bootstrap draw is the same
-                low, high = (measure(groups[label][0])[name][end] for end in ("low", "high"))
+                found = next(of for of in (measure(seed)[name] for seed in groups[label]) if of["n"])
+                low, high = found["low"], found["high"]
             out[label][name] = {"value": values[0], "low": low, "high": high, "difference": values[0] - at[first][0],
                                 "d_low": d_low, "d_high": d_high,
                                 "n": int((totals[label][0][name][1] > 0).sum()), "seeds": len(totals[label])}

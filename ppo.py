@@ -592,7 +592,7 @@ class Ground:
         from tools import evaluate
         sides = node.args if isinstance(node, ast.Call) else [node.left, node.right]
         # a value that is cut to a whole number may be 1, whatever numbers it is made of
-        whole = (isinstance(node, ast.Call) and len(sides) == 1
+        whole = (isinstance(node, ast.Call) and node.func.id == "round"
                  or isinstance(getattr(node, "op", None), (ast.FloorDiv, ast.Mod)))
         is_sum, raised = (isinstance(getattr(node, "op", None), kinds) for kinds in ((ast.Add, ast.Sub), ast.Pow))
         products = [self.factors(side) for side in sides]

@@ -1819,7 +1819,7 @@ def demo_steps(run, n):
     print("1. The untrained model on prompts of the test split (no phrasing, city or number pair of it is in the "
           "training data)")
     model, tokenizer = load_model(config.model, run.device)
-    if not before or before.get("constrained") != config.constrained:
+    if not before or before.get("constrained", False) != config.constrained:
         report, records = evaluation.evaluate(model, tokenizer, cases, **settings)
         before = {"report": report, "records": records, "constrained": config.constrained}
         write_json(before_file, before)

@@ -371,8 +371,9 @@ def tool(function=None, *, isolated=True, name=None):
 
     def filled(*args, **given):
         return function(*args, **dict.fromkeys(set(left_out).difference([*parameters][:len(args)])) | given)
-    return Tool(name, description, {"type": "object", "properties": properties, "required": required},
-                filled if left_out else function, isolated)
+    made = Tool(name, description, {"type": "object", "properties": properties, "required": required}, function,
+                isolated)
+    return replace(made, function=filled) if left_out else made
 
 
 def _hint_schema(hint, where):
@@ -438,7 +439,8 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
                     key, ["parameters", "input_schema", "inputSchema"], 1):
                 raise UserError(f'{where}: its parameters stand under {key!r}; the key is "parameters"')
     if (isinstance(parameters, dict) and parameters and all(isinstance(x, dict) for x in parameters.values())
-            and parameters.keys().isdisjoint({"properties", "items", "additionalProperties", "$defs", "definitions"})):
+            and parameters.keys().isdisjoint({"properties", "items", "additionalProperties", "patternProperties",
+                                             "$defs", "definitions"})):
         raise UserError(f'{where}: its parameters must stand under "properties", as in a JSON schema')
     function = getattr(function, "function", function)  # a Tool's own function
     return Tool(inner["name"], description, without_nulls(parameters) or {"type": "object", "properties": {}}, function)
@@ -755,7 +757,7 @@ class _CallReader:
                                     *([str(int(x))] if type(x) is float and x.is_integer() else []))})
         elif "properties" not in schema and (alternatives := schema.get("anyOf") or schema.get("oneOf")):
             if "type" in schema:  # the type holds for each alternative
-                alternatives = self.typed.setdefault(id(alternatives), [
+                alternatives = self.typed.setdefault((id(alternatives), str(schema["type"])), [
                     {"type": schema["type"], **_resolved(part, self.root)} for part in alternatives])
             self.value(*alternatives)
         elif first == '"' and str in types:
@@ -1065,7 +1067,7 @@ def _respell(text):
     tight = bool(re.search(r"min|max", text)) and not re.search(r"\d(,\s|\s+,)", text)
     if unclear := tight and re.search(r"(?<![\d.])\d{1,3}(,\d{3})*,(?!000)\d{3}(,\d{3})*,000(?!\d)", text):
         raise ToolError(f"{unclear[0][:50]!r}: write a space behind the commas that separate numbers")
-    text = re.sub(rf"(?<![\d.])\d{{1,3}}(,\d{{3}})*?,000{'' if tight else '(,[0-9]{3})*'}(?!\d)",
+    text = re.sub(rf"(?<![\d.])\d{{1,3}}(,\d{{3}})*?(,000)+{'' if tight else '(,[0-9]{3})*'}(?!\d)",
                   lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"\bsqrt\s+(\d+(?:,\d{3})*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)", r"sqrt(\1)", text)
     # in "100 / 10% of 50", "of" binds tighter than "/"

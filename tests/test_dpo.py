@@ -524,6 +524,30 @@ def test_a_pair_cut_where_it_parts():
     assert dpo.parted(longer, 1) == longer  # nothing of the first answer is left to prefer
 
 
+@pytest.mark.parametrize("rejected, inside", [
+    ([("calculator", "2 + 4")], True), ([("calculator", "2 - 3"), ("search", "2")], True), ([("search", "2 + 3")], False),
+    ([("calculator", "2 + 3"), ("search", "2")], False), ([], False)])
+def test_answers_that_part_inside_arguments_say_nothing_of_the_decision(rejected, inside, monkeypatch):
+    """With `parting` the token where two answers part is preferred: an operator, where the fault is one call too many."""
+    tok = tokenizer()
+    chat = {"messages": [{"role": "user", "content": "2 and 3?"}], "tools": ["calculator", "search"]}
+    keys = {"calculator": "expression", "search": "query"}
+    written = lambda calls: {**chat, "messages": [*chat["messages"], {"role": "assistant", "content": "" if calls else "5", "tool_calls": [  # noqa: E731
+        {"name": name, "arguments": {keys[name]: text}} for name, text in calls]}]}
+    pair = dpo.Pair(*(data.encode(written(calls), tok) for calls in ([("calculator", "2 + 3")], rejected)), "why")
+    assert dpo.part_in_arguments(pair, tok) is inside
+    # sampled: then a faulty copy of the example stands in for the pair
+    ids, mask = pair.rejected
+    start = mask.index(1)
+    episode = toolplay.Episode(ids=ids, mask=mask, logp=[0.0] * len(ids), prompt=start)
+    monkeypatch.setattr(toolplay, "rollout", lambda *args, **kwargs: [episode])
+    monkeypatch.setattr(ppo, "score", lambda *args: (-1.0, {}))
+    c = toolplay.load_config({"method": "dpo", "pairs": "both", "chosen": "gold", "samples": 1, "max_tokens": 9000, "parting": 1,
+                              "faults": ["call_too_many"]})
+    whys = [made.why for made in dpo.sampled_pairs(None, tok, [written([("calculator", "2 + 3")])], c)]
+    assert whys == (["call_too_many"] if inside else ["reward -1.00 against the example's"])
+
+
 def test_faults_of_the_policy_against_the_examples_own_turn(tmp_path, monkeypatch):
     """chosen: gold. Only where a sample is at fault; both answers to the same prompt ids, the chosen one ends behind its first turn."""
     tok = tokenizer()

@@ -299,6 +299,8 @@ def test_results_of_tools_of_ones_own():
                                       ("search", ["a", "b"], "It is a.", "No, none."),
                                       ("price", {"price": 40.0}, "It is 40 now.", "It is 4 now."),
                                       ("price", [1234567], "1,234,567 in all", "1,234 in all"),
+                                      ("order", {"id": 98765432109876543}, "It is 98765432109876543.", "It is 9."),
+                                      ("people", {"n": 2.1, "unit": "million"}, "2.1 million people", "2 people"),
                                       ("pair", {"a": [1, "two"]}, "two of them", "Sorry, nothing.")):
         mine = Tool(name, "", schema, lambda x, value=value: value, isolated=False)
         asked = SUM._replace(conversation={"messages": [{"role": "user", "content": "x?"}], "tools": [mine]},
@@ -441,6 +443,14 @@ def test_intervals():
     assert score(POLICIES["words"]) == score(POLICIES["words"])  # the bootstrap has a fixed seed
     alone = evaluation.summarise([evaluation.judge(TALK, play(TALK, "A joke about a cat in a hat."))])["metrics"]["overall"]
     assert alone["value"] == 1 and alone["low"] == pytest.approx(0.2065, abs=1e-3)
+
+
+def test_a_scale_is_the_question_s_own():
+    asked = case("A house cost 45 thousand dollars and costs three times as much now. How many thousand dollars does it cost?",
+                 [calc("45 * 3")], 135)
+    for text, right in (("It now costs 135 thousand dollars.", True), ("It costs 135.", True), ("It costs 13 thousand.", False)):
+        assert verdicts(asked, format_call(calc("45 * 3")), text)["response_quality"] is right, text
+    assert evaluation.numbers("5 thou\u017fand and 5 m\u0131llion") == {5.0: 0}
 
 
 def test_report_and_tables():
@@ -679,6 +689,9 @@ def test_a_perfect_score_on_few_cases_is_not_certain():
     for record in records:
         record["verdicts"].update(dict.fromkeys(set(evaluation.METRICS) - {"execution"}, True), overall=not record["due"])
     assert evaluation.measure(records)["overall"]["low"] == 0  # an interval holds its value
+    silent = [{**r, "verdicts": {**r["verdicts"], "execution": []}} for r in records]
+    loud = [{**r, "verdicts": {**r["verdicts"], "execution": [True]}} for r in records]
+    assert evaluation.compare({"a": [silent, loud]}, 50)["a"]["execution"]["low"] == pytest.approx(0.7225, abs=1e-4)
     compared = evaluation.compare({"a": [records]}, 50)["a"]["tool_accuracy"]
     assert compared["value"] == 1 and compared["low"] == pytest.approx(0.7225, abs=1e-4)  # Wilson's for 10 of 10
 
@@ -770,6 +783,8 @@ def test_an_invented_success_is_wrong_where_nothing_fits_or_something_is_missing
                                                      ("You're welcome!", "No problem at all.", True),
                                                      ("No.", "Yes, it is.", False), ("No.", "No, it is not.", True),
                                                      ("Yes!", "No, it is not.", False), ("Yes.", "It is, indeed.", True),
+                                                     ("Yes.", "Yes, no doubt about it.", True),
+                                                     ("Not available.", "No, it is not available now.", True),
                                                      ("Paris", "It isn't Paris, it is Lyon.", False),
                                                      ("Paris", "It’s Paris, not Lyon.", True),
                                                      *[("Sure!", text, False) for text in ("", "zzq zzq", "and the capital of France?")]])

@@ -465,6 +465,9 @@ def test_a_broken_call_in_a_later_turn_is_no_right_format():
                                                         ("A rent of $800 rises by 5%.", 840, "800 * 105 / 100"),
                                                         ("How many full boxes of 5 do 17 eggs fill, at 3 dollars each?", 9, "17 // 5 * 3"),
                                                         ("two and a half hours at 60 km an hour", 150, "60 * 2.5"),
+                                                        ("A square of 144 square meters: how long is its fence?", 48, "4 * sqrt(144)"),
+                                                        ("How many thousand dollars is a house of 45 thousand at three times "
+                                                         "the price?", 135, "45 * 3"),
                                                         ("3/4 of 80 pens", 60, "0.75 * 80"), ("2 cups a day in June", 60, "2 * 30")])
 def test_honest_calculations(prompt, answer, expression):
     case = evaluation.as_case({"prompt": prompt, "answer": answer})

@@ -77,6 +77,8 @@ def run(function, arguments=None, **options):
     ("3 times 4 minus 2", 10), ("max(1,000, 2)", 1000), ("max(1,000,2)", 1000), ("round(2.5)", 2), ("min(5, 10, 15)", 5),
     ("max($1,200,$900)", 1200), ("1,500,000 / 12", 125000), ("20% of 1,250,000", 250000), ("1,000,500 - 250", 1000250),
     ("max(1,500,000, 900,000)", 1500000), ("sqrt(2,250,000)", 1500), ("max(2,000,3,000)", 3000), ("max(1,000,500, 2)", 1000500),
+    ("max(12,000,000)", 12000000), ("max(1,000,000,2)", 1000000), ("max(1,000,000,2,000,000)", 2000000), ("max(3,4)*1,000,000", 4000000),
+    ("max(500,1,000)", 1000),
     ("1,000 + 007", 1007), ("$1,234", 1234), ("2³²", 2 ** 32), ("10²³", 10 ** 23), ("10⁻² * 5", 0.05),
     ("100 / 10% of 50", 20),
     ("2^50% of 4", 4), ("2 / 50% of 2^2", 1), ("20% of 50^2", 500), ("√1e4", 100), ("sqrt 1e4", 100),
@@ -706,7 +708,7 @@ def test_null_for_what_may_be_left_out():
 
 
 def test_what_cannot_be_a_tool_says_why():
-    async def later(x: int): ...
+    async def later(x: int, unit: Optional[str]): ...
     def primes(n: int): yield n
     def star(*numbers: int): ...
     def method(self, x: int): ...
@@ -947,6 +949,13 @@ def test_a_type_beside_alternatives_holds_for_each_of_them(field, right, wrong):
     assert execute(Call("f", {"d": right}), [made]).ok and call_state(written(right) + "}}</tool_call>", [made]) == "outside"
     assert execute(Call("f", {"d": wrong}), [made]).error_type == "wrong_type"
     assert call_state(written(wrong), [made]) == "invalid"
+
+
+def test_alternatives_that_two_types_share():
+    made = tool_from_schema({"name": "f", "parameters": {
+        "type": "object", "$defs": {"U": {"anyOf": [{"minimum": 0}, {"maxLength": 5}]}},
+        "properties": {"a": {"$ref": "#/$defs/U", "type": "string"}, "b": {"$ref": "#/$defs/U", "type": "integer"}}}}, lambda a, b: "ok")
+    assert call_state('<tool_call>{"name": "f", "arguments": {"a": "x", "b": 3}}</tool_call>', [made]) == "outside"
 
 
 def test_a_city_with_very_many_accents(monkeypatch):
@@ -1240,6 +1249,7 @@ def test_parameters_that_are_no_schema_are_refused():
     with pytest.raises(UserError, match='get_rate: its parameters must stand under "properties"'):
         tool_from_schema({"name": "get_rate", "parameters": {"currency": {"description": "ISO code", "type": "str"}}})
     assert tool_from_schema({"name": "now", "parameters": {}}).signature() == "now()"
+    assert tool_from_schema({"name": "free", "parameters": {"patternProperties": {".*": {"type": "string"}}}}).name == "free"
 
 
 def test_what_is_required_but_no_parameter_is_not_asked_for():
