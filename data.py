@@ -436,30 +436,32 @@ def number_words(n):
 NUMBER = r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+"  # with or without commas
 
 
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6}
+
+
 def numbers_in(text):
     """-> list of the numbers in a text, in digits or in words ("one thousand and seven", 57k), as often as they
     occur."""
     alone = {"half": (2, 0.5), "third": (3,), "quarter": (4, 0.25), "quarters": (4, 0.25, 0.75), "thirds": (3,),
              "twice": (2,), "double": (2,), "triple": (3,), "dozen": (12,)}
     small = {**{word: n for n, word in enumerate(ONES)}, **{word: 10 * n for n, word in enumerate(TENS)}}
-    scales = {"hundred": 100, "thousand": 1000, "million": 1000000}
     # total, current: of a number in words, its finished thousands and the part after them
     found, total, current, before = [], 0, None, ""
     text = re.sub(r"(?<=\d)(k|m)\b", lambda m: {"k": " thousand", "m": " million"}[m[1]], str(text).lower())  # 57k
     for word in [*re.findall(NUMBER + r"|[a-z]+|(?<!thousand),", text, re.ASCII), ""]:
-        if word in scales and before[:1].isdigit():
-            found.append(found[-1] * scales[word])
+        if word in SCALES and before[:1].isdigit():
+            found.append(found[-1] * SCALES[word])
         elif word == "hundred" and current and current > 100:  # "three hundred and one hundred" are two numbers
             found.append(float(total + current - current % 100))
             total, current = 0, 100 * (current % 100)
-        elif word in scales and (current or before == "a"):
-            current = (current or 1) * scales[word]
+        elif word in SCALES and (current or before == "a"):
+            current = (current or 1) * SCALES[word]
             if word != "hundred":
                 total, current = total + current, None
         elif word in small and (not current or current % 100 == 0 or small[word] < 10 and current % 10 == 0
                                 and current % 100 > 10):
             current = (current or 0) + small[word]
-        elif word != "and" or before not in scales:  # the number ends here, and the next may begin
+        elif word != "and" or before not in SCALES:  # the number ends here, and the next may begin
             found += [float(x) for x in [(current or 0) + total] if x]
             total, current = 0, small.get(word)
             found += map(float, [word.replace(",", "")] if word[:1] in tuple("0123456789.") else alone.get(word, ()))

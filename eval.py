@@ -220,18 +220,20 @@ def same_calls(gold, got, tools={}):
     return any(same_call(gold[0], got[n], tools) and same_calls(gold[1:], got[:n] + got[n + 1:], tools) for n in tries)
 
 
+SCALES = data.SCALES | {"billion": 10 ** 9}
+
+
 def numbers(text):
     """The numbers in a text -> {value: digits after the point}; commas, currency signs and units are ignored."""
-    text = re.sub(r"(?<![\w.,])(\d[\d,]*(?:\.\d+)?)[ -](hundred|thousand|million|billion)\b",
+    text = re.sub(rf"(?<![\w.,])(\d[\d,]*(?:\.\d+)?)[ -]({'|'.join(SCALES)})\b",
                   lambda m: f"{float(m[1].replace(',', '')) * SCALES[m[2].lower()]:.15g}", text,
                   flags=re.IGNORECASE | re.ASCII)
     return {float(re.sub("[−–]", "-", sign) + re.sub(r"[^\d.]", "", digits) + power): len(digits.partition(".")[2])
             for sign, digits, power in NUMBER.findall(text)}
 
 
-SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9}
 IN_WORDS = re.compile(r"\b(?:a (?=hundred|thousand|million))?(?:{0})(?: (?:{0}))*\b".format(
-    "|".join([*data.ONES, *data.TENS[2:], "hundred", "thousand", "million"])))
+    "|".join([*data.ONES, *data.TENS[2:], *data.SCALES])))
 
 
 # after these words "minus" is a sign; in "10 minus 3" it is an operator
@@ -389,56 +391,70 @@ def leaves(value):
 
 def response(case, episode, gold_results):
     """response_quality of an episode: True, False, or None if there is nothing known to compare with."""
-    messages, final, reference = case.conversation["messages"], episode.final, case.reference
     # Whatever is in these texts is not made up. The results of the model's calls count only if no gold calls are known.
-    told = [m["content"] for m in messages] + [str(c.arguments) for c in case.calls or []]
-    texts = told + [r.text() for r in (episode.results if case.calls is None else gold_results)]
-    asked = f" {_normal(' '.join(told))} "
-    known, like = set(numbers(" ".join(texts))) | in_words(" ".join(texts)), lambda text: f1(final, text) >= 0.5
-    functions = {tool.name: tool.function for tool in case.conversation["tools"]}
-    # "135 thousand" is 135 if the question is how many thousand, or if the result gives "thousand" as the unit
-    units = {str(leaf).lower() for result in gold_results for leaf in leaves(result.value)}
-    for unit in SCALES:
-        if unit in units or f" how many {unit} " in asked:
-            final = re.sub(rf"(?<=\d)[ -]{unit}\b", "", final, flags=re.IGNORECASE)
-
-    def fact(result):
-        # a custom tool may have the name of a built-in tool, so compare functions
-        value, function = result.value, functions.get(result.name)
-        if not result.ok and result.error_type != "not_executable":
-            return declines(final, reference, known, " ".join(texts))
-        if function is BUILTIN["weather"].function:
-            return states(final, value["temperature"], known) and describes(final, value, " ".join(texts))
-        if function is BUILTIN["search"].function:
-            right = (any(map(like, [reference] if reference else [hit["text"] for hit in value]))
-                     and not set(numbers(final)) - known - set(numbers(reference or "")))
-            return right or not value and declines(final, reference, known, " ".join(texts))
-        if is_number(value):
-            return states(final, value, known)
-        # Custom tool: the text must have a value of the result that the user did not say. If the result has numbers,
-        # the text must have no other numbers.
-        said = [x for x in leaves(value) if f" {_normal(str(x))} " not in asked]
-        if not said and not reference:
-            return None
-        made_up = (any(map(is_number, leaves(value)))
-                   and (set(numbers(final)) | in_words(final)) - known - {1} - set(numbers(reference or "")))
-        if made_up:
-            return False
-        return bool(reference and like(reference)) or any(
-            float(x) in numbers(final) if is_number(x) else
-            re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said)
+    asked = [m["content"] for m in case.conversation["messages"]] + [str(c.arguments) for c in case.calls or []]
+    told = " ".join(asked + [r.text() for r in (episode.results if case.calls is None else gold_results)])
+    asked, known = f" {_normal(' '.join(asked))} ", set(numbers(told)) | in_words(told)
+    final = in_units_asked(episode.final, asked, gold_results)
     if (case.calls or case.answer is not None) and (final.lstrip()[:1] in ("{", "[")
                                                     or re.search(r'\{\s*"(result|error)"\s*:', final)):
         return False  # a raw tool result
     if case.answer is not None:
         return states(final, case.answer, known)
-    if case.calls is None or not reference and any(result.error_type == "not_executable" for result in gold_results):
+    if case.calls is None or not case.reference and any(r.error_type == "not_executable" for r in gold_results):
         return None
     if case.calls:
-        facts = [fact(result) for result in gold_results]
+        facts = [has_fact(case, final, result, asked, told, known) for result in gold_results]
         return False if False in facts else None if None in facts else True
-    if episode.stop != "end":
+    return episode.stop == "end" and replies(case, final, asked, known)
+
+
+def in_units_asked(final, asked, gold_results):
+    """The text with "135 thousand" as 135, if the question is how many thousand, or if a result gives "thousand" as the
+    unit."""
+    units = {str(leaf).lower() for result in gold_results for leaf in leaves(result.value)}
+    for unit in SCALES:
+        if unit in units or f" how many {unit} " in asked:
+            final = re.sub(rf"(?<=\d)[ -]{unit}\b", "", final, flags=re.IGNORECASE)
+    return final
+
+
+def has_fact(case, final, result, asked, told, known):
+    """Whether a final text has the key fact of a gold result; None if there is nothing known to compare with.
+
+    asked: what the user said, normalised. told: that and the results. known: the numbers in it.
+    """
+    value, reference = result.value, case.reference
+    like = lambda text: f1(final, text) >= 0.5  # noqa: E731
+    # a custom tool may have the name of a built-in tool, so compare functions
+    function = {tool.name: tool.function for tool in case.conversation["tools"]}.get(result.name)
+    if not result.ok and result.error_type != "not_executable":
+        return declines(final, reference, known, told)
+    if function is BUILTIN["weather"].function:
+        return states(final, value["temperature"], known) and describes(final, value, told)
+    if function is BUILTIN["search"].function:
+        right = (any(map(like, [reference] if reference else [hit["text"] for hit in value]))
+                 and not set(numbers(final)) - known - set(numbers(reference or "")))
+        return right or not value and declines(final, reference, known, told)
+    if is_number(value):
+        return states(final, value, known)
+    # Custom tool: the text must have a value of the result that the user did not say. If the result has numbers,
+    # the text must have no other numbers.
+    said = [x for x in leaves(value) if f" {_normal(str(x))} " not in asked]
+    if not said and not reference:
+        return None
+    made_up = (any(map(is_number, leaves(value)))
+               and (set(numbers(final)) | in_words(final)) - known - {1} - set(numbers(reference or "")))
+    if made_up:
         return False
+    return bool(reference and like(reference)) or any(
+        float(x) in numbers(final) if is_number(x) else
+        re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said)
+
+
+def replies(case, final, asked, known):
+    """Whether a final text is the reply that a case without a due call wants. asked, known: as in `has_fact`."""
+    messages, reference = case.conversation["messages"], case.reference
     if reference and (f1(final, reference) >= 0.8 or final.strip() == reference.strip()):
         return True
     if not converses(final, messages[-1]["content"]) and case.kind in data.KINDS:

@@ -311,11 +311,9 @@ def unused(episode):
 def worked_out(case, episode):
     """If the calculator is required: each of its calls has the numbers of a gold call, or works with numbers of the
     prompt and results of earlier calls (`is_calculation`). If the case asks for a number, there must be a call."""
-    from data import numbers_in
-    gold = [sorted(numbers_in(call.arguments.get("expression")))
-            for call in case.calls or [] if call.name == "calculator"]
+    gold = [written(call.arguments.get("expression")) for call in case.calls or [] if call.name == "calculator"]
     prompt, steps = " ".join(message["content"] for message in case.conversation["messages"]), calculations(episode)
-    honest = (sorted(numbers_in(x)) in gold or is_calculation(x, prompt, steps[:n]) for n, (x, _) in enumerate(steps))
+    honest = (written(x) in gold or is_calculation(x, prompt, steps[:n]) for n, (x, _) in enumerate(steps))
     return bool(steps) and all(honest) if wants_number(case) else not gold or all(honest)
 
 
@@ -412,13 +410,18 @@ def like_reference(case, episode, verdicts):
     return verdicts["response_f1"] or 0.0
 
 
+def written(expression):
+    """The numbers in an expression, sorted."""
+    from data import numbers_in  # here, so that the losses work without other files
+    return sorted(numbers_in(expression))
+
+
 def repeated(episode):
     """Whether a call was made twice, in any spelling; 4 * 6 and 3 * 8 are two different calls."""
-    from data import numbers_in
     from eval import same_call
-    written = lambda call: sorted(numbers_in(call.arguments.get("expression")))  # noqa: E731
-    return any(same_call(a, b) and (a.name != "calculator" or written(a) == written(b))
-               for a, b in itertools.combinations(episode.calls, 2))
+    numbers = [written(call.arguments.get("expression")) if call.name == "calculator" else [] for call in episode.calls]
+    return any(same_call(a, b) and x == y
+               for (a, x), (b, y) in itertools.combinations(zip(episode.calls, numbers), 2))
 
 
 def needless_call(case, episode, verdicts):
@@ -591,15 +594,15 @@ class Ground:
         """The `spare` of a sum, power, remainder or choice; -1 if it does not stand."""
         from tools import evaluate
         sides = node.args if isinstance(node, ast.Call) else [node.left, node.right]
+        is_sum, raised, whole = (isinstance(getattr(node, "op", None), kinds)
+                                 for kinds in ((ast.Add, ast.Sub), ast.Pow, (ast.FloorDiv, ast.Mod)))
         # a value that is cut to a whole number may be 1, whatever numbers it is made of
-        whole = (isinstance(node, ast.Call) and node.func.id == "round"
-                 or isinstance(getattr(node, "op", None), (ast.FloorDiv, ast.Mod)))
-        is_sum, raised = (isinstance(getattr(node, "op", None), kinds) for kinds in ((ast.Add, ast.Sub), ast.Pow))
+        whole = whole or isinstance(node, ast.Call) and node.func.id == "round"
         products = [self.factors(side) for side in sides]
         # a side with the value 0 does not stand
         spare = [self.spare(product) if evaluate(side) else -1 for side, product in zip(sides, products)]
         if min(spare) >= 0 or isinstance(node, ast.Call):
-            return sum(spare) if is_sum else min(*spare, 0) if whole else min(spare)
+            return sum(spare) if is_sum else min(spare + [0] * whole)
         right = spare[0] >= 0  # one side does not stand: is it the right side?
         x = abs(evaluate(sides[right])) if {math.nan, *self.standing}.isdisjoint(products[right]) else math.nan
         if is_sum:

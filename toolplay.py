@@ -1184,8 +1184,7 @@ class Run:
         np.random.seed(config.seed % 2 ** 32)
         torch.manual_seed(config.seed)
         # the config that config.json contains
-        self.written = {**dataclasses.asdict(config),
-                        **{key: before[key] for key in before if key in CHANGES}}
+        self.written = {**dataclasses.asdict(config), **before, "run_dir": config.run_dir}
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")  # held until this process ends, even if it is killed
@@ -1235,8 +1234,8 @@ class Run:
                                 f"{self.folder} --resume), or start a new run with --run_dir=...")
         kept = read_json(self.folder / "config.json", lambda value: value | {}, "start a new run")
         began, here = kept.get("provenance"), provenance(config.seed)
-        self.began = began = began if isinstance(began, dict) else {}
-        other = [key for key in ("packages", "threads") if began.get(key, here[key]) != here[key]]
+        self.began = began if isinstance(began, dict) else {}
+        other = [key for key in ("packages", "threads") if self.began.get(key, here[key]) != here[key]]
         if other and self.rank == 0:
             print(f"{self.folder}: began with other {' and '.join(other)}: "
                   "what it comes to may differ in the last digits", file=sys.stderr)

@@ -191,11 +191,12 @@ def _properties(schema, root, part=False):
     return named, "patternProperties" in parts[0] or parts[0].get("additionalProperties", part or not closed)
 
 
-def _required(schema, root):
+def _required(schema, root, named=(), others=True):
     """The names that a schema or its allOf parts require. A "required" that is not a list (draft 3 had true and false)
-    requires nothing."""
+    requires nothing. If `others` is False, only `named` ones: nobody can give another."""
     lists = [part["required"] for part in _parts(schema, root, ("allOf",)) if isinstance(part.get("required"), list)]
-    return [name for names in lists for name in names if isinstance(name, str)]
+    return [name for names in lists for name in names
+            if isinstance(name, str) and (others is not False or name in named)]
 
 
 def _whole(parameters):
@@ -296,8 +297,8 @@ def _new_problems(value, schema, where, root, part, known):
                 yield "unknown_argument", f"unknown argument {prefix + key[:100]!r}{_nearest(key, named)}"
             elif inner is not True:
                 yield from _problems(item, inner, prefix + key, root, False, known)
-        for key in _required(schema, root):
-            if key not in value and (key in named or others is not False):  # else no call could give it
+        for key in _required(schema, root, named, others):
+            if key not in value:
                 yield "missing_argument", f"missing argument {prefix + key!r}"
 
 
@@ -785,9 +786,7 @@ class _CallReader:
         """Read an object: each property at most once, in any order. It may close when no required property is
         missing."""
         properties, others = _properties(schema, self.root)
-        free, required, seen = others is not False, set(_required(schema, self.root)), set()
-        if not free:
-            required &= properties.keys()  # other names cannot be given
+        free, required, seen = others is not False, set(_required(schema, self.root, properties, others)), set()
         self.word("{")
         if self.peek() == "}":
             return self.word(["}"] * (not required))
