@@ -33,10 +33,11 @@ case to which a metric does not apply is not counted in this metric.
                      of its result that the user did not say, or F1 >= 0.5 with the reference; and no other numbers if
                      the result has numbers. Error: words that it cannot be done (or F1 >= 0.2 with the reference), and
                      no made-up number. A raw result (JSON) is no answer.
-                     None due: the text ends by itself, is mostly letters, repeats no 4-gram four times, and does not
-                     echo the prompt. For kinds missing_tool and api_none the text must say what cannot be done or is
-                     missing, without a made-up number; for api_ask the text must ask. If data.KINDS lacks the case's
-                     kind, a reference of one to three words is a fact that the text must contain.
+                     None due: the text ends by itself, is mostly letters, repeats no 4-gram four times, does not echo
+                     the prompt, and follows no call ("I searched for heads or tails but found nothing" is no reply).
+                     For kinds missing_tool and api_none the text, even after a call, must say what cannot be done or
+                     is missing, without a made-up number; for api_ask the text must ask. If data.KINDS lacks the
+                     case's kind, a reference of one to three words is a fact that the text must contain.
   response_f1        Mean token F1 (as in SQuAD, Rajpurkar et al. 2016) of the final text and the reference.
   overall            sqrt(success if a call is due * success if none is due). Success: tool, format, arguments and
                      response are all right, no call is made twice, and after the first turn the model makes no more
@@ -406,7 +407,7 @@ def response(case, episode, gold_results):
     if case.calls:
         facts = [has_fact(case, final, result, asked, told, known) for result in gold_results]
         return False if False in facts else None if None in facts else True
-    return episode.stop == "end" and replies(case, final, asked, known)
+    return episode.stop == "end" and replies(case, episode, final, asked, known)
 
 
 def in_units_asked(final, asked, gold_results):
@@ -452,7 +453,7 @@ def has_fact(case, final, result, asked, told, known):
         re.search(rf"(?<!\w){re.escape(x)}(?!\w)", final, re.IGNORECASE) for x in said)
 
 
-def replies(case, final, asked, known):
+def replies(case, episode, final, asked, known):
     """Whether a final text is the reply that a case without a due call wants. asked, known: as in `has_fact`."""
     messages, reference = case.conversation["messages"], case.reference
     if reference and (f1(final, reference) >= 0.8 or final.strip() == reference.strip()):
@@ -476,7 +477,7 @@ def replies(case, final, asked, known):
             return (all(states(final, x, known | facts) for x in facts) and denied <= may_be
                     and names <= set(words_of(final, apart=True)))
     talk = " ".join([reference or "", *(m["content"] for m in messages)])
-    return converses(final, messages[-1]["content"]) and worded(final, talk)
+    return not episode.results and converses(final, messages[-1]["content"]) and worded(final, talk)
 
 
 # --------------------------------------------------------------------------- 4. many episodes

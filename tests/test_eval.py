@@ -248,6 +248,18 @@ def test_short_replies_are_replies():
     assert not any(evaluation.worded(text, "Hello there") for text in ("asdf qwer", "t", "m.", "re", "ll ve", "qzx wvk t jjq"))
 
 
+@pytest.mark.parametrize("kind, prompt, text, right", [
+    ("no_tool", "heads or tails?", "I searched for heads or tails but found nothing.", False),
+    ("trap", "Write a caption for my photo of a rainy street", "It is currently clear in Granada.", False),
+    ("", "Tell me a joke", "There is nothing about a joke in the search.", False),
+    ("missing_tool", "What is 21 % of 393?", "Sorry, I don't have a way to calculate that.", True)])
+def test_what_follows_a_needless_call_is_no_reply(kind, prompt, text, right):
+    asked = case(prompt, [], kind=kind)
+    assert verdicts(asked, text)["response_quality"] is True
+    for needless in (Call("search", {"query": "heads or tails"}), Call("nothing", {})):
+        assert verdicts(asked, format_call(needless), text)["response_quality"] is right
+
+
 def test_response_to_weather_search_and_errors():
     there = weather("Paris")["temperature"]
     asked = case("weather in Paris?", [Call("weather", {"city": "Paris"})])
