@@ -13,9 +13,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import toolplay  # noqa: E402
-from toolplay import load_model  # noqa: E402  (the real one: tests put others in its place)
+from toolplay import load_model  # noqa: E402  (the real function: tests replace toolplay.load_model)
 
-VOCAB = 258  # of the byte-level tokenizer that comes with the model "tiny"
+VOCAB = 258  # vocabulary size of the byte-level tokenizer of the model "tiny"
 
 
 def sizes(**more):
@@ -24,7 +24,7 @@ def sizes(**more):
 
 
 def model(name, seed=0):
-    """A small random model in eval mode. Its weights are large, so that its predictions are far from uniform."""
+    """A small random model in eval mode. Its weights are large, so its predictions are far from uniform."""
     import transformers as t
     t.utils.logging.set_verbosity_error()
     with torch.random.fork_rng(devices=[]):
@@ -37,7 +37,7 @@ def model(name, seed=0):
             made = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=1024,
                                                   initializer_range=0.25,
                                                   bos_token_id=256, eos_token_id=257))
-        elif name == "mistral":  # every layer sees a window of eight tokens
+        elif name == "mistral":  # each layer sees a window of eight tokens
             made = t.MistralForCausalLM(t.MistralConfig(**sizes(sliding_window=8)))
         elif name == "gemma3":  # one layer with a window, one without
             made = t.Gemma3ForCausalLM(t.Gemma3TextConfig(**sizes(head_dim=8, sliding_window=8,
@@ -53,7 +53,7 @@ def tokenizer():
 def random_rows(seed, most=9, longest=24):
     """A random mix of fresh rows, extensions, prefixes, branches, duplicates and one-token rows, with random masks."""
     rng = random.Random(seed)
-    fresh = lambda n: [rng.randrange(6) for _ in range(n)]  # noqa: E731  (few symbols: rows meet by chance, too)
+    fresh = lambda n: [rng.randrange(6) for _ in range(n)]  # noqa: E731  (few symbols, so rows also share prefixes by chance)
     rows = [fresh(rng.randint(2, longest))]
     for _ in range(rng.randint(most // 2, most - 1)):
         other, cut = rng.choice(rows), rng.randint(0, longest)
@@ -80,16 +80,16 @@ def gather(rows, log_p, of=lambda log_p, token: log_p[token]):
 
 
 def close(a, b, rel):
-    """Whether two lists of gradients agree: the difference of each is small beside it, or beside them all where it should be zero."""
+    """Whether two lists of gradients agree: each difference is small relative to its gradient, or to all gradients where it should be 0."""
     whole = torch.cat([x.flatten() for x in b]).norm()
     return all((x - y).norm() <= rel * max(y.norm(), 1e-3 * whole) for x, y in zip(a, b))
 
 
 class Zygote:
-    """A fresh process that has imported everything and forks itself for each scenario.
+    """A fresh process that imports everything once and forks itself for each scenario.
 
-    Importing torch and transformers takes seconds, forking a process that has not yet computed anything takes none; and
-    the children are real processes that can be killed with -9, or be the ranks of a distributed run.
+    Importing torch and transformers takes seconds; forking a process that has computed nothing yet takes almost no time.
+    The children are real processes: a test can kill them with -9 or run them as the ranks of a distributed run.
     """
 
     def __init__(self):
@@ -101,7 +101,7 @@ class Zygote:
         self.process.stdin.flush()
 
     def result(self):
-        """-> (exit codes, minus the signal where one ended it; None where it hung), what they printed to stderr)."""
+        """-> (exit codes: minus the signal if a signal ended the process, None if it hung; what the processes printed to stderr)."""
         answer = json.loads(self.process.stdout.readline())
         return answer["codes"], answer["stderr"]
 
@@ -115,7 +115,7 @@ class Zygote:
 
 
 def killed_then_resumed(config, place, nth, uninterrupted, files):
-    """Train; kill -9 at the nth arrival at a place; resume: the files must be those of the run that nothing happened to."""
+    """Train; kill -9 when a place is reached for the nth time; resume: the files must equal those of the uninterrupted run."""
     codes, stderr = zygote().run("train", config=config, place=place, nth=nth)
     assert codes == [-9], stderr
     codes, stderr = zygote().run("train", config=config, resume=True)
@@ -125,7 +125,7 @@ def killed_then_resumed(config, place, nth, uninterrupted, files):
 
 
 def recorded_gradients(monkeypatch):
-    """A list that gets the whole gradient of every training step from here on."""
+    """A list that receives the whole gradient of every following training step."""
     gradients, clip = [], torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
                         lambda ps, *a: (gradients.append(torch.cat([p.grad.flatten() for p in ps if p.grad is not None])), clip(ps, *a))[1])
@@ -134,7 +134,7 @@ def recorded_gradients(monkeypatch):
 
 @functools.cache
 def zygote():
-    """The one that all tests share."""
+    """The one Zygote that all tests share."""
     made = Zygote()
     atexit.register(made.close)
     return made

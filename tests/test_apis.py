@@ -1,4 +1,4 @@
-"""The invented APIs: enough of them, of every type, kept apart by split; requests that say what the calls need."""
+"""The synthetic functions: enough of every type, none in two splits, and requests say what the calls need."""
 import json
 import random
 import re
@@ -77,7 +77,7 @@ def test_calls_fit_the_tools_that_are_offered(made):
 
 
 def test_the_request_says_what_the_call_needs(made):
-    """Codes, names and titles stand in the message word for word, but for what a whole sentence says in words of its own."""
+    """Codes, names and titles appear word for word in the message, except values that a whole sentence puts in its own words."""
     told = {(name, str(value)) for name, items in data.corpus("api_sentences.json")["sentences"].items()
             for item in items if isinstance(item, list) for value in item[1].values()}
     found = 0
@@ -112,7 +112,7 @@ def test_parallel_calls_differ_in_one_value_in_all_or_in_their_function(made):
 
 
 def test_offers_come_again_in_training_only(made):
-    """The trie computes a shared set of tools once; scores on the other splits are of independent sets."""
+    """The trie computes a shared tool list once, so training reuses lists; scores on the other splits need independent lists."""
     offers = {split: [json.dumps(c["tools"]) for c in data.generate(split, 700, 0, {kind: 1 for kind in KINDS})]
               for split in ("train", "test")}
     assert len(set(offers["train"])) < 0.87 * 700 and len(set(offers["test"])) > 0.92 * 700
@@ -122,8 +122,8 @@ def test_questions_back_and_refusals(made):
     for c in made["train", "api_ask"]:
         assert "?" in c["messages"][1]["content"] or "tell me" in c["messages"][1]["content"]
     refused = [c for c in made["train", "api_none"] + made["test", "api_none"] if "." in c["family"]]
-    assert 0.5 < len(refused) / 210 < 0.8  # the others ask what the built-in tools are for
-    # One first word for each of the three decisions (a call, a question, a refusal): else a greedy choice favours the undivided one.
+    assert 0.5 < len(refused) / 210 < 0.8  # the rest ask for something that a built-in tool does
+    # One first word per decision (call, question, refusal): greedy decoding favours a decision that is not split over several first words.
     for kind in ("api_ask", "api_none"):
         assert len({reply.split()[0] for reply in data.corpus("answers.json")["api"][kind.removeprefix("api_")]}) == 1
     near = 0
@@ -135,7 +135,7 @@ def test_questions_back_and_refusals(made):
         function = next(f for d in data.corpus("apis.json")["domains"] if d["name"] == domain
                         for f in d["functions"] if "_".join(f["words"]) == words)
         assert not any(tool["description"] in function["descriptions"] for tool in c["tools"])
-    assert 0.3 < near / len(refused) < 0.8  # a function of the same domain is offered, but another one than asked for
+    assert 0.3 < near / len(refused) < 0.8  # another function of the same domain is offered, but not the requested one
 
 
 def test_the_seed_decides(made):
@@ -144,7 +144,7 @@ def test_the_seed_decides(made):
 
 
 def test_whole_sentences_say_every_required_value():
-    """Each belongs to one function, has a slot for each required value, and no slot that is not written out as it is."""
+    """Each belongs to one function, states each required parameter, and has no slot for a value that is not written as it is."""
     functions = {"_".join(f["words"]): f for d in data.corpus("apis.json")["domains"] for f in d["functions"]}
     writer = data.ApiWriter("train", random.Random(0), False)
     writer.style = "snake"
@@ -164,7 +164,7 @@ def test_whole_sentences_say_every_required_value():
 
 
 def test_whole_sentences_are_used():
-    """About half of the requests to functions that have some; every value stands in the text as it is written."""
+    """About half of the requests to functions that have whole sentences use one; each value appears in the text as it is written."""
     made = [c for c in data.generate("train", 120, 3, {"api_one": 1}) if not re.search("= |: ", c["messages"][0]["content"])]
     sentences = data.corpus("api_sentences.json")["sentences"]
 
@@ -193,7 +193,7 @@ def test_a_whole_sentence_can_say_an_object_in_its_own_words():
 
 
 def test_requests_do_not_contradict_themselves():
-    """Nobody brings a car back before the day he rents it; who says "two things" wants two; a list is in every call or in none."""
+    """A rented car is not returned before its pick-up date; "Two things." means two calls; a list is in all calls or in none."""
     seen = 0
     for split in ("train", "test"):
         for row in data.generate(split, 500, 4, {"api_one": 2, "api_choice": 2, "api_parallel": 3}):

@@ -1,4 +1,4 @@
-"""eval.py's BFCL verdicts against the official checker, on calls that are right, nearly right and wild."""
+"""eval.py's BFCL verdicts against the official checker's, on right, nearly right and random calls."""
 import copy
 import itertools
 import json
@@ -22,7 +22,7 @@ SUITE = "bfcl:" + ",".join(evaluation.BFCL)
 def official():
     pytest.importorskip("bfcl_eval")
     mapping = type("Any", (dict,), {"__missing__": lambda self, key: types.SimpleNamespace(underscore_to_dot=False)})()
-    # the real one imports every vendor's client
+    # the real module imports every vendor's client
     sys.modules["bfcl_eval.constants.model_config"] = types.SimpleNamespace(MODEL_CONFIG_MAPPING=mapping)
     from bfcl_eval.constants.enums import Language
     from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker
@@ -52,7 +52,7 @@ def gold_calls(answers, rng):
 
 
 def other_value(value, rng):
-    """Something near: another case, type, order, a part of it."""
+    """A value that is near the given one: another case, type or order, or a part of it."""
     options = [None, True, "", 0, 1.5, [], {}, "x", [value], str(value), {"a": value}]
     if isinstance(value, str):
         options += [value.upper(), value.replace(" ", ""), value + ".", f"'{value}'", value[:-1], value.replace(",", ";"), value.split()]
@@ -105,7 +105,7 @@ def test_verdicts_are_the_official_ones(official, cases):
             ours = evaluation.bfcl_valid(case["category"], case["functions"], copy.deepcopy(calls), case["answers"])
             try:
                 theirs = official(case["category"], case["functions"], copy.deepcopy(calls), case["answers"])
-            except Exception:  # it breaks down on values that it cannot compare; ours says wrong
+            except Exception:  # the official checker crashes on values that it cannot compare; our verdict is: wrong
                 breakdowns += 1
                 assert not ours
                 continue
@@ -115,7 +115,7 @@ def test_verdicts_are_the_official_ones(official, cases):
 
 
 def test_verdicts_on_calls_that_are_easily_confused(official):
-    """5.0 equals 5 and is another call; what the official checker stumbles over is wrong."""
+    """5.0 equals 5 but makes a different call; a call that the official checker crashes on is wrong."""
     number = {"name": "f", "parameters": {"type": "dict", "properties": {"mu": {"type": "float"}, "n": {"type": "integer"}},
                                           "required": ["mu"]}}
     answers = [{"f": {"mu": [5.0], "n": [2, ""]}}, {"f": {"mu": [5.0, 5], "n": [2]}}]
@@ -130,7 +130,7 @@ def test_verdicts_on_calls_that_are_easily_confused(official):
 
 
 def filled(answer, functions):
-    """The call that an answer describes: the first accepted value of every parameter that the function knows."""
+    """The call that an answer describes: the first accepted value of each parameter that the function knows."""
     (name, accepted), = answer.items()
     known = next(f for f in functions if f["name"] == name)["parameters"]["properties"]
     first = lambda choices: next(c for c in choices if c != "")  # noqa: E731
@@ -139,7 +139,7 @@ def filled(answer, functions):
 
 
 def test_invented_functions_have_no_name_of_bfcl(official):
-    """Nothing of it is trained on, and no chance likeness may look as if."""
+    """We train on nothing from BFCL, and no accidental match of names may suggest that we do."""
     from bfcl_eval.constants.eval_config import PROMPT_PATH
     found = [json.loads(line) for path in Path(PROMPT_PATH).glob("BFCL_v4_*.json") if "format" not in path.name
              for line in path.read_text(encoding="utf-8").splitlines()]
@@ -182,7 +182,7 @@ def tiny_suite(tmp_path):
 
 
 def test_a_model_is_judged(tmp_path, capsys):
-    """End to end from a folder: official names and types reach the prompt as JSON schema; the result is printed and kept."""
+    """End to end from a folder: official names and types reach the prompt as JSON schema; the result is printed and saved."""
     folder = tiny_suite(tmp_path)
     case = evaluation.bfcl_cases("bfcl:simple_python", folder)[0]
     assert "math.add(a: integer, b?: number) - Add." in data.turns(case["conversation"])[0][1]
@@ -227,7 +227,7 @@ def test_a_damaged_suite_is_one_line(tmp_path, line):
                                   *(json.dumps({"id": "simple_python_0", "ground_truth": truth})
                                     for truth in (None, [], [{}], ["abc"], [{"f": {}, "g": {}}], [{"f": None}]))])
 def test_gold_that_is_missing_or_no_answer_is_one_line(tmp_path, gold):
-    """Else silence would be right, or the judge break down after minutes of sampling."""
+    """Otherwise silence would count as right, or the judge would crash after minutes of sampling."""
     folder = tiny_suite(tmp_path)
     (folder / "possible_answer" / "BFCL_v4_simple_python.json").write_text(gold + "\n")
     with pytest.raises(UserError, match="BFCL_v4_simple_python.json: cannot be read"):

@@ -1,4 +1,4 @@
-"""The command line, from outside: verbs, one-line errors, resumable predict, Ctrl-C, the guided tour, W&B offline."""
+"""The command line from outside: verbs, one-line errors, resumable predict, Ctrl-C, the guided tour, W&B offline."""
 import json
 import os
 import re
@@ -22,7 +22,7 @@ TINY = ["--method=sft", "--model=tiny", "--examples=24", "--eval_examples=4", "-
 
 
 def cli(*argv, code=0, capsys=None):
-    """Run a verb in this process; -> what it printed."""
+    """Run a verb in this process -> what it printed."""
     try:
         toolplay.main(list(map(str, argv)))
         left = 0
@@ -80,7 +80,7 @@ def test_an_existing_run_is_not_overwritten(run, capsys):
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_2(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a hub that is not there
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # do not wait for a hub that cannot be reached
     err = cli(*argv, code=2, capsys=capsys).err
     assert all(word in err for word in words), err
     assert err.splitlines()[-1].startswith("error: ")
@@ -108,7 +108,7 @@ def test_predict_streams_resumes_and_reports_bad_lines(run, tmp_path, capsys):
     assert [x["id"] for x in lines] == ["a", 2, "c", "d"]
     assert all(set(x) == {"id", "output", "calls", "results", "final"} and isinstance(x["output"], str) for x in lines)
     whole = target.read_bytes()
-    target.write_bytes(whole[:whole.index(b"\n") + 10])  # killed in the middle of the second line
+    target.write_bytes(whole[:whole.index(b"\n") + 10])  # as if killed in the middle of the second line
     cli("predict", "--run", run, "--input", source, "--output", target, "--max-new-tokens", 5, capsys=capsys)
     assert target.read_bytes() == whole
 
@@ -131,7 +131,7 @@ def test_predict_keeps_what_it_did_not_write(run, tmp_path, capsys):
                       '"hi"}\n{"id": 3, "prompt": "ho"}\n')
     answer = {"id": 2, "output": "a line\u2028and another", "calls": [], "results": [], "final": "caf\u00e9"}
     target.write_text(json.dumps(answer, ensure_ascii=False) + "\n" + '{"id": 3, "output": "café'[:-1], encoding="utf-8")
-    target.write_bytes(target.read_bytes() + "é".encode()[:1])  # killed in the middle of a character
+    target.write_bytes(target.read_bytes() + "é".encode()[:1])  # as if killed in the middle of a character
     out = cli("predict", "--run", run, "--input", source, "--output", target, "--max-new-tokens", 3, capsys=capsys)
     assert "line 1:" in out.err and "line 2:" in out.err
     lines = target.read_text(encoding="utf-8").split("\n")[:-1]
@@ -204,10 +204,10 @@ def test_custom_tools_from_a_json_file(tmp_path, capsys, monkeypatch):
 
 
 def test_tools_of_a_line_by_name(run, tmp_path, capsys, monkeypatch):
-    """A name in a line's tools means the tool of that name that is at hand, from --tools too."""
+    """A name in a line's `tools` means the known tool of that name, built-in or from --tools."""
     (tmp_path / "shouting.py").write_text("def shout(text: str) -> str:\n    \"\"\"Shout.\"\"\"\n    return text.upper()\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    # what it takes, the function says
+    # the parameters come from the function
     (tmp_path / "t.json").write_text(json.dumps(["calculator", {"name": "shout", "function": "shouting:shout"}]))
     assert toolplay.read_tools(tmp_path / "t.json")["shout"].signature() == "shout(text: string) - Shout."
     (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "a", "tools": ["calculator", "shout"]}\n{"id": 2, "prompt": "a", "tools": '
@@ -223,7 +223,7 @@ def test_tools_of_a_line_by_name(run, tmp_path, capsys, monkeypatch):
 
 
 def test_tools_of_a_line_in_other_spellings(run, tmp_path, capsys, monkeypatch):
-    """The older key, and JSON text; what is offered is what the line says, and run is what is at hand."""
+    """Lines may also use the key `functions`, or JSON text. The model is offered what the line declares; the known functions are run."""
     offered, dial = [], {"name": "dial", "description": "Dial.", "parameters": {"type": "object", "properties": {}}}
     monkeypatch.setattr(toolplay, "rollout",
                         lambda model, tokenizer, chats, **more: [
@@ -263,7 +263,7 @@ def start(*argv, **env):
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
-    """A run with Weights & Biases, started before the next test so that both import torch at once -> (process, folder)."""
+    """A run with Weights & Biases, started before the next test so that both import torch at the same time -> (process, folder)."""
     pytest.importorskip("wandb")
     folder = tmp_path_factory.mktemp("tracked") / "x"
     process = start("train", ROOT / "configs" / "sft_tiny.json", *TINY, "--wandb=true", "--wandb_tags=[\"t\"]", f"--run_dir={folder}",
@@ -308,7 +308,7 @@ def test_demo_end_to_end_on_tiny(tmp_path, capsys):
 
 
 def test_calls_are_held_to_the_schemas_where_the_run_or_the_user_says_so(run, tmp_path, capsys, monkeypatch):
-    """eval, its BFCL suite, predict: the config's word, unless the command line has one."""
+    """eval, its BFCL suite and predict use the config's `constrained`, unless the command line sets it."""
     asked, cases, rollout = [], tmp_path / "cases.jsonl", toolplay.rollout
     cases.write_text('{"id": 1, "prompt": "hi"}\n')
     monkeypatch.setattr(toolplay, "rollout", lambda *args, **kwargs: asked.append(kwargs["constrained"])
@@ -344,7 +344,7 @@ def test_damage_in_a_run_folder_is_one_line(run, tmp_path, capsys):
 
 
 def test_lines_that_are_not_to_be_learned_are_skipped(tmp_path, capsys):
-    """OpenAI's weight 0 on every answer of a line."""
+    """A line is skipped if each of its answers has OpenAI's weight 0."""
     lines = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho", "weight": n}]} for n in (1, 0)]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert "line 2: it has no assistant message (or only messages of weight 0)" in cli("trie", ROOT / "configs" / "sft_tiny.json",
@@ -367,16 +367,16 @@ def test_config_reference_names_every_key():
     assert text.strip() in readme, "README's config reference is out of date: python -c 'import toolplay; print(toolplay.config_reference())'"
 
 
-# ---------------------------------------------------------------- nothing of the user's is lost
+# ---------------------------------------------------------------- no file of the user is lost
 
 def test_a_result_never_replaces_a_folder(run, tmp_path, capsys):
-    """Nor a link, nor a device; a folder that is not there is named."""
+    """A link or a device is not replaced either; the error names a missing folder."""
     cases = tmp_path / "cases.jsonl"
     cases.write_text('{"prompt": "hi"}\n')
     kept = sorted(p.name for p in run.iterdir())
     for out in (run, tmp_path):
         assert "folder of that name" in cli("eval", "--run", run, "--data", cases, "--out", out, code=2, capsys=capsys).err
-    assert sorted(p.name for p in run.iterdir()) == kept and cases.exists()  # it is said before anything is done
+    assert sorted(p.name for p in run.iterdir()) == kept and cases.exists()  # the error comes before any work
     (tmp_path / "target.json").write_text("old")
     (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
     toolplay.write_json(tmp_path / "link.json", [1])
@@ -385,7 +385,7 @@ def test_a_result_never_replaces_a_folder(run, tmp_path, capsys):
     assert not Path("/dev/null").is_file()
     with pytest.raises(UserError, match="there is no folder"):
         toolplay.write_json(tmp_path / "nowhere" / "a.json", [1])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cases.jsonl", "link.json", "target.json"]  # nothing half-written either
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cases.jsonl", "link.json", "target.json"]  # no half-written file is left
 
 
 def test_a_damaged_line_amid_answers_loses_none(run, tmp_path, capsys):
@@ -398,7 +398,7 @@ def test_a_damaged_line_amid_answers_loses_none(run, tmp_path, capsys):
 
 
 def test_a_run_that_did_not_begin_leaves_no_folder(tmp_path, capsys):
-    """A mistake that shows only with the data or the model: the mended config is not told to resume."""
+    """After an error that shows only with the data or the model, the corrected config can start without --resume."""
     where = tmp_path / "run"
     for wrong in ("--max_tokens=3", "--start_from=nowhere"):
         for more in ([], ["--resume"]):
@@ -415,7 +415,7 @@ def test_compare_refuses_damaged_results(run, tmp_path, text, capsys):
 
 
 def test_mixed_columns_and_flags_without_a_verb(run, tmp_path, capsys):
-    """What tables write where a line has no messages; an unknown flag is one line, wherever it stands."""
+    """Tables write null where a line has no messages or tools; an unknown flag gives a one-line error, wherever it is."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"id": 1, "prompt": "hi", "messages": null, "tools": null}\n')
     cli("predict", "--run", run, "--input", source, "--output", target, "--max-new-tokens", 2, capsys=capsys)
@@ -472,7 +472,7 @@ def test_a_state_space_model_is_sampled_from():
 
 
 def test_a_gguf_is_known_by_all_of_it(tmp_path, monkeypatch, capsys):
-    """Exported again after more training it may differ in the middle only."""
+    """The cache key covers the whole file: a file exported again after more training may differ only in the middle."""
     monkeypatch.setenv("TOOLPLAY_CACHE", str(tmp_path / "cache"))
     for middle in b"ab":
         (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(2 ** 21) + bytes([middle]) + bytes(2 ** 21))

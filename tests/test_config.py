@@ -1,4 +1,4 @@
-"""Configs: strict, and every complaint is one line with the file, the key, what was given and what is allowed."""
+"""Configs are strict; each error is one line with the file, the key, what was given and what is allowed."""
 import dataclasses
 import json
 
@@ -31,7 +31,7 @@ def test_defaults_then_file_then_override(file):
     config = load_config(path, ["--batch_size=8", "--model=tiny", "--lora_targets=[\"q_proj\"]", "--wandb=true", "--epochs=2"])
     assert (config.lr, config.batch_size, config.model, config.lora_targets, config.wandb,
             config.epochs) == (0.5, 8, "tiny", ["q_proj"], True, 2)
-    assert config.warmup == toolplay.Config().warmup and config.keep_best is True  # the method's own keys are there
+    assert config.warmup == toolplay.Config().warmup and config.keep_best is True  # the method's own keys exist too
     assert config.run_dir == "runs/mine" and load_config({}).run_dir == "runs/sft"
     assert load_config(path, ["--lr=1", "--lr=2"]).lr == 2
     assert load_config(path, ["--run_dir="]).run_dir == "runs/mine"
@@ -54,7 +54,7 @@ def test_unknown_keys(file, key, near):
     path = file({key: 1})
     text = complaint(path)
     assert str(path) in text and f'"{key}"' in text
-    assert near in text if near else "lr" in text  # the nearest, or all
+    assert near in text if near else "lr" in text  # the nearest key, or all keys
     assert "command line" in complaint({}, [f"--{key}=1"])
 
 
@@ -77,7 +77,7 @@ def test_wrong_values(file, key, value):
     path = file({"comment": "x", key: value})
     text = complaint(path)
     assert str(path) in text and key in text and "must be" in text
-    if (key, value) == ("model", 5):  # on the command line a number is as good a name as any
+    if (key, value) == ("model", 5):  # on the command line a number is a valid name
         assert load_config({}, ["--model=5"]).model == "5"
         return
     assert "must be" in complaint({}, [f"--{key}={json.dumps(value)}"])
@@ -179,5 +179,5 @@ def test_what_people_type_on_the_command_line(file):
     assert (teacher.positions, teacher.samples, teacher.text) == (20, 10, "corpus.txt")
     assert "another name" in complaint({"method": "teacher", "k": 20, "positions": 5})
     assert "unknown key" in complaint({"k": 20})
-    assert load_config(toolplay.ROOT / "configs" / "teacher.json", ["--k=20"]).positions == 20  # the file names positions
+    assert load_config(toolplay.ROOT / "configs" / "teacher.json", ["--k=20"]).positions == 20  # the file sets positions
     assert load_config({"method": "teacher", "k": 20}, ["--positions=5"]).positions == 5

@@ -48,7 +48,7 @@ def test_mask_is_one_exactly_on_the_models_own_tokens(tiny):
 
 
 def test_the_parts_of_a_conversation_concatenate_to_the_whole(tiny):
-    """prompt + sampled turn + continuation are the ids of the finished conversation: what a rollout builds."""
+    """Prompt + sampled turn + continuation are the ids of the finished conversation; a rollout builds exactly these parts."""
     from tools import Result
     ids, mask = data.encode(CHAT, tiny)
     prompt, _ = data.encode({**CHAT, "messages": CHAT["messages"][:2]}, tiny, generation=True)
@@ -65,13 +65,13 @@ def test_special_tokens_in_user_text_and_results_stay_text(tiny):
 
 
 class Template:
-    """Chat templates of other families, on the tiny tokenizer."""
+    """Chat templates of other model families, used with the tiny tokenizer."""
     LLAMA2 = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
               "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}")
     GEMMA = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
              "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
              "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
-    # The system text stands in the last turn, if that is the user's.
+    # The system text is in the last turn, if that turn is the user's.
     MISTRAL = ("{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if loop.last and messages[0]['role'] == 'system' %}"
                "{{ messages[0]['content'] }}\n\n{% endif %}{{ m['content'] }}[/INST]"
                "{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% endif %}{% endfor %}")
@@ -103,7 +103,7 @@ def test_any_chat_template(template, first, end):
 @pytest.mark.parametrize("template", [Template.LLAMA2, Template.GEMMA, "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% "
                                                                        "endfor %}"])
 def test_an_assistant_may_begin(template):
-    """Its words are trained as its own, not read as the user's."""
+    """Its words are trained as the assistant's, not read as the user's."""
     said = [{"role": "assistant", "content": "Hi, I am Bo."}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     tokenizer = plain_tokenizer(template)
     ids, mask = data.encode({"messages": said}, tokenizer)
@@ -126,7 +126,7 @@ def test_data_that_python_makes_import_no_code_either():
 
 
 def test_a_value_keeps_its_capital_behind_another_request():
-    """ "..., and Oslo weather": the call says Oslo."""
+    """ "..., and Oslo weather" keeps its capital letter, because the call says Oslo."""
     for call in (data.Call("weather", {"city": "Oslo"}), data.Call("x", {"cities": ["Oslo"]})):
         assert data.decapitalise("Oslo weather", [call]) == "Oslo weather"
     assert data.decapitalise("Please add it", [data.Call("weather", {"city": "Oslo"})]) == "please add it"
@@ -143,7 +143,7 @@ def test_a_template_may_refuse_and_added_words_are_words():
     user = {"role": "user", "content": "One.\n\nTwo <b>three</b>.<end_of_turn>"}
     with pytest.raises(UserError, match="refuses the turns .*roles must alternate"):
         data.encode({"messages": [user, user]}, tokenizer)
-    tokenizer.add_tokens(["\n\n", "<b>", "<tool_call>"])  # no special tokens
+    tokenizer.add_tokens(["\n\n", "<b>", "<tool_call>"])  # ordinary tokens, not special tokens
     ids, mask = data.encode({"messages": [user,
                                           {"role": "assistant", "content": "",
                                            "tool_calls": [{"name": "search", "arguments": {"query": "x"}}]}], "tools": ["search"]},
@@ -156,7 +156,7 @@ def test_a_template_may_refuse_and_added_words_are_words():
     ("<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>", "<|im_start|>assistant<|im_sep|>"),
     ("<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n", "<|im_start|>assistant\n")])
 def test_chatml_s_tokens_in_another_layout(layout, header):
-    """Phi-4's, and one with a token before all (InternLM's): the tokenizer's own template holds. Without such a token it is ChatML's."""
+    """Phi-4's layout, and ChatML's after a first token (InternLM's), use the tokenizer's own template; ChatML's alone is ChatML."""
     for start in ("", "</s>"):
         tokenizer = plain_tokenizer(f"{start}{{% for m in messages %}}{layout}{{% endfor %}}{{% if add_generation_prompt %}}{header}{{% "
                                     f"endif %}}")
@@ -173,7 +173,7 @@ def test_chatml_s_tokens_in_another_layout(layout, header):
     ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}</s>{% else %}[INST] {{ m['content'] }} [/INST]{% endif "
      "%}{% endfor %}", "[/INST]")])
 def test_tags_that_are_plain_text_cannot_be_forged(template, tag):
-    """By a user or a tool's result; what the model itself says stays as it is, and so do other brackets."""
+    """A user or a tool result cannot write them. The model's own words stay as they are, and so do other brackets."""
     tokenizer = plain_tokenizer(template)
     chat = {"messages": [{"role": "user", "content": f"U [1] <b>[A] {tag} V"}, {"role": "assistant", "content": f"A {tag}"}]}
     said, own = ("".join(tokenizer.decode([i for i, m in zip(*data.encode(chat, tokenizer)) if m == kind])) for kind in (0, 1))
@@ -191,7 +191,7 @@ THINKS = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<end_of_
     "{% for m in messages %}{% if m.role == 'assistant' %}<A>{{ m.content }}<e>{% else %}<U>{{ m.content }}{% endif %}{% endfor %}{% if "
     "add_generation_prompt %}<A><think>\n{% endif %}"])
 def test_a_thought_may_open_on_the_line_of_the_header(template):
-    """The header is what any answer begins with: nothing of it is trained."""
+    """The header is the text that every answer begins with; none of it is trained."""
     tok = toolplay.load_model("tiny")[1]
     tok.chat_template = template
     ids, mask = data.encode({"messages": [{"role": role, "content": text}
@@ -207,7 +207,7 @@ def test_templates_that_leave_out_the_system_text_end_the_whole_or_open_a_though
     tokenizer = plain_tokenizer(template)
     ids, mask = data.encode(CHAT, tokenizer)
     text = tokenizer.decode(ids)
-    # the tools are there, whatever the template does with a system text
+    # the tools are in the text, whatever the template does with a system text
     assert "</s>" not in text and "calculator(" in text and "Be kind." in text
     assert tokenizer.decode([i for i, m in zip(ids, mask) if m]).endswith("391, and sunny.<end_of_turn>")
     assert data.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<end_of_turn>")
@@ -234,7 +234,7 @@ def test_results_of_equal_ids_keep_their_order():
 
 
 def test_a_corpus_of_ones_own_that_cannot_be_read_is_an_error(tmp_path):
-    """Not a tool that failed: that would be learned from."""
+    """It does not count as a tool that failed, because the model would learn from the failure."""
     for name in ("TOOLPLAY_CITIES", "TOOLPLAY_SEARCH"):
         done = subprocess.run([sys.executable, "data.py", "--n", "60", "--out", str(tmp_path / "x.jsonl")], cwd=small.ROOT,
                               env={**os.environ, name: "/nope"}, capture_output=True, text=True)
@@ -307,7 +307,7 @@ def test_all_kinds_and_tool_sets_appear(splits):
 
 def test_splits_share_no_template_family_and_no_wording():
     bare = lambda text: re.sub(r"[\s,.?!;:]+", " ", re.sub("['’]", "", re.sub(r"\{\w+\}", "#", text.casefold()))).strip()  # noqa: E731
-    everywhere = {}  # whatever a file calls its slots
+    everywhere = {}  # across files, whatever a file calls its slots
     for name, key in (("arithmetic.json", "families"), ("everyday.json", "families"), ("weather.json", "families"),
                       ("traps.json", "families"), ("stories_add.json", "families"),
                       ("stories_mul.json", "families"), ("search_questions.json", "families")):
@@ -347,7 +347,7 @@ def test_splits_share_no_city_entity_or_talk():
 
 
 def test_questions_of_one_split_ask_for_nothing_of_another():
-    """In lower case, too, as they are typed. Left out are words that are names elsewhere: "a go board", "I go"."""
+    """Also in lower case, as people type. Names with another meaning elsewhere are left out: "a go board", "I go"."""
     questions = data.corpus("search_questions.json")
     owners = {}
     for item in [*data.corpus("cities.json")["cities"], *data.corpus("cities.json")["geonames"],
@@ -366,7 +366,7 @@ def test_questions_of_one_split_ask_for_nothing_of_another():
 
 
 def test_no_name_of_one_split_stands_in_a_text_of_another():
-    """Names in capitals, of cities and of what is searched for, in everything that has a split."""
+    """Capitalised names of cities and search entities, in all texts that have a split."""
     texts = {"train": [], "dev": [], "test": []}
 
     def walk(x, split):
@@ -379,7 +379,7 @@ def test_no_name_of_one_split_stands_in_a_text_of_another():
         elif split and isinstance(x, str):
             texts[split].append(x)
     for path in data.CORPORA.glob("*.json"):
-        # these have domains, or are not asked
+        # these files are split by domain, or hold no requests
         if path.name not in ("apis.json", "api_sentences.json", "prose.json", "teacher_prompts.json"):
             walk(data.corpus(path.name), "train" if path.name == "canonical.json" else None)
     for talk in data.corpus("talk_replies.jsonl")[1:]:
@@ -394,7 +394,7 @@ def test_no_name_of_one_split_stands_in_a_text_of_another():
 
 
 def test_generated_splits_share_no_value(splits):
-    """What counts is the generated text: cities, entities, prompts and pairs of numbers of one split are in no other."""
+    """In the generated text, cities, entities, prompts and number pairs of one split occur in no other split."""
     seen = {}
     for split, rows in splits.items():
         for row in rows:
@@ -545,7 +545,7 @@ def test_a_spoken_request_has_words_only_where_one_says_them():
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_a_request_can_begin_with_any_number_in_words(split):
-    """"seventeen times twelve": a first word is other tokens than the same word behind a blank, with a capital others again."""
+    """"seventeen times twelve": a first word has other tokens than the same word after a space, and with a capital it has others again."""
     writer = data.Writer(split, random.Random(0))
     made = [writer.calculator_call(writer.said()) for _ in range(1500)]
     first = [re.match(r"[A-Za-z]+", text)[0] for text, *_ in filter(None, made) if text[0].isalpha()]
@@ -563,7 +563,7 @@ def test_values_of_every_split_are_ordinary_numbers():
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "ppo"])
 def test_the_configs_own_tools_are_offered_whatever_the_source(tmp_path, method):
-    """Beside those of a line, and in the place of one of the same name; the other sources likewise."""
+    """The config's tools are added to those of a line and replace a tool of the same name; this holds for all sources."""
     conv = {"name": "conv", "description": "Convert.", "parameters": {"type": "object", "properties": {"x": {"type": "number"}}},
             "function": "math:sqrt"}
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "conv", "arguments": {"x": 4}}]}
@@ -615,7 +615,7 @@ def test_no_reply_to_talk_is_an_echo():
 
 @pytest.mark.parametrize("kind", ["chain", "rate", "price"])
 def test_sums_that_are_put_together_ask_for_what_they_compute(kind):
-    """Whatever is in the text is in the expression, and the other way round; and all kinds of parts turn up."""
+    """The text and the expression have the same slots, and parts of all kinds occur."""
     writer, seen = data.Writer("train", random.Random(3)), set()
     for _ in range(500):
         family = getattr(writer, kind)()
@@ -660,7 +660,7 @@ def test_what_cannot_be_generated_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_template_that_ignores_add_generation_prompt_has_a_header_all_the_same():
-    tok = toolplay.load_model("tiny")[1]  # its own: the other tests share theirs
+    tok = toolplay.load_model("tiny")[1]  # a new tokenizer: the other tests share theirs
     tok.chat_template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
     chat = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
     ids, mask = data.encode(chat, tok)
@@ -700,7 +700,7 @@ def test_joiners_of_invented_requests_belong_to_one_split():
     assert "Besides, " not in said["test"]
 
 
-# ---------------------------------------------------------------- other people's spellings
+# ---------------------------------------------------------------- other formats of conversations
 
 CALLED = {"name": "w", "arguments": {"c": "P"}}
 OFFER = {"name": "w", "description": "d", "parameters": {"type": "object", "properties": {"c": {"type": "string"}}}}
@@ -745,7 +745,7 @@ def test_results_must_answer_the_calls_that_they_name():
     calls = [{"id": n, "function": {"name": "w", "arguments": {"c": n}}} for n in ("c1", "c2")]
     chat = lambda *ids: {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}, *({"role": "tool", "tool_call_id": n, "content": n} for n in ids)]}  # noqa: E731
     assert [m["content"] for m in data.check_conversation(chat("c2", "c1"))["messages"][2:]] == ["c1", "c2"]
-    data.check_conversation(chat())  # none yet
+    data.check_conversation(chat())  # no results yet
     for wrong in (("c2",), ("c1", "c3"), ("c1", "c1")):
         with pytest.raises(UserError, match="ids"):
             data.check_conversation(chat(*wrong))
@@ -771,7 +771,7 @@ def test_arguments_without_end_are_the_users_mistake():
 
 
 def test_no_city_is_there_twice():
-    """Under two names a city would have two weathers, and might stand in two splits."""
+    """A city with two entries would have two weathers and might be in two splits."""
     content, owner = data.corpus("cities.json"), {}
     for city in [*content["cities"], *content["geonames"]]:
         for name in [city["name"], *city.get("aliases", [])]:
@@ -794,7 +794,7 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
 @pytest.mark.parametrize("template", [ZEPHYR, CHATML], ids=["plain tags", "chatml"])
 def test_sentencepiece_puts_no_blank_before_the_pieces(template, scheme):
-    """A tokenizer that begins every text with a blank (Llama 2's, Mistral's) gives the ids that it gives the whole."""
+    """A tokenizer that begins each text with a space (Llama 2's, Mistral's) gives the pieces the ids that it gives the whole text."""
     import tokenizers
     import transformers
     special = ["<unk>", "<s>", "</s>"] + ["<|im_start|>", "<|im_end|>"] * (template == CHATML)
@@ -815,4 +815,4 @@ def test_sentencepiece_puts_no_blank_before_the_pieces(template, scheme):
     asked = {**chat, "messages": chat["messages"][:1]}
     assert data.encode(asked, tok, generation=True)[0] == whole(shown[:2], add_generation_prompt=True)
     (_, weights), = sft.weigh([(ids, mask)], 1.0, 3.0, sft.before_name(tok))
-    assert weights.count(3.0) > 60  # the call's
+    assert weights.count(3.0) > 60  # the tokens of the call

@@ -1,4 +1,4 @@
-"""dpo.py: each loss by hand, pairs that say what is wrong with them, a reference that is computed once, whole runs."""
+"""dpo.py: each loss computed by hand, pairs that name their fault, a reference that is computed once, whole runs."""
 import copy
 import json
 import math
@@ -57,7 +57,7 @@ def test_simpo_by_hand_needs_no_reference():
 
 @pytest.mark.parametrize("n", range(6))
 def test_equal_to_trl(n):
-    """TRL 1.16's own trainers; golden/make.py says how its numbers were made."""
+    """The losses equal those of TRL 1.16's own trainers; golden/make.py says how its numbers were made."""
     case = json.loads((ROOT / "tests" / "golden" / "dpo.json").read_text())[n]
     mask, logp, ref = (torch.tensor(case[k], dtype=torch.float64) for k in ("mask", "logp", "ref_logp"))
     assert len(case["losses"]) == 11
@@ -99,7 +99,7 @@ def test_what_makes_no_loss_is_refused(more, words):
 
 def test_sequence_logp():
     logp, mask = torch.tensor([[-1.0, -2.0, -4.0], [-1.0, -1.0, -1.0]]), torch.tensor([[0, 1, 1], [0, 0, 0]])
-    assert dpo.sequence_logp(torch.where(mask.bool(), logp, math.nan), mask).tolist() == [-6, 0]  # whatever stands where nothing is trained
+    assert dpo.sequence_logp(torch.where(mask.bool(), logp, math.nan), mask).tolist() == [-6, 0]  # values outside the mask do not count
     assert dpo.sequence_logp(logp, mask).tolist() == [-6, 0]
     assert dpo.sequence_logp(logp, mask, mean=True).tolist() == [-3, 0]
 
@@ -171,7 +171,7 @@ def test_earlier_answers_and_tool_results_are_not_trained():
     answer = lambda text: [call, {"role": "tool", "content": '{"result": 4}'}, {"role": "assistant", "content": text}]  # noqa: E731
     pair = dpo.read_pair({"prompt": prompt, "chosen": answer("4"), "rejected": answer("5"), "tools": ["calculator"]}, tokenizer())
     for (ids, mask), text in zip(pair[:2], "45"):
-        assert tokenizer().decode([i for i, m in zip(ids, mask) if m]) == f"{text}<|im_end|>"  # the call is the same in both: prompt
+        assert tokenizer().decode([i for i, m in zip(ids, mask) if m]) == f"{text}<|im_end|>"  # not the common call
     assert pair == dpo.read_pair({"chosen": prompt + answer("4"), "rejected": prompt + answer("5"), "tools": ["calculator"]}, tokenizer())
 
 
@@ -181,13 +181,13 @@ def test_pairs_as_trl_writes_them():
     whole = {"chosen": lists["prompt"] + lists["chosen"], "rejected": lists["prompt"] + lists["rejected"]}
     pair = dpo.read_pair(text, tokenizer())
     for line in (lists, whole, {**whole, "prompt": None}, {key: value[0] for key, value in lists.items()}):
-        assert dpo.read_pair(line, tokenizer()) == pair  # the last: a message is a list of one
+        assert dpo.read_pair(line, tokenizer()) == pair  # the last line: a message instead of a list of one
     tool = {"name": "f", "description": "Do.", "parameters": {"type": "object", "properties": {}}}
     offered = dpo.read_pair({**text, "tools": [tool]}, tokenizer())
     assert offered != pair
     for more in ({"tools": [json.dumps(tool)]}, {"tools": json.dumps([tool])}, {"functions": [tool]}):
         assert dpo.read_pair({**text, **more}, tokenizer()) == offered
-    for prompt in ("2+2", lists["prompt"]):  # UltraFeedback: the prompt is there twice
+    for prompt in ("2+2", lists["prompt"]):  # UltraFeedback's lines hold the prompt twice
         assert dpo.read_pair({**whole, "prompt": prompt}, tokenizer()) == pair
 
 
@@ -198,7 +198,7 @@ def test_only_one_side_may_repeat_the_prompt():
 
 
 def test_pairs_in_two_spellings():
-    """Ids and arguments as text are no difference; an answer that ends where the other goes on is one."""
+    """Ids and arguments as text make no difference; an answer that ends where the other continues does."""
     user, result, said = {"role": "user", "content": "2+2"}, {"role": "tool", "content": "4",
                                                               "tool_call_id": "b"}, {"role": "assistant", "content": "4"}
     plain = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2+2"}}]}
@@ -209,7 +209,7 @@ def test_pairs_in_two_spellings():
         dpo.read_pair({**line, "chosen": [plain], "rejected": [openai]}, tokenizer())
     other = dpo.read_pair({**line, "chosen": [plain, {"role": "tool", "content": "4"}, said],
                            "rejected": [openai, result, {**said, "content": "5"}]}, tokenizer())
-    # the call is prompt
+    # the call belongs to the prompt
     assert [tokenizer().decode([i for i, m in zip(ids, mask) if m]) for ids, mask in other[:2]] == ["4<|im_end|>", "5<|im_end|>"]
     early = dpo.read_pair({**line, "chosen": [openai, result, said], "rejected": [plain]}, tokenizer())
     assert all("calculator" in tokenizer().decode([i for i, m in zip(ids, mask) if m]) for ids, mask in early[:2])
@@ -221,7 +221,7 @@ def test_pairs_in_two_spellings():
 @pytest.mark.parametrize("line", [[], {"chosen": "a"}, {"chosen": "a", "rejected": "b"}, {"prompt": "x", "chosen": "a", "rejected": "a"},
                                   {"prompt": 1, "chosen": "a", "rejected": "b"},
                                   {"prompt": "x", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"},
-                                  # a turn half said
+                                  # the assistant's turn is unfinished
                                   {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "I say"}], "chosen": "yes",
                                    "rejected": "no"},
                                   {"prompt": "hello", "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
@@ -270,7 +270,7 @@ def test_a_run(tmp_path, variant, capsys):
     lines = train(config(tmp_path, variant=variant))
     assert "times fewer" in capsys.readouterr().err and lines[0]["trie_saving"] > 1 and "trie_saving" not in lines[1]
     first = {"sigmoid": math.log(2), "robust": math.log(2), "ipo": 25, "hinge": 1}
-    if variant in first:  # the policy starts as its reference
+    if variant in first:  # the policy starts equal to its reference
         assert lines[0]["loss"] == pytest.approx(first[variant], abs=1e-5)
         assert lines[0]["rewards/margin"] == pytest.approx(0, abs=1e-5)
     assert {"rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logp/chosen", "logp/rejected"} <= set(lines[0])
@@ -278,7 +278,7 @@ def test_a_run(tmp_path, variant, capsys):
 
 
 def test_it_learns_the_preference(tmp_path, monkeypatch):
-    net, tok = model("llama"), tokenizer()  # tiny is too faint to learn much
+    net, tok = model("llama"), tokenizer()  # tiny's weights are too small for it to learn much
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (copy.deepcopy(net), tok))
     lines = train(config(tmp_path, steps=12, examples=8, batch_size=8, eval_examples=0, lr=0.02))
     assert lines[-1]["rewards/accuracy"] == 1 and lines[-1]["rewards/margin"] > 0.5
@@ -286,15 +286,15 @@ def test_it_learns_the_preference(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("variant", dpo.VARIANTS)
 def test_any_split_into_micro_batches_gives_the_same_step(tmp_path, monkeypatch, variant):
-    """All at once, one by one, and ragged: the same gradient. In double precision, where it does not depend on the shapes of products."""
-    net = small.model("gpt2").double()  # Llama's norms compute in fp32 whatever the model does
+    """All at once, one by one, or uneven: the same gradient. In double precision it does not depend on the shapes of matrix products."""
+    net = small.model("gpt2").double()  # not Llama, because its norms compute in fp32 in any case
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (copy.deepcopy(net), tokenizer()))
     message = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
     lines = [{"prompt": message("user", f"{n}?"), "chosen": message("assistant", "Yes." * n),
               "rejected": message("assistant", "No, " * (4 - n))} for n in (1, 2, 3)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     start = config(tmp_path / "start", source="jsonl", path=str(tmp_path / "pairs.jsonl"), seed=5, eval_examples=0, steps=2)
-    train(start)  # an adapter that is not zero
+    train(start)  # makes an adapter that is not zero
     gradients = small.recorded_gradients(monkeypatch)
     for budget in (10 ** 6, 1, 120):
         train(config(tmp_path / str(budget), source="jsonl", path=str(tmp_path / "pairs.jsonl"), micro_tokens=budget, batch_size=3, steps=1,
@@ -309,7 +309,7 @@ def test_any_split_into_micro_batches_gives_the_same_step(tmp_path, monkeypatch,
 @pytest.mark.parametrize("variant", dpo.VARIANTS)
 @pytest.mark.parametrize("sizes", [[1] * 7, [3, 1, 3], [2, 5]])
 def test_sums_over_parts_are_the_sum_in_fp32(variant, sizes):
-    """1 x N, N x 1, ragged: gradients of the log-probs themselves."""
+    """Gradients with respect to the log-probs: one pair a part, or uneven parts."""
     torch.manual_seed(0)
     inputs = [(-20 * torch.rand(7)).requires_grad_() for _ in range(2)]
     reference = [-20 * torch.rand(7) for _ in range(2)]
@@ -373,13 +373,13 @@ def test_other_data_than_the_run_began_with_is_refused(tmp_path, variant):
     with pytest.raises(UserError, match="reference.json.*data has changed"):
         train(c, resume=True)
     kept = json.loads(path.read_text().replace('"data_sha256": "0', '"data_sha256": "'))
-    path.write_text(json.dumps({**kept, "logp": kept["logp"][:-1]}))  # its end is lost
+    path.write_text(json.dumps({**kept, "logp": kept["logp"][:-1]}))  # its last value is lost
     with pytest.raises(UserError, match="reference.json"):
         train(c, resume=True)
 
 
 def test_the_reference_is_where_training_starts(tmp_path):
-    """From the base model that is the base model; from an SFT run it is that run."""
+    """It is the base model if training starts from the base model, and the SFT run if training starts from an SFT run."""
     base = config(tmp_path / "base")
     train(base)
     net, tok = toolplay.load_model("tiny")
@@ -406,7 +406,7 @@ def test_tiny_config_and_show(capsys):
 
 
 def test_pairs_from_the_policys_own_samples(tmp_path, monkeypatch, capsys):
-    """Best against worst by the reward, ids as sampled; a resumed run reads them and samples nothing."""
+    """The best against the worst sample by reward, with the ids as sampled; a resumed run reads the pairs and samples nothing."""
     tok = tokenizer()
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (model("llama"), tok))
     monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (weights["length"] * sum(episode.ids[episode.prompt:]) / 1000, {}))
@@ -416,7 +416,7 @@ def test_pairs_from_the_policys_own_samples(tmp_path, monkeypatch, capsys):
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert re.search("pairs of 6 prompts with 3 answers each", capsys.readouterr().err)
     pairs, held_out = json.loads((tmp_path / "run" / "pairs.json").read_text())
-    assert 4 <= len(pairs) <= 6 and 1 <= len(held_out) <= 2  # a prompt whose answers score alike gives none
+    assert 4 <= len(pairs) <= 6 and 1 <= len(held_out) <= 2  # a prompt whose answers score alike gives no pair
     for chosen, rejected, why in pairs:
         start = chosen[1].index(1)
         assert chosen[0][:start] == rejected[0][:start] and sum(chosen[0][start:]) > sum(rejected[0][start:])
@@ -426,7 +426,7 @@ def test_pairs_from_the_policys_own_samples(tmp_path, monkeypatch, capsys):
 
 
 def test_twins_differ_in_the_offered_tools_alone(monkeypatch):
-    """twins: a call to a tool that is not offered is a fault; the same request with the tool makes a second pair, the other way round."""
+    """twins: a call to a tool that is not offered is a fault; the same request with the tool offered makes a second, reversed pair."""
     tok = tokenizer()
     chats = data.generate("train", 12, 0, {"missing_tool": 1}) + data.generate("train", 3, 0, {"no_tool": 1})
     calls = [c["facts"]["withheld"] for c in chats[:12]]
@@ -443,7 +443,7 @@ def test_twins_differ_in_the_offered_tools_alone(monkeypatch):
     alone, pairs = made(), made(twins=True)
     assert len(alone) == 15 and [p for p in pairs if p.why != "its tool is offered"] == alone
     twins = [p for p in pairs if p.why == "its tool is offered"]
-    assert len(twins) == 11 and pairs == made(twins=True)  # nothing was called in the second
+    assert len(twins) == 11 and pairs == made(twins=True)  # the second sample called nothing
     text = lambda row, trained: tok.decode([i for i, m in zip(*row) if m == trained])  # noqa: E731
     chats, calls = chats[:1] + chats[2:12], calls[:1] + calls[2:12]
     for chat, call, (chosen, rejected, _) in zip(chats, calls, twins):
@@ -463,7 +463,7 @@ def test_facts_that_are_not_ours_make_no_twin(facts):
 
 
 def test_a_turn_of_the_prompt_is_no_gold_answer(monkeypatch):
-    """chosen: gold, and a line whose expected answer is not in its messages: the turn that is there was said before."""
+    """chosen: gold, and a line whose expected answer is not in its messages: their assistant turn was said before, so it is not gold."""
     tok = tokenizer()
     line = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"},
                          {"role": "user", "content": "2 + 2?"}], "tools": [],
@@ -494,7 +494,7 @@ def test_a_call_behind_a_result_is_no_final_answer():
 
 
 def test_what_makes_no_pair_is_corrupted(monkeypatch):
-    """pairs: both. The policy's own faults, and one of the named faults where it makes none."""
+    """pairs: both uses the policy's own faults, and one of the named faults where the policy makes no fault."""
     tok = tokenizer()
     chats = data.generate("train", 30, 0, {"no_tool": 1, "weather": 1, "two_calls": 1})
     monkeypatch.setattr(toolplay, "rollout",
@@ -512,7 +512,7 @@ def test_what_makes_no_pair_is_corrupted(monkeypatch):
 
 
 def test_a_pair_cut_where_it_parts():
-    """parting: one token decides between call and talk; the rows end behind it, and nothing else is trained."""
+    """parting = 1: rows end after the token where the answers part (it decides between call and talk), and only that token is trained."""
     prompt, talk, call = [1, 2, 3], [7, 8, 9, 10], [7, 5, 6, 10]
     pair = dpo.Pair((prompt + talk, [0] * 3 + [1] * 4), (prompt + call, [0] * 3 + [1] * 4), "why")
     assert dpo.parted(pair, 0) == pair
@@ -520,15 +520,15 @@ def test_a_pair_cut_where_it_parts():
     assert dpo.parted(pair, 2) == dpo.Pair(([1, 2, 3, 7, 8, 9], [0, 0, 0, 0, 1, 1]), ([1, 2, 3, 7, 5, 6], [0, 0, 0, 0, 1, 1]), "why")
     longer = dpo.Pair((prompt + talk, [0] * 3 + [1] * 4), (prompt + talk + [4], [0] * 3 + [1] * 5), "endless")
     given = pair._replace(why=dpo.GIVEN)
-    assert dpo.parted(given, 1) == given  # whatever somebody preferred
-    assert dpo.parted(longer, 1) == longer  # nothing of the first answer is left to prefer
+    assert dpo.parted(given, 1) == given  # a given pair stays whole: somebody may have preferred any part of it
+    assert dpo.parted(longer, 1) == longer  # after the parting, the first answer has no token left to prefer
 
 
 @pytest.mark.parametrize("rejected, inside", [
     ([("calculator", "2 + 4")], True), ([("calculator", "2 - 3"), ("search", "2")], True), ([("search", "2 + 3")], False),
     ([("calculator", "2 + 3"), ("search", "2")], False), ([], False)])
 def test_answers_that_part_inside_arguments_say_nothing_of_the_decision(rejected, inside, monkeypatch):
-    """With `parting` the token where two answers part is preferred: an operator, where the fault is one call too many."""
+    """`parting` prefers the token where two answers part. Inside arguments it is an operator, although the fault is one call too many."""
     tok = tokenizer()
     chat = {"messages": [{"role": "user", "content": "2 and 3?"}], "tools": ["calculator", "search"]}
     keys = {"calculator": "expression", "search": "query"}
@@ -536,7 +536,7 @@ def test_answers_that_part_inside_arguments_say_nothing_of_the_decision(rejected
         {"name": name, "arguments": {keys[name]: text}} for name, text in calls]}]}
     pair = dpo.Pair(*(data.encode(written(calls), tok) for calls in ([("calculator", "2 + 3")], rejected)), "why")
     assert dpo.part_in_arguments(pair, tok) is inside
-    # sampled: then a faulty copy of the example stands in for the pair
+    # in sampling, a faulty copy of the example then replaces the pair
     ids, mask = pair.rejected
     start = mask.index(1)
     episode = toolplay.Episode(ids=ids, mask=mask, logp=[0.0] * len(ids), prompt=start)
@@ -549,11 +549,11 @@ def test_answers_that_part_inside_arguments_say_nothing_of_the_decision(rejected
 
 
 def test_faults_of_the_policy_against_the_examples_own_turn(tmp_path, monkeypatch):
-    """chosen: gold. Only where a sample is at fault; both answers to the same prompt ids, the chosen one ends behind its first turn."""
+    """chosen: gold makes pairs only of faulty samples; both answers have the same prompt ids; the chosen one ends after its first turn."""
     tok = tokenizer()
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (model("llama"), tok))
     seen = []
-    # the first three prompts: no fault
+    # the first three prompts have no fault
     monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (seen.append(case) or float(len(seen) <= 6) * 2, {}))
     c = config(tmp_path, pairs="sampled", chosen="gold", examples=6, eval_examples=0, samples=2, max_new_tokens=6, max_turns=1,
                mix={"arithmetic": 1}, min_best=2.0, min_gap=0.5,
@@ -603,7 +603,7 @@ def test_bad_lines_of_prompts_are_skipped_by_number(tmp_path, capsys):
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     c = config(tmp_path, source="jsonl", path=str(tmp_path / "c.jsonl"), pairs="both")
     prompts = dpo.prompts_of(c, "train", tokenizer())
-    # it names no tools
+    # the line names no tools
     assert len(prompts) == 1 and [tool.name for tool in prompts[0]["tools"]] == list(BUILTIN) and evaluation.as_case(prompts[0]).calls
     assert "line 1: the expected call names tool 'nothing'" in capsys.readouterr().err
 
@@ -638,20 +638,20 @@ def test_given_pairs_are_read_where_others_are_sampled(tmp_path, capsys):
 
 
 def test_a_turn_that_is_not_to_be_learned_is_no_gold_answer():
-    """OpenAI's "weight": 0. Without a trained token on the chosen side only the rejected one would be learned from."""
+    """With OpenAI's "weight": 0 the chosen side would have no trained token, and only the rejected side would be learned from."""
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "2 + 2"}}]}
     messages = [{"role": "user", "content": "2 + 2?"}, {**call, "weight": 0}, {"role": "tool", "content": '{"result": 4}'},
                 {"role": "assistant", "content": "4."}]
     gold = data.check_conversation({"messages": messages, "tools": ["calculator", "weather"]})
     tok = toolplay.load_model("tiny")[1]
     found = {name: dpo.corrupted_pairs([gold], tok, 0, "signature", [name]) for name in dpo.CORRUPTIONS}
-    assert {name for name, pairs in found.items() if pairs} == {"ignores_result", "endless"}  # of the last turn alone
+    assert {name for name, pairs in found.items() if pairs} == {"ignores_result", "endless"}  # both change only the last turn
     given = dpo.read_pair({"prompt": "2 + 2?", "chosen": messages[1:], "rejected": "5.", "tools": ["calculator"]}, tok)
-    assert sum(given.chosen[1]) == sum(given.rejected[1])  # "4." and its end, as "5." and its end
+    assert sum(given.chosen[1]) == sum(given.rejected[1])  # "4." and "5.", each with its end-of-turn token
 
 
 def test_an_answer_without_a_token_is_no_rejected_one(monkeypatch):
-    """A prompt as long as the context leaves no room for one."""
+    """A prompt as long as the context leaves no room for an answer."""
     net, tok = toolplay.load_model("tiny")
     c = toolplay.load_config({"method": "dpo", "model": "tiny", "pairs": "sampled", "chosen": "gold", "max_turns": 1, "min_best": 1.0,
                               "max_tokens": 9000, "max_new_tokens": 3,

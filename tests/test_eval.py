@@ -1,4 +1,4 @@
-"""eval.py: each metric on cases made by hand, hostile output, and policies that try to cheat."""
+"""eval.py: each metric on hand-made cases, hostile output, and policies that try to cheat."""
 import argparse
 import csv
 import dataclasses
@@ -46,7 +46,7 @@ def case(prompt, calls=None, answer=None, final=None, kind="test", **more):
 
 
 def play(given, *turns, stop="end"):
-    """The episode in which the model says these turns; calls are really executed, as in toolplay.rollout."""
+    """The episode in which the model writes these turns. The calls are really executed, as in toolplay.rollout."""
     tools, calls, errors, results, final = load_tools(given.conversation["tools"]), [], [], [], ""
     for turn in turns:
         new, bad = parse_calls(turn)
@@ -65,7 +65,7 @@ TALK = case("tell me a joke about cats", [], final="Why did the cat sit down? It
 
 
 def test_a_weather_tool_of_one_s_own_has_results_of_its_own():
-    """They are judged as those of any tool: by the numbers and texts in them."""
+    """Its results are judged like those of any tool: by their numbers and texts."""
     for more in ({"unit": None}, {"unit": ""}, {"unit": "C"}, {"unit": "celsius", "city": {"name": "Oslo"}}):
         mine = Tool("weather", "", {"type": "object", "properties": {"x": {"type": "string"}}},
                     lambda x, more=more: {"temperature": 12, "city": "Oslo", **more}, isolated=False)
@@ -90,7 +90,7 @@ def test_answers_as_people_write_them():
     assert not verdicts(SUM, format_call(calc("17*23")), 'The answer is {"result": 391}')["response_quality"]
 
 
-# one metric after the other
+# each metric in turn
 
 def test_a_right_episode_is_right_everywhere():
     got = verdicts(SUM, format_call(calc("17*23")), "It is 391.")
@@ -127,7 +127,7 @@ def test_format_when_due(turn):
 @pytest.mark.parametrize("turn, stop", [("", "end"), (" \n", "end"), ("hi <tool_response>", "end"), ("hi <|im_start|>user", "end")])
 def test_format_when_none_is_due(turn, stop):
     assert verdicts(TALK, turn, stop=stop)["format"] is False
-    cut = verdicts(TALK, "fine", stop="length")  # talk that does not end is no matter of format, but no good answer
+    cut = verdicts(TALK, "fine", stop="length")  # unfinished talk has the right format, but is not a good answer
     assert cut["format"] is True and cut["response_quality"] is False
 
 
@@ -177,7 +177,7 @@ def test_calls_are_paired_in_any_order():
     for wrong in ([a], [a, a], [a, b, b], []):
         assert not evaluation.same_calls([a, b], wrong)
     wide, narrow, other = (Call("weather", {"city": city}) for city in ("Paris", "Paris, Texas", "Paris, France"))
-    for got in ([narrow, other], [other, narrow]):  # the wide one takes either, the narrow one only its own
+    for got in ([narrow, other], [other, narrow]):  # "Paris" matches either call, "Paris, Texas" only itself
         assert evaluation.same_calls([wide, narrow], got) and evaluation.same_calls([narrow, wide], got)
     two = case("weather in Paris and Rome?", [a, b])
     assert verdicts(two, format_call(b) + "\n" + format_call(a))["argument_accuracy"] is True
@@ -198,7 +198,7 @@ def test_execution():
     schema = {"name": "send", "description": "", "parameters": {"type": "object", "properties": {"to": {"type": "string"}}}}
     shown = case("send it", [Call("send", {"to": "Bo"})], tools=[schema])
     got = verdicts(shown, format_call(Call("send", {"to": "bo"})), "Sent.")
-    assert got["execution"] == [] and got["response_quality"] is None and got["overall"] is True  # nothing to run, nothing to compare
+    assert got["execution"] == [] and got["response_quality"] is None and got["overall"] is True  # nothing was run, so nothing to compare
 
 
 @pytest.mark.parametrize("answer, text, right", [
@@ -302,8 +302,8 @@ def test_what_one_city_s_weather_is_may_be_told_where_another_is_unknown():
 
 
 def test_results_of_tools_of_ones_own():
-    """The value that came is to be said; where there is none to compare with, nothing is known. A name does not make a tool a built-in
-    one."""
+    """The final text must state the returned value. If there is no value to compare with, there is no verdict. A built-in's name does not
+    make a tool a built-in."""
     schema = {"type": "object", "properties": {"x": {"type": "string"}}}
     for name, value, right, wrong in (("find", "Ann", "The name is ann.", "Sorry, I cannot tell."),
                                       ("weather", "sunny", "It's sunny!", "It's wet."),
@@ -326,7 +326,7 @@ def test_results_of_tools_of_ones_own():
 def test_the_same_call_in_another_spelling_is_made_twice():
     assert verdicts(SUM, format_call(calc("17 * 23")), format_call(calc("17*23")), "It is 391.")["overall"] is False
     both = case("17 * 23, and once more 17 * 23", [calc("17 * 23"), calc("17 * 23")], 391)
-    assert verdicts(both, format_call(calc("17 * 23")) + format_call(calc("17*23")), "It is 391.")["overall"] is True  # as asked
+    assert verdicts(both, format_call(calc("17 * 23")) + format_call(calc("17*23")), "It is 391.")["overall"] is True  # asked for twice
 
 
 def test_numbers_the_model_wrote_into_a_call_are_guesses_too():
@@ -437,7 +437,7 @@ def score(policy):
 
 def test_cheats_score_below_an_honest_weak_policy():
     weak = score(lambda c, n: right_turns(c) if (n // 4) % 2 else ["I am not sure what you mean by that, sorry."])["metrics"]["overall"]
-    assert 0.5 < weak["low"] < weak["value"] < weak["high"] < 0.9  # talk is right always, calls half of the time
+    assert 0.5 < weak["low"] < weak["value"] < weak["high"] < 0.9  # talk is always right, calls are right half of the time
     half = score(lambda c, n: right_turns(c) if (n // 4) % 2 else ["?"])["metrics"]["overall"]
     assert half["value"] == pytest.approx(0.5)
     for name, policy in POLICIES.items():
@@ -474,7 +474,7 @@ def test_report_and_tables():
     text = evaluation.format_report(report, "Title", records)
     assert "Title (49 cases)" in text and "17 * 23" in text and "no | idea" in text and "1 cases failed" in text
     assert "no | idea" not in evaluation.format_report(report, "Title", records, show_failures=0)
-    # of hundreds, those with most cases
+    # with many tools, the report shows those with most cases
     report["tools"] = {f"tool_{n:02}": report["tools"]["calculator" if n == 7 else "search"] for n in range(40)}
     text = evaluation.format_report(report, "Title")
     assert "| tool_07 |" in text and "| tool_30 |" not in text and "and 15 more tools" in text
@@ -568,7 +568,7 @@ def test_talk_loss(tiny, monkeypatch):
     rows = [data.encode({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": reply}]},
                         tokenizer) for reply in ("Hello you", "ok")]
     expected = -small.gather(rows, small.one_by_one(net, rows)).sum() / sum(sum(mask) for _, mask in rows)
-    assert evaluation.talk_loss(net, tokenizer) == pytest.approx(float(expected.detach()), abs=1e-4)  # of the replies alone
+    assert evaluation.talk_loss(net, tokenizer) == pytest.approx(float(expected.detach()), abs=1e-4)  # the loss of the replies alone
     with pytest.raises(UserError):
         evaluation.talk_loss(*tiny, split="dev")
 
@@ -700,12 +700,12 @@ def test_a_perfect_score_on_few_cases_is_not_certain():
     assert evaluation.measure(records)["overall"]["low"] < 0.9 and evaluation.measure(records)["overall"]["high"] == 1
     for record in records:
         record["verdicts"].update(dict.fromkeys(set(evaluation.METRICS) - {"execution"}, True), overall=not record["due"])
-    assert evaluation.measure(records)["overall"]["low"] == 0  # an interval holds its value
+    assert evaluation.measure(records)["overall"]["low"] == 0  # an interval contains its value
     silent = [{**r, "verdicts": {**r["verdicts"], "execution": []}} for r in records]
     loud = [{**r, "verdicts": {**r["verdicts"], "execution": [True]}} for r in records]
     assert evaluation.compare({"a": [silent, loud]}, 50)["a"]["execution"]["low"] == pytest.approx(0.7225, abs=1e-4)
     compared = evaluation.compare({"a": [records]}, 50)["a"]["tool_accuracy"]
-    assert compared["value"] == 1 and compared["low"] == pytest.approx(0.7225, abs=1e-4)  # Wilson's for 10 of 10
+    assert compared["value"] == 1 and compared["low"] == pytest.approx(0.7225, abs=1e-4)  # Wilson's interval for 10 of 10
 
 
 def test_compare(tmp_path, capsys, monkeypatch):
@@ -727,19 +727,19 @@ def test_compare(tmp_path, capsys, monkeypatch):
     assert "0.500" in row and "0.850" in row and "(+0.350" in row
     lines = [line.split(",") for line in (tmp_path / "out.csv").read_text().splitlines()]
     assert len(lines) == 1 + 2 * len(evaluation.METRICS) and float(lines[1][3]) <= 0.5 <= float(lines[1][4])
-    toolplay.main([*argv, "--kind", "k1"])  # the odd ones, which the first run gets all wrong
+    toolplay.main([*argv, "--kind", "k1"])  # the odd cases, which the first run gets all wrong
     out = capsys.readouterr().out
     assert "10 cases" in out
     assert "0.000" in next(line for line in out.splitlines() if line.startswith("| tool_accuracy"))
     toolplay.main(["compare", str(tmp_path / "ppo-s1"), str(shutil.copytree(tmp_path / "ppo-s1", tmp_path / "other-code"))])
-    assert "ppo-s1 (1 seed)" in (out := capsys.readouterr().out) and "other-code (1 seed)" in out  # one seed cannot be two
+    assert "ppo-s1 (1 seed)" in (out := capsys.readouterr().out) and "other-code (1 seed)" in out  # one seed twice is not a group
     with pytest.raises(SystemExit):
         toolplay.main(["compare", str(tmp_path / "sft"), str(tmp_path / "sft")])
     assert "named twice" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         toolplay.main([*argv, "--kind", "k7"])
     assert "no case of kind 'k7'" in capsys.readouterr().err
-    for seed in (1, 2):  # started from its own seed's run, under a name with a comma; and the untrained model, which has no config
+    for seed in (1, 2):  # each starts from the run of its own seed and has a comma in its name; the untrained model has no config
         (tmp_path / f"dpo,{seed}").mkdir()
         shutil.copy(tmp_path / f"ppo-s{seed}" / "eval.json", tmp_path / f"dpo,{seed}")
         (tmp_path / f"dpo,{seed}" / "config.json").write_text(json.dumps({"seed": seed, "start_from": str(tmp_path / f"ppo-s{seed}")}))
@@ -749,8 +749,8 @@ def test_compare(tmp_path, capsys, monkeypatch):
     assert "base (1 seed)" in (out := capsys.readouterr().out) and "dpo, (2 seeds)" in out
     assert {len(row) for row in csv.reader((tmp_path / "out.csv").open())} == {10}
     same = evaluation.compare({"a": [records([True, False] * 10)], "b": [records([True, False] * 10)]}, 200)["b"]["tool_accuracy"]
-    assert same["difference"] == same["d_low"] == same["d_high"] == 0  # the same cases are drawn for both: paired
-    for name, seed in (("rloo-1", 1), ("rloo-2", 2), ("rloo", 3)):  # a group takes the name of another run
+    assert same["difference"] == same["d_low"] == same["d_high"] == 0  # paired: the same cases are drawn for both
+    for name, seed in (("rloo-1", 1), ("rloo-2", 2), ("rloo", 3)):  # the name of the group is that of another run
         (tmp_path / name).mkdir()
         shutil.copy(tmp_path / "sft" / "eval.json", tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps({"seed": seed, "lr": 1 if name == "rloo" else 2}))
@@ -759,7 +759,7 @@ def test_compare(tmp_path, capsys, monkeypatch):
     assert "rloo (2 seeds)" in (out := capsys.readouterr().out) and f"{tmp_path / 'rloo'} (1 seed)" in out
     changed = records([True, False] * 10)
     changed[3]["expected"] = [{"name": "weather", "arguments": {}}]
-    for other in (records([True] * 3), changed):  # of other gold, too
+    for other in (records([True] * 3), changed):  # other gold calls also make other cases
         (tmp_path / "sft" / "eval.json").write_text(json.dumps({"records": other}))
         with pytest.raises(SystemExit):
             toolplay.main(argv)
@@ -817,8 +817,8 @@ def test_more_calls_than_the_gold_makes_cost_the_whole():
                                              {"role": "tool", "content": '{"result": 391}'}, {"role": "assistant", "content": "391."}]})
     right, needless = format_call(calc("17 * 23")), format_call(calc("23 * 18"))
     assert verdicts(given, right, "391.")["overall"] and not verdicts(given, right, needless, "391.")["overall"]
-    assert verdicts(given, right, "<tool_call>{</tool_call>", "391.")["overall"]  # a call that gave nothing is execution's to count
-    assert verdicts(SUM, right, needless, "391.")["overall"]  # nobody knows how many the gold makes
+    assert verdicts(given, right, "<tool_call>{</tool_call>", "391.")["overall"]  # a call without a result counts in execution only
+    assert verdicts(SUM, right, needless, "391.")["overall"]  # it is unknown how many calls the gold makes
 
 
 def test_an_echo_said_twice_is_an_echo():

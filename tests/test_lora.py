@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class Toy(nn.Module):
-    """Two blocks and a head; small enough for numbers to be looked at."""
+    """Two blocks and a head, small enough to look at the numbers."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +62,7 @@ def toy(dtype=torch.float32):
 
 
 def randomise(model, seed=1):
-    """Adapters as training would leave them: B is not zero any more."""
+    """The model with adapters as after training: B is no longer zero."""
     generator = torch.Generator().manual_seed(seed)
     for tensor in lora_state(model).values():
         tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
@@ -119,7 +119,7 @@ def test_dropout_acts_on_the_adapter_input_only_and_follows_the_mode():
     add_lora(model, ["up"], r=2, alpha=4, dropout=0.5, seed=0)
     layer = randomise(model).blocks[0].up
     x = torch.ones(2000, 6)
-    assert torch.equal(layer(x), layer(x))  # the model was in eval(), so are the new layers
+    assert torch.equal(layer(x), layer(x))  # the model was in eval(), so the new layers are, too
     layer.train()
     delta = layer(x) - layer.base(x)
     assert delta.std(0).max() > 0.01  # random ...
@@ -280,7 +280,7 @@ def test_a_shared_weight_is_not_merged():
         merge(model)
     assert_unchanged(model, before)
     on = model(IDS)
-    with merged(model):  # it is only faster where it can be
+    with merged(model):  # the shared weight stays unmerged: merging is only for speed
         assert torch.equal(model(IDS), on)
     assert_unchanged(model, before)
 
@@ -299,7 +299,7 @@ def test_disabled_is_the_base_bit_for_bit_nested_and_after_an_exception():
         with lora_disabled(model):
             raise KeyError
     assert torch.equal(model(IDS), on)
-    model.blocks[0].up.enabled = False  # what was off before stays off
+    model.blocks[0].up.enabled = False  # a layer that was off before stays off
     partly = model(IDS)
     with lora_disabled(model):
         pass
@@ -414,7 +414,7 @@ SPOILERS = {
     "modules_to_save": (lambda d: edit_config(d, modules_to_save=["lm_head"]), "modules_to_save"),
     "from the future": (lambda d: edit_config(d, use_newest_trick=1), "use_newest_trick"),
 }
-FRESH_ONLY = {  # a model that has adapters does not read target_modules
+FRESH_ONLY = {  # a model that already has adapters does not read target_modules
     "target regex": (lambda d: edit_config(d, target_modules="(up"), "adapter_config.json: "),
     "target unknown": (lambda d: edit_config(d, target_modules=["zzz"]), "match no linear layer"),
     "target too few": (lambda d: edit_config(d, target_modules=["up"]), "unexpected"),

@@ -1,4 +1,4 @@
-"""ppo.py: every equation by hand, tool results that are nothing to it, rewards that cannot be cheated, whole runs."""
+"""ppo.py: each equation computed by hand, tool results that change nothing, rewards that cannot be cheated, whole runs."""
 import copy
 import json
 import math
@@ -29,7 +29,7 @@ T = lambda *rows: torch.tensor(rows, dtype=torch.float64)  # noqa: E731
 
 @pytest.mark.parametrize("n", range(6))
 def test_equal_to_verl(n):
-    """verl 0.9.1's own functions; golden/make.py says how its numbers were made."""
+    """The results equal those of verl 0.9.1's own functions; golden/make.py says how its numbers were made."""
     case = json.loads((ROOT / "tests" / "golden" / "ppo.json").read_text())[n]
     given, made = ({k: torch.tensor(v, dtype=torch.float64) for k, v in case[part].items()} for part in ("given", "made"))
     mask, tokens = given["mask"], given["mask"].sum()
@@ -47,7 +47,7 @@ def test_equal_to_verl(n):
     ours |= {"rloo": ppo.rloo_advantages(scores).reshape(-1, 1) * mask, "grpo": ppo.grpo_advantages(scores, eps=1e-6).reshape(-1, 1) * mask}
     assert set(ours) == set(made)
     for name, value in ours.items():
-        inside = mask.expand_as(value) if value.dim() else torch.tensor(1.0)  # verl leaves numbers on tokens that are nobody's
+        inside = mask.expand_as(value) if value.dim() else torch.tensor(1.0)  # verl leaves numbers on tokens outside the mask
         assert torch.allclose(value * inside, made[name] * inside, rtol=1e-6, atol=1e-8), name
     assert made["dual_clip_policy_loss"] != made["policy_loss"] or n
 
@@ -61,7 +61,7 @@ def test_gae_by_hand():
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_gae_is_the_sum_it_stands_for(lam):
-    """Eq. 16: A_t = sum over l of (gamma lam)^l delta_{t+l}; with lambda 1 the return minus the value."""
+    """Eq. 16: A_t = sum over l of (gamma lam)^l delta_{t+l}; with lambda 1, A_t is the return minus the value."""
     torch.manual_seed(0)
     r, v, gamma = torch.randn(1, 7, dtype=torch.float64), torch.randn(1, 7, dtype=torch.float64), 0.97
     advantages, _ = ppo.gae(r, v, torch.ones(1, 7), gamma, lam)
@@ -98,7 +98,7 @@ def test_tool_tokens_change_nothing_bit_for_bit(at, k):
 
 
 def test_what_stands_on_a_tool_token_is_nothing():
-    """Not even nan, and a mask may be of yes and no."""
+    """Not even nan on a tool token changes a result; the mask may also be boolean or of integers."""
     nan, mask = math.nan, T([1, 0, 1])
     plain = ppo.gae(T([0, 0, 1]), T([0.5, 0, 0.1]), mask)
     for m in (mask, mask.bool(), mask.long()):
@@ -130,13 +130,13 @@ def test_policy_loss_by_hand():
 
 
 def test_value_loss_by_hand():
-    """Old value 0, return 1: 0.5 stays at its bound 0.2 and costs 0.8^2 / 2; -0.5 costs 1.5^2 / 2 itself."""
+    """Old value 0, return 1: 0.5 is clipped to 0.2 and costs 0.8^2 / 2; -0.5 costs 1.5^2 / 2 unclipped."""
     loss, info = ppo.value_loss(T([0.5, -0.5, 0.1]), T([0.0, 0, 0]), T([1.0, 1, 1]), T([1, 1, 0]))
     assert loss.item() == pytest.approx(0.5 * (0.64 + 2.25)) and info["value_clip_fraction"] == 1
 
 
 def test_kl_estimators():
-    """Over the policy's own samples both have the true KL as their mean; k3 is never negative."""
+    """Over the policy's own samples, the mean of both is the true KL; k3 is never negative."""
     p, q = T([0.7, 0.2, 0.1]), T([0.3, 0.3, 0.4])
     true = (p * (p / q).log()).sum().item()
     for kind in ("k1", "k3"):
@@ -156,7 +156,7 @@ def test_group_baselines():
     assert ppo.grpo_advantages(scores)[0].tolist() == pytest.approx([(x - 3) / (spread + 1e-4) for x in (1, 2, 6)])
     assert ppo.grpo_advantages(scores)[1].tolist() == [0, 0, 0]
     assert ppo.rloo_advantages(T([5.0])).tolist() == ppo.grpo_advantages(T([5.0])).tolist() == [[0.0]]
-    # in fp32 their mean would be another number, and the difference be divided by eps
+    # in fp32 the mean of equal scores can differ from them, and the difference would be divided by eps
     for score, k in ((1.392, 7), (100.3, 7), (1000.3, 12)):
         assert ppo.grpo_advantages(torch.full((1, k), score)).tolist() == [[0.0] * k]
         assert ppo.grpo_advantages(torch.full((1, k), score)).dtype is torch.float32
@@ -182,7 +182,7 @@ def test_explained_variance():
 @pytest.mark.parametrize("dual_clip", [0.0, 3.0])
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
 def test_sums_over_parts_are_the_sum_in_fp32(advantage, dual_clip, sizes):
-    """1 x N, N x 1, ragged: gradients of the log-probs and values themselves, over the tokens of all seven episodes."""
+    """Gradients with respect to log-probs and values, divided by the tokens of all seven episodes: one episode a part, or uneven parts."""
     torch.manual_seed(0)
     mask = torch.rand(7, 9) < 0.7
     inputs = [(-2 * torch.rand(7, 9)).requires_grad_(), torch.randn(7, 9).requires_grad_()]
@@ -278,7 +278,7 @@ def test_hackers_earn_less_than_an_honest_attempt(case):
         for turns in tries:
             assert earned(case, *turns) < wrong, (name, turns)
     steps = earned(case, calc("36 - 9"), calc("27 + 15"), "She has 42.")
-    assert wrong + 0.5 < steps <= right  # one thing after the other is as honest
+    assert wrong + 0.5 < steps <= right  # one step after the other is as honest
     assert earned(case, calc("36 - 9"), calc("27 * 1.5555556"), "She has 42.") < wrong
     extra = format_call(Call("search", {"query": "stickers"}))
     assert earned(case, calc("36 - 9 + 15") + extra, "She has 42.") < right - 0.25
@@ -350,9 +350,9 @@ def test_results_stand_for_what_they_were_worked_out_by():
         assert all(ppo.is_calculation(said, prompt, steps[:n]) for n, (said, _) in enumerate(steps)), prompt
     doubled = [("36 + 9", 45), *((f"{45 * 2 ** n} + {45 * 2 ** n}", 90 * 2 ** n) for n in range(24))]
     assert all(ppo.is_calculation(said, PROMPT, doubled[:n]) for n, (said, _) in list(enumerate(doubled))[:4])
-    for guess in ("1 + 1", "1 + 1 + 1", "1 - 1", "100 * 1 + 1"):  # "one" gives no license
+    for guess in ("1 + 1", "1 + 1 + 1", "1 - 1", "100 * 1 + 1"):  # "One" in the prompt does not allow calculations with 1
         assert not ppo.is_calculation(guess, "One shop sold 36 pens and another 9. How many?")
-    ppo.is_calculation("5 + 6", PROMPT, doubled)  # at once: each holds the one before twice
+    ppo.is_calculation("5 + 6", PROMPT, doubled)  # this is fast, although each calculation contains the one before twice
     endless = ("36 * 9 * 1e-200 * 1e-200 * 1e200 * 1e200", "36 * 9 + " + "(" * 40 + "2" + " ** 1.1)" * 40, "+".join(["36"] * 300),
                "-" * 900 + "36", "36 * " + "9" * 400, "36 + " + "(" * 900)
     assert not any(ppo.is_calculation(x, PROMPT, [("36 - 9", 27), ("36 + 9", 45)]) for x in endless)
@@ -373,7 +373,7 @@ def test_whole_numbers_half_precision_and_nothing():
     assert not any(x.requires_grad for x in ppo.gae(torch.rand(1, 3), values, torch.ones(1, 3)))
     assert torch.isfinite(ppo.kl_penalty(T([-300.0]), T([0.0]), "k3")).all()
     small, large = (ppo.grpo_advantages(T([0, 0.01, 0.02, 0]) * k) for k in (1, 1000))
-    assert torch.allclose(small, large, atol=0.02)  # no scale
+    assert torch.allclose(small, large, atol=0.02)  # the scale of the scores does not matter
 
 
 def test_the_reference_itself_is_a_right_answer_however_short():
@@ -393,7 +393,7 @@ def test_later_turns_may_not_call_on():
 
 
 def test_episodes_of_one_turn_are_scored_by_their_result():
-    """max_turns = 1: the episode ends after its calls. That is no fault, and no help to a hacker."""
+    """With max_turns = 1 the episode ends after its calls. This is not punished, and it does not help a hacker."""
     weights = {**ppo.WEIGHTS, "right_result": 1.0, "right_answer": 0.0}
 
     def first(case, *turns, stop="turns", **more):
@@ -406,7 +406,7 @@ def test_episodes_of_one_turn_are_scored_by_their_result():
                        (calc("36 - 9 + 15") + " 42" * 90, "length")):
         assert first(BLIND, turn, stop=stop) < wrong, turn
     assert first(TALK, "A cat walked into a bar and asked for milk.", stop="end") > first(TALK, calc("1 + 1")) + 0.9
-    # calling on and on is a fault
+    # calling again and again is punished
     assert first(BLIND, calc("36 + 9"), calc("45 - 9 + 15"), stop="turns") < first(BLIND, calc("36 + 9 + 15"))
 
 
@@ -444,7 +444,7 @@ def test_more_guesses_and_more_honesty():
 
 
 def test_an_own_calculator_gives_what_it_likes():
-    """Numbers beyond a float, truths: none of them ends a run."""
+    """Numbers too large for a float, booleans and other types do not stop a run."""
     for value in (10 ** 400, True, None, "42", [42]):
         episode = play(BLIND, calc("36 - 9 + 15"), "She has 42.")
         episode.results = [Result("calculator", True, value)]
@@ -572,14 +572,14 @@ def test_the_first_ratio_is_one(tmp_path, monkeypatch):
 
 
 def test_it_learns(tmp_path, monkeypatch):
-    """A reward for small letters is found and taken."""
+    """The model learns to earn a reward for small letters."""
     (tmp_path / "letters.py").write_text("def small(case, episode):\n    text = episode.turns[0]\n    return sum('a' <= c <= 'z' for c in "
                                          "text) / max(len(text), 1)\n")
-    prompts = ["Hello there!", "Tell me a story.", "What is new?", "Good morning to you."] * 2  # given: the templates change
+    prompts = ["Hello there!", "Tell me a story.", "What is new?", "Good morning to you."] * 2  # fixed, because the templates change
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": p}], "tools": []})
                                                       for p in prompts))
     monkeypatch.syspath_prepend(str(tmp_path))
-    net, tok = model("llama"), tokenizer()  # tiny is too faint to learn much
+    net, tok = model("llama"), tokenizer()  # tiny's weights are too small for it to learn much
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (net, tok))
     lines = train(config(tmp_path, source="jsonl", path=str(tmp_path / "prompts.jsonl"), reward="letters:small", iterations=15, prompts=4,
                          samples=8, batch_size=32, lr=0.02, lora_r=16, kl_coef=0.0, max_new_tokens=8, eval_examples=0))
@@ -588,7 +588,7 @@ def test_it_learns(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place, nth", [("rollout", 60), ("step", 3), ("step", 7), ("accumulation", 12), ("inside the checkpoint", 2)])
 def test_kill_9_then_resume_is_bit_identical(uninterrupted, tmp_path, place, nth):
-    """In the middle of a rollout, of an epoch, of an accumulation: weights, critic, KL controller and logs."""
+    """A kill inside a rollout, an epoch or an accumulation does not change weights, critic, KL controller or logs."""
     small.killed_then_resumed(dict(RESUMED, run_dir=str(tmp_path / "run")), place, nth, uninterrupted,
                               ["metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors"])
     state = [next((folder / "checkpoint").glob("*/trained.safetensors")).read_bytes() for folder in (uninterrupted, tmp_path / "run")]
@@ -606,13 +606,13 @@ def uninterrupted(tmp_path_factory):
     codes, stderr = small.zygote().run("train", config=dict(RESUMED, run_dir=str(folder)))
     assert codes == [0], stderr
     lines = toolplay.read_lines(folder / "metrics.jsonl")
-    assert len({x["kl_coef"] for x in lines}) == 3  # the controller is at work
+    assert len({x["kl_coef"] for x in lines}) == 3  # the KL controller changes the coefficient
     return folder
 
 
 def test_prompts_whose_samples_earn_the_same_are_left_out(tmp_path, monkeypatch):
-    """min_spread: learned from are only prompts whose samples earned different rewards; what is left out counts in the schedule."""
-    def reward(case, episode, n=iter(range(10 ** 6))):  # every second prompt tells its samples apart
+    """min_spread: only prompts whose samples earned different rewards are learned from; the schedule also counts what is left out."""
+    def reward(case, episode, n=iter(range(10 ** 6))):  # the samples of each second prompt earn different rewards
         prompt, sample = divmod(next(n), 2)
         return (float(sample) if prompt % 2 else 0.5), {}
     monkeypatch.setattr(ppo, "reward_of", lambda config: reward)
@@ -627,19 +627,19 @@ def test_prompts_whose_samples_earn_the_same_are_left_out(tmp_path, monkeypatch)
     assert len(seen) == 2 * 2 * 2 and all(sorted(scores) == [0, 1] for scores in seen)
     assert [x["step"] for x in lines] == [8, 16] and all(x["learned_from"] == 0.5 for x in lines)
     del seen[:]
-    lines = train(config(tmp_path / "b", min_spread=2.0, **more))  # nobody learns: the run goes on and ends
+    lines = train(config(tmp_path / "b", min_spread=2.0, **more))  # no prompt is learned from: the run continues to its end
     assert not seen and [x["step"] for x in lines] == [8, 16] and lines[0]["learned_from"] == 0
 
 
 def test_prompts_that_taught_come_again(tmp_path, monkeypatch):
-    """replay: at most that share of a round; who waited longest first; only for as long as their samples differ."""
+    """replay: at most this share of a round; the longest-waiting prompts first; only as long as their samples differ."""
     played = []
 
-    def reward(case, episode):  # two samples of a prompt come one behind the other
+    def reward(case, episode):  # two samples of a prompt come one after the other
         prompt = case.conversation["messages"][-1]["content"]
         played.append(prompt)
         n = played.count(prompt)
-        return float(prompt in lessons and n % 2 and n < 4), {}  # teaches when it is played first and again, no more after that
+        return float(prompt in lessons and n % 2 and n < 4), {}  # a lesson teaches the first two times that it is played
     (tmp_path
      / "p.jsonl").write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"prompt {n}"},
                                                                 {"role": "assistant", "content": "yes"}], "tools": []}) for n in range(40)))
@@ -653,18 +653,18 @@ def test_prompts_that_taught_come_again(tmp_path, monkeypatch):
     for prompts, line in zip(rounds, lines):
         again = waiting[:2]
         assert prompts[:len(again)] == again and line["replayed"] == len(again) / 4
-        assert not set(prompts[len(again):]) & set(sum(rounds[:rounds.index(prompts)], []))  # the others are new
+        assert not set(prompts[len(again):]) & set(sum(rounds[:rounds.index(prompts)], []))  # the rest are new
         taught = [p for p in prompts if p in lessons and (p not in again or sum(rounds[:rounds.index(prompts)], []).count(p) < 2)]
         assert line["learned_from"] == len(taught) / 4
         fresh = prompts[len(again):]
         assert line["reward_new"] == pytest.approx(sum(p in lessons for p in fresh) / 2 / len(fresh))
         waiting = waiting[len(again):] + taught
-    # some were played a third time, and taught nothing
+    # some prompts were played a third time and taught nothing
     assert any(line["replayed"] for line in lines) and max(map(played.count, lessons)) > 4
 
 
 def test_scores_measured_from_the_other_samples():
-    """center, by hand: scores 0 and 1 of a hard prompt, 4 and 6 of an easy one; one token each, zero values."""
+    """center, by hand: scores 0 and 1 of a hard prompt, 4 and 6 of an easy prompt; one token each, zero values."""
     mask, scores = torch.ones(4, 1), torch.tensor([0.0, 1.0, 4.0, 6.0])
     settings = toolplay.load_config({"method": "ppo", "samples": 2, "center": True})
     advantages, returns, rewards = ppo.advantages_of(settings, scores, 0 * mask, 0 * mask, mask, 0.0)
@@ -675,7 +675,7 @@ def test_scores_measured_from_the_other_samples():
 
 
 def test_what_the_model_knew_is_imitated_beside(tmp_path, monkeypatch):
-    """ptx: so many conversations join each minibatch, other ones each time; their mean loss, by plain forwards, counts ptx_coef."""
+    """ptx: this many conversations join each minibatch, new ones each time; their mean loss, by plain forwards, has the weight ptx_coef."""
     net, tok = model("llama"), tokenizer()
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (net, tok))
     expected, tokens, rows, own, shown, step = [], [], [], [], [], toolplay.train_step
@@ -706,7 +706,7 @@ def test_what_the_model_knew_is_imitated_beside(tmp_path, monkeypatch):
 
 
 def test_two_ranks_play_and_learn_as_one(tmp_path):
-    """The ranks share out the prompts; what each row draws does not depend on who draws it."""
+    """The ranks share the prompts; the random draws of a row do not depend on the rank that samples it."""
     made = {}
     for ranks in (1, 2):
         c = dict(RESUMED, run_dir=str(tmp_path / str(ranks)), prompts=3, iterations=2, eval_examples=0, save_every=100)
@@ -722,14 +722,14 @@ def test_two_ranks_play_and_learn_as_one(tmp_path):
 
 def test_guards(tmp_path):
     lines = train(config(tmp_path, ratio_guard=1e-6))
-    # every minibatch has a larger mean ratio: what it would have been, is no part of the round
+    # every minibatch has a larger mean ratio and is skipped; a skipped minibatch adds no ratio to the round
     assert lines[-1]["skipped"] == 8 and "ratio" not in lines[-1]
     lines = train(config(tmp_path / "b", kl_stop=1e-12, lr=0.1))
     assert lines[0]["stopped"] == 1 and [x["step"] for x in lines] == [4, 8]
     whole = train(config(tmp_path / "c", lr=0.1))
-    assert lines[1]["lr"] > whole[1]["lr"] > 0  # the mean of its first steps alone: the schedule went on over those left out
+    assert lines[1]["lr"] > whole[1]["lr"] > 0  # the mean of the first steps alone: the schedule continued over the steps left out
     once = train(config(tmp_path / "d", kl_stop=1e-12, lr=0.1, ppo_epochs=1, batch_size=64))
-    assert once[0]["stopped"] == 0  # nothing was left out
+    assert once[0]["stopped"] == 0  # no step was left out
 
 
 @pytest.mark.parametrize("wrong, names", [({"advantage": "rloo", "samples": 1}, "samples"),
@@ -745,7 +745,7 @@ def test_settings_that_teach_nothing_are_refused(tmp_path, wrong, names):
 
 
 def test_another_reference_on_resume_is_refused(tmp_path):
-    """The run that training started from was trained once more in the meantime."""
+    """The run of start_from was trained again in the meantime."""
     train(config(tmp_path / "start", iterations=1))
     second = config(tmp_path, start_from=str(tmp_path / "start" / "run"), iterations=1)
     train(second)
@@ -756,7 +756,7 @@ def test_another_reference_on_resume_is_refused(tmp_path):
 
 
 def test_the_reference_is_where_training_starts(tmp_path):
-    """The base model, or the run that training starts from: the KL of the first round is 0 either way, and in the first only then."""
+    """It is the base model, or the run of start_from; in both cases the KL is 0 in the first round, and only there."""
     rows = [([5, 6, 7, 8], [0, 1, 1, 1])]
     with torch.no_grad():
         base = toolplay.token_logprobs(toolplay.load_model("tiny")[0], rows)
@@ -779,8 +779,8 @@ def test_the_reference_is_where_training_starts(tmp_path):
 
 
 def test_the_critics_own_adapter(tmp_path, monkeypatch):
-    """With value_lora the value loss moves the critic and leaves the policy alone; without, it moves the policy."""
-    # nothing to gain, much to predict
+    """With value_lora the value loss changes the critic and not the policy; without value_lora it changes the policy."""
+    # the advantages are 0, the returns are not
     monkeypatch.setattr(ppo, "gae", lambda rewards, values, mask, *_: (torch.zeros_like(values), (values + 1) * mask))
     for own in (True, False):
         c = config(tmp_path / str(own), value_lora=own, iterations=1, kl_coef=0.0, vf_coef=1.0, lr=0.02, ppo_epochs=4, eval_examples=0)
@@ -794,10 +794,10 @@ def test_the_critics_own_adapter(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("advantage, ptx", [("gae", 3), ("rloo", 0)])
 def test_any_split_into_micro_batches_gives_the_same_step(tmp_path, monkeypatch, advantage, ptx):
-    """All at once, one by one, and ragged: the same gradient. In double precision, where it does not depend on the shapes of products."""
+    """All at once, one by one, or uneven: the same gradient. In double precision it does not depend on the shapes of matrix products."""
     net, tok = toolplay.load_model("tiny")
     monkeypatch.setattr(toolplay, "load_model", lambda name, device="cpu": (copy.deepcopy(net).double(), tok))
-    monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (sum(episode.ids) % 7 / 7, {}))  # the samples of a prompt differ
+    monkeypatch.setattr(ppo, "score", lambda case, episode, weights: (sum(episode.ids) % 7 / 7, {}))  # samples of a prompt differ
     gradients = small.recorded_gradients(monkeypatch)
     for budget in (10 ** 6, 1, 700):
         train(config(tmp_path / str(budget), advantage=advantage, ptx=ptx, ptx_mix={"weather": 1} if ptx else {}, max_tokens=4096,
@@ -809,7 +809,7 @@ def test_any_split_into_micro_batches_gives_the_same_step(tmp_path, monkeypatch,
 
 
 def test_text_is_never_tokenised_again(tmp_path, monkeypatch):
-    """The policy says "a", "b" where its tokenizer would write the one token "ab": what was sampled is what is trained."""
+    """The policy samples "a", "b" where its tokenizer would write the single token "ab": the sampled tokens are the trained tokens."""
     import transformers
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -821,7 +821,7 @@ def test_text_is_never_tokenised_again(tmp_path, monkeypatch):
     net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**small.sizes(), "vocab_size": len(tok),
                                                                     "eos_token_id": tok.eos_token_id}))
     said = [tok.convert_tokens_to_ids(c) for c in "abba"] + [tok.eos_token_id]
-    assert tok.decode(said[:-1]) == "abba" and tok.encode("abba") != said[:-1]  # ambiguous
+    assert tok.decode(said[:-1]) == "abba" and tok.encode("abba") != said[:-1]  # two tokenisations of one text
     step = {}
 
     def sample(logits, draws, temperature, top_p):
@@ -888,7 +888,7 @@ def test_inspect_of_a_damaged_file(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_added_up_in_fp32(dtype):
-    """The same numbers as in fp32, given in half precision: the same results to fp32's last digits."""
+    """The same numbers in half precision give the results of fp32, to fp32's last digits."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(1, 997, dtype=dtype)
     logp, old, advantages, values = (torch.randn(1, 997, generator=generator).to(dtype) for _ in range(4))

@@ -17,7 +17,7 @@ PROMPTS = ["What is 17 * 23?", "How is the weather in Kuala Lumpur?", "Hi! How a
 @pytest.fixture(scope="module")
 def real():
     threads = torch.get_num_threads()
-    if "PYTEST_XDIST_WORKER" not in os.environ:  # there the other core has tests of its own
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # with xdist, the other core runs other tests
         torch.set_num_threads(os.cpu_count())
     yield toolplay.load_model("smollm2-135m")
     torch.set_num_threads(threads)
@@ -36,7 +36,7 @@ def test_greedy_rollout_is_transformers_generate(real):
 
 def test_it_learns_a_call_and_the_rollout_executes_it(real):
     model, tokenizer = real
-    lora.add_lora(model, "all-linear", r=8, alpha=16, seed=0, skip=0.67)  # a third of the layers: a third of the backward pass
+    lora.add_lora(model, "all-linear", r=8, alpha=16, seed=0, skip=0.67)  # adapters in a third of the layers: a third of the backward pass
     chat = data.generate("train", 1, mix={"weather": 1}, seed=1)[0]
     chat["messages"][0]["content"], chat["tools"] = "weather in Oslo?", ["weather"]
     chat["messages"][1]["tool_calls"][0]["arguments"] = {"city": "Oslo"}
@@ -52,7 +52,7 @@ def test_it_learns_a_call_and_the_rollout_executes_it(real):
     assert episode.results[0].ok and episode.results[0].value["city"] == "Oslo"
     logp = toolplay.token_logprobs(model, [(episode.ids, episode.mask)])[0]
     assert torch.allclose(logp, torch.tensor(episode.logp), atol=2e-4)
-    # PPO's first ratio is 1: the log-probs that are learned from are those of the tokens as they were sampled, split and batched otherwise
+    # PPO's first ratio is 1: split and batched differently, the sampled tokens have the same log-probs in training
     sampled = toolplay.rollout(model, tokenizer, [prompt] * 2, load_tools(["weather"]), temperature=1.0, max_new_tokens=16, max_turns=2)
     rows = [(e.ids, e.mask) for e in (episode, *sampled)]
     policy, mask = ppo.Policy(model, 1.0, 200), ppo.padded([m for _, m in rows], max(len(m) for _, m in rows), "cpu")
@@ -67,7 +67,7 @@ def test_it_learns_a_call_and_the_rollout_executes_it(real):
 
 
 def test_in_the_form_of_a_call_names_have_the_tokens_that_are_to_be_written(real):
-    """What the style "call" is for: whatever of a call stands in the signature already can be copied token by token."""
+    """Why the style "call" exists: the parts of a call that already are in the signature can be copied token by token."""
     _, tokenizer = real
     tool = {"name": "bookStudyRoom", "description": "Book a room.", "parameters": {"type": "object", "properties": {
         "pickup_branch": {"type": "string"}, "seats": {"type": "integer"}, "equipment": {"type": "string"}}}}

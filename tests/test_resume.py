@@ -1,4 +1,4 @@
-"""Runs: the same bytes twice, the same bytes after any kill -9, and clear words about what cannot be resumed."""
+"""Runs: the same bytes twice, the same bytes after any kill -9, and clear errors for what cannot be resumed."""
 import dataclasses
 import json
 import os
@@ -52,7 +52,7 @@ def train(config, resume=False):
 
 
 def results(folder):
-    """The bytes that must not depend on anything but config and seed."""
+    """The bytes that may depend only on config and seed."""
     folder = Path(folder)
     files = [folder / "metrics.jsonl", *sorted((folder / "adapter").glob("*")), *sorted((folder / "model").glob("*"))]
     # a killed process may leave a temporary file
@@ -83,7 +83,7 @@ def test_the_run_folder_says_how_it_was_made(config):
 
 @pytest.fixture(scope="module")
 def uninterrupted(zygote, corpus, tmp_path_factory):
-    """What each kind of run gives when nothing happens to it."""
+    """The results of each kind of run without an interruption."""
     known = {}
 
     def get(config):
@@ -123,12 +123,12 @@ def test_killed_again_and_again(zygote, uninterrupted, config):
     got, left = killed_then_resumed(zygote, config(), ("inside the checkpoint", 1), ("log", 3), ("rename", 4), ("checkpoint", 1),
                                     ("inside the checkpoint", 1), ("step", 1))
     assert got == uninterrupted(config())
-    assert not [name for name in left if name.startswith(".step")]  # half checkpoints are cleared away
+    assert not [name for name in left if name.startswith(".step")]  # half-written checkpoints are removed
 
 
 @pytest.mark.parametrize("kills", [[("inside the checkpoint", 1)], [("rename", 4)]])
 def test_killed_in_a_container(zygote, uninterrupted, config, kills):
-    """The process that resumes has the same number as the one that was killed, and finds its half-written files."""
+    """The resuming process has the same pid as the killed process, and finds its half-written files."""
     got, _ = killed_then_resumed(zygote, config(), *kills, pid=7)
     assert got == uninterrupted(config())
 
@@ -141,7 +141,7 @@ def test_other_kinds_of_runs_resume_too(zygote, uninterrupted, config, more):
     assert got == uninterrupted(config(**more))
 
 
-# ---------------------------------------------------------------- a polite stop, and nothing to do
+# ---------------------------------------------------------------- Ctrl-C, and a finished run
 
 def test_interrupt_leaves_a_checkpoint_of_the_very_step(config, monkeypatch):
     whole, step = results(train(config("whole"))), toolplay.train_step
@@ -187,7 +187,7 @@ def test_an_adapter_goes_on_with_its_own_rank_and_scale(config, capsys):
     assert (kept["lora_r"], kept["lora_alpha"], kept["lora_dropout"]) == (2, 8.0, 0.5)
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0.5
     before = results(folder)
-    assert results(train(more, resume=True)) == before  # its own config.json is no other config
+    assert results(train(more, resume=True)) == before  # the run's own config.json is not another config
     other = json.loads((start / "config.json").read_text())
     (start / "config.json").write_text(json.dumps({**other, "model": "smollm2-135m"}))
     train(config("third", start_from=str(start)))
@@ -198,7 +198,7 @@ def test_another_config_is_refused_by_name(config):
     train(config(steps=2))
     with pytest.raises(UserError, match="lr was 0.01, now 0.02"):
         Run(load_config(config(steps=2, lr=0.02)), resume=True)
-    Run(load_config(config(steps=2, micro_tokens=64)), resume=True)  # where memory does not suffice: less at a time
+    Run(load_config(config(steps=2, micro_tokens=64)), resume=True)  # if memory is too small, micro_tokens may be lowered
 
 
 def damage(folder, how):
@@ -318,7 +318,7 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
     assert json.loads(path.read_text()) == {"a": 2} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-# ---------------------------------------------------------------- whose folder it is
+# ---------------------------------------------------------------- who owns the folder
 
 @pytest.mark.parametrize("held", ["checkpoint", "model", "adapter", "metrics.jsonl"])
 def test_a_folder_of_somebody_elses_is_left_alone(config, tmp_path, held):

@@ -1,4 +1,4 @@
-"""teacher.py: the filter by hand and one by one, calls in plain text, the funnel, whole runs."""
+"""teacher.py: the filter by hand and against one-by-one forwards, calls in plain text, the funnel, whole runs."""
 import dataclasses
 import json
 import math
@@ -29,8 +29,8 @@ def test_weights_and_losses_by_hand():
     assert teacher.loss_weights().sum().item() == pytest.approx(1)
     logp = torch.tensor([-9.0, -1.0, -2.0, -3.0, -4.0, -5.0, -9.0])
     assert teacher.weighted_loss(logp, 1) == pytest.approx((1 + 0.8 * 2 + 0.6 * 3 + 0.4 * 4 + 0.2 * 5) / 3)
-    assert teacher.weighted_loss(logp, 5) == pytest.approx((5 + 0.8 * 9) / 3)  # the text ends: the weights stay as they are
-    # beyond nothing and beyond the bare call
+    assert teacher.weighted_loss(logp, 5) == pytest.approx((5 + 0.8 * 9) / 3)  # the text ends; the weights are not rescaled
+    # the gain over no call and over the call without its result
     assert teacher.gain(1.0, 3.0, 2.5) == 1.5 and teacher.gain(1.0, 1.2, 2.5) == pytest.approx(0.2)
 
 
@@ -107,8 +107,8 @@ def test_arguments_by_place_and_by_name(text, arguments):
                                         "required": ["country", "year"]}}])
     call = teacher.read_call(text, tools)
     assert call.arguments == arguments and list(call.arguments) == list(arguments)
-    assert teacher.read_call(teacher.call_text(call, start=""), tools) == call  # what is written into the text is what was tried
-    assert teacher.read_call("convert(1,000)]", tools) is None  # one number, or a number and a currency?
+    assert teacher.read_call(teacher.call_text(call, start=""), tools) == call  # the call in the text is the call that was tried
+    assert teacher.read_call("convert(1,000)]", tools) is None  # ambiguous: one number, or a number and a currency
     for text in ("convert(5, amount=3)]", "convert(currency=GBP)]", "convert(" + '{"a":' * 3000 + ")]"):
         assert (made := teacher.read_call(text, tools)) is None or not execute(made, tools).ok
 
@@ -133,7 +133,7 @@ def test_inserted_calls_are_trained_and_their_results_are_not():
 # ---------------------------------------------------------------- oracles
 
 def naive(model, ids):
-    """log p of each token, one forward for this row alone."""
+    """The log-prob of each token, with one forward for this row alone."""
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0].double()
     return [0.0] + [float(torch.log_softmax(logits[t - 1], -1)[ids[t]]) for t in range(1, len(ids))]
@@ -167,12 +167,12 @@ def test_the_probability_of_a_call_at_each_place_is_asked_behind_the_examples():
     open_id, = teacher.ids_of(tok, teacher.opening(tok))
     rows, heads = [teacher.ids_of(tok, text) for text in ("3 pairs, 6", "ab")], [teacher.ids_of(tok, "Call: "), []]
     for ids, head, got in zip(rows, heads, teacher.open_logprobs(model, tok, rows, heads, settings())):
-        asked = range(1 - bool(head), len(ids))  # nothing predicts the first token of all
+        asked = range(1 - bool(head), len(ids))  # the very first token is not predicted
         assert got[list(asked)].tolist() == pytest.approx([naive(model, head + ids[:i] + [open_id])[-1] for i in asked], abs=1e-5)
 
 
 def test_the_loss_with_tools_is_of_the_text_behind_its_best_call(monkeypatch):
-    """Of the text's own tokens alone, the call before them."""
+    """The loss covers only the text's own tokens; the call comes before them."""
     model, tok = small.model("llama"), small.tokenizer()
     rows, call = [teacher.ids_of(tok, text) for text in ("3 pairs, 6", "A day.")], "[calculator(2 * 3) -> 6]"
     monkeypatch.setattr(teacher, "SURE", 0.0)
@@ -221,7 +221,7 @@ def test_the_funnel(monkeypatch):
 
 
 def test_what_the_text_goes_on_with_is_kept_and_what_is_unrelated_is_not(monkeypatch):
-    """The real filter, and a model that thinks whatever it has seen in this row probable."""
+    """The real filter, and a model that finds a token probable if the row already contains it."""
     model, tok = small.model("llama"), small.tokenizer()
 
     def copying(model, batch, budget=None, also=()):
@@ -262,7 +262,7 @@ TOK = small.tokenizer()
 
 
 class Scripted:
-    """A cache whose model writes what `follow` says after the text so far, letter by letter, and ends where that says nothing."""
+    """A cache whose model writes what `follow` returns for the text so far, letter by letter, and ends where `follow` returns nothing."""
     follow = staticmethod(lambda text: "")
 
     def __init__(self, model, prompts):
@@ -274,7 +274,7 @@ class Scripted:
             self.texts[n] += TOK.decode(row)
             said = self.follow(self.texts[n])
             logits[n, teacher.ids_of(TOK, said)[0] if said else TOK.eos_token_id] = 2
-            logits[n, teacher.ids_of(TOK, "x")[0]] = 1  # what it would say if it may not say that
+            logits[n, teacher.ids_of(TOK, "x")[0]] = 1  # the second choice, if that token is not allowed
         return logits
 
     def keep(self, rows):
@@ -282,7 +282,7 @@ class Scripted:
 
 
 def continued(script, text):
-    """The letter that follows `text` in the first line of a script that begins with it."""
+    """The letter after `text` in the first line of a script that begins with `text`."""
     return next((line[len(text)] for line in script if line.startswith(text) and len(line) > len(text)), "")
 
 
@@ -290,7 +290,7 @@ def test_calls_are_executed_while_the_text_is_written(monkeypatch):
     script = ["2 pairs of 3: [calculator(2 * 3) -> 6] 6 shoes", "In Nowhere: [weather(Nowhere) -> ] fog", "No call: [what] is this",
               "Open: [calculator(1 + 1 + 1 + 1 + 1 + 1"]
     monkeypatch.setattr(toolplay, "SharedPrefixCache", Scripted)
-    monkeypatch.setattr(toolplay, "agree", lambda *trial: True)  # the trial reads logits as they are
+    monkeypatch.setattr(toolplay, "agree", lambda *trial: True)  # the trial would fail: it compares real logits
     monkeypatch.setattr(Scripted, "follow", staticmethod(lambda text: continued(script, text)))
     prompts = [teacher.ids_of(TOK, line[:line.index(":") + 2]) for line in script]
     said = teacher.complete(small.model("llama"), TOK, prompts, BUILTIN, most=12, call_tokens=30)
@@ -298,21 +298,21 @@ def test_calls_are_executed_while_the_text_is_written(monkeypatch):
     assert said[3][1] == []
     without = teacher.complete(small.model("llama"), TOK, prompts, {}, most=3)
     assert all(calls == [] and "[" not in text for text, calls in without)
-    monkeypatch.setattr(teacher, "CACHED", 40)  # two rows of 15 at most at once
+    monkeypatch.setattr(teacher, "CACHED", 40)  # at most two rows of 15 at once
     assert teacher.complete(small.model("llama"), TOK, prompts, BUILTIN, most=12, call_tokens=30) == said
 
 
 def test_calls_that_fail_come_to_an_end(monkeypatch):
     script = ["So: " + "[weather(Nowhere) -> ] " * 9]
     monkeypatch.setattr(toolplay, "SharedPrefixCache", Scripted)
-    monkeypatch.setattr(toolplay, "agree", lambda *trial: True)  # the trial reads logits as they are
+    monkeypatch.setattr(toolplay, "agree", lambda *trial: True)  # the trial would fail: it compares real logits
     monkeypatch.setattr(Scripted, "follow", staticmethod(lambda text: continued(script, text)))
     (text, calls), = teacher.complete(small.model("llama"), TOK, [teacher.ids_of(TOK, "So: ")], BUILTIN, most=12)
     assert calls == [] and "[" not in text and len(text) <= 12
 
 
 def test_a_call_begins_where_its_token_is_among_the_most_probable_ones(monkeypatch):
-    """Toolformer, sec. 4.2: models rather go on than call. Once a text only, or nothing else would be written."""
+    """Toolformer, sec. 4.2: models prefer to continue the text. Only one call a text: otherwise the model would write nothing else."""
     open_id, = teacher.ids_of(TOK, teacher.opening(TOK))
 
     class Second(Scripted):
@@ -321,7 +321,7 @@ def test_a_call_begins_where_its_token_is_among_the_most_probable_ones(monkeypat
             logits[:, open_id] = logits[:, open_id].clamp(min=1.5)  # always the second best
             return logits
     monkeypatch.setattr(toolplay, "SharedPrefixCache", Second)
-    monkeypatch.setattr(toolplay, "agree", lambda *trial: True)  # the trial reads logits as they are
+    monkeypatch.setattr(toolplay, "agree", lambda *trial: True)  # the trial would fail: it compares real logits
     said = lambda call_top: teacher.complete(small.model("llama"), TOK, [teacher.ids_of(TOK, "So: ")] * 2, BUILTIN, most=8, call_top=call_top)  # noqa: E731
     monkeypatch.setattr(Second, "follow", staticmethod(lambda text: continued(["So: two", "So: [calculator(2 * 3) -> 6] 6 it is"], text)))
     assert said(1) == [("two", [])] * 2
@@ -330,7 +330,7 @@ def test_a_call_begins_where_its_token_is_among_the_most_probable_ones(monkeypat
 
 def test_a_cache_without_a_shared_prefix():
     model = small.model("llama")
-    toolplay.takes_trie(model)  # lends the model our attention
+    toolplay.takes_trie(model)  # gives the model our attention
     cache = toolplay.SharedPrefixCache(model, [[1, 2, 3], [4, 5]])
     with torch.no_grad():
         got = cache.step([[6], [7]])
@@ -381,7 +381,7 @@ def config(tmp_path, **more):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """tiny is too faint to write a call; this one knows one."""
+    """tiny's weights are too small to write a call; this sampler writes a calculator call."""
     monkeypatch.setattr(teacher, "sample_calls", lambda m, t, prompts, c, seed: ["calculator(2 * 3)]" if "calculator" in str(seed) else "?"
                                                                                  for _ in prompts])
 
@@ -395,7 +395,7 @@ def test_a_run(tmp_path, calls, capsys):
     result = json.loads((folder / "teacher.json").read_text())
     assert set(result["before"]) == set(result["after"]) == {"loss", "loss_with_tools", "right", "right_with_tools", "n", "calls"}
     assert (folder / "adapter").is_dir()
-    assert "6 texts: 36 positions -> 72 sampled -> 24 parsed" in capsys.readouterr().err  # 6 texts x 3 tools x 2, twice each
+    assert "6 texts: 36 positions -> 72 sampled -> 24 parsed" in capsys.readouterr().err  # 6 texts x 3 tools x 2 positions, 2 samples each
     teacher.main(["--show", str(folder)])
     assert "best 10" in capsys.readouterr().out
 
@@ -419,7 +419,7 @@ def test_an_interrupted_annotation_goes_on_to_the_same_bytes(tmp_path, calls, mo
     teacher.train(toolplay.Run(cut, resume=True))
     for name in ("augmented.jsonl", "metrics.jsonl", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "a/run" / name).read_bytes() == (tmp_path / "b/run" / name).read_bytes(), name
-    whole = (tmp_path / "a/run/augmented.jsonl").read_bytes()  # killed inside the second group of two, inside a line
+    whole = (tmp_path / "a/run/augmented.jsonl").read_bytes()  # as if killed inside the second group of two, inside a line
     lines = whole.splitlines(keepends=True)
     part = config(tmp_path / "c")
     toolplay.Run(part)
@@ -481,14 +481,14 @@ def test_gsm8k_texts_can_be_asked_for_their_answer(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     first, second, third = teacher.read_texts(tmp_path / "a.jsonl", 9)
     assert (first["text"], first["prompt"], first["answer"]) == ("Two and 3? 2 + 3 = 5 apples.", "Two and 3? 2 + 3 =", 5)
-    # its text does not end in the answer
+    # the third text does not end in the answer
     assert (second["prompt"], second["answer"]) == ("How much? It is $", 1250) and "prompt" not in third
 
 
 # ---------------------------------------------------------------- the calls as conversations
 
 def found(tmp_path):
-    """Ten texts as a teacher run leaves them: one kept call, one dropped, eight without."""
+    """Ten texts as a teacher run leaves them: one has a kept call, one has a dropped call, eight have none."""
     text = "Two bags of 3 apples are 6 apples."
     candidate = {"position": 7, "offset": text.index(" 6"), "call": {"name": "calculator", "arguments": {"expression": "2 * 3"}},
                  "result": "6", "kept": True}
@@ -508,12 +508,12 @@ def test_surviving_calls_become_conversations(tmp_path):
     assert result["content"] == '<tool_response>{"result": 6}</tool_response>'
     assert said["content"] == "6 apples." and with_call["answer"] == 6
     line = (tmp_path / "augmented.jsonl").read_text().splitlines()[0]
-    for rest, answer in (("6.", 6), ("60 apples.", None), ("6.50 a bag.", None)):  # 60 is not what the call gave
+    for rest, answer in (("6.", 6), ("60 apples.", None), ("6.50 a bag.", None)):  # 60 is not the call's result
         (tmp_path / "b.jsonl").write_text(line.replace("6 apples.", rest) + "\n")
         assert data.read_teacher(tmp_path / "b.jsonl", "train", 1)[0]["answer"] == answer
     without, = (c for c in made if c["kind"] == "no_tool")
     assert "tool_calls" not in without["messages"][1] and without["answer"] is None
-    # no call survived in the tenth text
+    # a repeated text counts once: of these nine texts none belongs to "dev"
     assert len(data.read_teacher(tmp_path, "train", 1)) == 1 and data.read_teacher(tmp_path, "dev", 9) == []
 
 
@@ -538,7 +538,7 @@ def test_they_are_data_for_every_method(tmp_path, method):
 
 
 def test_calls_and_results_of_a_tool_of_ones_own():
-    """Without examples a model calls as in Python; results keep all that they hold."""
+    """Without examples a model writes calls as in Python; the text of a result has all its values."""
     from tools import Result, Tool
     tools = {"capital": Tool("capital", "", {"type": "object", "properties": {"country": {"type": "string"}}, "required": ["country"]},
                              lambda country: "Paris")}

@@ -1,4 +1,4 @@
-"""ToolBench's files as they are in the wild: three shapes, real damage. All texts here are written for these tests."""
+"""ToolBench's files as published: three forms, real damage. All texts here were written for these tests."""
 import json
 import os
 import time
@@ -81,7 +81,7 @@ def test_an_answer_tree(tmp_path):
 def test_a_dialogue(tmp_path):
     turns = [("assistant", 'Thought: Look.\nAction: find_book_for_library\nAction Input: {"title": "Em\nma"}'),
              ("function", json.dumps({"error": "busy", "response": ""})), LLAMA_END]
-    # a step of it, and a copy
+    # a step of the dialogue, and a copy
     c, = data.read_toolbench(write(tmp_path, "toolllama.json", [dialogue(*turns), dialogue(*turns[:1]), dialogue(*turns)]))
     assert c["messages"][1] == {"role": "assistant", "content": "Look.",
                                 "tool_calls": [{"name": "find_book_for_library", "arguments": {"title": "Em\nma"}}]}
@@ -97,7 +97,7 @@ def test_an_instruction_is_a_question_without_an_answer(tmp_path):
     c, = data.read_toolbench(write(tmp_path, "q.json", [twice, {**twice, "query": 5}, {**twice, "query": " "}]))
     assert c["messages"] == [{"role": "user", "content": "Where is Emma?"}]
     assert [t.name for t in c["tools"]] == [tool["name"]]
-    assert sum(data.encode(c, small.tokenizer())[1]) == 0  # nothing of it is trained, so a run leaves it out
+    assert sum(data.encode(c, small.tokenizer())[1]) == 0  # no token of it is trained, so a run leaves it out
     with pytest.raises(UserError, match="nothing usable"):
         data.read_toolbench(tmp_path / "q.json", questions=False)
 
@@ -353,7 +353,7 @@ def test_a_number_may_be_a_fraction(tmp_path):
     c, report = one(tmp_path, tree(call("find_book_for_library", '{"title": "Emma", "is_id": "5.25"}'), result("?")))
     assert c["messages"][1]["tool_calls"][0]["arguments"] == {"title": "Emma", "is_id": 5.25}
     assert report["calls_left_out"] == 0
-    # what is learned fits what is read
+    # the tool's schema accepts the argument that is learned
     assert next(t for t in c["tools"] if t.name == "find_book_for_library").parameters["properties"]["is_id"]["type"] == "number"
 
 
@@ -403,7 +403,7 @@ def test_halves_of_surrogates_and_names_that_are_no_text(tmp_path, capsys):
 
 
 def test_names_of_another_kind_lead_to_files_too(tmp_path):
-    """As the hub's cache has them: blobs without a name, and links with one."""
+    """As in the hub's cache: blobs without a readable name, and links with one."""
     for blobs in ("a_blobs", "z_blobs"):  # walked before the links, or after them
         folder = tmp_path / blobs
         (folder / "m").mkdir(parents=True)
@@ -423,7 +423,7 @@ def test_a_pipe_is_named_and_not_waited_for(tmp_path, capsys):
 @pytest.mark.parametrize("text", [" " * 200_000 + "b", "a" + "\n" * 200_000 + "b", "Action: " * 100_000, "Action: a Action Input " * 50_000,
                                   "Thought: " * 100_000, "[" * 200_000])
 def test_long_texts_are_read_in_linear_time(tmp_path, text):
-    """Quadratic in the length these would take minutes."""
+    """In quadratic time these would take minutes."""
     start = time.monotonic()
     data.read_toolbench(write(tmp_path, "a.json", [tree(call("find_book_for_library", '{"title": "Emma"}', text), result(text)),
                                                    dialogue(("assistant", text), ("assistant", ASSISTANT), ("function", text), LLAMA_END),
@@ -463,7 +463,7 @@ def test_without_a_path_invented_functions_stand_in_and_it_is_said(tmp_path, cap
 
 
 def test_a_fallback_takes_the_place_of_a_useless_path(tmp_path, capsys):
-    """Asked for in the config; without it a path that holds nothing usable is an error."""
+    """The config must ask for the fallback; otherwise a path that holds nothing usable is an error."""
     path = str(write(tmp_path, "a.json", [{"neither": "nor"}]))
     with pytest.raises(UserError, match="nothing usable"):
         data.conversations(toolplay.load_config({**SETTINGS, "path": path}), "train", toolplay.load_model("tiny")[1])
@@ -473,8 +473,8 @@ def test_a_fallback_takes_the_place_of_a_useless_path(tmp_path, capsys):
     assert "nothing usable" in capsys.readouterr().err
     assert json.loads(Path(run, "config.json").read_text())["source"] == "synthetic"
     written = Path(run, "config.json").read_bytes()
-    toolplay.main(["train", str(config), "--resume"])  # the same run, although it is another source by now
-    assert Path(run, "config.json").read_bytes() == written  # with the provenance of its beginning
+    toolplay.main(["train", str(config), "--resume"])  # the same run, although its source is now another one
+    assert Path(run, "config.json").read_bytes() == written  # it keeps the provenance of its beginning
 
 
 def test_a_good_path_needs_no_fallback(tmp_path, capsys):
@@ -485,7 +485,7 @@ def test_a_good_path_needs_no_fallback(tmp_path, capsys):
 
 
 def test_what_stood_in_when_a_run_began_stays(tmp_path):
-    """Of the held-out data alone it changes nothing for training; and files that were mended meanwhile do not change a run under way."""
+    """A fallback for the held-out data alone does not change training; files repaired later do not change a run that has begun."""
     good, bad = write(tmp_path, "good.json", tree(call("find_book_for_library", '{"title": "Emma"}'),
                                                   result("shelf 3"))), write(tmp_path, "bad.json", [{}])
     config = toolplay.load_config({**SETTINGS, "path": str(good), "eval_path": str(bad), "fallback": "synthetic"})
@@ -514,7 +514,7 @@ def test_nobody_asks_and_lines_that_are_no_json(tmp_path):
 
 
 def test_results_and_calls_without_a_partner_are_never_learned():
-    """What could not be read is left out and counted; no answer follows a call directly."""
+    """A call or result without a partner is left out and counted; no answer follows a call directly."""
     tools = [{"name": "find", "description": "", "parameters": {"type": "object", "properties": {"q": {"type": "string"}},
                                                                 "required": ["q"]}}]
     call = {"role": "assistant", "function_call": {"name": "find", "arguments": '{"q": "a"}'}}

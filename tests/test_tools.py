@@ -1,6 +1,6 @@
 """tools.py: everything that its API promises, tried with hostile input.
 
-Wall-clock bounds stand only where hanging is the failure, and are generous.
+Wall-clock limits are tested only where the failure would be a hang, and they are generous.
 """
 import contextlib
 import dataclasses
@@ -184,7 +184,7 @@ NASTY = ["<tool_call>", "</tool_call>", "{", "[", "<", "<tool_call>{", "<tool_ca
 
 @pytest.mark.parametrize("piece", NASTY)
 def test_parse_the_longest_call_that_is_read(piece):
-    """Here the repair of commas could be slow."""
+    """On such a call the repair of commas could be slow."""
     text, start = (piece * 99_000)[:99_000], time.monotonic()
     parse_calls(tagged(text))
     parse_calls(tagged('{"' + text + "\\"))
@@ -336,11 +336,11 @@ def test_load_and_render():
     assert load_tools([]) == {}
     with pytest.raises(UserError, match="calculator"):
         load_tools(["calculater"])
-    described = {**BUILTIN["calculator"].schema()["function"], "description": "Works out sums."}  # a built-in in other words still runs
+    described = {**BUILTIN["calculator"].schema()["function"], "description": "Works out sums."}  # a new description: it still runs
     offered = load_tools([described])
     assert render_tools(offered).endswith("Works out sums.")
     assert execute(Call("calculator", {"expression": "1 + 1"}), offered).value == 2
-    other = load_tools([{"name": "calculator", "parameters": {"properties": {"a": {}, "b": {}}}}])  # another tool of that name does not
+    other = load_tools([{"name": "calculator", "parameters": {"properties": {"a": {}, "b": {}}}}])  # another tool of that name does not run
     assert execute(Call("calculator", {"a": 1}), other).error_type == "not_executable"
     for wrong in (["search", "search"], "search", [None], [3], {"name": "g"}):
         with pytest.raises(UserError):
@@ -461,7 +461,7 @@ def leaves_hard():
 
 
 def dies():
-    faulthandler.disable()  # that of pytest would print a page
+    faulthandler.disable()  # pytest's handler would print a page
     os.kill(os.getpid(), 11)
 
 
@@ -578,7 +578,7 @@ def test_grandchildren_die_and_nothing_leaks(tmp_path):
         pytest.fail("the grandchild lives on")
     def children():
         return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
-    before, others = len(os.listdir("/proc/self/fd")), children()  # other tests may have children of their own
+    before, others = len(os.listdir("/proc/self/fd")), children()  # other tests may have their own children
     for _ in range(5):
         run(sleeps, timeout=0.05)
         run(leaves_hard)
@@ -739,7 +739,7 @@ def test_a_built_in_offered_with_fewer_parameters_runs_and_with_other_values_doe
     loose = load_tools([{"name": "weather", "parameters": {"type": "object", "properties": {"city": {}, "unit": {"type": "string"}}}},
                         {"name": "calculator", "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}}}])
     for call, problem in ((Call("weather", {"city": 7}), "wrong_type"), (Call("calculator", {}), "missing_argument")):
-        assert execute(call, loose).error_type == problem  # what the built-in itself needs holds
+        assert execute(call, loose).error_type == problem  # the built-in's own schema still holds
     other = {"name": "weather",
              "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["C", "F"]}}}}
     assert execute(Call("weather", {"city": "Paris", "unit": "C"}), load_tools([other])).error_type == "not_executable"
@@ -753,7 +753,7 @@ def test_other_names_of_a_city(city, name):
 
 
 def test_a_search_reads_the_beginning_of_a_long_query(monkeypatch):
-    search("honey")  # the index is made
+    search("honey")  # builds the index
     read = []
     monkeypatch.setattr(tools, "_terms", lambda text: read.append(len(text)) or ["honey"])
     search(" ".join(f"word{n}" for n in range(20_000)))
@@ -766,7 +766,7 @@ def test_an_answer_in_drops_does_not_stretch_the_time(monkeypatch):
 
     def drip():
         while True:
-            pairs[-1][1].send(b" ")  # to its parent, behind the back of what would send the result
+            pairs[-1][1].send(b" ")  # directly to its parent, not through the code that sends the result
             time.sleep(0.1)
     start = time.monotonic()
     assert execute(Call("drip", {}), [Tool("drip", "", {}, drip)], timeout=0.5).error_type == "timeout"
@@ -827,7 +827,7 @@ def test_references_are_followed_to_their_end():
             Tool("t", "", {"type": "object", "properties": {"x": {"$ref": ref}}, "$defs": {"A": {"$ref": "#/$defs/A"}}})
 
 
-# ---------------------------------------------------------------- what a further reader found
+# ---------------------------------------------------------------- found in a later review
 
 def test_a_tool_may_run_tools():
     @tool
@@ -933,7 +933,7 @@ def test_alternatives_that_hold_themselves_are_checked_in_time(first):
     either = {"anyOf": [{"type": "object", "properties": {"op": {"const": op}, "arg": {"$ref": "#/$defs/e"}}, "required": ["op"]}
                         for op in ("add", "neg")]}
     f = Tool("f", "", {"type": "object", "properties": {"e": {"$ref": "#/$defs/e"}}, "$defs": {"e": either}}, lambda e: 1)
-    assert execute(Call("f", {"e": nested(40, first)}), {"f": f}).ok  # 2^40 if each alternative asked again
+    assert execute(Call("f", {"e": nested(40, first)}), {"f": f}).ok  # 2^40 checks if each alternative were checked again
     wrong = json.loads(json.dumps(nested(40, first)).replace('"neg"}', '"other"}', 1))
     assert execute(Call("f", {"e": wrong}), {"f": f}).error_type == "wrong_type"
     assert f.signature() == 'f(e?: object{op: "add", arg?: any} | object{op: "neg", arg?: any})'
@@ -959,7 +959,7 @@ def test_alternatives_that_two_types_share():
 
 
 def test_a_city_with_very_many_accents(monkeypatch):
-    """To sort them takes time that grows with their number squared."""
+    """Sorting the accents takes time that grows with the square of their number."""
     read, real = [], tools._normal
     monkeypatch.setattr(tools, "_normal", lambda text: read.append(len(text)) or real(text))
     assert execute(Call("weather", {"city": "a" + "\u0301\u0316" * 40000}), BUILTIN).error_type == "tool_error"
@@ -1052,7 +1052,7 @@ SHOWN = "add(x: integer (The first, and more.), y?: integer = 1 (The second.))"
 
 
 @pytest.mark.parametrize("text, shown", [*((text, SHOWN + " - Add two numbers.") for text in (NUMPY, REST, GOOGLE)),
-                                         (GOOGLE.removeprefix("Add two numbers.\n\n"), SHOWN),  # it begins with its arguments
+                                         (GOOGLE.removeprefix("Add two numbers.\n\n"), SHOWN),  # no summary before its arguments
                                          # "Formula:" is no section
                                          (GOOGLE.replace("Add two numbers.", "Formula:\n    x + y"), SHOWN + " - Formula: x + y")])
 def test_docstrings_of_three_styles(text, shown):
@@ -1122,7 +1122,7 @@ def test_a_valid_call_can_be_written_to_its_end(call):
 
 @pytest.mark.parametrize("call", VALID)
 def test_what_may_end_is_a_call_that_runs(call):
-    """Of texts with one letter changed: whatever is let through to its end is read by parse_calls and fits its schema."""
+    """In texts with one letter changed, each call that is accepted to its end is read by parse_calls and fits its schema."""
     rng, whole, ended = random.Random(0), format_call(call), 0
     runnable = [dataclasses.replace(t, function=lambda **arguments: 1, isolated=False) for t in ODD]
     for _ in range(1500):
@@ -1176,14 +1176,14 @@ def test_call_state_is_quick_and_never_raises():
 
 
 def test_a_character_may_take_several_tokens():
-    """What a tokenizer's decode gives for the first bytes of a character is no mistake yet."""
+    """What a tokenizer's decode gives for the first bytes of a character is not yet an error."""
     for name, arguments in (("spelled", '{"city": "'), ("spelled", '{"'), ("f", '{"a": "')):
         begun = f'<tool_call>{{"name": "{name}", "arguments": ' + arguments
         assert call_state(begun + "\ufffd", ODD) == call_state(begun, ODD) == "inside"
     # but no character has more than four bytes
     assert call_state('<tool_call>{"name": "spelled", "arguments": {"city": "' + "\ufffd" * 4,
                       ODD) == call_state('<tool_call>{"name": "s\ufffd', ODD) == "invalid"
-    assert call_state('<tool_call>{"name": "spelled", "arguments": {"city": "<5"}}</tool_call>', ODD) == "outside"  # as it is, and escaped
+    assert call_state('<tool_call>{"name": "spelled", "arguments": {"city": "<5"}}</tool_call>', ODD) == "outside"  # not escaped
     assert call_state('<tool_call>{"name": "spelled", "arguments": {"x": 1}}</tool_call>',
                       ODD) == call_state('<tool_call>{"name": "spelled", "arguments": {"z": ["b"]}}</tool_call>', ODD) == "outside"
     assert execute(Call("x", {"o": {"k": 1}}),
@@ -1191,7 +1191,7 @@ def test_a_character_may_take_several_tokens():
 
 
 def test_one_schema_asked_twice_of_one_place():
-    """A key with a dot is not the key of that name inside another; a schema that is its own part ends."""
+    """The key "a.b" is not the key "b" inside "a"; a schema that contains itself ends."""
     nested = {"type": "object", "properties": {"x": {"type": "object", "additionalProperties": {"$ref": "#/$defs/n"}}},
               "$defs": {"n": {"anyOf": [{"type": "integer"}, {"type": "object", "additionalProperties": {"$ref": "#/$defs/n"}}]}}}
     assert not tools._problems({"x": {"a": {"b": 1}}}, nested)

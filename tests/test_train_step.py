@@ -1,4 +1,4 @@
-"""The one training step: exact under every split, over ranks too; fp16's bookkeeping; the schedule."""
+"""The one training step: exact under every split, also over ranks; fp16's bookkeeping; the schedule."""
 import math
 
 import pytest
@@ -28,7 +28,7 @@ def zygote():
 
 
 def difference(a, b):
-    """Relative, over all tensors together."""
+    """The relative difference, over all tensors together."""
     return (sum((a[n] - b[n]).norm() ** 2 for n in b) / sum(b[n].norm() ** 2 for n in b)) ** 0.5
 
 
@@ -46,14 +46,14 @@ def test_sft_loss_by_hand():
 
 
 def test_pad_mask():
-    """The first token is predicted by nothing; it must not enter the count."""
+    """No position predicts the first token, so it must not be counted."""
     assert pad_mask([([1, 2, 3], [1, 0, 1]), ([4], [1]), ([5, 6], [0, 1])]).tolist() == [[0, 0, 1], [0, 0, 0], [0, 1, 0]]
 
 
 def test_the_deciding_tokens_weigh_more():
-    """The first token of each assistant turn and of each called name count w times, in the sum and in M; the rest of a turn that
-    calls has a weight of its own, and all else stays."""
-    call, answer = [1, 8, 9, 5, 6], [7, 2]  # 8, 9 stand before a name
+    """The first token of each assistant turn and of each called name counts w times, in the sum and in M. The rest of a turn
+    that calls has its own weight. All other weights stay."""
+    call, answer = [1, 8, 9, 5, 6], [7, 2]  # 8, 9 come before a name
     rows = [([0, *call, 0, *answer], [0, 1, 1, 1, 1, 1, 0, 1, 1]), ([8, 9, 3, 8, 9, 4], [0, 0, 0, 1, 1, 1])]
     weighed = sft.weigh(rows, 4.0, 1, [8, 9])
     assert [ids for ids, _ in weighed] == [ids for ids, _ in rows]
@@ -65,7 +65,7 @@ def test_the_deciding_tokens_weigh_more():
 
 
 def test_the_deciding_tokens_of_real_conversations():
-    """With a real vocabulary: the openings of the turns, and what begins the name of each of two calls in one turn."""
+    """With a real vocabulary: the first tokens of the turns, and the first token of the name of each of two calls in one turn."""
     _, tokenizer = toolplay.load_model("smollm2-135m")
     chat = data.generate("train", 1, seed=3, mix={"two_calls": 1})[0]
     (ids, mask), = sft.weigh([data.encode(chat, tokenizer)], 2.0, 1.0, sft.before_name(tokenizer))
@@ -79,7 +79,7 @@ def test_the_deciding_tokens_of_real_conversations():
 # ---------------------------------------------------------------- accumulation
 
 def naive(rows, model):
-    """The padded batch and transformers' own loss."""
+    """Loss and gradients of the padded batch, with transformers' own loss."""
     from transformers.loss.loss_utils import ForCausalLMLoss
     width = max(len(ids) for ids, _ in rows)
     pad = lambda x, value: list(x) + [value] * (width - len(x))  # noqa: E731
@@ -109,12 +109,12 @@ def test_any_split_gives_the_gradient_of_one_batch(double):
         assert info["grad_norm"] == pytest.approx(sum(g.norm().item() ** 2 for g in expected.values()) ** 0.5, rel=1e-5)
         assert all(p.grad is None for p in trainer.parameters.values())
         seen.append({n: p.detach().clone() for n, p in trainer.parameters.items()})
-    if double:  # Adam's first step is the sign of the gradient: in fp32, a gradient that should be zero has any sign
+    if double:  # Adam's first step is the sign of the gradient: in fp32, a gradient that should be 0 can have any sign
         assert all(difference(weights, seen[-1]) < 1e-6 for weights in seen)
 
 
 def test_the_ragged_last_window_counts_its_own_tokens():
-    """Tokens weigh the same whatever window or micro-batch they are in; no mean of means."""
+    """A token has the same weight in any window and micro-batch: the loss is not a mean of means."""
     long, short = ([1] * 30, [0] + [1] * 29), ([2, 3], [0, 1])
     trainer, loss, _ = small_trainer(5)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_a_batch_that_trains_nothing_is_an_error():
 # ---------------------------------------------------------------- skipped steps
 
 class Toy:
-    """One weight vector, loss = w . unit, so that any gradient can be had."""
+    """One weight vector, loss = w . unit, so a test can choose any gradient."""
 
     def __init__(self, precision="fp32", **config):
         self.w = torch.nn.Parameter(torch.ones(3))
@@ -186,11 +186,11 @@ def test_fp16_overflow_skips_the_step_and_halves_the_scale():
     assert trainer.learning_rate() > rate and trainer.optimizer.state[toy.w]["step"] == 1
     assert trainer.scaler.get_scale() == 2.0 ** 14
     toy.step(1.0)
-    assert trainer.scaler.get_scale() == 2.0 ** 15  # two good steps in a row: it grows
+    assert trainer.scaler.get_scale() == 2.0 ** 15  # two good steps in a row: the scale grows
     toy.step(1.0)
     toy.step(1e38)
     toy.step(1.0)
-    assert trainer.scaler.get_scale() == 2.0 ** 14 and trainer.skipped == 3  # a bad step starts the count anew
+    assert trainer.scaler.get_scale() == 2.0 ** 14 and trainer.skipped == 3  # a bad step restarts the count
 
 
 def test_one_bad_micro_batch_spoils_the_whole_step_only():

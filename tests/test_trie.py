@@ -1,4 +1,4 @@
-"""The token trie against the plain thing: one forward for every row."""
+"""The token trie against plain computation: one forward for each row."""
 import random
 
 import pytest
@@ -37,7 +37,7 @@ def test_trie_structure(seed):
     mask = trie.mask("cpu")[0, 0]
     for i, here in prefixes.items():
         assert {j for j in range(len(trie)) if mask[i, j]} == {j for j, p in prefixes.items() if here[:len(p)] == p}
-    # The plan sees the same: for each segment, its ancestors' nodes and what stands before in the segment itself.
+    # The plan has the same context: for each segment, its ancestors' nodes and the earlier nodes of the segment itself.
     bounds = trie.starts + [len(trie)]
     for s, above in enumerate(trie.ancestors):
         context = [j for a in above for j in range(bounds[a], bounds[a + 1])]
@@ -72,7 +72,7 @@ def test_logprobs_equal_one_by_one(full, seed):
 
 
 def test_all_logits_equal_one_by_one(full):
-    """Not only the log-probs of the tokens that came: all logits at all nodes."""
+    """All logits at all nodes are equal, not only the log-probs of the tokens that follow."""
     rows = random_rows(3)
     trie = Trie([ids for ids, _ in rows])
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_all_logits_equal_one_by_one(full):
 
 
 def test_the_plan_and_the_plain_mask_agree(full):
-    """The segment-wise attention is the same as one attention under the N x N mask, and it is what is used."""
+    """The segment-wise attention equals one attention under the N x N mask, and the model uses it."""
     toolplay.takes_trie(full)
     trie, used = Trie([ids for ids, _ in random_rows(5)]), []
     inputs = trie.inputs("cpu")
@@ -112,7 +112,7 @@ EDGES = {
 
 
 def test_in_bf16_the_trie_stays_near_fp32(full):
-    """A row's log-probs in bf16 lie about as far from fp32 in a trie as they do alone."""
+    """A row's log-probs in bf16 are about as far from fp32 in a trie as they are alone."""
     rows = random_rows(3)
     exact = token_logprobs(full, rows)
     with torch.autocast("cpu", torch.bfloat16):
@@ -179,7 +179,7 @@ def test_gradients_equal_one_by_one(name, adapters):
         weight = torch.randn(len(rows), max(len(ids) for ids, _ in rows), generator=torch.Generator().manual_seed(seed))
         expected = gradients(net, (weight * gather(rows, one_by_one(net, rows))).sum())
         assert close(gradients(net, (weight * token_logprobs(net, rows)).sum()), expected, 1e-4)
-        # As the training step does it: backward for each micro-batch, gradients added up.
+        # As in the training step: backward for each micro-batch, and the gradients are added.
         parts = [(weight[group][:, :max(len(rows[b][0]) for b in group)] * token_logprobs(net, [rows[b] for b in group])).sum()
                  for group in micro_batches([[row] for row in rows], 25)]
         assert close(gradients(net, sum(parts)), expected, 1e-4)
@@ -209,11 +209,11 @@ def test_sliding_windows_fall_back(name, capsys):
         out = token_logprobs(net, rows, 1.5, budget=20, want=("entropy", "hidden"))
         assert (out["logp"] - gather(rows, one_by_one(net, rows, 1.5))).abs().max() < 1e-4
         assert out["hidden"].shape == (*got.shape, 32)
-    assert capsys.readouterr().err == ""  # said once
+    assert capsys.readouterr().err == ""  # the message appears once
 
 
 def test_attention_without_tree_masks_is_noticed(capsys):
-    """The eager kernel adds a mask instead of applying it; the trial finds out, whatever the reason."""
+    """The eager kernel adds a mask instead of applying it; the trial notices a difference, whatever the reason."""
     net = model("llama")
     net.set_attn_implementation("eager")
     rows = random_rows(4)
@@ -247,7 +247,7 @@ def test_the_trial_is_in_full_precision_and_out_of_memory_is_no_verdict(monkeypa
 
 
 def test_positions_that_depend_on_a_row_s_length_fall_back():
-    """Dynamic RoPE: the angles of all positions change where a row is longer than the model was made for; a tree has rows of many
+    """Dynamic RoPE changes the angles of all positions if a row is longer than the model's context. A trie has rows of many
     lengths."""
     import transformers
     torch.manual_seed(0)
@@ -269,7 +269,7 @@ def test_trial_leaves_the_mode_alone():
 
 
 def test_dropout_of_attention_does_not_depend_on_the_micro_batch():
-    """GPT-2's is 0.1 in training: none, whether a row is alone or not."""
+    """GPT-2 has attention dropout 0.1 in training. We use none, whether a row is alone or not."""
     net = model("gpt2").train()
     net.transformer.drop.p = 0.0
     for block in net.transformer.h:
@@ -310,7 +310,7 @@ def test_forwards_stay_in_the_budget(full):
 
 
 def test_shared_prompts_are_packed_together():
-    """Units that arrive interleaved are grouped by what they share."""
+    """Units that arrive interleaved are grouped by the prefix that they share."""
     units = [[([n % 2] * 20 + [n], [1] * 21)] for n in range(2, 10)]
     groups = micro_batches(units, 24)
     assert [sorted(g) for g in groups] == [[0, 2, 4, 6], [1, 3, 5, 7]]

@@ -1,7 +1,7 @@
 """A process that imports everything once and forks itself for each scenario (see small.Zygote).
 
-It reads one JSON line per scenario and answers with one. A child may end itself with SIGKILL at any point, which is what
-the tests of resuming need, or hang, which is found by its time limit.
+It reads one JSON line per scenario and answers with one JSON line. A child may end itself with SIGKILL at any point, which
+the tests of resuming need. A child may also hang; its time limit then ends it.
 """
 import json
 import os
@@ -13,7 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a forked process must not inherit a pool of threads that are not there
+os.environ["OMP_NUM_THREADS"] = "1"  # a forked process would inherit a pool of threads that do not exist in it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 import transformers  # noqa: E402, F401
@@ -27,7 +27,7 @@ import toolplay  # noqa: E402
 
 
 def kill_at(place, nth):
-    """kill -9 this process the nth time it comes to a place."""
+    """kill -9 this process the nth time it reaches a place."""
     if not place:
         return
     count, me = [0], os.getpid()
@@ -54,7 +54,7 @@ def kill_at(place, nth):
 
     if place == "step":
         before(toolplay, "train_step")
-    elif place == "rollout":  # a token into it
+    elif place == "rollout":  # at a token inside a rollout
         before(toolplay, "extend")
     elif place == "accumulation":  # between the micro-batches of a step
         before(torch.Tensor, "backward")
@@ -68,7 +68,7 @@ def kill_at(place, nth):
         before(os, "fsync")
     elif place == "rename":
         before(os, "replace")
-        before(os, "rename")  # a folder takes the place of another
+        before(os, "rename")  # a folder replaces another folder
     elif place == "removing the old checkpoint":
         before(toolplay.shutil, "rmtree", lambda folder, *args, **kwargs: next(Path(folder).glob("*")).unlink())
     elif place == "saving the model":
@@ -82,15 +82,15 @@ def kill_at(place, nth):
 
 
 def train(config, place="", nth=1, resume=False, rank_cwds=None, slow_rank=None, pid=None):
-    """A whole run; killed on the way if a place is given."""
+    """A whole training run. It is killed on the way if a place is given."""
     rank = int(os.environ.get("RANK", 0))
-    if rank_cwds:  # a rank that writes to the (relative) run folder is found by where it did so
+    if rank_cwds:  # the run folder is relative, so its location shows which rank wrote to it
         os.chdir(rank_cwds[rank])
     if rank == slow_rank:
         pick = toolplay.pick_device
         toolplay.pick_device = lambda name: time.sleep(1) or pick(name)
     kill_at(place, nth)
-    if pid:  # in a container, the process that resumes often has the number of the one that was killed
+    if pid:  # in a container, the process that resumes often has the pid of the killed process
         os.getpid = lambda: pid
     run = toolplay.Run(toolplay.load_config(config), resume=resume)
     sys.modules[run.config.method].train(run)
@@ -106,7 +106,7 @@ def steps(batches, micro_tokens, out):
 
 
 def small_trainer(micro_tokens, double=True, **config):
-    """tiny in double precision, where the order of a sum is no matter of taste -> (trainer, loss, list that gets each step's gradient)."""
+    """tiny in double precision, where the order of additions does not matter -> (trainer, loss, list that gets each step's gradient)."""
     model, _ = toolplay.load_model("tiny")
     model = model.double() if double else model
     settings = {"lr": 1e-3, "micro_tokens": micro_tokens, "max_grad_norm": 1e9, "warmup": 0.0, "device": "cpu", **config}
@@ -146,7 +146,7 @@ def free_port():
 
 
 def warm_up():
-    """Import what torch and transformers import only when it is first used; no backward pass, so that forking stays possible."""
+    """Import what torch and transformers import only at first use; no backward pass, so that forking stays possible."""
     import tqdm  # noqa: F401
     model, _ = toolplay.load_model("tiny")
     with torch.no_grad():
