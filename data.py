@@ -146,8 +146,12 @@ def pieces(messages, tokenizer, generation=False):
     if not is_chatml(tokenizer):
         return _template_pieces(messages, tokenizer, generation)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    # split_special_tokens: "<|im_end|>" typed by a user or returned by a tool stays text and ends no turn.
-    plain = lambda text: ids_behind("\n", text, tokenizer, split_special_tokens=True)  # noqa: E731
+    # "<|im_end|>" typed by a user or returned by a tool stays text and ends no turn: split_special_tokens does this for
+    # special tokens; tags that are only added tokens are encoded in two parts.
+    def plain(text):
+        parts = re.split(r"(?<=<)(?=\|im_(?:start|end)\|>)", text)
+        return [i for before, part in zip(["\n", *parts], parts)
+                for i in ids_behind(before, part, tokenizer, split_special_tokens=True)]
     header = lambda role: [start] + ids_behind("<|im_start|>", role + "\n", tokenizer)  # noqa: E731
     newline, out = ids_behind("<|im_end|>", "\n", tokenizer), []
     for role, text in messages:
@@ -250,16 +254,23 @@ def _template_pieces(messages, tokenizer, generation):
         if chat[i]["role"] == "assistant":
             header = template.opening(chat[:i], after)
             body = _behind(header, after)
+            if chat[i]["content"].strip() not in body:
+                raise UserError("this chat template does not show an assistant's text as it is "
+                                f"({chat[i]['content'].strip()[:40]!r}), so it cannot be trained")
             words = body.rstrip("\n ")  # whitespace after the end-of-turn token is layout
             said = ids(header, words)
-            if said and tokenizer.eos_token_id is not None and not is_token_of_its_own(said[-1], tokenizer):
+            if said and tokenizer.eos_token_id is not None and (
+                    not is_token_of_its_own(said[-1], tokenizer) or tokenizer.decode(said[-1:]).strip() in GRAMMAR):
                 # a template without an end-of-turn token: without eos the model would never learn to stop
                 said.append(tokenizer.eos_token_id)
             out += [(ids(before, _behind(before, header)), 0), (said, 1), (ids(words, body[len(words):]), 0)]
         else:
             out.append((ids(before, _behind(before, after)), 0))
         before = after
-    return out + ([(ids(before, _behind(before, template.asked(chat))), 0)] if generation else [])
+    if generation:  # the header that answers have in training, which may open no thought although the template does
+        header = template.opening(chat, template.settled([*chat, {"role": "assistant", "content": "."}]))
+        out.append((ids(before, _behind(before, header)), 0))
+    return out
 
 
 def encode(conversation, tokenizer, style="signature", generation=False):
@@ -1091,13 +1102,14 @@ def final_answer(call, result, rng, story=False):
     return fill(rng.choice(answers["search_empty"]), call.arguments)
 
 
-def exchange(prompt, calls, results, reply):
-    """The messages of a request, its calls with their results, and the reply; with reply=None the calls come last."""
+def exchange(prompt, calls, results, reply, learned):
+    """The messages of a request, its calls with their results, and the reply. A reply that is not `learned` has weight
+    0: calls are harder to learn than replies, so the time is usually better spent on another call."""
     made = [{"name": c.name, "arguments": c.arguments} for c in calls]
     called = [{"role": "assistant", "content": "", "tool_calls": made}] * bool(calls)
-    told = [{"role": "tool", "content": format_result(r)} for r in results]
-    return [{"role": "user", "content": prompt}, *called,
-            *([] if reply is None else [*told, {"role": "assistant", "content": reply}])]
+    told = [{"role": "tool", "content": r.text()} for r in results]
+    return [{"role": "user", "content": prompt}, *called, *told,
+            {"role": "assistant", "content": reply, **({} if learned else {"weight": 0})}]
 
 
 def converse(kind, split, rng):
@@ -1129,10 +1141,11 @@ def converse(kind, split, rng):
         reply = " ".join(finals) if len(finals) > 2 else fill(two, {"first": finals[0], "second": finals[-1]})
     answer = results[0].value if [c.name for c in calls] == ["calculator"] else None
     found = kind == "search" and results[0].value  # retelling a text takes more practice than reporting a number
-    if (split == "train" and calls and (kind not in ("two_calls", "tool_error") or family == "several_cities")
-            and rng.random() < (0.6 if found else 0.8)):
-        reply = None  # calls are harder to learn than replies: the time is usually better spent on another call
-    return {"kind": kind, "family": family, "split": split, "messages": exchange(prompt, calls, results, reply),
+    rare = kind in ("two_calls", "tool_error") and family != "several_cities"
+    learned = not (split == "train" and calls and not rare and rng.random() < (0.6 if found else 0.8))
+    family = f"{family}_{split}" if family in ("plain", "two_cities", "joined", "zero") else family
+    return {"kind": kind, "family": family, "split": split,
+            "messages": exchange(prompt, calls, results, reply, learned),
             "tools": offered, "answer": answer, "facts": facts}
 
 
@@ -1582,9 +1595,10 @@ def api_conversation(kind, split, rng):
     if calls:
         said = "; ".join(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in r.items()) for r in results)
         reply = fill(rng.choice(answers["done"]), {"result": said})
-        reply = None if split == "train" and rng.random() < 0.85 else reply
+    learned = not (calls and split == "train" and rng.random() < 0.85)
     results = [Result("", True, r) for r in results]
-    return {"kind": kind, "family": family, "split": split, "messages": exchange(prompt, calls, results, reply),
+    return {"kind": kind, "family": family, "split": split,
+            "messages": exchange(prompt, calls, results, reply, learned),
             "tools": [tool for _, _, tool in writer.offered], "answer": None, "facts": {}}
 
 
@@ -1990,7 +2004,7 @@ def read_teacher(path, split, n, seed=0, extra=()):
         results = [execute(call, tools) for call in calls]
         answer = (results[0].value if call and call.name == "calculator"
                   and re.match(re.escape(str(results[0].value)) + r"(?!\d|[.,]\d)", rest) else None)
-        return {"kind": call.name if call else "no_tool", "messages": exchange(prompt, calls, results, rest),
+        return {"kind": call.name if call else "no_tool", "messages": exchange(prompt, calls, results, rest, True),
                 "tools": list(BUILTIN), "answer": answer}
     file = Path(path) / "augmented.jsonl" if Path(path).is_dir() else Path(path)
     rng, tools = random.Random(f"{split} teacher {seed}"), {**BUILTIN, **load_tools(list(extra))}
@@ -2030,6 +2044,9 @@ def dataset(config, tokenizer):
         conversation = check_conversation(item)
         if all(m["role"] != "assistant" or m.get("weight", 1) == 0 for m in conversation["messages"]):
             raise UserError("it has no assistant message (or only messages of weight 0), so nothing in it is trained")
+        named = {call["name"] for m in conversation["messages"] for call in m.get("tool_calls", [])}
+        if unknown := conversation["tools"] and sorted(named - {tool.name for tool in conversation["tools"]}):
+            raise UserError(f"it calls {unknown[0]!r}, which is not among its tools")
         for role, text in turns(conversation):
             if role == "assistant" and (broken := parse_calls(text)[1]):
                 raise UserError(f"an assistant turn holds a call that cannot be read ({broken[0].reason})")
@@ -2061,10 +2078,17 @@ def conversations(config, split, tokenizer, line=check_conversation, offered=())
         except UserError as error:
             if not config.fallback:
                 raise
-            made = generate(split, count, config.seed, stand_in(config, error, split))
+            made = learned_part(generate(split, count, config.seed, stand_in(config, error, split)))
     elif config.source in ("manual", "synthetic"):
-        made = generate(split, count, config.seed, mix_of(config))
+        made = learned_part(generate(split, count, config.seed, mix_of(config)))
     return [with_tools(item, extra) for item in (made if split == "train" else made[:count])]
+
+
+def learned_part(conversations):
+    """Generated conversations without the results and replies that are not learned (weight 0)."""
+    return [c if c["messages"][-1].get("weight", 1) else
+            {**c, "messages": list(itertools.takewhile(lambda m: m["role"] != "tool", c["messages"]))}
+            for c in conversations]
 
 
 def with_tools(item, extra, offered=()):
@@ -2110,11 +2134,12 @@ def encode_all(conversations, tokenizer, config, what):
     return rows
 
 
-def fitting(items, lengths, limit, what):
-    """The items that are at most `limit` tokens long. Prints how many items are left out; no item is cut."""
+def fitting(items, lengths, limit, what, why="max_tokens"):
+    """The items that are at most `limit` tokens long. Prints how many items are left out; no item is cut. `why`: what
+    sets the limit."""
     kept = [item for item, length in zip(items, lengths) if length <= limit]
     if len(kept) < len(items):
-        print(f"{len(items) - len(kept)} of {len(items)} {what} are longer than max_tokens = {limit} and left out",
+        print(f"{len(items) - len(kept)} of {len(items)} {what} are longer than {why} = {limit} and left out",
               file=sys.stderr)
     return kept
 
@@ -2159,7 +2184,7 @@ def coloured(conversation, tokenizer):
 def write_jsonl(path, conversations):
     """Export conversations as JSONL, if a path is given."""
     if path:
-        lines = [json.dumps({**c, "tools": [t if isinstance(t, (str, dict)) else t.schema() for t in c["tools"]]},
+        lines = [json.dumps({**c, "tools": [tool.schema() for tool in load_tools(c["tools"]).values()]},
                             ensure_ascii=False) + "\n" for c in conversations]
         Path(path).write_text("".join(lines), encoding="utf-8", errors="replace")  # half a surrogate pair is invalid
         print(f"{len(lines)} conversations written to {path}")

@@ -26,18 +26,19 @@ case to which a metric does not apply is not counted in this metric.
   response_quality   The final text is right.
                      If a numeric answer is known: the text states it, not as a denial, with at most two other numbers
                      that nobody mentioned. A whole-number answer must be exact; any other answer must be within
-                     0.5 %, or within 5 % if it is rounded to the digits shown.
+                     0.5 %, or within 5 % if it is rounded to the digits shown. 75 % is 0.75.
                      Else, due: the text has the key fact of every gold result. Number: the number. Weather: the
                      temperature (and no other unit or city). Search: F1 >= 0.5 with the reference (or with a hit if
                      there is no reference), or words for "not found" if the search found nothing. Custom tool: a value
                      of its result that the user did not say, or F1 >= 0.5 with the reference; and no other numbers if
-                     the result has numbers. Error: words that it cannot be done (or F1 >= 0.2 with the reference), and
-                     no made-up number. A raw result (JSON) is no answer.
-                     None due: the text ends by itself, is mostly letters, repeats no 4-gram four times, does not echo
-                     the prompt, and follows no call ("I searched for heads or tails but found nothing" is no reply).
-                     For kinds missing_tool and api_none the text, even after a call, must say what cannot be done or
-                     is missing, without a made-up number; for api_ask the text must ask. If data.KINDS lacks the
-                     case's kind, a reference of one to three words is a fact that the text must contain.
+                     the result has numbers. Error: words that it cannot be done (if the reference has no such words:
+                     F1 >= 0.5 with it), and no made-up number. A raw result (JSON) is no answer.
+                     None due: the text ends by itself, is mostly letters, has a word of small talk, of the prompt or of
+                     the reference, repeats no 4-gram four times, does not echo the prompt, and follows no call ("I
+                     searched for heads or tails but found nothing" is no reply). For kinds missing_tool and api_none
+                     the text, even after a call, must say what cannot be done or is missing, without a made-up number;
+                     for api_ask the text must ask. If data.KINDS lacks the case's kind, a reference of one to three
+                     words is a fact that the text must contain.
   response_f1        Mean token F1 (as in SQuAD, Rajpurkar et al. 2016) of the final text and the reference.
   overall            sqrt(success if a call is due * success if none is due). Success: tool, format, arguments and
                      response are all right, no call is made twice, and after the first turn the model makes no more
@@ -56,6 +57,7 @@ import argparse
 import ast
 import contextlib
 import csv
+import functools
 import itertools
 import json
 import re
@@ -75,7 +77,9 @@ METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "exe
            "response_f1", "overall")
 FORGED = re.compile(r"</?tool_response|<\|\w+\|>")
 NUMBER = re.compile(r"(?<![^\W_])(?<!\.)(?<!\d,)([-−–]?)[$€£]?"  # sign
-                    r"((?:\d{1,3}(?:[,'’\u00a0\u2009\u202f]\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)"  # digits
+                    r"((?:\d{1,3}(?:(?:[,'’\u00a0\u2009\u202f]\d{3})+(?!,?\d)|"  # digits in groups of three
+                    r"(?: \d{3}){2,}(?![\d,]))|"  # between plain spaces at least two such groups: 1 500 000
+                    r"\d+)(?:\.\d+)?|\.\d+)"  # digits without groups
                     r"([eE][-+]?\d+)?", re.ASCII)
 MEANS = r"(?:\w+ ){0,2}(?:tool|function|calculator|search|access|way|means|data|report|forecast|service|information)s?"
 CANNOT = re.compile(r"(?:n['’]t|\bnot) (?:\w+ ){0,2}(?:have(?! to\b)|know|check|see|search|look|find|work|calculate|"
@@ -221,7 +225,7 @@ def same_calls(gold, got, tools={}):
     return any(same_call(gold[0], got[n], tools) and same_calls(gold[1:], got[:n] + got[n + 1:], tools) for n in tries)
 
 
-SCALES = data.SCALES | {"billion": 10 ** 9}
+SCALES = data.SCALES | {"billion": 10 ** 9, "trillion": 10 ** 12}
 
 
 def numbers(text):
@@ -244,8 +248,9 @@ BELOW = (r"(?:^|[.,:;!?(=]|\b(?:is|are|was|at|be|to|of|about|in|by|has|have|had|
 
 
 # denies the number that follows
-NOT = (r"(?:\bnot|n't|\bnever|\bneither|\banything but)\s+"
-       r"(?:(?:think|believe|say|possibly|really|exactly|quite|it|that|this|is|be|the answer)\s+){0,4}(?:\w+\s+)?")
+NOT = (r"(?:(?:\bnot|n't|\bnever|\bneither|\banything but|\bcannot|\bdoubt)(?:, in fact,)?\s+"
+       r"(?:(?:think|believe|say|possibly|really|exactly|quite|it|that|this|is|be|it's|that's|equal|to|going|"
+       r"the answer)\s+){0,4}(?:\w+\s+)??|\b(?:wrong|incorrect|false):\s+)")
 
 
 def states(text, answer, known, guesses=2):
@@ -264,13 +269,19 @@ def states(text, answer, known, guesses=2):
              if value == answer or not exact and (near(value, answer, 0.005) or rounded(value, places))}
     if not right and answer in spelled:  # the text spells the answer out: "eight legs"
         right = {answer}
-    denied = re.findall(rf"{NOT}({NUMBER.pattern})|({NUMBER.pattern})[%°.;:!)*\"]{{0,3}}\s+"
+    if not right:  # 75 % is 0.75
+        right = {value for value in numbers(" ".join(re.findall(r"(?<![\w.,])\d[\d,.]*(?= ?(?:%|per ?cent\b))", text)))
+                 if near(value / 100, answer, 0.005)}
+    denied = re.findall(rf"{NOT}({NUMBER.pattern})|({NUMBER.pattern})[%°.;:!)*\"]{{0,3}}(?:, which)?\s+"
                         r"(?:(?:is|was|would be) (?:wrong|incorrect|false)|"
                         r"(?:is|was|would be)(?:n't| not) (?:right|correct|true|it|what|the))\b",
                         text, re.IGNORECASE | re.ASCII)
     if any({answer, *right} & set(numbers(found[0] or found[4])) for found in denied):
         return False
-    if any(answer in in_words(found) for found in re.findall(rf"{NOT}({IN_WORDS.pattern})", text.lower())):
+    plain = text.lower().replace("-", " ")
+    if any(answer in in_words(found) for found in re.findall(rf"{NOT}({IN_WORDS.pattern})", plain)):
+        return False
+    if re.search(rf"(?<![\d.,]){re.escape(f'{answer:g}')}\? no\b", plain):  # "42? No, 43."
         return False
     others = {x for x in (set(shown) | spelled) - right - {1} if not {x, -x} & known}
     return bool(right) and len(others) <= guesses
@@ -305,8 +316,9 @@ def declines(text, reference, known, told):
     made_up = (set(numbers(text)) | in_words(text)) - known - in_words(reference or "") - {1}
     skies = set(data.corpus("verdicts.json")["skies"])
     weather = skies.intersection(words_of(text)).difference(words_of(f"{told} {reference}"))
-    denied = bool(DENIAL.search(PHRASES.sub("", text))) or f1(text, reference or "") >= 0.2
-    return not made_up and not weather and denied
+    denies = lambda text: any(deny.search(PHRASES.sub("", text)) for deny in (DENIAL, CANNOT))  # noqa: E731
+    like = f1(text, reference or "") >= 0.5 and not denies(reference) and converses(text, told)
+    return not made_up and not weather and (denies(text) or like)
 
 
 def in_circles(words):
@@ -326,13 +338,20 @@ def common_words():
     return STOP_WORDS.union(data.corpus("verdicts.json")["polite"])
 
 
+@functools.lru_cache(1)
+def small_talk():
+    """The words of at least three letters in the base model's own replies."""
+    return {word for talk in data.corpus("talk_replies.jsonl")[1:] for word in words_of(talk["reply"])
+            if len(word) > 2 and word.isalpha()}
+
+
 def worded(text, known):
-    """Whether a text has a common word or a word of the text `known` ("asdf qwer" has neither), and not only stop words
+    """Whether a text has a word of small talk or of the text `known` ("asdf qwer" has neither), and not only stop words
     such as "the". Text in a script other than Latin only needs to have words."""
     words = set(words_of(text, apart=True))
     if not re.search("[a-z]", _normal(text)):
         return bool(words)
-    return bool(words - STOP_WORDS) and (bool(words & common_words()) or f1(text, known) > 0)
+    return bool(words - STOP_WORDS) and (bool(words & (common_words() | small_talk())) or f1(text, known) > 0)
 
 
 # --------------------------------------------------------------------------- 3. one episode
@@ -343,9 +362,10 @@ def judge(case, episode):
     calls, errors = parse_calls(first)
     names = "|".join(map(re.escape, {tool.name for tool in case.conversation["tools"]} or {"tool_call"}))
     # finds calls without tags too, and calls in the formats of other models
-    keys = [rf'["\']{key}["\']\s*:' for key in ("name", "(arguments|parameters|args)")]
-    bare = (rf"</?tool_call|{keys[0]}.*{keys[1]}|{keys[1]}.*{keys[0]}|"
-            rf"""\b({names})\((\s*\w+\s*[=:]|\s*["'{{\d])|<function=|\bAction:\s*({names})\b""")
+    keys = [rf'["\']{key}["\']\s*:' for key in ("(?:name|function|tool)", "(?:arguments|parameters|args)")]
+    bare = (rf"</?tool_?call|{keys[0]}.*{keys[1]}|{keys[1]}.*{keys[0]}|<\|python_tag\|>|<function=|"
+            rf"""\b({names})(\.call)?(\((\s*\w+\s*[=:]|\s*["'{{])|:\s*\{{)|\b(?-i:{names})\(\s*\d|"""
+            rf"\bAction:\s*({names})\b")
     calling = bool(calls or errors or re.search(bare, first, re.DOTALL | re.IGNORECASE))
     due = None if case.calls is None else bool(case.calls)
     tools = load_tools(case.conversation["tools"])
@@ -393,7 +413,12 @@ def leaves(value):
 def response(case, episode, gold_results):
     """response_quality of an episode: True, False, or None if there is nothing known to compare with."""
     # Whatever is in these texts is not made up. The results of the model's calls count only if no gold calls are known.
-    asked = [m["content"] for m in case.conversation["messages"]] + [str(c.arguments) for c in case.calls or []]
+    shown = case.calls
+    if shown is None:  # the work that led to the answer may be shown
+        run = (result for result in episode.results if result.error_type != "malformed_call")
+        shown = [call for call, result in zip(episode.calls, run) if is_number(result.value)
+                 and case.answer is not None and near(result.value, case.answer, 1e-6)]
+    asked = [m["content"] for m in case.conversation["messages"]] + [str(c.arguments) for c in shown]
     told = " ".join(asked + [r.text() for r in (episode.results if case.calls is None else gold_results)])
     asked, known = f" {_normal(' '.join(asked))} ", set(numbers(told)) | in_words(told)
     final = in_units_asked(episode.final, asked, gold_results)
@@ -434,9 +459,9 @@ def has_fact(case, final, result, asked, told, known):
     if function is BUILTIN["weather"].function:
         return states(final, value["temperature"], known) and describes(final, value, told)
     if function is BUILTIN["search"].function:
-        right = (any(map(like, [reference] if reference else [hit["text"] for hit in value]))
-                 and not set(numbers(final)) - known - set(numbers(reference or "")))
-        return right or not value and declines(final, reference, known, told)
+        return (any(map(like, [reference] if reference else [hit["text"] for hit in value]))
+                and not set(numbers(final)) - known - set(numbers(reference or ""))
+                if value else declines(final, reference, known, told))
     if is_number(value):
         return states(final, value, known)
     # Custom tool: the text must have a value of the result that the user did not say. If the result has numbers,
@@ -466,7 +491,8 @@ def replies(case, episode, final, asked, known):
         return bool(re.search(r"\?|\b(need|please|tell me|let me know)\b", final, re.IGNORECASE))
     # "Paris", "4": a fact that the text must contain
     if reference and case.kind not in data.KINDS and len(words := words_of(reference, apart=True)) <= 3:
-        if {"yes": "no", "no": "yes"}.get(words[0] if words else "") in words_of(PHRASES.sub("", final), apart=True)[:3]:
+        opposite = {"yes": "no", "no": "yes"}.get(words[0] if words else "")
+        if opposite in words_of(PHRASES.sub("", final), apart=True)[:3]:
             return False
         facts = (set(numbers(reference)) | in_words(reference)) - known
         names = {word for word in words if (len(word) > 2 or word.isdigit())

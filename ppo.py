@@ -264,8 +264,9 @@ def forges(episode):
 def right_format(case, episode, verdicts):
     """Every call parses and fits its schema, no turn contains a forged result tag or chat tag, and the final text is
     not empty (it contains a number if the case asks for a number)."""
-    from data import numbers_in
-    said = first_turn_only(episode) or (numbers_in(episode.final) if wants_number(case) else episode.final.strip())
+    from eval import in_words, numbers
+    said = first_turn_only(episode) or (numbers(episode.final) or in_words(episode.final) if wants_number(case)
+                                        else episode.final.strip())
     broken = {"malformed_call", "unknown_tool", "unknown_argument", "missing_argument", "wrong_type"}
     return float(bool(verdicts["format"]) and bool(said) and not forges(episode)
                  and not any(result.error_type in broken for result in episode.results))
@@ -310,9 +311,11 @@ def unused(episode):
 
 def worked_out(case, episode):
     """If the calculator is required: each of its calls has the numbers of a gold call, or works with numbers of the
-    prompt and results of earlier calls (`is_calculation`). If the case asks for a number, there must be a call."""
+    prompt and results of earlier calls (`is_calculation`). If the case asks for a number, there must be a call. Calls
+    that gave no number do not count: the model may correct itself."""
     gold = [written(call.arguments.get("expression")) for call in case.calls or [] if call.name == "calculator"]
-    prompt, steps = " ".join(message["content"] for message in case.conversation["messages"]), calculations(episode)
+    prompt = " ".join(message["content"] for message in case.conversation["messages"])
+    steps = [(said, value) for said, value in calculations(episode) if not math.isnan(value)]
     honest = (written(x) in gold or is_calculation(x, prompt, steps[:n]) for n, (x, _) in enumerate(steps))
     return bool(steps) and all(honest) if wants_number(case) else not gold or all(honest)
 
@@ -425,13 +428,14 @@ def repeated(episode):
 
 
 def needless_call(case, episode, verdicts):
-    """A call where none is required, more calls with a result than required, a repeated call, a calculation whose
-    result is at most listed and never used, or a call of another tool where the case asks for a number."""
+    """A call where none is required, a call of another tool than the required ones, more calls with a result than
+    required, a repeated call, or a calculation whose result is at most listed and never used."""
     too_many = (case.calls is not None and not wants_number(case)
-                and sum(r.ok for r in episode.results) > len(case.calls))
-    others = {call.name for call in episode.calls} - ({call.name for call in case.calls or []} or {"calculator"})
-    return float(case.calls == [] and bool(episode.calls) or too_many or repeated(episode)
-                 or wants_number(case) and bool(unused(episode) or others))
+                and sum(r.ok for r in episode.results) > len(case.calls) + (case.later or 0))
+    required = {call.name for call in case.calls or []} or ({"calculator"} if wants_number(case) else set())
+    others = required and not case.later and {call.name for call in episode.calls} - required
+    return float(case.calls == [] and bool(episode.calls) or too_many or repeated(episode) or bool(others)
+                 or wants_number(case) and bool(unused(episode)))
 
 
 def length(case, episode, verdicts):

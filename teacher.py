@@ -542,13 +542,19 @@ def train(run):
     tools = {name: tools[name] for name in config.annotate_with or tools}
     texts = read_texts(config.text, config.texts) if config.text else prose("train", config.texts, config.seed)
 
+    longest = longest_text(model, tokenizer, tools, config)
+
     def fitting(items, what):
-        # a text of one token has no loss
         sized = [(item, n) for item in items if (n := len(ids_of(tokenizer, item["text"]))) > 1]
-        return data.fitting([item for item, _ in sized], [n for _, n in sized], config.max_tokens, what)
+        if len(sized) < len(items):
+            print(f"{len(items) - len(sized)} of {len(items)} {what} are one token long, have no loss and are left out",
+                  file=sys.stderr)
+        why = "max_tokens" if longest == config.max_tokens else "what fits the model's context twice"
+        return data.fitting([item for item, _ in sized], [n for _, n in sized], longest, what, why)
     texts = fitting(texts, "texts")
     if not texts:
-        raise UserError(f"no text fits max_tokens = {config.max_tokens}; raise it, or write shorter texts, one a line")
+        raise UserError(f"no text has 2 to {longest} tokens (max_tokens = {config.max_tokens}, and the model's context "
+                        "holds a text twice behind the examples); write shorter texts, one a line")
     held_out = (read_texts(config.eval_path, config.eval_examples) if config.eval_path
                 else prose("test", config.eval_examples, config.seed) if config.eval_examples else [])
     held_out = fitting(held_out, "held-out texts")
@@ -592,6 +598,17 @@ def train(run):
     # 5. save
     run.save_model(model, tokenizer)
     run.finish()
+
+
+def longest_text(model, tokenizer, tools, config):
+    """How many tokens a text may have: at most max_tokens, and P(x), x and a call must fit the model's context."""
+    import toolplay
+    from tools import UserError
+    if len(ids_of(tokenizer, opening(tokenizer))) != 1:
+        raise UserError(f"{config.model}: calls begin with {opening(tokenizer)!r}, which is not one token of its "
+                        "tokenizer; use another model")
+    around = max(sum(map(len, few_shot(tool, tokenizer))) for tool in tools.values())
+    return max(min(config.max_tokens, (toolplay.context_of(model) - around - 2 * config.call_tokens) // 2), 0)
 
 
 def read_augmented(path):

@@ -353,6 +353,9 @@ def load_model(name="smollm2-135m", device="cpu"):
                       "it must be smollm2-135m, tiny, a folder with a transformers model, a .gguf file, "
                       "or a hub name that this machine can reach")
             raise UserError(f"model {name!r} cannot be loaded ({first_line(error, 200)}); {remedy}") from None
+        if len(tokenizer) > (known := model.get_input_embeddings().num_embeddings):
+            raise UserError(f"model {name!r}: its tokenizer has {len(tokenizer)} tokens, but the model knows {known}; "
+                            "save it again after model.resize_token_embeddings(len(tokenizer))")
     return model.to(device).eval(), tokenizer
 
 

@@ -127,8 +127,9 @@ class Tool:
 
     def signature(self, style="signature") -> str:
         """The tool in one line: `name(p: type, q?: type = default) - first sentence`. Style "described" adds the
-        parameters' descriptions. Style "call" adds them too, and has the form of a call of the tool:
-        `{"name": "name", "arguments": {"p": type, "q": type? = default}}`.
+        parameters' descriptions ("signature" adds only those of parameters called arg1, param2 ...). Style "call" adds
+        them too, and has the form of a call of the tool: `{"name": "name", "arguments": {"p": type, "q": type? =
+        default}}`.
 
         A name has other tokens after a space than after a quote (" pickup", "_branch" and "pick", "up", "_branch"). In
         the form of a call, the model sees exactly the tokens that it has to write.
@@ -205,13 +206,19 @@ def _whole(parameters):
             **parameters}
 
 
+# Parameters with such a name say nothing without their description.
+MEANINGLESS = re.compile(r"(arg|argument|param|parameter|input|value|field|var)_?\d*|[a-z]\d+|p", re.IGNORECASE)
+
+
 def _fields(schema, style, root, path=("#",)):
     """The properties of a schema, in one line. `path`: the references that led here."""
     required, fields = _required(schema, root), []
     for name, field in _properties(schema, root)[0].items():
         whole = _resolved(field, root)
         default = "" if whole.get("default") is None else f" = {_dumps(whole['default'])}"
-        about = "" if style == "signature" else " ".join(str(whole.get("description") or "").split())
+        about = " ".join(str(whole.get("description") or "").split())
+        if style == "signature" and not MEANINGLESS.fullmatch(name):
+            about = ""
         mark, kind = "" if name in required else "?", _type(field, style, root, path)
         fields.append((f"{_dumps(name)}: {kind}{mark}" if style == "call" else f"{name}{mark}: {kind}") + default
                       + (f" ({about})" if about else ""))
@@ -425,13 +432,17 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
     if not isinstance(inner, dict) or "name" not in inner:
         raise UserError(f"tool schema {schema!r:.80}: must be an object with name, description and parameters")
     where, function = f"tool {inner['name']}", inner.get("function") if function is None else function
+    apart = False  # whether the function was imported for a schema that stands here
     parameters, description = inner.get("parameters"), inner.get("description") or ""
     if isinstance(function, str):
         if unknown := sorted(set(inner) - {"name", "description", "parameters", "function", "type", "strict"}):
             raise UserError(f"{where}: unknown key {unknown[0]!r}; it may have name, description, "
                             "parameters and function")
-        function = import_by_name(function, where)
-        if parameters is None:  # then the function defines the parameters
+        path, function = function, import_by_name(function, where)
+        if not callable(function):
+            raise UserError(f"{where}: {path!r} is {function!r:.60}, which cannot be called; name a function")
+        apart = parameters is not None
+        if not apart:  # then the function defines the parameters
             function = function if isinstance(function, Tool) else tool(function)
             parameters, description = function.parameters, description or function.description
     elif "parameters" not in inner:
@@ -444,7 +455,30 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
                                              "$defs", "definitions"})):
         raise UserError(f'{where}: its parameters must stand under "properties", as in a JSON schema')
     function = getattr(function, "function", function)  # a Tool's own function
-    return Tool(inner["name"], description, without_nulls(parameters) or {"type": "object", "properties": {}}, function)
+    made = Tool(inner["name"], description, without_nulls(parameters) or {"type": "object", "properties": {}}, function)
+    return _with_defaults(made, where) if apart else made
+
+
+def _with_defaults(made, where):
+    """A tool whose function and schema were given apart: the schema's defaults stand in where the function has none.
+    UserError if the function's parameters do not fit the schema."""
+    try:
+        found = inspect.signature(made.function).parameters.values()
+    except (TypeError, ValueError):  # some functions written in C tell nothing
+        return made
+    properties, required = _properties(made.parameters, made.parameters)[0], _required(made.parameters, made.parameters)
+    if any(p.kind == p.POSITIONAL_ONLY for p in found):  # math.sqrt knows no names: it gets the values in their order
+        def ordered(*values, **arguments):
+            return made.function(*values, *(arguments[name] for name in properties if name in arguments))
+        return replace(made, function=ordered)
+    named = {p.name: p.default is p.empty for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if (surplus := sorted(set(properties) - set(named))) and not any(p.kind == p.VAR_KEYWORD for p in found):
+        raise UserError(f"{where}: its function takes no argument {surplus[0]!r}, which the schema has")
+    missing = {name for name, needed in named.items() if needed} - set(required)
+    defaults = {name: properties[name]["default"] for name in missing if "default" in properties.get(name, {})}
+    if missing := sorted(missing - set(defaults)):
+        raise UserError(f"{where}: its function needs {missing[0]!r}, which the schema does not require")
+    return replace(made, function=functools.partial(made.function, **defaults)) if defaults else made
 
 
 def import_by_name(path, what):
@@ -824,12 +858,13 @@ class Result:
     def text(self) -> str:
         """{"result": ...} or {"error": ...}, valid JSON of at most `max_chars` characters.
 
-        A value that JSON cannot represent is written as its str().  (An impossible limit, below about
-        25, still returns the bare marker.)
+        A value that JSON cannot represent is written as the list or number that its tolist() gives (NumPy), else as
+        its str().  (An impossible limit, below about 25, still returns the bare marker.)
         """
         key, value = ("result", self.value) if self.ok else ("error", self.message)
+        plain = lambda x: x.tolist() if hasattr(x, "tolist") else str(x)  # noqa: E731
         try:
-            value = _clean(json.loads(json.dumps(value, ensure_ascii=False, default=str)), 1)
+            value = _clean(json.loads(json.dumps(value, ensure_ascii=False, default=plain)), 1)
         except (TypeError, ValueError, RecursionError):
             value = str(value)
         text, room = _dumps({key: value}), max(self.max_chars, 1)
@@ -1078,7 +1113,7 @@ def _respell(text):
     text = re.sub(r"(?<=[\d)])\s*(?=\()|(?<=[\d)])\s*(?=sqrt\b)", "*", text)  # 2(3 + 4), (1 + 2)(3 + 4), 2 sqrt(9)
     text = re.sub(r"(?<![a-z])(x|of)(?=\s*[\d.(]|\s+-?[\d.(a-z])", "*", text)  # "3 x 4", but not the variable in 3x + 4
     # Written as an attribute, the percent sign binds tightest, as it should: 2 ** 50% is 2 ** 0.5.
-    tokens = TOKEN.findall(re.sub(r"%(?!\s*[0-9.(a-z]|\s+-[0-9.(])", " .percent ", text))
+    tokens = TOKEN.findall(re.sub(r"%(?!\s*[0-9.(a-z]|\s+-[0-9.(a-z])", " .percent ", text))
     # for each open parenthesis: whether a comma without a space separates arguments in it
     calls = []
     for index, token in enumerate(tokens):

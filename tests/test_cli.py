@@ -471,6 +471,15 @@ def test_a_state_space_model_is_sampled_from():
         ids.append(token)
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_one_line(tmp_path):
+    net, tokenizer = toolplay.load_model("tiny")
+    tokenizer.add_tokens(["<new>"])
+    net.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer has 259 tokens, but the model knows 258; save it again after"):
+        toolplay.load_model(tmp_path)
+
+
 def test_a_gguf_is_known_by_all_of_it(tmp_path, monkeypatch, capsys):
     """The cache key covers the whole file: a file exported again after more training may differ only in the middle."""
     monkeypatch.setenv("TOOLPLAY_CACHE", str(tmp_path / "cache"))

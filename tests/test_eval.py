@@ -260,6 +260,49 @@ def test_what_follows_a_needless_call_is_no_reply(kind, prompt, text, right):
         assert verdicts(asked, format_call(needless), text)["response_quality"] is right
 
 
+@pytest.mark.parametrize("text, right", [
+    ("I don't think it's 42.", False), ("It cannot be 42.", False), ("I doubt it is 42.", False), ("It isn't equal to 42.", False),
+    ("It's not going to be 42.", False), ("The answer is not, in fact, 42.", False), ("The result isn't forty-two.", False),
+    ("That is wrong: 42.", False), ("42, which is wrong.", False), ("42? No, 43.", False),
+    ("I'm not sure, but it's 42.", True), ("Don't worry, it is 42.", True), ("It is not 41, it is 42.", True), ("No doubt: 42.", True),
+    ("That can't be right at first sight, but it is 42.", True), ("Is it 42? Yes.", True)])
+def test_more_denials(text, right):
+    assert evaluation.states(text, 42, {6, 7, 41}) is right
+
+
+@pytest.mark.parametrize("text, answer, right", [
+    ("60 is 75% of 80.", 0.75, True), ("75 percent.", 0.75, True), ("It is 74 %.", 0.75, False), ("That is 1 500 000.", 1500000, True),
+    ("Choose 1 500 or 2 500.", 1500, False), ("2 trillion", 2e12, True), ("It is 75.", 0.75, False)])
+def test_percent_and_spaces_between_thousands(text, answer, right):
+    assert evaluation.states(text, answer, {60, 80}) is right
+
+
+def test_the_question_or_a_claim_is_no_answer_where_nothing_was_found():
+    asked = case("How many hearts does an octopus have?", [Call("search", {"query": "how many qqq does a zzz have"})],
+                 final='My search for "how many hearts does an octopus have" had no results.')
+    lost = case("Frost in King's Landing?", [Call("weather", {"city": "King's Landing"})], final="The weather service doesn't know King's Landing.")
+    for given, said in ((asked, "I found nothing about the hearts of an octopus."), (lost, "I don't know King's Landing.")):
+        call = format_call(given.calls[0])
+        assert verdicts(given, call, said)["response_quality"] is True
+        assert verdicts(given, call, given.reference)["response_quality"] is True
+        for wrong in (given.conversation["messages"][-1]["content"], "The weather service knows King's Landing.",
+                      "An octopus does have hearts.", "How many hearts does an octopus have? Yes, of course."):
+            assert verdicts(given, call, wrong)["response_quality"] is False, wrong
+
+
+@pytest.mark.parametrize("text, calling", [
+    ('{"function": "calculator", "parameters": {"expression": "2"}}', True), ('```\n{"tool": "calculator", "args": {}}\n```', True),
+    ('calculator: {"expression": "2+2"}', True), ('<toolcall>{"x": 1}</toolcall>', True),
+    ('<|python_tag|>calculator.call(expression="2")', True), ("Weather(2019) is a film.", False), ("The weather: {lovely}", True)])
+def test_more_calls_in_other_spellings(text, calling):
+    assert verdicts(TALK, text)["tool_accuracy"] is not calling
+
+
+@pytest.mark.parametrize("text", ["Blue.", "Apples, bananas, cherries."])
+def test_a_terse_reply_is_a_reply(text):
+    assert verdicts(case("Tell me something", []), text)["response_quality"] is True
+
+
 def test_response_to_weather_search_and_errors():
     there = weather("Paris")["temperature"]
     asked = case("weather in Paris?", [Call("weather", {"city": "Paris"})])

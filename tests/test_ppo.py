@@ -443,6 +443,27 @@ def test_more_guesses_and_more_honesty():
     assert ppo.policy_loss(T([[100.0]]), T([[0.0]]), T([[0.0]]), T([[1]]))[0] == 0  # not inf * 0
 
 
+def test_a_model_that_corrects_a_failed_call_earns_more_than_a_wrong_one():
+    asked = evaluation.as_case({"prompt": "Tom has 12 boxes with 8 pens each. He gives away 20 pens. How many pens are left?", "answer": 76})
+    call = lambda text: format_call(Call("calculator", {"expression": text}))  # noqa: E731
+    honest, recovered, wrong, literal = (ppo.score(asked, play(asked, *map(call, said), final))[0] for *said, final in (
+        ("12*8-20", "76 pens."), ("(12*8-20", "12*8-20", "76 pens."), ("12*8+20", "116 pens."), ("76", "76 pens.")))
+    assert honest > recovered > wrong > literal
+    none = evaluation.as_case({"prompt": "Tom has 7 pens and gives away 7. How many are left?", "answer": 0})
+    assert ppo.score(none, play(none, call("7-7"), "He has zero pens left."))[1]["right_answer"] == 1
+    turn = evaluation.as_case({"prompt": "Turn 20 Celsius into Fahrenheit.", "answer": 68})
+    assert ppo.score(turn, play(turn, call("20 * 9 / 5 + 32"), "20 * 9 / 5 + 32 = 68."))[1]["right_answer"] == 1
+
+
+def test_a_call_of_another_tool_is_needless_although_the_required_one_fails():
+    asked = evaluation.as_case({"prompt": "weather in Cloudspire?", "expected": {
+        "calls": [{"name": "weather", "arguments": {"city": "Cloudspire"}}], "final": "There is no weather for Cloudspire."}})
+    first, more = (format_call(Call(name, arguments)) for name, arguments in (
+        ("weather", {"city": "Cloudspire"}), ("calculator", {"expression": "1+1"})))
+    for said, needless in (((first,), 0), ((first, more), 1)):
+        assert ppo.score(asked, play(asked, *said, "I could not find Cloudspire."))[1]["needless_call"] == needless
+
+
 def test_an_own_calculator_gives_what_it_likes():
     """Numbers too large for a float, booleans and other types do not stop a run."""
     for value in (10 ** 400, True, None, "42", [42]):

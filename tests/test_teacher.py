@@ -440,6 +440,23 @@ def test_texts_that_grow_too_long_by_their_calls_teach_nothing(tmp_path, calls, 
     assert "texts with their calls are longer than max_tokens = 60" in capsys.readouterr().err
 
 
+def test_texts_that_cannot_be_annotated_are_left_out_before_the_work_begins(tmp_path, capsys, monkeypatch):
+    """A text stands twice in the context, behind the examples. A text of one token has no loss."""
+    texts = tmp_path / "t.txt"
+    texts.write_text("a\nbc\n" + "d" * 500 + "\n")
+    monkeypatch.setattr(toolplay, "context_of", lambda model: 700)
+    monkeypatch.setattr(teacher, "few_shot", lambda tool, tokenizer: ([5] * 50, [6] * 2))
+    monkeypatch.setattr(teacher, "annotated_texts", lambda run, model, tokenizer, texts, tools: sys.exit([x["text"] for x in texts]))
+    with pytest.raises(SystemExit) as ended:
+        teacher.train(toolplay.Run(config(tmp_path, text=str(texts), eval_examples=0)))
+    assert ended.value.code == ["bc"]
+    said = capsys.readouterr().err
+    assert "1 of 3 texts are one token long" in said and "what fits the model's context twice = 300" in said
+    monkeypatch.setattr(teacher, "OPEN", "((")
+    with pytest.raises(UserError, match="is not one token of its"):
+        teacher.train(toolplay.Run(config(tmp_path / "b", text=str(texts), eval_examples=0)))
+
+
 def test_prose_has_the_weather_of_its_own_cities(tmp_path, monkeypatch):
     usual = teacher.prose("test", 60)
     (tmp_path / "cities.json").write_text('{"cities": [{"name": "Oz"}]}')
@@ -505,7 +522,7 @@ def test_surviving_calls_become_conversations(tmp_path):
     asked, called, result, said = with_call["messages"]
     assert "Two bags of 3 apples are" in asked["content"] and " 6" not in asked["content"]
     assert called["tool_calls"] == [{"name": "calculator", "arguments": {"expression": "2 * 3"}}]
-    assert result["content"] == '<tool_response>{"result": 6}</tool_response>'
+    assert result["content"] == '{"result": 6}'
     assert said["content"] == "6 apples." and with_call["answer"] == 6
     line = (tmp_path / "augmented.jsonl").read_text().splitlines()[0]
     for rest, answer in (("6.", 6), ("60 apples.", None), ("6.50 a bag.", None)):  # 60 is not the call's result

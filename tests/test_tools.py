@@ -329,6 +329,39 @@ def test_tool_from_schema():
         assert "\n" not in str(caught.value)
 
 
+def test_a_function_and_a_schema_that_are_given_apart_must_fit(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def temp(city, unit): return [city, unit]\n"
+                                      "def loose(city, **more): return [city, sorted(more)]\nNUMBER = 5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    unit = {"type": "string", "default": "c"}
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}, "unit": unit}, "required": ["city"]}
+    made = lambda name, **parameters: tool_from_schema({"name": "t", "function": f"mine:{name}", "parameters": parameters})  # noqa: E731
+    run = lambda made, **arguments: execute(Call("t", arguments), {"t": made}).value  # noqa: E731
+    assert run(made("temp", **parameters), city="Oslo") == ["Oslo", "c"]  # the schema's default is used
+    assert run(made("temp", **parameters), city="Oslo", unit="f") == ["Oslo", "f"]
+    assert run(made("loose", **parameters), city="Oslo", unit="f") == ["Oslo", ["unit"]]
+    with pytest.raises(UserError, match="tool t: its function needs 'unit', which the schema does not require"):
+        made("temp", properties={"city": {"type": "string"}}, required=["city"])
+    with pytest.raises(UserError, match="tool t: its function takes no argument 'town'"):
+        made("temp", properties={"town": {}, "city": {}, "unit": {}}, required=["city", "unit"])
+    with pytest.raises(UserError, match="tool t: 'mine:NUMBER' is 5, which cannot be called"):
+        tool_from_schema({"name": "t", "function": "mine:NUMBER"})
+    root = tool_from_schema({"name": "t", "function": "math:sqrt", "parameters": {"type": "object", "properties": {"x": {"type": "number"}}}})
+    assert run(root, x=9) == 3  # a function that knows no names gets the values in their order
+
+
+def test_a_signature_describes_parameters_whose_names_say_nothing():
+    field = {"type": "string", "description": "where"}
+    shown = {name: Tool("f", "", {"type": "object", "properties": {name: field}}).signature() for name in ("arg1", "param_2", "city", "x")}
+    assert shown == {"arg1": "f(arg1?: string (where))", "param_2": "f(param_2?: string (where))", "city": "f(city?: string)",
+                     "x": "f(x?: string)"}
+
+
+def test_results_of_numpy_are_numbers():
+    import numpy
+    assert Result("f", True, {"mean": numpy.float32(0.5), "all": numpy.arange(3)}).text() == '{"result": {"mean": 0.5, "all": [0, 1, 2]}}'
+
+
 def test_load_and_render():
     assert list(load_tools()) == ["calculator", "weather", "search"] == list(BUILTIN)
     made = tool(sample)
