@@ -398,7 +398,7 @@ def _check_call(call, n):
 def read_jsonl(path, check=check_conversation):
     """Read a JSONL file of conversations. Bad lines are reported by number and skipped. A file without a good line is
     an error."""
-    good, bad = [], 0
+    good, bad = [], []
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
@@ -415,13 +415,15 @@ def read_jsonl(path, check=check_conversation):
                 continue
             good.append(check(item))
         except (ValueError, RecursionError) as error:  # UserError, bad JSON and bad UTF-8 are all ValueErrors
-            bad += 1
-            if bad <= 20:
+            bad.append(number)
+            if len(bad) <= 20:
                 print(f"{path}, line {number}: {error or type(error).__name__}; skipped", file=sys.stderr)
-    if bad > 20:
-        print(f"{path}: and {bad - 20} more lines skipped", file=sys.stderr)
+    if more := bad[20:]:
+        runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(more), lambda x: x[1] - x[0])]
+        listed = ", ".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
+        print(f"{path}: and {len(more)} more lines skipped: {listed}", file=sys.stderr)
     if not good:
-        raise UserError(f"{path}: no usable line ({bad} bad)" if bad else f"{path}: the file is empty")
+        raise UserError(f"{path}: no usable line ({len(bad)} bad)" if bad else f"{path}: the file is empty")
     return good
 
 

@@ -660,6 +660,8 @@ def compare_command(args):
     """Compare runs on the same cases: metrics with intervals, paired differences to the first, seeds aggregated."""
     if len({Path(run).resolve() for run in args.runs}) < len(args.runs):
         raise UserError("compare: a run is named twice; every run is one column, or one seed of it")
+    if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).resolve().parent.is_dir()):
+        raise UserError(f"--csv {args.csv}: it is a folder, or its folder does not exist")
     groups, same = {}, None
     for folder in map(Path, args.runs):
         remedy = f"make one: python eval.py --run {folder}"
@@ -689,7 +691,8 @@ def compare_command(args):
     for by_seed in groups.values():
         members = list(by_seed.values())
         label = members[0][0].name
-        label = re.sub(r"([-_.](s|seed)[-_]?|[-_.])?\d+$", "", label) if len(members) > 1 else label
+        if len(members) > 1:  # the seeds c/1 and c/2 are "c"
+            label = (re.sub(r"([-_.](s|seed)[-_]?|[-_.])?\d+$", "", label) or members[0][0].resolve().parent.name)
         label = next(name for name in (label, str(members[0][0]), str(members[0][0].resolve()))
                      if name and name not in labelled)
         labelled[label] = [records for _, records in members]

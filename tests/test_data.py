@@ -657,6 +657,13 @@ def test_the_configs_own_tools_are_offered_whatever_the_source(tmp_path, method)
     assert all([t.name for t in c["tools"]].count("conv") == 1 for c in made)
 
 
+def test_bad_lines_beyond_the_first_are_named_by_number(tmp_path, capsys):
+    good = '{"messages": [{"role": "user", "content": "a"}]}'
+    (tmp_path / "x.jsonl").write_text("\n".join(["x"] * 25 + [good, "y", "", "z"]))
+    assert len(data.read_jsonl(tmp_path / "x.jsonl")) == 1
+    assert capsys.readouterr().err.endswith("and 7 more lines skipped: 21-25, 27, 29\n")
+
+
 def test_a_call_of_a_tool_that_is_not_offered_makes_a_bad_line(tmp_path, capsys):
     ask = [{"role": "user", "content": "17 * 23?"},
            {"role": "assistant", "tool_calls": [{"name": "calculator", "arguments": {"expression": "17 * 23"}}]}]

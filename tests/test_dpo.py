@@ -615,6 +615,14 @@ def test_show_says_what_it_takes(argv, capsys):
     assert "1 to 1000" in capsys.readouterr().err
 
 
+def test_show_of_a_model_without_chatml(monkeypatch, capsys):
+    net, other = toolplay.load_model("tiny")
+    other.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<e>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    monkeypatch.setattr(toolplay, "load_model", lambda *_: (net, other))
+    dpo.show(2, toolplay.load_config({"method": "dpo", "model": "tiny", "examples": 3, "max_tokens": 4000}))
+    assert "prompt" in (out := capsys.readouterr().out) and "Evaluate" not in out and "Call a tool only" not in out
+
+
 def test_a_file_may_hold_pairs_and_conversations(tmp_path):
     gold = data.generate("train", 2, 0, {"weather": 1})
     lines = [{"prompt": "2+2", "chosen": "4", "rejected": "5"}, *({"messages": c["messages"], "tools": c["tools"]} for c in gold)]

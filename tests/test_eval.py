@@ -793,6 +793,14 @@ def test_compare(tmp_path, capsys, monkeypatch):
     assert {len(row) for row in csv.reader((tmp_path / "out.csv").open())} == {10}
     same = evaluation.compare({"a": [records([True, False] * 10)], "b": [records([True, False] * 10)]}, 200)["b"]["tool_accuracy"]
     assert same["difference"] == same["d_low"] == same["d_high"] == 0  # paired: the same cases are drawn for both
+    for seed in (1, 2):  # folders that are only numbers
+        shutil.copytree(tmp_path / f"ppo-s{seed}", tmp_path / "grpo" / str(seed))
+    toolplay.main(["compare", *(str(tmp_path / name) for name in ("base", "grpo/1", "grpo/2"))])
+    assert "grpo (2 seeds)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        toolplay.main(["compare", str(tmp_path / "base"), "--csv", str(tmp_path / "nowhere/x.csv")])
+    caught = capsys.readouterr()
+    assert "its folder does not exist" in caught.err and not caught.out
     for name, seed in (("rloo-1", 1), ("rloo-2", 2), ("rloo", 3)):  # the name of the group is that of another run
         (tmp_path / name).mkdir()
         shutil.copy(tmp_path / "sft" / "eval.json", tmp_path / name)
