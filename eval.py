@@ -305,7 +305,7 @@ def describes(text, weather, known):
     found = re.findall(r"\d\s*(?:°|degrees)?\s*(C|F|celsius|fahrenheit)\b", text, re.IGNORECASE)
     units = {unit.lower() for unit in found}
     named = [city for city in _cities(_city_file())[0].values()
-             if city in text and re.search(rf"\b{re.escape(city)}\b", text)]
+             if city in text and re.search(rf"(?<!\w){re.escape(city)}(?!\w)", text)]
     others = [city for city in named if city not in known and city not in data.corpus("verdicts.json")["ordinary"]]
     return ((not units or any(unit[0] == weather["unit"][0] for unit in units))
             and (weather["city"] in text or not others))
