@@ -1104,7 +1104,7 @@ def final_answer(call, result, rng, story=False):
     return fill(rng.choice(answers["search_empty"]), call.arguments)
 
 
-def exchange(prompt, calls, results, reply, learned):
+def exchange(prompt, calls, results, reply, learned=True):
     """The messages of a request, its calls with their results, and the reply. A reply that is not `learned` has weight
     0: calls are harder to learn than replies, so the time is usually better spent on another call."""
     made = [{"name": c.name, "arguments": c.arguments} for c in calls]
@@ -2006,7 +2006,7 @@ def read_teacher(path, split, n, seed=0, extra=()):
         results = [execute(call, tools) for call in calls]
         answer = (results[0].value if call and call.name == "calculator"
                   and re.match(re.escape(str(results[0].value)) + r"(?!\d|[.,]\d)", rest) else None)
-        return {"kind": call.name if call else "no_tool", "messages": exchange(prompt, calls, results, rest, True),
+        return {"kind": call.name if call else "no_tool", "messages": exchange(prompt, calls, results, rest),
                 "tools": list(BUILTIN), "answer": answer}
     file = Path(path) / "augmented.jsonl" if Path(path).is_dir() else Path(path)
     rng, tools = random.Random(f"{split} teacher {seed}"), {**BUILTIN, **load_tools(list(extra))}
