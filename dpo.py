@@ -724,8 +724,8 @@ def reference_logp(run, pairs, answers, autocast):
 
 
 def show(n, config):
-    """Print n pairs: the text from the last user message on (without ChatML: all behind the tools), with the differences
-    in colour (green: chosen, red: rejected)."""
+    """Print n pairs: the text from the last user message on (without ChatML: all text after the tools), with the
+    differences in colour (green: chosen, red: rejected)."""
     import data
     import toolplay
     from tools import UserError, printable
@@ -751,11 +751,9 @@ def show(n, config):
             for side, (colour, piece) in enumerate(((32, words[0][a:b]), (31, words[1][c:d]))):
                 marked[side] += ("".join(piece) if tag == "equal" or not piece
                                  else f"\033[{colour};1m{''.join(piece)}\033[0m")
-        prompt = tokenizer.decode(ids[:start])
-        if data.is_chatml(tokenizer):
-            prompt = prompt.split("<|im_start|>user\n")[-1]
-        else:  # no turns can be told apart in a decoded text: what follows the tools
-            prompt = prompt.split(data.TOOL_RULES)[-1]
+        # in other layouts no turns can be told apart
+        before = "<|im_start|>user\n" if data.is_chatml(tokenizer) else data.TOOL_RULES
+        prompt = tokenizer.decode(ids[:start]).split(before)[-1]
         prompt = prompt.replace("<|im_end|>\n<|im_start|>assistant\n", "\n")
         prompt = printable(prompt.rstrip("\n")).replace("\n", "\n            ")
         print(f"--- {why}\n  prompt    {prompt}\n  chosen    {marked[0]}\n  rejected  {marked[1]}")

@@ -272,16 +272,14 @@ def states(text, answer, known, guesses=2):
     if not right:  # 75 % is 0.75
         right = {value for value in numbers(" ".join(re.findall(r"(?<![\w.,])\d[\d,.]*(?= ?(?:%|per ?cent\b))", text)))
                  if near(value / 100, answer, 0.005)}
-    denied = re.findall(rf"{NOT}({NUMBER.pattern})|({NUMBER.pattern})[%°.;:!)*\"]{{0,3}}(?:, which)?\s+"
+    denied = re.findall(rf"{NOT}({NUMBER.pattern})|({NUMBER.pattern})(?:\?\s+no|[%°.;:!)*\"]{{0,3}}(?:, which)?\s+"
                         r"(?:(?:is|was|would be) (?:wrong|incorrect|false)|"
-                        r"(?:is|was|would be)(?:n't| not) (?:right|correct|true|it|what|the))\b",
+                        r"(?:is|was|would be)(?:n't| not) (?:right|correct|true|it|what|the)))\b",
                         text, re.IGNORECASE | re.ASCII)
     if any({answer, *right} & set(numbers(found[0] or found[4])) for found in denied):
         return False
-    plain = text.lower().replace("-", " ")
-    if any(answer in in_words(found) for found in re.findall(rf"{NOT}({IN_WORDS.pattern})", plain)):
-        return False
-    if re.search(rf"(?<![\d.,]){re.escape(f'{answer:g}')}\? no\b", plain):  # "42? No, 43."
+    if any(answer in in_words(found)
+           for found in re.findall(rf"{NOT}({IN_WORDS.pattern})", text.lower().replace("-", " "))):
         return False
     others = {x for x in (set(shown) | spelled) - right - {1} if not {x, -x} & known}
     return bool(right) and len(others) <= guesses
@@ -351,7 +349,7 @@ def worded(text, known):
     words = set(words_of(text, apart=True))
     if not re.search("[a-z]", _normal(text)):
         return bool(words)
-    return bool(words - STOP_WORDS) and (bool(words & (common_words() | small_talk())) or f1(text, known) > 0)
+    return bool(words - STOP_WORDS) and bool(words & common_words() or words & small_talk() or f1(text, known) > 0)
 
 
 # --------------------------------------------------------------------------- 3. one episode
@@ -403,6 +401,11 @@ def judge(case, episode):
             "verdicts": verdicts}
 
 
+def calls_with_results(episode):
+    """-> [(call, result)]. The results of an episode also include those of malformed calls, which are no calls."""
+    return list(zip(episode.calls, (r for r in episode.results if r.error_type != "malformed_call")))
+
+
 def leaves(value):
     """All texts and numbers in a nested result, as a flat list."""
     if isinstance(value, (dict, list, tuple)):
@@ -415,8 +418,7 @@ def response(case, episode, gold_results):
     # Whatever is in these texts is not made up. The results of the model's calls count only if no gold calls are known.
     shown = case.calls
     if shown is None:  # the work that led to the answer may be shown
-        run = (result for result in episode.results if result.error_type != "malformed_call")
-        shown = [call for call, result in zip(episode.calls, run) if is_number(result.value)
+        shown = [call for call, result in calls_with_results(episode) if is_number(result.value)
                  and case.answer is not None and near(result.value, case.answer, 1e-6)]
     asked = [m["content"] for m in case.conversation["messages"]] + [str(c.arguments) for c in shown]
     told = " ".join(asked + [r.text() for r in (episode.results if case.calls is None else gold_results)])

@@ -294,10 +294,9 @@ def calculates(case, episode, verdicts):
 def calculations(episode):
     """The calculator's calls -> [(expression, result)]. A result that is no number becomes nan (a custom tool may have
     the calculator's name)."""
-    from eval import is_number
-    calls, results = ([x for x in some if x.name == "calculator"] for some in (episode.calls, episode.results))
+    from eval import calls_with_results, is_number
     return [(call.arguments.get("expression"), result.value if is_number(result.value) else math.nan)
-            for call, result in zip(calls, results)]
+            for call, result in calls_with_results(episode) if call.name == "calculator"]
 
 
 def unused(episode):

@@ -531,33 +531,21 @@ def train(run):
     import data
     import sft
     import toolplay
-    from tools import UserError, load_tools
+    from tools import UserError
     config = run.config
 
     # 1. data: texts, annotated by the model itself; texts that are annotated already are not annotated again
     model, tokenizer = toolplay.prepare_model(config, run.device)
-    tools = {**data.BUILTIN, **load_tools(config.tools)}
-    if unknown := [name for name in config.annotate_with if name not in tools]:
-        raise UserError(f"annotate_with: there is no tool {unknown[0]!r}; there are {', '.join(tools)}")
-    tools = {name: tools[name] for name in config.annotate_with or tools}
-    texts = read_texts(config.text, config.texts) if config.text else prose("train", config.texts, config.seed)
-
+    tools = tools_of(config)
     longest = longest_text(model, tokenizer, tools, config)
-
-    def fitting(items, what):
-        sized = [(item, n) for item in items if (n := len(ids_of(tokenizer, item["text"]))) > 1]
-        if len(sized) < len(items):
-            print(f"{len(items) - len(sized)} of {len(items)} {what} are one token long, have no loss and are left out",
-                  file=sys.stderr)
-        why = "max_tokens" if longest == config.max_tokens else "what fits the model's context twice"
-        return data.fitting([item for item, _ in sized], [n for _, n in sized], longest, what, why)
-    texts = fitting(texts, "texts")
+    texts = read_texts(config.text, config.texts) if config.text else prose("train", config.texts, config.seed)
+    texts = fitting(texts, tokenizer, longest, config, "texts")
     if not texts:
         raise UserError(f"no text has 2 to {longest} tokens (max_tokens = {config.max_tokens}, and the model's context "
                         "holds a text twice behind the examples); write shorter texts, one a line")
     held_out = (read_texts(config.eval_path, config.eval_examples) if config.eval_path
                 else prose("test", config.eval_examples, config.seed) if config.eval_examples else [])
-    held_out = fitting(held_out, "held-out texts")
+    held_out = fitting(held_out, tokenizer, longest, config, "held-out texts")
     annotated = annotated_texts(run, model, tokenizer, texts, tools)
     rows = [insert(line["ids"], kept_calls(line["candidates"]), tokenizer) for line in annotated]
     rows = data.fitting(rows, [len(ids) for ids, _ in rows], config.max_tokens, "texts with their calls")
@@ -600,6 +588,16 @@ def train(run):
     run.finish()
 
 
+def tools_of(config):
+    """{name: Tool} of the tools whose calls are tried."""
+    from data import BUILTIN
+    from tools import UserError, load_tools
+    tools = {**BUILTIN, **load_tools(config.tools)}
+    if unknown := [name for name in config.annotate_with if name not in tools]:
+        raise UserError(f"annotate_with: there is no tool {unknown[0]!r}; there are {', '.join(tools)}")
+    return {name: tools[name] for name in config.annotate_with or tools}
+
+
 def longest_text(model, tokenizer, tools, config):
     """How many tokens a text may have: at most max_tokens, and P(x), x and a call must fit the model's context."""
     import toolplay
@@ -609,6 +607,17 @@ def longest_text(model, tokenizer, tools, config):
                         "tokenizer; use another model")
     around = max(sum(map(len, few_shot(tool, tokenizer))) for tool in tools.values())
     return max(min(config.max_tokens, (toolplay.context_of(model) - around - 2 * config.call_tokens) // 2), 0)
+
+
+def fitting(texts, tokenizer, longest, config, what):
+    """The texts of 2 to `longest` tokens. Prints how many are left out."""
+    import data
+    sized = [(text, n) for text in texts if (n := len(ids_of(tokenizer, text["text"]))) > 1]
+    if len(sized) < len(texts):
+        print(f"{len(texts) - len(sized)} of {len(texts)} {what} are one token long, have no loss and are left out",
+              file=sys.stderr)
+    why = "max_tokens" if longest == config.max_tokens else "what fits the model's context twice"
+    return data.fitting([text for text, _ in sized], [n for _, n in sized], longest, what, why)
 
 
 def read_augmented(path):

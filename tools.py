@@ -432,8 +432,8 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
     if not isinstance(inner, dict) or "name" not in inner:
         raise UserError(f"tool schema {schema!r:.80}: must be an object with name, description and parameters")
     where, function = f"tool {inner['name']}", inner.get("function") if function is None else function
-    apart = False  # whether the function was imported for a schema that stands here
     parameters, description = inner.get("parameters"), inner.get("description") or ""
+    apart = isinstance(function, str) and parameters is not None  # the schema was not made from the function
     if isinstance(function, str):
         if unknown := sorted(set(inner) - {"name", "description", "parameters", "function", "type", "strict"}):
             raise UserError(f"{where}: unknown key {unknown[0]!r}; it may have name, description, "
@@ -441,8 +441,7 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
         path, function = function, import_by_name(function, where)
         if not callable(function):
             raise UserError(f"{where}: {path!r} is {function!r:.60}, which cannot be called; name a function")
-        apart = parameters is not None
-        if not apart:  # then the function defines the parameters
+        if parameters is None:  # then the function defines the parameters
             function = function if isinstance(function, Tool) else tool(function)
             parameters, description = function.parameters, description or function.description
     elif "parameters" not in inner:
