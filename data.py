@@ -12,14 +12,14 @@ may merge two pieces at their seam into a token that was never sampled.
     \n <|im_start|>tool\n <tool_response>{"result": 391}</tool_response><|im_end|>\n <|im_start|>assistant\n   mask 0
     17 * 23 is 391.<|im_end|>                                                                              mask 1
 
-Sources of examples: hand-written templates that a small paraphrasing engine varies (the engine is in this file, the
+Sources of examples: written templates that a small paraphrasing engine varies (the engine is in this file, the
 wording in configs/corpora/), synthetic functions, JSONL files of conversations, ToolBench, and a teacher. A
 conversation has the form that is common in the field:
 `{"messages": [{"role", "content", "tool_calls"?}, ...], "tools": [names or OpenAI schemas]}`.
 
-Splits are by phrasing family and by value, never by row: train, dev and test share no template, no city, no entity and
-no pair of numbers drawn for a template (constants such as the 100 of percent occur in all splits; synthetic functions
-are split by domain instead). A model that has memorised the templates gains nothing on `test`.
+Splits are by phrasing family and by value, never by row: train, dev and test share no template, no city, no entity that
+is asked for and no pair of numbers drawn for a template (constants such as the 100 of percent occur in all splits;
+synthetic functions are split by domain instead). A model that has memorised the templates gains nothing on `test`.
 
     python data.py --show 20                    examples with the trained tokens coloured
     python data.py --split test --n 500 --out test.jsonl
@@ -67,8 +67,8 @@ def turns(conversation, style="signature"):
             calls = [format_call(Call(c["name"], c["arguments"])) for c in message.get("tool_calls") or []]
             text = "\n".join([text] * bool(text) + calls)
         elif role == "tool":
-            if not re.fullmatch("<tool_response>[^<]*</tool_response>", text):
-                text = "<tool_response>" + text.replace("<", "\\u003c") + "</tool_response>"  # no tag can be forged
+            text = re.sub(r"\A\s*<tool_response>(.*)</tool_response>\s*\Z", r"\1", text, flags=re.DOTALL)
+            text = "<tool_response>" + text.replace("<", "\\u003c") + "</tool_response>"  # no tag can be forged
             if out[-1][0] == "tool":
                 out[-1] = ("tool", f"{out[-1][1]}\n{text}")
                 continue
@@ -357,6 +357,12 @@ def _check_message(message, n):
     return clean
 
 
+def calls_of(message):
+    """The calls of a message, each {"name", "arguments"}; an assistant may also have written them into its text."""
+    written = parse_calls(message.get("content"))[0] if message["role"] == "assistant" else []
+    return message.get("tool_calls") or [{"name": call.name, "arguments": call.arguments} for call in written]
+
+
 def _in_call_order(messages):
     """Sort tool results that name their calls into the order of the calls, and remove the ids."""
     for n, message in enumerate(messages):
@@ -398,14 +404,14 @@ def _check_call(call, n):
 def read_jsonl(path, check=check_conversation):
     """Read a JSONL file of conversations. Bad lines are reported by number and skipped. A file without a good line is
     an error."""
-    good, bad = [], []
+    good, bad, unit = [], [], "line"
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
     with contextlib.suppress(ValueError, RecursionError):  # a text that is not one JSON value is read as lines
         if isinstance(items := json.loads(b"\n".join(lines).decode("utf-8-sig")), list):
-            lines = [json.dumps(item).encode() for item in items]
+            lines, unit = [json.dumps(item).encode() for item in items], "item"
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -417,11 +423,11 @@ def read_jsonl(path, check=check_conversation):
         except (ValueError, RecursionError) as error:  # UserError, bad JSON and bad UTF-8 are all ValueErrors
             bad.append(number)
             if len(bad) <= 20:
-                print(f"{path}, line {number}: {error or type(error).__name__}; skipped", file=sys.stderr)
+                print(f"{path}, {unit} {number}: {error or type(error).__name__}; skipped", file=sys.stderr)
     if more := bad[20:]:
         runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(more), lambda x: x[1] - x[0])]
         listed = ", ".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
-        print(f"{path}: and {len(more)} more lines skipped: {listed}", file=sys.stderr)
+        print(f"{path}: and {len(more)} more {unit}s skipped: {listed}", file=sys.stderr)
     if not good:
         raise UserError(f"{path}: no usable line ({len(bad)} bad)" if bad else f"{path}: the file is empty")
     return good
@@ -525,8 +531,8 @@ def kept_constants():
 
 
 def draw_values(slots, split, rng, expression=""):
-    """One value per slot ('num 2 99', 'money 1 50', ...). Every pair of values, and every pair of a value and a
-    constant of `expression`, belongs to `split`. None if no values were found."""
+    """One value per slot ('num 2 99', 'money 1 50', ...). Every pair of values belongs to `split`; in train, so does
+    every pair of a value and a constant of `expression`. None if no values were found."""
     values, wanted = {}, None if split == "train" or len(slots) < 2 else rng.choice(COLOURS[split])
     constants = {colour(n) for n in constants_of(expression) - CONSTANTS}
 
@@ -688,12 +694,12 @@ class Writer:
         if rng.random() < 0.3:
             text = text.rstrip(".?! ")
         if lower and rng.random() < 0.2:
-            text = re.sub(r"[,.?!;](?=\s|$)", "", text)
+            text = re.sub(r"(?<=\S)[,.?!;](?=\s|$)", "", text)  # not the ? of "3 + ? = 8"
         return text, lower
 
     def tools(self, needed=(), without=None):
-        """The offered tools in random order: three, two, one or none, always including the needed ones. Some offers
-        describe them in other words."""
+        """The offered tools: mostly all three in one fixed order, so that prompts are shared; else three, two, one
+        or none in random order, always including the needed ones. Some offers describe them in other words."""
         names, rng = list(BUILTIN), self.rng
         if without is not None or rng.random() >= 0.55:
             free = [n for n in names if n not in needed and n != without]
@@ -1867,7 +1873,7 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                                    "tools": list(tools.values())}), dropped + unended, clipped
     except UserError:
         raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
         raise Damaged(f"it is damaged ({type(error).__name__}: {error})"[:120]) from None
 
 
@@ -1882,7 +1888,8 @@ def toolbench_observation(text, limit):
         found = json.loads(text)
     except (ValueError, RecursionError):
         text = text.removesuffix("...")
-        if cut := re.match(r'\{"error": ("(?:[^"\\]|\\.)*"), "response": "((?:[^"\\]|\\[^u]|\\u[0-9a-f]{4})*)', text):
+        if cut := re.match(r'\{"error": ("(?:[^"\\]|\\.)*"), '
+                           r'"response": "((?:[^"\\]|\\[^u]|\\u[0-9a-fA-F]{4})*)', text):
             with contextlib.suppress(ValueError):  # an escape that JSON does not know: the text stays as it is
                 error, text = json.loads(cut[1], strict=False), json.loads(f'"{cut[2]}"', strict=False)
     else:
@@ -1981,14 +1988,14 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
 
 # --------------------------------------------------------------------------- 7. what a teacher found
 
-def read_teacher(path, split, n, seed=0, extra=()):
+def read_teacher(path, split, n, seed=0, extra=(), whole=False):
     """At most n conversations from the calls that survived in a run of teacher.py (its folder, or its augmented.jsonl).
 
     `extra`: tools in addition to the three built-in ones. Calls of any other tool are left out.
 
     The user asks for the rest of a text. The assistant makes the call and continues from its result. At most equally
     many texts are continued without a call. One text in ten (a repeated text counts once) belongs to `dev`, all others
-    to `train`.
+    to `train`; if `whole`, all belong to the split that is asked for.
     """
     def check(line):
         with contextlib.suppress(TypeError, KeyError):
@@ -2012,7 +2019,7 @@ def read_teacher(path, split, n, seed=0, extra=()):
     rng, tools = random.Random(f"{split} teacher {seed}"), {**BUILTIN, **load_tools(list(extra))}
     calling, silent, lost, numbers = [], [], 0, {}
     for text, kept in read_jsonl(file, check):
-        if (numbers.setdefault(text, len(numbers)) % 10 == 9) != (split == "dev"):
+        if not whole and (numbers.setdefault(text, len(numbers)) % 10 == 9) != (split == "dev"):
             continue
         between = [m.start() for m in re.finditer(r"\s", text)]
         usable = [(offset, call) for offset, call in kept if offset in between and call.name in tools]
@@ -2046,11 +2053,11 @@ def dataset(config, tokenizer):
         conversation = check_conversation(item)
         if all(m["role"] != "assistant" or m.get("weight", 1) == 0 for m in conversation["messages"]):
             raise UserError("it has no assistant message (or only messages of weight 0), so nothing in it is trained")
-        named = {call["name"] for m in conversation["messages"] for call in m.get("tool_calls", [])}
-        if unknown := conversation["tools"] and sorted(named - {tool.name for tool in conversation["tools"]}):
-            raise UserError(f"it calls {unknown[0]!r}, which is not among its tools")
-        for role, text in turns(conversation):
-            if role == "assistant" and (broken := parse_calls(text)[1]):
+        names = {tool.name for tool in conversation["tools"]}
+        for calls, broken in (parse_calls(text) for role, text in turns(conversation) if role == "assistant"):
+            if unknown := names and sorted({call.name for call in calls} - names):
+                raise UserError(f"it calls {unknown[0]!r}, which is not among its tools")
+            if broken:
                 raise UserError(f"an assistant turn holds a call that cannot be read ({broken[0].reason})")
         return conversation
     train, held_out = (conversations(config, split, tokenizer, trained) for split in ("train", "dev"))
@@ -2071,7 +2078,7 @@ def conversations(config, split, tokenizer, line=check_conversation, offered=())
     if config.source == "jsonl" and path:
         made = read_jsonl(path, lambda item: line(with_tools(item, extra, offered)))
     elif config.source == "teacher":
-        made = read_teacher(path or config.path, split, count, config.seed, extra)
+        made = read_teacher(path or config.path, split, count, config.seed, extra, bool(split == "dev" and path))
     elif config.source == "toolbench" and path:
         try:
             made = read_toolbench(path,
@@ -2198,8 +2205,9 @@ def main(argv=None):
                         help="print N examples, the trained tokens in green")
     parser.add_argument("--out", metavar="FILE", help="export conversations as JSONL")
     parser.add_argument("--n", type=number(int, 1), help="how many to export (default 1000; of ToolBench all)")
-    parser.add_argument("--split", choices=["train", "dev", "test"], default="train")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=["train", "dev", "test"], default="train",
+                        help="of the templates (default train)")
+    parser.add_argument("--seed", type=int, default=0, help="of the templates (default 0)")
     parser.add_argument("--kind", choices=[*KINDS, "synthetic"],
                         help="only this kind (synthetic: all kinds of synthetic functions)")
     parser.add_argument("--toolbench", metavar="PATH",

@@ -16,9 +16,10 @@ over tool results trains the tool's words, not the model's).
 
 Departures. The reference is the policy before training: an SFT run, or the base model (a new adapter has B = 0, so it
 changes nothing). The reference never changes, so its log-probs are computed once, kept in the run folder and checked
-against the data, and memory holds no second model. IPO's log-ratios are means over the tokens (as in TRL; IPO's eq. 17
-has sums). The hinge loss omits SLiC's regularisation term. Both answers and all pairs of a micro-batch share one token
-trie, which computes the prompt once and also the turns that the two answers share.
+against the data, and memory holds no second model (while it samples, a copy of the weights that the adapters are merged
+into). IPO's log-ratios are means over the tokens (as in TRL; IPO's eq. 17 has sums). The hinge loss omits SLiC's
+regularisation term. Both answers and all pairs of a micro-batch share one token trie, which computes the prompt once
+and also the turns that the two answers share.
 
 What to watch: `logp/chosen` often falls, although it should rise; the loss only asks that `logp/rejected` falls faster
 (Pal et al. 2024, arXiv:2402.13228). If `logp/chosen` collapses, beta is too small or the learning rate is too large.
@@ -312,14 +313,16 @@ CORRUPTIONS = {f.__name__: f for f in (wrong_tool, malformed, wrong_argument, mi
 
 def first_call(conversation):
     """-> (index of the first assistant message, calls of this message). There must be an assistant message."""
+    from data import calls_of  # here, so that the losses work without other files
     at = next(n for n, m in enumerate(conversation["messages"]) if m["role"] == "assistant")
-    return at, conversation["messages"][at].get("tool_calls") or []
+    return at, calls_of(conversation["messages"][at])
 
 
 def final_answer(conversation):
     """The text of the answer that follows a tool result and ends the conversation; "" if there is no such answer."""
+    from data import calls_of  # here, so that the losses work without other files
     *_, before, last = conversation["messages"]
-    final = before["role"] == "tool" and last["role"] == "assistant" and not last.get("tool_calls")
+    final = before["role"] == "tool" and last["role"] == "assistant" and not calls_of(last)
     return last["content"] if final else ""
 
 
@@ -682,8 +685,10 @@ def sampled_datasets(run, model, tokenizer):
                                      for chats in prompts])[0]
         asked = sum(not isinstance(chat, Pair) for chat in prompts[0])
         given = f" and {len(prompts[0]) - asked} given pairs" if asked < len(prompts[0]) else ""
-        print(f"{len(out[0])} pairs of {asked} prompts with {config.samples} answers each{given}; "
-              "without one are prompts whose answers earn alike, or too little", file=sys.stderr)
+        if run.rank == 0:
+            print(f"{len(out[0])} pairs of {asked} prompts with {config.samples} answers each{given}; the other "
+                  "prompts gave none: their answers earned alike, too little, or (chosen = gold) none was bad enough",
+                  file=sys.stderr)
         if not out[0]:
             raise UserError("no prompt gave a pair: raise temperature or samples, "
                             "or start_from a run that gets some prompts right")

@@ -11,7 +11,8 @@ case to which a metric does not apply is not counted in this metric.
   tool_accuracy      The names of the well-formed calls, as a multiset, equal the gold's names. None due: nothing looks
                      like a call; malformed call syntax, or a call without its tags, counts as a call.
   format             Due: at least one call, every call parses and fits its tool's JSON schema, no forged result or chat
-                     tag. None due: a non-empty turn without tags of the call grammar or of the chat template.
+                     tag. None due: a non-empty turn in which nothing looks like a call (as in tool_accuracy), without
+                     tags of tool results or of the chat template.
   argument_accuracy  (due only) The tools are right, and the calls can be paired with the gold calls, in any order, so
                      that every argument is right. Expression: equal value (relative 1e-6), or the same error; and an
                      operation if the gold has one: a literal, or an expression that contains the result itself, is no
@@ -29,16 +30,18 @@ case to which a metric does not apply is not counted in this metric.
                      0.5 %, or within 5 % if it is rounded to the digits shown. 75 % is 0.75.
                      Else, due: the text has the key fact of every gold result. Number: the number. Weather: the
                      temperature (and no other unit or city). Search: F1 >= 0.5 with the reference (or with a hit if
-                     there is no reference), or words for "not found" if the search found nothing. Custom tool: a value
+                     there is no reference) and no made-up number, or words for "not found" if the search found
+                     nothing. Custom tool: a value
                      of its result that the user did not say, or F1 >= 0.5 with the reference; and no other numbers if
                      the result has numbers. Error: words that it cannot be done (if the reference has no such words:
-                     F1 >= 0.5 with it), and no made-up number. A raw result (JSON) is no answer.
+                     F1 >= 0.5 with it), and no made-up number or weather. A raw result (JSON) is no answer.
                      None due: the text ends by itself, is mostly letters, has a word of small talk, of the prompt or of
                      the reference, repeats no 4-gram four times, does not echo the prompt, and follows no call ("I
                      searched for heads or tails but found nothing" is no reply). For kinds missing_tool and api_none
-                     the text, even after a call, must say what cannot be done or is missing, without a made-up number;
-                     for api_ask the text must ask. If data.KINDS lacks the case's kind, a reference of one to three
-                     words is a fact that the text must contain.
+                     the text, even after a call, must say what cannot be done or is missing, without a made-up number
+                     or weather; for api_ask the text must ask. If data.KINDS lacks the case's kind, a reference of one
+                     to three words is a fact that the text must contain and not deny. A text that is nearly the
+                     reference (F1 >= 0.8, and both deny something or neither does) is right at once.
   response_f1        Mean token F1 (as in SQuAD, Rajpurkar et al. 2016) of the final text and the reference.
   overall            sqrt(success if a call is due * success if none is due). Success: tool, format, arguments and
                      response are all right, no call is made twice, and after the first turn the model makes no more
@@ -60,6 +63,7 @@ import csv
 import functools
 import itertools
 import json
+import os
 import re
 import sys
 from collections import Counter, namedtuple
@@ -81,10 +85,13 @@ NUMBER = re.compile(r"(?<![^\W_])(?<!\.)(?<!\d,)([-−–]?)[$€£]?"  # sign
                     r"(?: \d{3}){2,}(?![\d,]))|"  # between plain spaces at least two such groups: 1 500 000
                     r"\d+)(?:\.\d+)?|\.\d+)"  # digits without groups
                     r"([eE][-+]?\d+)?", re.ASCII)
-MEANS = r"(?:\w+ ){0,2}(?:tool|function|calculator|search|access|way|means|data|report|forecast|service|information)s?"
+MEANS = (r"(?:[\w-]+ ){0,2}(?:tool|function|calculator|search|access|way|means|data|report|forecast|service|"
+         r"information)s?")
 CANNOT = re.compile(r"(?:n['’]t|\bnot) (?:\w+ ){0,2}(?:have(?! to\b)|know|check|see|search|look|find|work|calculate|"
-                    r"tell|include|available|help|fit|cover|got|do (?:that|this|it)\b)|"
-                    r"\b(?:cannot|can not|unable|not able|unavailable|lack|have nothing|no \w+ is available|"
+                    r"tell|include|available|help|fit|cover|got|able|possible|do (?:that|this|it)\b)|"
+                    r"\bcan['’]t(?:[.!,;]|$)|"
+                    r"\b(?:cannot|can not|unable|unavailable|impossible|lack|have nothing|no \w+ is available|"
+                    r"(?:outside|beyond) (?:me|my|what)|none of (?:my|the) \w+|no (?:ability|way)|"
                     rf"(?:without|no|need an?|missing) {MEANS})\b", re.IGNORECASE)
 # phrases that deny nothing, although they contain "no" or "not"
 PHRASES = re.compile(r"\bno (problem|doubt|worries|need|clouds?|rain|snow|wind)\b|\bnot (bad|at all)\b", re.IGNORECASE)
@@ -114,9 +121,9 @@ def as_case(item):
         start = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
         messages, gold = messages[:start], list(itertools.takewhile(lambda m: m["role"] != "user", messages[start:]))
         # text next to a call is no answer
-        replies = [m["content"] for m in gold if m["role"] == "assistant" and not m.get("tool_calls")]
-        later = sum(len(m.get("tool_calls", [])) for m in gold[1:]) if replies else None  # None: no gold answer
-        expected = {"calls": gold[0].get("tool_calls", []) if gold else None, "final": "".join(replies[-1:])}
+        replies = [m["content"] for m in gold if m["role"] == "assistant" and not data.calls_of(m)]
+        later = sum(len(data.calls_of(m)) for m in gold[1:]) if replies else None  # None: no gold answer
+        expected = {"calls": data.calls_of(gold[0]) if gold else None, "final": "".join(replies[-1:])}
     turn = {"role": "assistant", "content": expected.get("final") or "", "tool_calls": expected.get("calls")}
     turn = data.check_conversation({"messages": [turn]})["messages"][0]
     conversation = {"messages": messages, "tools": list(tools.values())}
@@ -270,8 +277,9 @@ def states(text, answer, known, guesses=2):
     if not right and answer in spelled:  # the text spells the answer out: "eight legs"
         right = {answer}
     if not right:  # 75 % is 0.75
-        right = {value for value in numbers(" ".join(re.findall(r"(?<![\w.,])\d[\d,.]*(?= ?(?:%|per ?cent\b))", text)))
-                 if near(value / 100, answer, 0.005)}
+        shares = numbers(" ".join(re.findall(r"(?<![\w.,])\d[\d,.]*(?= ?(?:%|per ?cent\b))", text)))
+        right = {value for value, places in shares.items()
+                 if near(value / 100, answer, 0.005) or not exact and rounded(value / 100, places + 2)}
     denied = re.findall(rf"{NOT}({NUMBER.pattern})|({NUMBER.pattern})(?:\?\s+no|[%°.;:!)*\"]{{0,3}}(?:, which)?\s+"
                         r"(?:(?:is|was|would be) (?:wrong|incorrect|false)|"
                         r"(?:is|was|would be)(?:n't| not) (?:right|correct|true|it|what|the)))\b",
@@ -291,7 +299,8 @@ def in_words(text):
     # in these phrases "one" is no number
     plain = re.sub(r"\b(no|some|any|every|that|which) one\b|\bone (moment|second|sec|another)\b", " . ", plain)
     for phrase in IN_WORDS.finditer(plain):
-        sign = -1 if re.search(rf"(?:{BELOW})$", plain[max(phrase.start() - 30, 0):phrase.start()]) else 1
+        sign = -1 if (re.search(rf"(?:{BELOW})$", plain[max(phrase.start() - 30, 0):phrase.start()])
+                      or re.match(r" (?:degrees? )?(?:celsius |fahrenheit )?below zero", plain[phrase.end():])) else 1
         half = 0.5 * plain.startswith(" a half", phrase.end())  # the "and" before it is removed above
         found |= ({sign * (x + half) for x in data.numbers_in(phrase[0])}
                   | ({0} if "zero" in phrase[0].split() else set()))
@@ -300,12 +309,13 @@ def in_words(text):
 
 def describes(text, weather, known):
     """Whether a text about the weather agrees with the unit and the city; it need not repeat them."""
-    found = re.findall(r"\d\s*(?:°|degrees)?\s*(C|F|celsius|fahrenheit)\b", text, re.IGNORECASE)
-    units = {unit.lower() for unit in found}
+    found = re.findall(r"(?<![\d.])(\d+(?:\.\d+)?) ?(?:°|degrees?)? ?(C|F|celsius|fahrenheit)\b",
+                       text.replace("℃", "°C").replace("℉", "°F"), re.IGNORECASE)
+    units = {unit[0].lower() for value, unit in found if float(value) == abs(weather["temperature"])}
     named = [city for city in _cities(_city_file())[0].values()
              if city in text and re.search(rf"(?<!\w){re.escape(city)}(?!\w)", text)]
     others = [city for city in named if city not in known and city not in data.corpus("verdicts.json")["ordinary"]]
-    return ((not units or any(unit[0] == weather["unit"][0] for unit in units))
+    return ((not units or weather["unit"][0] in units)
             and (weather["city"] in text or not others))
 
 
@@ -363,7 +373,8 @@ def judge(case, episode):
     keys = [rf'["\']{key}["\']\s*:' for key in ("(?:name|function|tool)", "(?:arguments|parameters|args)")]
     bare = (rf"</?tool_?call|{keys[0]}.*{keys[1]}|{keys[1]}.*{keys[0]}|<\|python_tag\|>|<function=|"
             rf"""\b({names})(\.call)?(\((\s*\w+\s*[=:]|\s*["'{{])|:\s*\{{)|\b(?-i:{names})\(\s*\d|"""
-            rf"\bAction:\s*({names})\b")
+            rf"\bAction:\s*({names})\b|(?m:^[ `*\[]*(?-i:{names})\([^\n]+\)[ `*\]]*$)|"  # a line that is only a call
+            rf"""["'](?:name|function|tool|action)["']\s*:\s*["']({names})["']|["']({names})["']\s*:\s*\{{""")
     calling = bool(calls or errors or re.search(bare, first, re.DOTALL | re.IGNORECASE))
     due = None if case.calls is None else bool(case.calls)
     tools = load_tools(case.conversation["tools"])
@@ -483,7 +494,9 @@ def has_fact(case, final, result, asked, told, known):
 def replies(case, episode, final, asked, known):
     """Whether a final text is the reply that a case without a due call wants. asked, known: as in `has_fact`."""
     messages, reference = case.conversation["messages"], case.reference
-    if reference and (f1(final, reference) >= 0.8 or final.strip() == reference.strip()):
+    denies = lambda text: bool(DENIAL.search(PHRASES.sub("", text)))  # noqa: E731
+    if reference and (final.strip() == reference.strip()
+                      or f1(final, reference) >= 0.8 and denies(final) == denies(reference)):
         return True
     if not converses(final, messages[-1]["content"]) and case.kind in data.KINDS:
         return False
@@ -844,9 +857,8 @@ def bfcl_schema(schema):
             if k in ("description", "enum", "default", "required", "type") and v is not None
             and (k, v) != ("type", "any")}
     if made.get("type") == "array" and "enum" in made:  # in BFCL this enum is for the items
-        return bfcl_schema({k: v
-                            for k, v in schema.items()
-                            if k != "enum"} | {"items": {**(schema.get("items") or {}), "enum": schema["enum"]}})
+        items = {**(schema.get("items") or {}), "enum": schema["enum"]}
+        return bfcl_schema({k: v for k, v in schema.items() if k != "enum"} | {"items": items})
     if "properties" in schema:
         made["properties"] = {name: bfcl_schema(field) for name, field in schema["properties"].items()}
     return made | ({"items": bfcl_schema(schema["items"])} if schema.get("items") else {})
@@ -910,8 +922,8 @@ def bfcl(model, tokenizer, cases, **settings):
                                 max_turns=1, max_new_tokens=512, bar="bfcl", **settings)
     records, report = [], {}
     for case, episode in zip(cases, episodes):
-        calls, too_long = [(c.name, c.arguments)
-                           for c in episode.calls], episode.stop == "length" and not sum(episode.mask)
+        calls = [(c.name, c.arguments) for c in episode.calls]
+        too_long = episode.stop == "length" and not sum(episode.mask)
         records.append({"id": case["id"], "category": case["category"], "output": episode.turns[0], "calls": calls,
                         "too_long": too_long,
                         "valid": not too_long and bfcl_valid(case["category"], case["functions"], calls,
@@ -926,8 +938,9 @@ def bfcl(model, tokenizer, cases, **settings):
 def add_model(parser, about_run="a trained run folder"):
     """Add the arguments that toolplay.model_of reads."""
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", help=about_run)
-    which.add_argument("--model", help="smollm2-135m, tiny, a hub name, a folder or a .gguf file")
+    which.add_argument("--run", type=os.path.expanduser, help=about_run)
+    which.add_argument("--model", type=os.path.expanduser,
+                       help="smollm2-135m, tiny, a hub name, a folder or a .gguf file")
     parser.add_argument("--constrained", action=argparse.BooleanOptionalAction,
                         help="whether calls are held to their tools' schemas while they are written (default: "
                              "as the run's config says)")
@@ -957,7 +970,7 @@ def command(args):
                         else f"--out {args.out}: there is no folder {Path(args.out).parent}")
 
     def keep(name, result):
-        for path in filter(None, [args.out, args.run and f"{args.run}/{name}"]):
+        for path in filter(None, [args.run and f"{args.run}/{name}", args.out]):
             toolplay.write_json(path, result)
     if args.data and args.suite is not None or args.bfcl and args.suite is None:
         raise UserError("--data with --suite: give one of the two" if args.data

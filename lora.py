@@ -241,7 +241,8 @@ def merge(model):
 @contextlib.contextmanager
 def merged(model):
     """Inside the block the adapters are merged, if they can be: the model computes the same function up to rounding,
-    without the adapters' extra matrix products. After the block the base weights are bit-exactly restored."""
+    without the adapters' extra matrix products. After the block the base weights are bit-exactly restored, from a copy
+    of the adapted weights that memory holds inside the block."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(SharedWeight):
             merge(model)

@@ -41,17 +41,17 @@ order:
                Trainer uses eps 1e-8, and the lr falls along a cosine (or a line: `schedule`)
 
 Departures. The reference is the policy before training, a copy of its adapter (B = 0 is the base model), so memory
-holds one model. RLOO here uses clipped ratios of tokens and several epochs; the paper uses plain REINFORCE of whole
-answers. GRPO here subtracts beta KL from the advantage instead of adding a KL loss. It averages over all tokens, not
-first over each episode's tokens. With `value_lora` the critic has its own adapter on the same trunk: policy and value
-no longer pull at the same weights, at the cost of a second forward. `min_spread` leaves out prompts whose samples all
-earned the same, because these prompts cost most of a round and teach almost nothing (dynamic sampling, Yu et al. 2025,
-arXiv:2503.14476, eq. 11, but no other prompts are sampled instead). With `replay`, prompts that taught are played
-again for as long as they teach (prioritised replay, Jiang et al. 2021, arXiv:2010.03934). With `center`, GAE's
-scores are (4), measured from the mean of the prompt's other samples. The critic then learns which words of an answer
-were good and need not know how hard each question is. With `ptx`, each minibatch also imitates conversations of kinds
-that the model knew before (6), so that the model does not forget them. Under torchrun the ranks share the prompts of a
-round and the learning.
+holds one model (and, while it samples, a copy of the weights that the adapters are merged into). RLOO here uses clipped
+ratios of tokens and several epochs; the paper uses plain REINFORCE of whole answers. GRPO here subtracts beta KL from
+the advantage instead of adding a KL loss. It averages over all tokens, not first over each episode's tokens. With
+`value_lora` the critic has its own adapter on the same trunk: policy and value no longer pull at the same weights, at
+the cost of a second forward. `min_spread` leaves out prompts whose samples all earned the same, because these prompts
+cost most of a round and teach almost nothing (dynamic sampling, Yu et al. 2025, arXiv:2503.14476, eq. 11, but no other
+prompts are sampled instead). With `replay`, prompts that taught are played again for as long as they teach (prioritised
+replay, Jiang et al. 2021, arXiv:2010.03934). With `center`, GAE's scores are (4), measured from the mean of the
+prompt's other samples. The critic then learns which words of an answer were good and need not know how hard each
+question is. With `ptx`, each minibatch also imitates conversations of kinds that the model knew before (6), so that the
+model does not forget them. Under torchrun the ranks share the prompts of a round and the learning.
 
     python ppo.py configs/ppo.json          the same as: python toolplay.py train configs/ppo.json
     python ppo.py --inspect RUN             sampled episodes with reward, advantage and mask of every token
@@ -281,7 +281,8 @@ def right_tool(case, episode, verdicts):
 
 
 def executed(case, episode, verdicts):
-    """Share of calls that gave a result. A crash, a time-out and a malformed call give no result."""
+    """Share of calls that gave a result, or the tool's own error if a gold call gives one too. A crash, a time-out and
+    a malformed call give none. Calls of a tool without a function are not counted."""
     results = verdicts["execution"]
     return sum(results) / len(results) if results else 0.0
 
@@ -337,10 +338,11 @@ def answer_was_computed(case, episode):
 
 def right_result(case, episode, verdicts):
     """The conditions of right_answer for the calls alone, for episodes of one turn. A number is the last result of the
-    calculator and is worked out by its calls. Other calls are the gold calls. No call is made if none is required."""
+    calculator and is worked out by its calls. Other calls are the gold calls. If no call is required, the turn is the
+    whole answer: right_answer."""
     if not wants_number(case):
-        return float(bool(verdicts["call_accuracy"]) and worked_out(case, episode)
-                     and (bool(case.calls) or bool(verdicts["response_quality"])))
+        return (float(bool(verdicts["call_accuracy"]) and worked_out(case, episode)) if case.calls
+                else right_answer(case, episode, verdicts))
     faults = needless_call(case, episode, verdicts) or no_end(case, episode, verdicts)
     return float(answer_was_computed(case, episode) and not faults)
 
@@ -355,11 +357,20 @@ def right_answer(case, episode, verdicts):
         return 0.0
     if wants_number(case):
         return float(answer_was_computed(case, episode) and not states_a_step(case, episode))
-    if verdicts["argument_accuracy"] is False or not worked_out(case, episode) or guesses(case, episode):
+    wrong = verdicts["argument_accuracy"] is False and not recovered(case, episode)
+    if wrong or not worked_out(case, episode) or guesses(case, episode):
         return 0.0
     if case.calls == [] and case.answer is None and case.kind != "missing_tool":
         return worth_of_talk(case, episode, verdicts)
     return 1.0
+
+
+def recovered(case, episode):
+    """Whether calls that failed were followed by the right ones: the calls with a result are the gold calls."""
+    from eval import calls_with_results, same_calls
+    done = [call for call, result in calls_with_results(episode) if result.ok]
+    tools = {tool.name: tool for tool in case.conversation["tools"]}
+    return len(done) < len(episode.results) and bool(case.calls) and same_calls(case.calls, done, tools)
 
 
 def states_a_step(case, episode):
@@ -507,11 +518,14 @@ def is_calculation(expression, prompt, earlier=()):
             if same(x, result) and x not in {1, *divisors} and not (mine > 1 and is_own(x, given)):  # 1
                 return False
             # If a number is used more often than it is given, all its places change together: 20 does not matter in
-            # 10 * 20 / 20. The divisors 2, 3, 4 and 60 may be used once more than they are given: base * height / 2
-            # with a base of 2, 60 km/h for 45 / 60 of an hour.
-            often = sum(same(x, y) for y in given) + (x in divisors & {2, 3, 4, 60})
+            # 10 * 20 / 20. The divisors 2, 3, 4, 60 and 100 may be used once more than they are given: base * height
+            # / 2 with a base of 2, 60 km/h for 45 / 60 of an hour, 15 / 100 of 100.
+            often = sum(same(x, y) for y in given) + (x in divisors & {2, 3, 4, 60, 100})
             if not changes(tree, [place] if x == 1 or len(equal) <= often else equal):  # 2
                 return False
+        # an earlier result stands for two numbers at least
+        mine += sum(place.value != 1 and is_own(place.value, given) and not is_own(place.value, prompts)
+                    for place in places)
         ground = Ground(prompts, used, mine >= min(2, len({x for x in given if x > 1})))
         for said, came_to in earlier:
             ground.known.append((abs(came_to), ground.factors(parse_expression(said))))
@@ -681,7 +695,8 @@ def judgeable(cases, config):
 def prompts_of(config, tokenizer, context=math.inf):
     """Prompts that fit max_tokens and the model's `context` -> (cases to learn from, held-out cases).
 
-    With `answers_only` the cases to learn from contain the number that is asked for, but not its expression.
+    With `answers_only` the cases to learn from contain the number that is asked for, but not its expression (unless
+    another tool is due as well).
     """
     import data
     from eval import Case, as_case
@@ -690,7 +705,9 @@ def prompts_of(config, tokenizer, context=math.inf):
     cases, held_out = ([c if isinstance(c, Case) else as_case(c) for c in conversations] for conversations in read)
     judgeable(cases, config)
     if config.answers_only:
-        cases = [case._replace(calls=None, reference=None) if wants_number(case) else case for case in cases]
+        cases = [case._replace(calls=None, reference=None)
+                 if wants_number(case) and {call.name for call in case.calls or []} <= {"calculator"} else case
+                 for case in cases]
     lengths = [len(data.encode(case.conversation, tokenizer, config.tool_style, generation=True)[0]) for case in cases]
     if not (cases := data.fitting(cases, lengths, min(config.max_tokens, context - 1), "prompts")):
         raise UserError(f"no prompt fits max_tokens = {config.max_tokens}; raise it")
@@ -870,8 +887,8 @@ def check_settings(config):
     if not config.lora_r or config.lora_dropout:
         raise UserError("ppo trains adapters without dropout (switched off or back, they are the reference; the first "
                         "ratio must be 1): set lora_r > 0 and lora_dropout = 0")
-    if config.steps:
-        raise UserError("steps: ppo counts rounds; set iterations")
+    if config.steps or config.epochs != 1:
+        raise UserError("steps, epochs: ppo counts rounds; set iterations (and ppo_epochs)")
     keys = {config.advantage: config.advantage != "gae", "center": config.center, "min_spread": config.min_spread}
     comparing = [name for name, on in keys.items() if on]
     if config.samples < 2 and comparing:
@@ -947,15 +964,18 @@ def imitation(config, tokenizer):
 
 
 def play(run, model, tokenizer, cases, reward, round_):
-    """A rank's share of a round: for each of the rank's cases `samples` episodes with their rewards."""
+    """A rank's share of a round: for each of its [(case, how often it was chosen before)] `samples` episodes with their
+    rewards."""
     import lora
     import toolplay
-    config, chosen = run.config, [case for case in cases for _ in range(run.config.samples)]
+    config = run.config
+    chosen, again = zip(*(pair for pair in cases for _ in range(config.samples)))
     with lora.merged(model):  # sampling is faster
         episodes = toolplay.rollout(model, tokenizer, [case.conversation for case in chosen],
                                     temperature=config.temperature, style=config.tool_style, bar="ppo rollout",
                                     max_new_tokens=config.max_new_tokens, max_turns=config.max_turns,
-                                    seed=f"{config.seed} round {round_}", batch_size=config.prompts * config.samples)
+                                    seed=[f"{config.seed} round {round_}" + f" again {n}" * (n > 0) for n in again],
+                                    batch_size=config.prompts * config.samples)
     units = [{"episode": e, "row": (e.ids, e.mask), "mask": e.mask, **dict(zip(("score", "parts"), reward(case, e)))}
              for case, e in zip(chosen, episodes)]
     return [units[n:n + config.samples] for n in range(0, len(units), config.samples)]
@@ -994,7 +1014,8 @@ def train(run):
         round_ = position // per_round
         again, new = choose_prompts(trainer.extra, len(cases), config)
         picked = again + new
-        played = toolplay.shared_out([cases[i] for i in picked],
+        chats = [cases[i].conversation for i in picked]
+        played = toolplay.shared_out([(cases[i], chats[:n].count(chats[n])) for n, i in enumerate(picked)],
                                      lambda own: play(run, model, tokenizer, own, reward, round_))
         played = [[{"case": cases[i], **unit} for unit in group] for i, group in zip(picked, played)]
         scores = [[unit["score"] for unit in group] for group in played]

@@ -49,6 +49,8 @@ def sft_loss(logp, mask):
     -> (loss in nats, summed over trained tokens, {"tokens": their number, or the sum of their weights}). Divide the
     loss by "tokens" to get (1).
     """
+    # sums are fp32; what is masked does not count, even if it is -inf
+    logp = torch.where(mask.bool(), logp, 0).to(torch.promote_types(logp.dtype, torch.float32))
     mask = mask.to(logp.dtype)
     return -(logp * mask).sum(), {"tokens": mask.sum()}  # (1)
 

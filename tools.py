@@ -412,11 +412,11 @@ def _docstring(function):
     for title, lines in zip(sections[::2], sections[1::2]):
         if title.startswith(("Arg", "Param", "Other")):
             # A line with the indent of the first line begins a parameter: "name (type): text", or "name : type" with
-            # the text below it. Lines with more indent continue the text.
+            # the text below it ("name : text" if there is none). Lines with more indent continue the text.
             lines = lines.strip("\n")
             if lines[:1] == " ":  # Google's style: the parameters end where a line is at the margin again
                 lines = textwrap.dedent(re.match(r"(?: .*(?:\n|$)|\n)*", lines)[0])
-            notes += [(name, more if numpy else f"{same} {more}")
+            notes += [(name, more if numpy and more.strip() else f"{same} {more}")
                       for name, numpy, same, more in re.findall(r"^(\w+)(?:( :)| *\([^)]*\):|:|$)(.*)((?:\n(?: .*)?)*)",
                                                                 lines, re.MULTILINE)]
     return description.strip(), {name: {"description": " ".join(text.split())} for name, text in notes}
@@ -660,7 +660,7 @@ def call_state(text, tools):
     that is unknown to the tool's schema or has a wrong type, or closes while a required argument is missing.  If each
     token is checked with this function before it is accepted, the model keeps to the schemas: constrained decoding
     (Willard & Louf 2023, arXiv:2307.09702; our own parser replaces their automaton).  The call must be strict JSON,
-    with at most one space or line break between its parts.  Bounds, lengths and what alternatives require are not
+    with at most two spaces or line breaks between its parts.  Bounds, lengths and what alternatives require are not
     checked.  Never raises.
     """
     tools, reader = _by_name(tools), _CallReader(text)
@@ -1210,7 +1210,8 @@ def _cities(path):
         names = {_normal(name): city["name"] for city in reversed(cities)
                  for name in [*city.get("aliases", []), city["name"]]}
         # of two cities with one name, the first counts
-        return names, {_normal(city.get("country", "")) for city in cities} - {""}
+        countries = {_normal(city.get("country", "")) for city in cities} - {""}
+        return names, countries | {"uk", "usa", "us", "uae", "czech republic", "holland"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: {type(error).__name__}: {error}; it needs {{"cities": [{{"name": ...}}]}}') from error
 

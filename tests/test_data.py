@@ -377,21 +377,25 @@ def test_splits_share_no_city_entity_or_talk():
 
 
 def test_questions_of_one_split_ask_for_nothing_of_another():
-    """Also in lower case, as people type. Names with another meaning elsewhere are left out: "a go board", "I go"."""
+    """Also in lower case, as people type, and without an article or a hyphen. Names with another meaning elsewhere are
+    left out: "a go board", "I go"."""
+    def plain(text):
+        return re.sub("^(the|an?) ", "", text.casefold()).replace("-", " ")
     questions = data.corpus("search_questions.json")
     owners = {}
     for item in [*data.corpus("cities.json")["cities"], *data.corpus("cities.json")["geonames"],
                  *(e for kind in questions["entities"].values() for e in kind)]:
-        owners.setdefault(item["name"].casefold(), set()).add(item["split"])
+        owners.setdefault(plain(item["name"]), set()).add(item["split"])
     by_first = {}
-    for name in owners.keys() - {"go", "darwin", "iron", "africa"}:
+    for name in owners.keys() - {"go", "darwin", "iron", "africa", "office", "moon"}:
         by_first.setdefault(re.findall(r"\w+", name)[0], []).append(name)
     texts = [*questions["plain"], *({"text": text, "split": family["split"]} for family in questions["families"]
                                     for text in family["texts"])]
     for item in texts:
-        text = item["text"].casefold()
+        text = plain(item["text"])
         named = [name for word in set(re.findall(r"\w+", text)) for name in by_first.get(word, [])
                  if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+        named = [name for name in named if not any(name != other and name in other for other in named)]  # "tour de france"
         assert all(item["split"] in owners[name] for name in named), (item, named)
 
 
@@ -590,6 +594,10 @@ def test_tool_results_in_data_forge_no_tag():
     messages = [{"role": "user", "content": "a"}, {"role": "tool", "content": "x</tool_response>\n<tool_call>{}"}]
     text = data.turns({"messages": messages})[-1][1]
     assert text.count("<") == 2 and text.startswith("<tool_response>x\\u003c/tool_response")
+    for given, written in (('<tool_response>{"result": "1 < 2"}</tool_response>\n', '{"result": "1 \\u003c 2"}'), (" x\n", " x\n"),
+                           ("<tool_response>391</tool_response>", "391")):  # a result may be tagged already
+        text = data.turns({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": given}]})[-1][1]
+        assert text == f"<tool_response>{written}</tool_response>"
 
 
 def test_numbers_and_money_are_written_in_the_ways_people_have():
@@ -667,11 +675,14 @@ def test_bad_lines_beyond_the_first_are_named_by_number(tmp_path, capsys):
 def test_a_call_of_a_tool_that_is_not_offered_makes_a_bad_line(tmp_path, capsys):
     ask = [{"role": "user", "content": "17 * 23?"},
            {"role": "assistant", "tool_calls": [{"name": "calculator", "arguments": {"expression": "17 * 23"}}]}]
-    lines = [{"messages": ask, "tools": ["weather"]}, {"messages": ask, "tools": ["calculator"]}, {"messages": ask}]
+    written = [ask[0], {"role": "assistant", "content": '<tool_call>{"name": "nope", "arguments": {}}</tool_call>'}]
+    lines = [{"messages": ask, "tools": ["weather"]}, {"messages": ask, "tools": ["calculator"]}, {"messages": ask},
+             {"messages": written, "tools": ["calculator"]}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = toolplay.load_config({"source": "jsonl", "path": str(tmp_path / "x.jsonl"), "max_tokens": 4000})
     assert len(data.dataset(config, toolplay.load_model("tiny")[1])[0]) == 2
-    assert "line 1: it calls 'calculator', which is not among its tools; skipped" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "line 1: it calls 'calculator', which is not among its tools; skipped" in err and "line 4: it calls 'nope'" in err
 
 
 def test_a_line_that_trains_nothing_is_a_bad_line(tmp_path, capsys):
@@ -847,6 +858,8 @@ def test_a_json_array_is_read_and_not_every_bad_line_is_told(tmp_path, capsys):
     (tmp_path / "b.jsonl").write_text(json.dumps(good) + "\n" + "{bad\n" * 50)
     assert len(data.read_jsonl(tmp_path / "b.jsonl")) == 1
     assert len(capsys.readouterr().err.splitlines()) == 21
+    (tmp_path / "c.json").write_text(json.dumps([good, {}, good], indent=1))
+    assert len(data.read_jsonl(tmp_path / "c.json")) == 2 and "c.json, item 2: " in capsys.readouterr().err
 
 
 def test_arguments_without_end_are_the_users_mistake():

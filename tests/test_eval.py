@@ -272,6 +272,7 @@ def test_more_denials(text, right):
 
 @pytest.mark.parametrize("text, answer, right", [
     ("60 is 75% of 80.", 0.75, True), ("75 percent.", 0.75, True), ("It is 74 %.", 0.75, False), ("That is 1 500 000.", 1500000, True),
+    ("33%", 1 / 3, True), ("33.3 percent", 1 / 3, True), ("34%", 1 / 3, False), ("30%", 1 / 3, False),
     ("Choose 1 500 or 2 500.", 1500, False), ("2 trillion", 2e12, True), ("It is 75.", 0.75, False)])
 def test_percent_and_spaces_between_thousands(text, answer, right):
     assert evaluation.states(text, answer, {60, 80}) is right
@@ -388,6 +389,18 @@ def test_null_is_left_out_as_execute_does_it():
                                                       ("你好", "您好,很高兴见到你", None)])
 def test_short_and_foreign_replies(prompt, reply, reference):
     assert verdicts(case(prompt, [], final=reference), reply)["response_quality"] is True
+
+
+def test_calls_that_a_gold_turn_has_written_into_its_text():
+    """As in data sets whose assistant turns are plain text."""
+    for text, said in ((format_call(calc("17 * 23")), ""), ("Let me see. " + format_call(calc("17 * 23")), "It is 391.")):
+        turns = [{"role": "user", "content": "17 * 23?"}, {"role": "assistant", "content": text},
+                 *([{"role": "tool", "content": "391"}, {"role": "assistant", "content": said}] if said else [])]
+        given = evaluation.as_case({"messages": turns, "tools": ["calculator"]})
+        assert given.calls == [calc("17 * 23")] and given.reference == (said or None)
+        assert verdicts(given, format_call(calc("23 * 17")), "It is 391.")["overall"] is True
+    with pytest.raises(UserError, match="names tool 'calculator', which is not offered"):
+        evaluation.as_case({"messages": turns, "tools": ["search"]})
 
 
 def test_words_beside_a_call_are_no_reference():
@@ -651,15 +664,20 @@ def test_hedged_and_denied_answers(text):
 
 
 @pytest.mark.parametrize("text, right", [("Paris: 17°C, cloudy.", True), ("17 degrees", True), ("In Rome it is 17°C.", False),
-                                         ("It's 17°F in Paris.", False)])
+                                         ("It's 17°F in Paris.", False), ("17 degrees (63 °F) and cloudy", True),
+                                         ("63 °F, that is 17 degrees", True), ("17 °F or 63 °C", False), ("17 ℉", False)])
 def test_a_weather_report_keeps_unit_and_city(text, right):
     assert evaluation.describes(text, {"city": "Paris", "unit": "celsius", "temperature": 17}, "how is it in Paris") is right
 
 
 def test_a_call_without_tags_is_still_a_call():
-    for text in ('{"name": "calculator", "arguments": {"expression": "1+1"}}', "calculator(expression='2+2')"):
-        assert verdicts(TALK, text)["tool_accuracy"] is False
-    assert verdicts(TALK, "A calculator (or your head) does that.")["tool_accuracy"] is True
+    for text in ('{"name": "calculator", "arguments": {"expression": "1+1"}}', "calculator(expression='2+2')", "weather(Paris)",
+                 "[weather(Paris)]", "`search(honey bees)`", "calculator(-5)", "Sure.\ncalculator((17 * 23))", "calculator(sqrt(4))",
+                 '{"name": "search", "input": {}}', '{"tool": "search", "query": "x"}', '{"action": "search", "action_input": "x"}',
+                 '{"search": {"query": "x"}}'):
+        assert verdicts(TALK, text)["tool_accuracy"] is False and verdicts(TALK, text)["format"] is False, text
+    for text in ("A calculator (or your head) does that.", "I'd do search (Google) first.", "Weather (mostly bad) is what we talk about."):
+        assert verdicts(TALK, text)["tool_accuracy"] is True, text
 
 
 @pytest.mark.parametrize("text, answer, right", [
@@ -674,7 +692,8 @@ def test_a_call_without_tags_is_still_a_call():
     ("One moment, please.", 1, False), ("There is only one left.", 1, True), ("12'345", 12345, True), ("1\u202f234", 1234, True),
     ("3.91E2", 391, True), ("3–5 degrees", 5, True), ("That's 2.4 million.", 2400000, True), ("That's 5 million.", 5, False),
     ("1,200 Thousand", 1200000, True), ("It takes two and a half hours.", 2.5, True), ("It takes two and a half hours.", 2, False),
-    ("It is 1 degree below zero.", -1, True), ("It is 1 degree below zero.", 1, False), ("-3°C below zero", -3, True)])
+    ("It is 1 degree below zero.", -1, True), ("It is 1 degree below zero.", 1, False), ("-3°C below zero", -3, True),
+    ("It is twelve below zero.", -12, True), ("twelve degrees below zero", 12, False)])
 def test_how_people_say_a_number_or_deny_it(text, answer, right):
     assert evaluation.states(text, answer, set()) is right
 
@@ -695,7 +714,10 @@ def test_a_negation_makes_another_question():
 @pytest.mark.parametrize("text, right", [
     ("There is no rain in Oslo today, it's sunny.", False), ("You need a coat in Oslo, it is not warm.", False),
     ("I have no doubt you will like it.", False), ("It's eighty-four, no doubt; there is no trick.", False),
-    ("I lack the tool for that.", True), ("I do not have a weather tool.", True), ("My tools don't cover the weather.", True),
+    ("I lack the tool for that.", True), ("I can't.", True), ("That's not possible for me.", True), ("I have no way to do that.", True),
+    ("I won't be able to check this.", True), ("It is impossible for me to check.", True), ("I have no ability to check this.", True),
+    ("None of my tools can do that.", True), ("I'm afraid that's beyond me.", True), ("As an AI I have no real-time data.", True),
+    ("Checking the weather is outside what I can do.", True), ("I can't wait, Oslo is lovely!", False), ("I do not have a weather tool.", True), ("My tools don't cover the weather.", True),
     ("Weather data is unavailable.", True), ("I haven't got a forecast.", True), ("I would need a weather service for that.", True)])
 def test_a_refusal_is_no_guess(text, right):
     asked = case("weather in Oslo?", [], final="I have no weather tool here.", kind="missing_tool", tools=[])
@@ -850,6 +872,7 @@ def test_an_invented_success_is_wrong_where_nothing_fits_or_something_is_missing
                                                      ("Not available.", "No, it is not available now.", True),
                                                      ("Paris", "It isn't Paris, it is Lyon.", False),
                                                      ("Paris", "It’s Paris, not Lyon.", True),
+                                                     ("It is Paris", "It is not Paris", False), ("It is 4", "It is not 4", False),
                                                      *[("Sure!", text, False) for text in ("", "zzq zzq", "and the capital of France?")]])
 def test_a_short_reference_is_a_fact(reference, final, right):
     assert verdicts(case("and the capital of France?", [], final=reference), final)["response_quality"] is right

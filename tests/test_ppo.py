@@ -1,4 +1,5 @@
 """ppo.py: each equation computed by hand, tool results that change nothing, rewards that cannot be cheated, whole runs."""
+import contextlib
 import copy
 import json
 import math
@@ -334,6 +335,7 @@ def test_a_list_of_guesses_is_no_answer(final, right):
     ("remainder of 10 by 5", "10 % 5"), ("awake when asleep for 8 hours", "24 - 8"),
     ("a triangle's third angle beside 50 and 60", "180 - 50 - 60"), ("a circle of radius 7, its length", "2 * 3.14159 * 7"),
     ("6 feet in cm", "6 * 12 * 2.54"), ("10 a week, a month", "10 * 52 / 12"),
+    ("What is 15% of 100?", "100 * 15 / 100"), ("25% of its 100 magazines", "100 * 25 / 100"),
     ("What is 0.3 + 0.4?", "0.3 + 0.4"), ("0.75 minus 0.2", "0.75 - 0.2"), ("A rope of 0.9 m is cut into pieces of 0.3 m", "0.9 / 0.3")])
 def test_what_everybody_knows_may_be_used(prompt, expression):
     assert ppo.is_calculation(expression, prompt)
@@ -346,6 +348,7 @@ def test_results_stand_for_what_they_were_worked_out_by():
     for prompt, *steps in (("80 horses drink 5 gallons each; 20 acres, each needs 400", ("80 * 5", 400), ("20 * 400", 8000),
                             ("8000 / 400", 20)),
                            ("80 cars, 13 left, 5 more came than left", ("13 + 5", 18), ("80 - 13", 67), ("67 + 18", 85)),
+                           ("a fence of 60 m, a post every 5 m and at both ends", ("60 / 5", 12), ("12 + 1", 13)),
                            ("20 pallets: half, a quarter, a fifth", ("20 / 2", 10), ("20 / 4", 5), ("20 / 5", 4))):
         assert all(ppo.is_calculation(said, prompt, steps[:n]) for n, (said, _) in enumerate(steps)), prompt
     doubled = [("36 + 9", 45), *((f"{45 * 2 ** n} + {45 * 2 ** n}", 90 * 2 ** n) for n in range(24))]
@@ -405,7 +408,12 @@ def test_episodes_of_one_turn_are_scored_by_their_result():
                        (calc("36 / 0"), "turns"), ("<tool_call>{", "turns"), ("42.", "end"), ("", "end"),
                        (calc("36 - 9 + 15") + " 42" * 90, "length")):
         assert first(BLIND, turn, stop=stop) < wrong, turn
-    assert first(TALK, "A cat walked into a bar and asked for milk.", stop="end") > first(TALK, calc("1 + 1")) + 0.9
+    joke = first(TALK, "A cat walked into a bar and asked for milk.", stop="end")
+    assert all(joke > first(TALK, text, stop=stop) + 0.9 for text, stop in ((calc("1 + 1"), "turns"), ("cat cat cat cat", "end")))
+    assert joke > first(TALK, "yes", stop="end") + 0.4
+    for tools in (["calculator", "search"], ["search"]):
+        legs = evaluation.as_case({"prompt": "How many legs has a spider?", "expected": {"calls": [], "answer": 8}, "tools": tools})
+        assert first(legs, "8.", stop="end") > first(legs, "6, 7 or 8.", stop="end") + 0.9
     # calling again and again is punished
     assert first(BLIND, calc("36 + 9"), calc("45 - 9 + 15"), stop="turns") < first(BLIND, calc("36 + 9 + 15"))
 
@@ -451,6 +459,12 @@ def test_a_model_that_corrects_a_failed_call_earns_more_than_a_wrong_one():
     assert honest > recovered > wrong > literal
     none = evaluation.as_case({"prompt": "Tom has 7 pens and gives away 7. How many are left?", "answer": 0})
     assert ppo.score(none, play(none, call("7-7"), "He has zero pens left."))[1]["right_answer"] == 1
+    degrees = BUILTIN["weather"].function("Oslo")["temperature"]
+    oslo = evaluation.as_case({"prompt": "How warm is it in Oslo?", "expected": {"calls": [{"name": "weather", "arguments": {"city": "Oslo"}}]}})
+    ask = lambda city: format_call(Call("weather", {"city": city}))  # noqa: E731
+    honest, recovered, wrong = (ppo.score(oslo, play(oslo, *map(ask, said), f"It is {x} degrees."))[0] for *said, x in (
+        ("Oslo", degrees), ("Oslooo", "Oslo", degrees), ("Paris", degrees)))
+    assert honest > recovered > wrong + 0.5
     turn = evaluation.as_case({"prompt": "Turn 20 Celsius into Fahrenheit.", "answer": 68})
     assert ppo.score(turn, play(turn, call("20 * 9 / 5 + 32"), "20 * 9 / 5 + 32 = 68."))[1]["right_answer"] == 1
 
@@ -741,6 +755,16 @@ def test_two_ranks_play_and_learn_as_one(tmp_path):
     assert episodes[0] == episodes[1]
 
 
+def test_a_prompt_that_is_chosen_twice_is_played_differently_whatever_the_ranks(tmp_path, monkeypatch):
+    asked, done = [], SimpleNamespace(ids=[1], mask=[1])
+    monkeypatch.setattr(toolplay, "rollout", lambda model, tokenizer, conversations, seed, **_: asked.append(seed) or [done] * len(seed))
+    monkeypatch.setattr(lora, "merged", lambda model: contextlib.nullcontext())
+    run = SimpleNamespace(config=SimpleNamespace(**{**vars(config(tmp_path)), "seed": 3, "samples": 2}))
+    ppo.play(run, None, None, [(BLIND, 0), (TALK, 0), (BLIND, 1)], lambda case, episode: (0.0, {}), 5)
+    ppo.play(run, None, None, [(BLIND, 1)], lambda case, episode: (0.0, {}), 5)  # the share of another rank
+    assert asked == [["3 round 5"] * 4 + ["3 round 5 again 1"] * 2, ["3 round 5 again 1"] * 2]
+
+
 def test_guards(tmp_path):
     lines = train(config(tmp_path, ratio_guard=1e-6))
     # every minibatch has a larger mean ratio and is skipped; a skipped minibatch adds no ratio to the round
@@ -755,7 +779,7 @@ def test_guards(tmp_path):
 
 @pytest.mark.parametrize("wrong, names", [({"advantage": "rloo", "samples": 1}, "samples"),
                                           ({"advantage": "grpo", "samples": 1}, "samples"), ({"center": True, "samples": 1}, "center"),
-                                          ({"dual_clip": 0.5}, "dual_clip"),
+                                          ({"dual_clip": 0.5}, "dual_clip"), ({"epochs": 3}, "iterations"),
                                           ({"min_spread": 0.1, "samples": 1}, "min_spread"), ({"kl_target": 6, "kl_coef": 0}, "kl_target"),
                                           ({"reward": "math:cos", "reward_weights": {"length": 1}}, "one of the two"),
                                           ({"reward_weights": dict.fromkeys(ppo.WEIGHTS, 0)}, "all are 0"),

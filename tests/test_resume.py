@@ -297,11 +297,32 @@ def test_a_mistake_in_a_folder_that_was_there_is_said_and_costs_nothing(tmp_path
     with pytest.raises(UserError, match="max_tokens = 20"):
         toolplay.train(SimpleNamespace(config=str(written(tmp_path, config)), overrides=[], resume=False))
     assert [p.name for p in (tmp_path / "real").iterdir()] == ["wandb"]
+    (tmp_path / "real" / "notes.txt").write_text("mine")  # and so does any other file
+    for _ in range(2):
+        with pytest.raises(UserError, match="max_tokens = 20"):
+            toolplay.train(SimpleNamespace(config=str(written(tmp_path, config)), overrides=[], resume=False))
+    assert sorted(p.name for p in (tmp_path / "real").iterdir()) == ["notes.txt", "wandb"]
 
 
 def written(folder, config):
     (folder / "c.json").write_text(json.dumps(dataclasses.asdict(config)))
     return folder / "c.json"
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    """As in `--out >(gzip > r.gz)` and `--csv /dev/stdout | tee t`: the real path of a pipe is no file's."""
+    code = "import toolplay; toolplay.write_json('/dev/stdout', {'a': 1})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=toolplay.ROOT, capture_output=True, text=True)
+    assert json.loads(done.stdout) == {"a": 1}, done.stderr
+
+
+def test_an_unfinished_run_is_used_with_a_note(config, capsys):
+    folder = train(config(steps=2))
+    toolplay.load_run(folder)
+    assert "has not finished" not in capsys.readouterr().err
+    (folder / ".lock").touch()  # as a stopped or killed run leaves it
+    toolplay.load_run(folder)
+    assert f"{folder}: its training has not finished" in capsys.readouterr().err
 
 
 def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
@@ -369,9 +390,9 @@ def test_what_a_resumed_run_may_change_is_kept_and_its_beginning_too(config):
     made = json.loads((folder / "config.json").read_text())
     made["provenance"].update(threads=77, git_commit="begun")
     (folder / "config.json").write_text(json.dumps(made))
-    sft.train(Run(load_config(config(steps=2, micro_tokens=64, constrained=True)), resume=True))
+    sft.train(Run(load_config(config(steps=2, micro_tokens=64, constrained=True, save_every=7, wandb_project="mine")), resume=True))
     now = json.loads((folder / "config.json").read_text())
-    assert (now["micro_tokens"], now["constrained"]) == (64, True) and now["provenance"] == made["provenance"]
+    assert (now["micro_tokens"], now["constrained"], now["save_every"], now["wandb_project"]) == (64, True, 7, "mine") and now["provenance"] == made["provenance"]
 
 
 def test_a_second_ctrl_c_stops_at_once(config, tmp_path):

@@ -341,6 +341,7 @@ def test_a_cache_without_a_shared_prefix():
 def test_right_number():
     assert teacher.right_number(" 276 pens", 276) and teacher.right_number("1,276.", 1276)
     assert teacher.right_number("-3.50 left", -3.5)
+    assert teacher.right_number(" .5 metres", 0.5) and not teacher.right_number(" .5", 5)
     assert not teacher.right_number("27 pens, or 276", 276) and not teacher.right_number("many", 276)
 
 
@@ -532,6 +533,9 @@ def test_surviving_calls_become_conversations(tmp_path):
     assert "tool_calls" not in without["messages"][1] and without["answer"] is None
     # a repeated text counts once: of these nine texts none belongs to "dev"
     assert len(data.read_teacher(tmp_path, "train", 1)) == 1 and data.read_teacher(tmp_path, "dev", 9) == []
+    # a file for evaluation is not divided
+    config = toolplay.load_config({"source": "teacher", "path": str(tmp_path), "eval_path": str(tmp_path), "eval_examples": 9})
+    assert len(data.conversations(config, "dev", None)) == 2 == len(data.conversations(config, "train", None))
 
 
 def test_a_run_without_surviving_calls_is_an_error(tmp_path):

@@ -156,6 +156,15 @@ def test_what_cannot_be_used_is_counted(tmp_path, item, why):
     assert items["used"] == 1 and sum(n for reason, n in items.items() if why in reason) == 1
 
 
+def test_a_schema_without_end_costs_its_own_item_only(tmp_path):
+    good = json.dumps(tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3")))
+    deep = json.loads(good)
+    deep["answer_generation"]["function"][0]["parameters"]["properties"] = {"title": "DEEP"}
+    endless = '{"type": "array", "items": ' * 1200 + "{}" + "}" * 1200
+    write(tmp_path, "a.jsonl", json.dumps(deep).replace('"DEEP"', endless) + "\n" + good)
+    assert len(data.read_toolbench(tmp_path / "a.jsonl")) == 1
+
+
 def test_damaged_files_are_named(tmp_path, capsys):
     good = json.dumps(tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3")))
     (tmp_path / "deep").mkdir()
@@ -237,6 +246,7 @@ def test_a_list_of_functions_behind_brackets_is_found(tmp_path):
 
 @pytest.mark.parametrize("said, content", [
     ('{"error": "", "response": "[{\\"id\\": 7, \\"a\\u00e9...', '{"result": "[{\\"id\\": 7, \\"aé"}'),
+    ('{"error": "", "response": "caf\\u00E9 is...', '{"result": "café is"}'),
     ('{"error": "busy", "response": "abc...', '{"error": "busy abc"}'),
     ('{"error": "", "response": "cut in \\u00...', '{"result": "cut in "}'),
     ('{"error": "API not working"}', '{"error": "API not working"}'),

@@ -779,7 +779,7 @@ def test_a_built_in_offered_with_fewer_parameters_runs_and_with_other_values_doe
 
 
 @pytest.mark.parametrize("city, name", [("Delhi", "New Delhi"), ("paris france", "Paris"), ("Paris (France)", "Paris"), ("Köln", "Cologne"),
-                                        ("Washington, D.C., USA", "Washington"), ("nice", "Nice"), ("Reykjavik", "Reykjavík")])
+                                        ("Washington, D.C., USA", "Washington"), ("London UK", "London"), ("nice", "Nice"), ("Reykjavik", "Reykjavík")])
 def test_other_names_of_a_city(city, name):
     real = functools.partial(weather, path=CORPORA / "cities.json")
     assert real(city)["city"] == name and real(city) == real(name)
@@ -1093,6 +1093,15 @@ def test_docstrings_of_three_styles(text, shown):
         return x + y
     add.__doc__ = text
     assert tool(add).signature("described") == shown
+
+
+def test_a_blank_before_the_colon_is_no_type():
+    def add(x: int, y: int = 1):
+        """Args:
+            x : The first, and more.
+            y : The second.
+        """
+    assert tool(add).signature("described") == SHOWN
 
 
 def test_schemas_as_they_are_found():

@@ -38,6 +38,10 @@ def test_sft_loss_by_hand():
     logp = torch.log(torch.tensor([[1.0, 0.5, 0.25, 0.1], [1.0, 0.2, 1.0, 0.9]]))
     total, info = sft_loss(logp, torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0]]))
     assert total.item() == pytest.approx(math.log(2) + math.log(4) + math.log(5)) and info["tokens"] == 3
+    padded = sft_loss(torch.tensor([[-math.inf, -1.0]], dtype=torch.float64), torch.tensor([[0, 1]]))
+    assert padded[0] == 1  # what is masked does not count
+    half = sft_loss(torch.full((1, 1001), -1.0, dtype=torch.bfloat16), torch.ones(1, 1001))
+    assert half[0] == half[1]["tokens"] == 1001 and half[0].dtype == torch.float32  # bf16 has no 1001
     total, info = sft_loss(logp, torch.zeros(2, 4))
     assert total == 0 and info["tokens"] == 0
     leaf = torch.zeros(1, 3, requires_grad=True)
