@@ -2210,6 +2210,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the templates (default 0)")
     parser.add_argument("--kind", choices=[*KINDS, "synthetic"],
                         help="only this kind (synthetic: all kinds of synthetic functions)")
+    parser.add_argument("--jsonl", metavar="FILE", help="show (or export) the conversations of this file instead")
     parser.add_argument("--toolbench", metavar="PATH",
                         help="read ToolBench files (a file, folder or glob) instead; with --out: export them")
     parser.add_argument("--questions", action="store_true",
@@ -2219,8 +2220,8 @@ def main(argv=None):
     parser.add_argument("--report", metavar="FILE", help="write what became of ToolBench's items here, as JSON")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line
     args = parser.parse_args(argv)
-    if args.toolbench and args.kind:
-        parser.error("--kind chooses templates; it does not go with --toolbench")
+    if (args.toolbench or args.jsonl) and (args.kind or args.toolbench and args.jsonl):
+        parser.error("--kind (of templates), --jsonl and --toolbench: give one of these")
     if not args.toolbench and (args.report or args.max_tokens or args.questions):
         parser.error("--report, --max-tokens and --questions go with --toolbench")
     mix = SYNTHETIC if args.kind == "synthetic" else {args.kind: 1} if args.kind else None
@@ -2234,12 +2235,15 @@ def main(argv=None):
             fits = (lambda c: len(encode(c, tokenizer)[0]) <= args.max_tokens) if args.max_tokens else lambda c: True
             made = read_toolbench(args.toolbench, fits, args.report, args.questions)[:args.n]
             made = [{"id": n, **c} for n, c in enumerate(made, 1)] if args.questions else made  # predict needs an id
+        elif args.jsonl:
+            made = read_jsonl(args.jsonl)[:args.n]
         elif args.show or args.out:
             made = generate(args.split, args.n or (1000 if args.out else args.show), args.seed, mix)
         else:
             return parser.print_help()
         for conversation in made[:args.show or 0]:
-            print(f'--- {conversation["kind"]} ({conversation.get("family", "")})\n{coloured(conversation, tokenizer)}')
+            kind, family = conversation.get("kind", ""), conversation.get("family", "")
+            print(f"--- {kind} ({family})\n{coloured(conversation, tokenizer)}")
         write_jsonl(args.out, made)
 
 

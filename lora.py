@@ -222,7 +222,8 @@ class SharedWeight(ValueError):
 @torch.no_grad()
 def merge(model):
     """Add the adapters to the base weights (summed in fp32), and keep a copy of the base weights for `unmerge`. Raises
-    SharedWeight, and changes nothing, if a weight is shared with another layer."""
+    SharedWeight, and changes nothing, if a weight is shared with another layer. To save a merged model, also call
+    `remove`."""
     layers = require_layers(model, merged=False)
     if not all(layer.enabled for layer in layers.values()):
         raise ValueError("the adapters are switched off here; merge outside of lora_disabled")
@@ -256,6 +257,13 @@ def unmerge(model):
     for layer in require_layers(model, merged=True).values():
         layer.base.weight.copy_(layer.backup)
         layer.backup = None
+
+
+def remove(model):
+    """Put the base layers back in place of the adapted ones. After `merge` these hold the merged weights, so that
+    model.save_pretrained then writes a plain transformers model."""
+    for name, layer in lora_layers(model).items():
+        setattr(model.get_submodule(name.rpartition(".")[0]), last(name), layer.base)
 
 
 # --- 3. files, in PEFT's layout -------------------------------------------------------------

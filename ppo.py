@@ -767,9 +767,9 @@ class ActorCritic:
         self.policy = Policy(model, config.temperature, config.micro_tokens)
         self.reference, self.critic = self.policy.adapter(), {}
         self.head = ValueHead(model.get_input_embeddings().weight.shape[1]).to(device)
-        self.trunk = ("hidden",) if config.advantage == "gae" else ()           # what the critic reads
+        self.trunk = ("hidden",) if config.advantage in CRITIC else ()          # what the critic reads
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if config.advantage == "gae":
+        if config.advantage in CRITIC:
             self.parameters.update({f"value_head.{n}": p for n, p in self.head.named_parameters()})
             if config.value_lora:
                 self.critic = {name: p.requires_grad_() for name, p in self.policy.adapter().items()}
@@ -802,7 +802,7 @@ class ActorCritic:
         info = {**info, "policy_loss": total, "entropy": entropy.detach()}
         if config.entropy_coef:
             total = total - config.entropy_coef * entropy
-        if config.advantage == "gae":
+        if config.advantage in CRITIC:
             value, more = value_loss(self.values(rows, out), old_values, returns, mask, config.value_clip)
             total, info = total + config.vf_coef * value, {**info, **more, "value_loss": value}
         if config.ptx:
@@ -821,6 +821,10 @@ def shuffled(n, *seed):
     return random.Random(repr(seed)).sample(range(n), n)
 
 
+CRITIC = {"gae"}              # advantages that read the critic's values
+COMPARING = {"rloo", "grpo"}  # advantages that compare the samples of a prompt
+
+
 def advantages_of(config, scores, kl, values, mask, kl_coef):
     """Scores [prompts * samples] and KL [B, T] of a round -> (advantages, returns, token rewards) [B, T]."""
     groups = scores.reshape(-1, config.samples)
@@ -836,8 +840,11 @@ def advantages_of(config, scores, kl, values, mask, kl_coef):
     cost = kl_coef * torch.stack([model_tokens(x, m).sum() for x, m in zip(kl, mask)]).reshape(groups.shape)
     if config.advantage == "rloo":
         advantages = rloo_advantages(groups - cost)
-    else:  # KL is not divided by std: if all samples are equally good, the division would amplify the KL's noise
+    elif config.advantage == "grpo":
+        # KL is not divided by std: if all samples are equally good, the division would amplify the KL's noise
         advantages = grpo_advantages(groups) - (cost - cost.mean(1, keepdim=True))
+    else:
+        raise ValueError(f"advantage {config.advantage!r} has no branch here")
     return advantages.reshape(-1, 1) * mask, torch.zeros_like(rewards), rewards
 
 
@@ -864,7 +871,7 @@ def compute_advantages(config, units, kl_coef, device):
                      for name, x in zip(("advantages", "returns", "rewards"), made)})
     log = {"kl": float(model_tokens(kl, mask).sum()) / len(units),
            "sampling_gap": float(((logp - sampled) * mask).abs().max())}
-    if config.advantage == "gae":
+    if config.advantage in CRITIC:
         log["explained_variance"] = explained_variance(values * mask, made[1], mask)
     return log
 
@@ -889,7 +896,7 @@ def check_settings(config):
                         "ratio must be 1): set lora_r > 0 and lora_dropout = 0")
     if config.steps or config.epochs != 1:
         raise UserError("steps, epochs: ppo counts rounds; set iterations (and ppo_epochs)")
-    keys = {config.advantage: config.advantage != "gae", "center": config.center, "min_spread": config.min_spread}
+    keys = {config.advantage: config.advantage in COMPARING, "center": config.center, "min_spread": config.min_spread}
     comparing = [name for name, on in keys.items() if on]
     if config.samples < 2 and comparing:
         raise UserError(f"samples = {config.samples}: {comparing[0]} compares the samples of a prompt; "
@@ -1024,6 +1031,9 @@ def train(run):
         waiting = [i for i in trainer.extra["taught"] if i not in picked]
         trainer.extra["taught"] = waiting + list(dict.fromkeys(i for i, yes in zip(picked, taught) if yes))
         groups = [group for group, yes in zip(played, taught) if yes]
+        if not groups and run.rank == 0:
+            run.bar.write(f"round {round_}: no prompt's samples differ by min_spread = {config.min_spread}: nothing is "
+                          "learned", file=sys.stderr)
         everything, units = ([unit for group in some for unit in group] for some in (played, groups))
         log = {**summary(everything), "kl_coef": beta, "learned_from": len(groups) / config.prompts,
                "replayed": len(again) / config.prompts}

@@ -204,6 +204,9 @@ def load_config(source, overrides=()):
     if config.eval_path and not reads and not config.fallback and method != "teacher":
         raise UserError(f'{name}: "eval_path" needs source = "jsonl", "toolbench" or "teacher"; '
                         f'with "{config.source}" the dev split is evaluated')
+    if config.eval_path and not config.eval_examples:
+        raise UserError(f'{origin["eval_path"]}: eval_path is not read while eval_examples = 0; '
+                        'say how many of its lines to use, such as --eval_examples=100')
     for key in {"path", "eval_path", "start_from", "model", "run_dir", "text"} & set(vars(config)):
         setattr(config, key, os.path.expanduser(getattr(config, key)))
     if not config.run_dir:
@@ -532,8 +535,8 @@ def takes_trie(model):
                                for ids in ([1, 2, 3, 4], [1, 2, 5])]))
         if not found[kind]:
             print(f"{type(model).__name__}: its attention takes no tree mask (sliding windows, positions that depend "
-                  "on a row's length, a special kernel, a cache of its own, NVIDIA_TF32_OVERRIDE); falling back to one "
-                  "sequence per forward: exact, but slower", file=sys.stderr)
+                  "on a row's length, a special kernel, a cache of its own, weights in half precision, "
+                  "NVIDIA_TF32_OVERRIDE); falling back to one sequence per forward: exact, but slower", file=sys.stderr)
     return found[kind]
 
 
@@ -1156,7 +1159,7 @@ CHANGES = ("wandb", "wandb_project", "wandb_name", "wandb_tags", "save_every", "
 
 # The metrics of a step that the progress bar shows.
 SHOWN = ("loss", "eval_loss", "rewards/accuracy", "rewards/margin", "logp/chosen", "reward", "kl", "entropy",
-         "clip_fraction", "value_loss", "explained_variance", "tool_success", "response_length")
+         "clip_fraction", "value_loss", "explained_variance", "tool_success", "response_length", "learned_from")
 
 
 class Interrupted(Exception):
@@ -1571,12 +1574,17 @@ def train(args):
     config = load_config(source / "config.json" if of_run else source, args.overrides)
     if of_run and not any(o.startswith("--run_dir") for o in args.overrides):
         config.run_dir = str(source)  # the folder may have been moved
+    script = Path(sys.argv[0]).stem
+    if script in METHODS and script != config.method:
+        raise UserError(f'{args.config}: its method is "{config.method}", not "{script}": write "method": "{script}" '
+                        "into it, or use toolplay.py train")
     if args.resume and not (Path(config.run_dir) / "config.json").exists():  # killed before it wrote anything
         print(f"{config.run_dir}: nothing to resume there; starting from the beginning", file=sys.stderr)
     with Run(config, resume=args.resume) as run:
         importlib.import_module(config.method).train(run)
     if run.rank == 0:
-        print(f"done: {run.folder}\n  score it:     python toolplay.py eval --run {run.folder}\n"
+        cases = f" --data {config.eval_path or 'FILE'}" if config.source in ("jsonl", "toolbench") else ""
+        print(f"done: {run.folder}\n  score it:     python toolplay.py eval --run {run.folder}{cases}\n"
               f"  talk to it:   python toolplay.py chat --run {run.folder}")
 
 

@@ -23,6 +23,9 @@ Three rules hold everywhere in this file.
 Prompts show tools as one-line signatures, which take a third of the tokens of JSON schemas.
 Signatures are not OpenAI's format; `Tool.schema()` and `render_tools(tools, "json")` return it.
 
+`weather` and `search` read configs/corpora/cities.json and search.jsonl beside this file, or the files that
+TOOLPLAY_CITIES and TOOLPLAY_SEARCH name; all else works if this file is copied alone.
+
 Run `python tools.py` to see the tools and some calls, right and wrong.
 """
 import ast
@@ -453,8 +456,10 @@ def tool_from_schema(schema: dict, function=None) -> Tool:
             and parameters.keys().isdisjoint({"properties", "items", "additionalProperties", "patternProperties",
                                              "$defs", "definitions"})):
         raise UserError(f'{where}: its parameters must stand under "properties", as in a JSON schema')
+    isolated = function.isolated if isinstance(function, Tool) else True
     function = getattr(function, "function", function)  # a Tool's own function
-    made = Tool(inner["name"], description, without_nulls(parameters) or {"type": "object", "properties": {}}, function)
+    made = Tool(inner["name"], description, without_nulls(parameters) or {"type": "object", "properties": {}}, function,
+                isolated)
     return _with_defaults(made, where) if apart else made
 
 

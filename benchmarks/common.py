@@ -86,6 +86,8 @@ def main_against_trl(script, what, prepare, ours, trl, **defaults):
     made.add_argument("--peers", default="plain,checkpointing", help="which TRL settings to run")
     options = made.parse_args()
     wanted = ["prepare", "ours", *(f"trl {peer}" for peer in filter(None, options.peers.split(",")))]
+    if unknown := set(wanted) - set(roles):
+        made.error(f"--peers: {min(unknown)[4:]!r} is none of plain, checkpointing")
     run_roles(script, options, roles, wanted, lambda sides: against_peers(sides, options, what, 1e-3))
 
 

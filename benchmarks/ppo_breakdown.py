@@ -1,9 +1,9 @@
 """
 ppo_breakdown.py - where the time of a PPO round goes: rollout, reference and old log-probs, update
 
-Runs a few rounds of a PPO config (unchanged, except that evaluation is off) and times the three parts; "other" is the
-reward, the log and the checkpoint. The first round is warm-up. The share of the matmul peak is that of the update only;
-common.py says how FLOPs are counted.
+Runs a few rounds of a PPO config (unchanged, except for the number of rounds, over which the learning rate also falls,
+and evaluation, which is off) and times the three parts; "other" is the reward, the log and the checkpoint. The first
+round is warm-up. The share of the matmul peak is that of the update only; common.py says how FLOPs are counted.
 
     .venv/bin/python benchmarks/ppo_breakdown.py --config configs/ppo.json --start-from RUN
 """

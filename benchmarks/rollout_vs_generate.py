@@ -25,9 +25,7 @@ def prepare(folder, options):
     import toolplay
     if options.run:
         model, tokenizer, _ = toolplay.load_run(options.run)  # merged already
-        for name, layer in lora.lora_layers(model).items():
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base)
+        lora.remove(model)
     else:
         model, tokenizer = toolplay.load_model(options.model)
     model.save_pretrained(folder / "base")

@@ -56,7 +56,7 @@ def cases():
 
 def train(name, config, *overrides):
     folder = RUNS / name
-    if not (folder / "adapter").is_dir():
+    if not (folder / "adapter").is_dir() or (folder / ".lock").exists():  # .lock stays while a run is unfinished
         done = (folder / "config.json").exists()
         toolplay("train", folder if done else ROOT / "configs" / config,
                  *(["--resume"] if done else [f"--run_dir={folder}", *overrides]))

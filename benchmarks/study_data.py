@@ -35,7 +35,7 @@ def score(folder, name, options):
     """Train and evaluate a run, unless that is done -> {set of cases: [call accuracy of each case]}."""
     source, n, seed = name
     run = folder / f"{source}-{n}-{seed}"
-    if not (run / "adapter").is_dir():
+    if not (run / "adapter").is_dir() or (run / ".lock").exists():  # .lock stays while a run is unfinished
         path = [f"--path={options.teacher}"] if source == "teacher" else []
         toolplay("train", *(["--resume", run] if (run / "config.json").exists() else [
             ROOT / "configs" / "study_data.json", f"--run_dir={run}", f"--source={source}", f"--examples={n}",
@@ -107,7 +107,7 @@ def main():
         sys.exit("the picture needs matplotlib: ./setup.sh --test")
     if not options.table:
         same_settings(folder, {"teacher": options.teacher, "steps": options.steps, "cases": options.cases})
-        if not (Path(options.teacher) / "adapter").is_dir():
+        if not (Path(options.teacher) / "adapter").is_dir() or (Path(options.teacher) / ".lock").exists():
             toolplay("train", *(["--resume", options.teacher] if (Path(options.teacher) / "config.json").exists()
                                 else [ROOT / "configs" / "teacher.json", f"--run_dir={options.teacher}"]))
         import data

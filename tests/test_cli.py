@@ -57,6 +57,12 @@ def test_sft_py_is_the_same_run(run, tmp_path):
         run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+def test_a_file_trains_its_own_method(tmp_path):
+    (tmp_path / "c.json").write_text('{"model": "tiny", "examples": 4}')  # no "method": sft
+    done = subprocess.run([sys.executable, str(ROOT / "dpo.py"), "c.json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and 'its method is "sft", not "dpo"' in done.stderr and not (tmp_path / "runs").exists()
+
+
 def test_an_existing_run_is_not_overwritten(run, capsys):
     out = cli("train", ROOT / "configs" / "sft_tiny.json", *TINY, f"--run_dir={run}", code=2, capsys=capsys)
     assert out.err.count("\n") == 1 and "--resume" in out.err and "--run_dir" in out.err

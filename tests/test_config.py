@@ -134,7 +134,8 @@ def test_values_that_belong_together():
 @pytest.mark.parametrize("settings, words", [
     ({"lora_dropout": 1}, "0 to below 1"), ({"lora_skip": 1.0}, "0 to below 1"), ({"lora_targets": []}, "lora_targets"),
     ({"tools": [5]}, "tools: 5"), ({"tools": ["calculator"]}, "must be an object"),
-    ({"data": "jsonl", "source": "jsonl"}, "another name")])
+    ({"data": "jsonl", "source": "jsonl"}, "another name"),
+    ({"source": "jsonl", "path": "a", "eval_path": "b", "eval_examples": 0}, "eval_path is not read while eval_examples = 0")])
 def test_what_would_fail_later_fails_at_once(settings, words):
     assert words in complaint(settings)
 

@@ -539,6 +539,11 @@ def test_show_and_export(tmp_path, capsys):
     data.main(["--show", "2", "--kind", "weather"])
     shown = capsys.readouterr().out
     assert "\033[32m<tool_call>" in shown
+    (tmp_path / "own.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n' * 3)
+    data.main(["--jsonl", str(tmp_path / "own.jsonl"), "--show", "2"])
+    assert capsys.readouterr().out.count("\033[32mho") == 2
+    with pytest.raises(SystemExit):
+        data.main(["--jsonl", str(tmp_path / "own.jsonl"), "--kind", "weather"])
 
 
 def test_dataset_counts_long_rows_and_refuses_untrained_ones(tiny, tmp_path, capsys):

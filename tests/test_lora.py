@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import lora  # noqa: E402
 from lora import (LoRALinear, add_lora, freeze_lowest, load_adapter, lora_disabled, lora_parameters, lora_state, merge, merged,  # noqa: E402
-                  save_adapter, unmerge)
+                  remove, save_adapter, unmerge)
 
 LLAMA_TARGETS = ["q_proj", "v_proj", "down_proj"]
 GPT2_TARGETS = ["c_attn", "c_fc"]
@@ -241,6 +241,15 @@ def test_merge_computes_the_same_and_unmerge_restores_the_bits(dtype, tolerance)
     unmerge(model)
     assert_unchanged(model, before)
     assert torch.equal(model(IDS), out)
+
+
+def test_a_merged_model_can_be_a_plain_one_again():
+    model = adapted()
+    names, out = {name for name, _ in toy().named_parameters()}, model(IDS)
+    merge(model)
+    remove(model)
+    assert {name for name, _ in model.named_parameters()} == names
+    torch.testing.assert_close(model(IDS), out, atol=1e-5, rtol=1e-5)
 
 
 def test_merge_is_computed_in_fp32_even_under_autocast():

@@ -645,7 +645,7 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-def test_prompts_whose_samples_earn_the_same_are_left_out(tmp_path, monkeypatch):
+def test_prompts_whose_samples_earn_the_same_are_left_out(tmp_path, monkeypatch, capsys):
     """min_spread: only prompts whose samples earned different rewards are learned from; the schedule also counts what is left out."""
     def reward(case, episode, n=iter(range(10 ** 6))):  # the samples of each second prompt earn different rewards
         prompt, sample = divmod(next(n), 2)
@@ -664,6 +664,7 @@ def test_prompts_whose_samples_earn_the_same_are_left_out(tmp_path, monkeypatch)
     del seen[:]
     lines = train(config(tmp_path / "b", min_spread=2.0, **more))  # no prompt is learned from: the run continues to its end
     assert not seen and [x["step"] for x in lines] == [8, 16] and lines[0]["learned_from"] == 0
+    assert "no prompt's samples differ by min_spread = 2.0: nothing is learned" in capsys.readouterr().err
 
 
 def test_prompts_that_taught_come_again(tmp_path, monkeypatch):

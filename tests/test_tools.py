@@ -1095,6 +1095,14 @@ def test_docstrings_of_three_styles(text, shown):
     assert tool(add).signature("described") == shown
 
 
+def test_a_tool_that_needs_its_process_keeps_it_when_json_names_it(tmp_path, monkeypatch):
+    (tmp_path / "countdown.py").write_text("from tools import tool\nleft = [3]\n\n\n@tool(isolated=False)\ndef count():\n"
+                                           "    left[0] -= 1\n    return left[0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    tools = load_tools([{"name": "count", "function": "countdown:count"}])
+    assert [execute(Call("count", {}), tools).value for _ in range(3)] == [2, 1, 0]
+
+
 def test_a_blank_before_the_colon_is_no_type():
     def add(x: int, y: int = 1):
         """Args:
