@@ -359,8 +359,9 @@ def _check_message(message, n):
 
 def calls_of(message):
     """The calls of a message, each {"name", "arguments"}; an assistant may also have written them into its text."""
-    written = parse_calls(message.get("content"))[0] if message["role"] == "assistant" else []
-    return message.get("tool_calls") or [{"name": call.name, "arguments": call.arguments} for call in written]
+    if message["role"] != "assistant" or message.get("tool_calls"):
+        return message.get("tool_calls") or []
+    return [{"name": call.name, "arguments": call.arguments} for call in parse_calls(message.get("content"))[0]]
 
 
 def _in_call_order(messages):
@@ -2208,11 +2209,12 @@ def main(argv=None):
     parser.add_argument("--split", choices=["train", "dev", "test"], default="train",
                         help="of the templates (default train)")
     parser.add_argument("--seed", type=int, default=0, help="of the templates (default 0)")
-    parser.add_argument("--kind", choices=[*KINDS, "synthetic"],
-                        help="only this kind (synthetic: all kinds of synthetic functions)")
-    parser.add_argument("--jsonl", metavar="FILE", help="show (or export) the conversations of this file instead")
-    parser.add_argument("--toolbench", metavar="PATH",
-                        help="read ToolBench files (a file, folder or glob) instead; with --out: export them")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--kind", choices=[*KINDS, "synthetic"],
+                       help="only this kind (synthetic: all kinds of synthetic functions)")
+    which.add_argument("--jsonl", metavar="FILE", help="show (or export) the conversations of this file instead")
+    which.add_argument("--toolbench", metavar="PATH",
+                       help="read ToolBench files (a file, folder or glob) instead; with --out: export them")
     parser.add_argument("--questions", action="store_true",
                         help="of ToolBench: its instructions too, questions without an answer (for predict)")
     parser.add_argument("--max-tokens", type=number(int, 1), metavar="N",
@@ -2220,8 +2222,6 @@ def main(argv=None):
     parser.add_argument("--report", metavar="FILE", help="write what became of ToolBench's items here, as JSON")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line
     args = parser.parse_args(argv)
-    if (args.toolbench or args.jsonl) and (args.kind or args.toolbench and args.jsonl):
-        parser.error("--kind (of templates), --jsonl and --toolbench: give one of these")
     if not args.toolbench and (args.report or args.max_tokens or args.questions):
         parser.error("--report, --max-tokens and --questions go with --toolbench")
     mix = SYNTHETIC if args.kind == "synthetic" else {args.kind: 1} if args.kind else None

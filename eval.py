@@ -31,10 +31,10 @@ case to which a metric does not apply is not counted in this metric.
                      Else, due: the text has the key fact of every gold result. Number: the number. Weather: the
                      temperature (and no other unit or city). Search: F1 >= 0.5 with the reference (or with a hit if
                      there is no reference) and no made-up number, or words for "not found" if the search found
-                     nothing. Custom tool: a value
-                     of its result that the user did not say, or F1 >= 0.5 with the reference; and no other numbers if
-                     the result has numbers. Error: words that it cannot be done (if the reference has no such words:
-                     F1 >= 0.5 with it), and no made-up number or weather. A raw result (JSON) is no answer.
+                     nothing. Custom tool: a value of its result that the user did not say, or F1 >= 0.5 with the
+                     reference; and no other numbers if the result has numbers. Error: words that it cannot be done (if
+                     the reference has no such words: F1 >= 0.5 with it), and no made-up number or weather. A raw result
+                     (JSON) is no answer.
                      None due: the text ends by itself, is mostly letters, has a word of small talk, of the prompt or of
                      the reference, repeats no 4-gram four times, does not echo the prompt, and follows no call ("I
                      searched for heads or tails but found nothing" is no reply). For kinds missing_tool and api_none
@@ -315,8 +315,12 @@ def describes(text, weather, known):
     named = [city for city in _cities(_city_file())[0].values()
              if city in text and re.search(rf"(?<!\w){re.escape(city)}(?!\w)", text)]
     others = [city for city in named if city not in known and city not in data.corpus("verdicts.json")["ordinary"]]
-    return ((not units or weather["unit"][0] in units)
-            and (weather["city"] in text or not others))
+    return (not units or weather["unit"][0] in units) and (weather["city"] in text or not others)
+
+
+def denies(text, *patterns):
+    """Whether a text has a word of denial, apart from phrases such as "no problem"."""
+    return any(pattern.search(PHRASES.sub("", text)) for pattern in patterns)
 
 
 def declines(text, reference, known, told):
@@ -324,9 +328,8 @@ def declines(text, reference, known, told):
     made_up = (set(numbers(text)) | in_words(text)) - known - in_words(reference or "") - {1}
     skies = set(data.corpus("verdicts.json")["skies"])
     weather = skies.intersection(words_of(text)).difference(words_of(f"{told} {reference}"))
-    denies = lambda text: any(deny.search(PHRASES.sub("", text)) for deny in (DENIAL, CANNOT))  # noqa: E731
-    like = f1(text, reference or "") >= 0.5 and not denies(reference) and converses(text, told)
-    return not made_up and not weather and (denies(text) or like)
+    like = f1(text, reference or "") >= 0.5 and not denies(reference, DENIAL, CANNOT) and converses(text, told)
+    return not made_up and not weather and (denies(text, DENIAL, CANNOT) or like)
 
 
 def in_circles(words):
@@ -494,14 +497,13 @@ def has_fact(case, final, result, asked, told, known):
 def replies(case, episode, final, asked, known):
     """Whether a final text is the reply that a case without a due call wants. asked, known: as in `has_fact`."""
     messages, reference = case.conversation["messages"], case.reference
-    denies = lambda text: bool(DENIAL.search(PHRASES.sub("", text)))  # noqa: E731
     if reference and (final.strip() == reference.strip()
-                      or f1(final, reference) >= 0.8 and denies(final) == denies(reference)):
+                      or f1(final, reference) >= 0.8 and denies(final, DENIAL) == denies(reference, DENIAL)):
         return True
     if not converses(final, messages[-1]["content"]) and case.kind in data.KINDS:
         return False
     if case.kind in ("missing_tool", "api_none"):
-        return bool(CANNOT.search(PHRASES.sub("", final))) and declines(final, reference, known, asked)
+        return denies(final, CANNOT) and declines(final, reference, known, asked)
     if case.kind == "api_ask":  # must ask for the missing value
         return bool(re.search(r"\?|\b(need|please|tell me|let me know)\b", final, re.IGNORECASE))
     # "Paris", "4": a fact that the text must contain

@@ -857,6 +857,15 @@ def choose_prompts(state, n, config):
     return again, [shuffled(n, config.seed, "prompts", at // n)[at % n] for at in range(start, state["new"])]
 
 
+def what_taught(state, picked, played, config):
+    """The groups of episodes that differ enough to learn from. Their cases wait in `state` to be played again."""
+    scores = [[unit["score"] for unit in group] for group in played]
+    taught = [max(s) - min(s) >= config.min_spread for s in scores]
+    waiting = [i for i in state["taught"] if i not in picked]  # a waiting case may also be picked as a new case
+    state["taught"] = waiting + list(dict.fromkeys(i for i, yes in zip(picked, taught) if yes))
+    return [group for group, yes in zip(played, taught) if yes]
+
+
 def compute_advantages(config, units, kl_coef, device):
     """Write advantages, returns and token rewards into the units to learn from -> log."""
     width = max(len(unit["mask"]) for unit in units)
@@ -988,6 +997,15 @@ def play(run, model, tokenizer, cases, reward, round_):
     return [units[n:n + config.samples] for n in range(0, len(units), config.samples)]
 
 
+def play_round(run, model, tokenizer, cases, reward, round_):
+    """-> for each case its episodes, played by all ranks together. A case that is chosen twice gets other episodes."""
+    import toolplay
+    chats = [case.conversation for case in cases]
+    played = toolplay.shared_out([(case, chats[:n].count(chats[n])) for n, case in enumerate(cases)],
+                                 lambda own: play(run, model, tokenizer, own, reward, round_))
+    return [[{"case": case, **unit} for unit in group] for case, group in zip(cases, played)]
+
+
 def train(run):
     # Imported here so that the losses work in a project that copies this file alone.
     import eval as evaluation
@@ -1021,16 +1039,8 @@ def train(run):
         round_ = position // per_round
         again, new = choose_prompts(trainer.extra, len(cases), config)
         picked = again + new
-        chats = [cases[i].conversation for i in picked]
-        played = toolplay.shared_out([(cases[i], chats[:n].count(chats[n])) for n, i in enumerate(picked)],
-                                     lambda own: play(run, model, tokenizer, own, reward, round_))
-        played = [[{"case": cases[i], **unit} for unit in group] for i, group in zip(picked, played)]
-        scores = [[unit["score"] for unit in group] for group in played]
-        taught = [max(s) - min(s) >= config.min_spread for s in scores]
-        # a waiting case may also be picked as a new case
-        waiting = [i for i in trainer.extra["taught"] if i not in picked]
-        trainer.extra["taught"] = waiting + list(dict.fromkeys(i for i, yes in zip(picked, taught) if yes))
-        groups = [group for group, yes in zip(played, taught) if yes]
+        played = play_round(run, model, tokenizer, [cases[i] for i in picked], reward, round_)
+        groups = what_taught(trainer.extra, picked, played, config)
         if not groups and run.rank == 0:
             run.bar.write(f"round {round_}: no prompt's samples differ by min_spread = {config.min_spread}: nothing is "
                           "learned", file=sys.stderr)

