@@ -40,9 +40,9 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from tools import (BUILTIN, CORPORA, TYPES, Call, Result, UserError, _given, _loads, _problems, calculate,
+from tools import (BUILTIN, CORPORA, MAX_CALL, TYPES, Call, Result, UserError, _given, _loads, _problems, calculate,
                    check_corpora, execute, format_call, format_result,
-                   load_tools, number, one_line_errors, parse_calls, render_tools, tool_from_schema)
+                   load_tools, number, one_line_errors, parse_calls, printable, render_tools, tool_from_schema)
 
 SYSTEM = "You are a helpful assistant."
 TOOL_RULES = ('Call a tool only when it is needed, else just answer. A call looks like this: '
@@ -424,7 +424,7 @@ def read_jsonl(path, check=check_conversation):
         except (ValueError, RecursionError) as error:  # UserError, bad JSON and bad UTF-8 are all ValueErrors
             bad.append(number)
             if len(bad) <= 20:
-                print(f"{path}, {unit} {number}: {error or type(error).__name__}; skipped", file=sys.stderr)
+                print(printable(f"{path}, {unit} {number}: {error or type(error).__name__}; skipped"), file=sys.stderr)
     if more := bad[20:]:
         runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(more), lambda x: x[1] - x[0])]
         listed = ", ".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
@@ -1700,13 +1700,20 @@ def toolbench_items(text):
     return items, bad
 
 
+def literal(text):
+    """The value of a Python literal; nothing is executed. ValueError if it is too long: Python 3.10's parser ends the
+    process on long nested texts."""
+    if len(text) > MAX_CALL:
+        raise ValueError(f"a literal of more than {MAX_CALL} characters")
+    return ast.literal_eval(text)
+
+
 def toolbench_functions(text):
     """The list of functions in a dialogue's system text: a Python list after a text about the functions, which may also
     contain brackets."""
     text = text[max(text.find("access to the following APIs:"), 0):]
     starts, ends = ([m.start() for m in re.finditer(mark, text)] for mark in (r"\[", r"\]"))
-    # literals only: nothing is executed
-    for start, end, read in itertools.product(starts[:20], ends[:-6:-1], (ast.literal_eval, json.loads)):
+    for start, end, read in itertools.product(starts[:20], ends[:-6:-1], (literal, json.loads)):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             functions = read(text[start:end + 1])
             # not the [] inside a function
@@ -1769,7 +1776,7 @@ def toolbench_arguments(text):
         except ValueError:
             if end:
                 return None  # JSON with a duplicate key, or with NaN
-            found = _loads(json.dumps(ast.literal_eval(given)))
+            found = _loads(json.dumps(literal(given)))
         found = _loads(found, strict=False) if isinstance(found, str) else found
         return found if isinstance(found, dict) else None
     return None
@@ -1978,7 +1985,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
     for word, named in (("damaged", damaged), ("noted", noted)):
         lines += [f"  {word}  {name}: {why}" for name, why in [*named.items()][:100]]
         lines += [f"  and {len(named) - 100} more {word} (--report names all)"] * (len(named) > 100)
-    print("\n".join(lines), file=sys.stderr)
+    print(printable("\n".join(lines)), file=sys.stderr)
     if report:
         Path(report).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if not kept:
@@ -2187,7 +2194,7 @@ def epoch_order(rows, seed, epoch, group):
 def coloured(conversation, tokenizer):
     """The conversation as the model sees it, with trained tokens in green."""
     runs = itertools.groupby(zip(*encode(conversation, tokenizer)), key=lambda pair: pair[1])
-    return "".join(f"\033[{32 if trained else 2}m{tokenizer.decode([i for i, _ in run])}\033[0m"
+    return "".join(f"\033[{32 if trained else 2}m{printable(tokenizer.decode([i for i, _ in run]))}\033[0m"
                    for trained, run in runs)
 
 

@@ -12,7 +12,7 @@ case to which a metric does not apply is not counted in this metric.
                      like a call; malformed call syntax, or a call without its tags, counts as a call.
   format             Due: at least one call, every call parses and fits its tool's JSON schema, no forged result or chat
                      tag. None due: a non-empty turn in which nothing looks like a call (as in tool_accuracy), without
-                     tags of tool results or of the chat template.
+                     tags of tool results or of the chat template (those of the form <|...|>).
   argument_accuracy  (due only) The tools are right, and the calls can be paired with the gold calls, in any order, so
                      that every argument is right. Expression: equal value (relative 1e-6), or the same error; and an
                      operation if the gold has one: a literal, or an expression that contains the result itself, is no
@@ -75,7 +75,7 @@ import torch
 import data
 import toolplay
 from tools import (BUILTIN, STOP_WORDS, Call, Tool, ToolError, UserError, _cities, _city_file, _normal, _same, _terms,
-                   execute, load_tools, number, parse_calls, parse_expression, tool_from_schema)
+                   execute, load_tools, number, parse_calls, parse_expression, printable, tool_from_schema)
 
 METRICS = ("tool_accuracy", "format", "argument_accuracy", "call_accuracy", "execution", "response_quality",
            "response_f1", "overall")
@@ -605,7 +605,7 @@ def format_report(report, title, records=None, show_failures=10):
         parts.append("\n    ".join([f"{r['kind']}, case {r['id']}: wrong in {', '.join(r['wrong'])}", *shown]))
     if records:
         parts.append(f"{len(failed)} cases failed in some way; {min(show_failures, len(failed))} shown.")
-    return "\n\n".join(parts)
+    return printable("\n\n".join(parts))
 
 
 # --------------------------------------------------------------------------- 6. runs against each other

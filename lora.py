@@ -352,7 +352,8 @@ def load_adapter(model, folder):
     """Load an adapter into the model's adapters. If the model has none, load it into new, trainable adapters.
 
     Everything is checked before the model changes. ValueError, with the file's name, if a file does not fit the model.
-    Pickle files (adapter_model.bin) are never read.
+    Pickle files (adapter_model.bin) are never read. As in PEFT, target_modules may be a regular expression, and a bad
+    one can take for ever.
     """
     layers = require_layers(model, merged=False) if lora_layers(model) else {}
     with errors_name(Path(folder) / CONFIG_FILE) as path:

@@ -142,7 +142,7 @@ def read_call(text, tools):
     argument may be given as "name=value", as in Python. If the last required argument is a number, optional arguments
     may follow it. A number holds no comma: 1,000 is refused. Lists and objects cannot be written in this form.
     """
-    from tools import Call  # imported here, so that a copy of this file alone gives the losses
+    from tools import Call, _loads  # imported here, so that a copy of this file alone gives the losses
     found = re.match(r"\s*([^\s<>\"(),\[\]]+)\(([^\[\]\n]*?)\)\s*(?:\]|->)", text)
     if not found or found[1] not in tools:
         return None
@@ -173,7 +173,7 @@ def read_call(text, tools):
 
     def typed(name, text):
         with contextlib.suppress(ValueError, RecursionError):  # a bad value stays text; execute says what is wrong
-            return json.loads(text.lower()) if name in numeric else text
+            return _loads(text.lower()) if name in numeric else text
         return text
 
     def bare(text):
@@ -412,7 +412,8 @@ def read_texts(path, n):
             if len(found) > 1:  # join the lines, drop GSM8K's marks: "5 + 6 = <<5+6=11>>11", and "#### 11" at the end
                 text = " ".join(re.sub(r"<<[^<>]*>>|^####.*", "", f"{text}\n{found[1]}", flags=re.MULTILINE).split())
                 last = re.search(r"^#### *(-?[\d,]*\d)$", found[1], re.MULTILINE)
-                ends = last and re.search(rf"(?<![\d.,]){re.escape(last[1])}(?![\d,]|\.\d)(?!.*\d)", text)
+                # the text's last number, if it is the answer
+                ends = last and re.search(rf"(?<![\d.,]){re.escape(last[1])}(?![\d,]|\.\d)[^\d]*$", text)
                 asked = ({"prompt": text[:ends.start()].rstrip(), "answer": int(last[1].replace(",", ""))}
                          if ends and ends.start() else {})
             text.encode()  # fails for half a surrogate pair, which is not text
@@ -639,7 +640,7 @@ def annotated_texts(run, model, tokenizer, texts, tools):
     from tqdm import tqdm
 
     import toolplay
-    from tools import UserError
+    from tools import UserError, printable
     config, path, n = run.config, run.folder / "augmented.jsonl", run.config.texts_at_once
     lines = toolplay.gathered(read_augmented(path)[:len(texts)])[0]
     if len(lines) < len(texts):
@@ -678,11 +679,11 @@ def annotated_texts(run, model, tokenizer, texts, tools):
             fresh = [line for group in toolplay.shared_out(starts, annotated) for line in group]
             lines += fresh
             if run.rank == 0:
-                with open(path, "a", encoding="utf-8") as file:
+                with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                     file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in fresh)
             bar.update(len(fresh))
     if run.rank == 0:
-        print(funnel_text(lines), file=sys.stderr)
+        print(printable(funnel_text(lines)), file=sys.stderr)
     return lines
 
 
@@ -701,7 +702,7 @@ def funnel_text(lines, n=10):
 
 def main(argv=None):
     import toolplay
-    from tools import UserError
+    from tools import UserError, printable
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] != ["--show"]:
         return toolplay.main(["train", *argv])
@@ -710,7 +711,7 @@ def main(argv=None):
         if not lines:
             raise UserError(f"{''.join(argv[1:2]) or '--show'}: no augmented.jsonl; "
                             "name a teacher run that has begun: python teacher.py --show RUN")
-        print(funnel_text(lines))
+        print(printable(funnel_text(lines)))
 
 
 if __name__ == "__main__":

@@ -1183,7 +1183,8 @@ class Run:
         self.device = pick_device(config.device)
         self.found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         self.new = "config.json" not in self.found
-        ours = ("checkpoint", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "adapter", "model")
+        ours = ("checkpoint", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "adapter", "model", "pairs.json",
+                "reference.json", "augmented.jsonl", "before.json")
         if self.new and (foreign := [name for name in ours if name in self.found]):
             raise UserError(f"{self.folder}: it holds {foreign[0]}, but no config.json, so it is no run of Toolplay's; "
                             "choose another place with --run_dir=...")
@@ -1447,6 +1448,8 @@ def read_json(path, shape, remedy):
 def open_wandb(config, folder):
     try:
         import wandb
+        if wandb.__file__ is None:  # not the package, but a folder wandb, such as W&B itself writes
+            raise ModuleNotFoundError("no module named wandb", name="wandb")
         if (os.environ.get("WANDB_MODE", "online") == "online" and "prompt" in inspect.signature(wandb.login).parameters
                 and not wandb.login(prompt=False)):
             raise RuntimeError("no login; run wandb login")  # else wandb would ask for it and wait

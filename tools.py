@@ -15,8 +15,9 @@ Three rules hold everywhere in this file.
      readable message that the model sees.  There is no `eval`: the calculator walks a syntax tree.
   2. Tools are not trusted.  A custom tool runs in a forked process, which is killed at the time
      limit.  The process stops hangs and crashes.  It is NOT a sandbox against malicious code: the
-     tool has access to files, network and memory.  A tool that starts torch threads in the child
-     process may hang there (and is then killed).  Results are cut to `max_chars`.
+     tool has access to files, network and memory, and what it starts in a session of its own lives
+     on.  A tool that starts torch threads in the child process may hang there (and is then killed).
+     Results are cut to `max_chars`.
   3. Nobody can forge a tag.  Inside our JSON each "<" is written \\u003c, so neither an argument
      nor a result can contain `</tool_response>` or `<|im_end|>`.
 
@@ -101,11 +102,12 @@ class Tool:
     parameters: dict  # JSON schema of one object: the arguments
     function: typing.Callable | None = None  # None: the tool can be shown to the model but not run
     isolated: bool = True  # run in a forked process under the time limit
+    own: dict | None = None  # of a reworded tool: the parameters that its function was made for; a call must fit both
 
     def __post_init__(self):
         for _, problem in _problems(vars(self), FORM):
             raise UserError(f"tool {self.name!r}: {problem}")
-        if not re.fullmatch(r'[^\s<>"(),]+', self.name):
+        if not re.fullmatch(r'[^\s<>"(),]+', self.name) or not self.name.isprintable():
             raise UserError(f"tool {self.name!r}: the name must be one word without quotes, brackets or commas")
         if self.function is not None and not callable(self.function):
             raise UserError(f"tool {self.name!r}: {self.function!r:.60} cannot be called; name a function")
@@ -142,7 +144,7 @@ class Tool:
         fields = _fields(self.parameters, style, self.parameters)
         line = (f'{{"name": {_dumps(self.name)}, "arguments": {{{fields}}}}}' if style == "call"
                 else f"{self.name}({fields})") + (f" - {sentence}" if sentence else "")
-        return SURROGATE.sub("\ufffd", re.sub(r"<(?=\||/?tool_)", r"\\u003c", re.sub(r"\s*\n\s*", " ", line)))
+        return SURROGATE.sub("\ufffd", re.sub(r"<(?=\||/?tool_)", r"\\u003c", re.sub(r"(?<!\s)\s*\n\s*", " ", line)))
 
 
 # The JSON schema of a tool. The tool's parameters are themselves a JSON schema.
@@ -171,13 +173,16 @@ def _resolved(schema, root):
     raise ValueError("a $ref leads in a circle")
 
 
-def _parts(schema, root, words=COMBINED, seen=()):
-    """A schema and the schemas that it combines, in one list; the schema itself comes first. `seen`: the schemas that
-    led here, because a schema may be its own part."""
-    schema = _resolved(schema, root)
-    return [schema, *(part for word in words for item in schema.get(word, []) if isinstance(item, dict)
-                      and not any(item is x for x in seen)
-                      for part in _parts(item, root, words, (*seen, item)))]
+def _parts(schema, root, words=COMBINED, seen=None):
+    """A schema and the schemas that it combines, in one list; the schema itself comes first. `seen`: ids of the parts
+    so far. Each counts once: a schema may be its own part, or be reached on 2^n ways."""
+    seen, schema = set() if seen is None else seen, _resolved(schema, root)
+    parts = [schema]
+    for item in (item for word in words for item in schema.get(word, [])):
+        if isinstance(item, dict) and id(item) not in seen:
+            seen.add(id(item))
+            parts += _parts(item, root, words, seen)
+    return parts
 
 
 def _properties(schema, root, part=False):
@@ -215,7 +220,11 @@ MEANINGLESS = re.compile(r"(arg|argument|param|parameter|input|value|field|var)_
 
 def _fields(schema, style, root, path=("#",)):
     """The properties of a schema, in one line. `path`: the references that led here."""
-    required, fields = _required(schema, root), []
+    return _joined(", ", _each_field(schema, style, root, path))
+
+
+def _each_field(schema, style, root, path):
+    required = _required(schema, root)
     for name, field in _properties(schema, root)[0].items():
         whole = _resolved(field, root)
         default = "" if whole.get("default") is None else f" = {_dumps(whole['default'])}"
@@ -223,9 +232,18 @@ def _fields(schema, style, root, path=("#",)):
         if style == "signature" and not MEANINGLESS.fullmatch(name):
             about = ""
         mark, kind = "" if name in required else "?", _type(field, style, root, path)
-        fields.append((f"{_dumps(name)}: {kind}{mark}" if style == "call" else f"{name}{mark}: {kind}") + default
-                      + (f" ({about})" if about else ""))
-    return ", ".join(fields)
+        yield ((f"{_dumps(name)}: {kind}{mark}" if style == "call" else f"{name}{mark}: {kind}") + default
+               + (f" ({about})" if about else ""))
+
+
+def _joined(sign, texts):
+    """The texts in one line. ValueError if it gets too long: a few references to each other can stand for 10^9 words."""
+    line, room = [], MAX_CALL
+    for text in texts:
+        line.append(text)
+        if (room := room - len(text) - len(sign)) < 0:
+            raise ValueError(f"written in one line, it has more than {MAX_CALL} characters")
+    return sign.join(line)
 
 
 def _type(schema, style, root, path=("#",)):
@@ -241,7 +259,7 @@ def _type(schema, style, root, path=("#",)):
         return _dumps(schema["const"])
     for word, sign in (("anyOf", " | "), ("oneOf", " | "), ("allOf", " & ")):
         if schema.get(word) and "properties" not in schema:
-            return sign.join(_type(part, style, root, path) for part in schema[word])
+            return _joined(sign, (_type(part, style, root, path) for part in schema[word]))
     kind = schema.get("type", "any")
     kind = kind if isinstance(kind, str) else " | ".join(kind)
     items = (f"<{_type(schema['items'], style, root, path)}>"
@@ -260,7 +278,7 @@ def _types(schema):
 
 
 def _problems(value, schema, where="", root=None, part=False, known=None):
-    """[(error type, message)] for each way in which `value` breaks `schema`.  Values are not converted.
+    """[(error type, message)] for the ways in which `value` breaks `schema`, at most ten.  Values are not converted.
 
     `part`: whether `schema` is part of a combined schema (allOf, anyOf, oneOf), see `_properties`.  `known`: results so
     far, so that no schema is checked twice at one place. Without it, a schema of alternatives that contains itself
@@ -270,7 +288,7 @@ def _problems(value, schema, where="", root=None, part=False, known=None):
     key = (where, id(value), id(schema), part)
     if key not in known:
         known[key] = [("wrong_type", "a schema that is its own alternative fits nothing")]  # until the check ends
-        known[key] = list(_new_problems(value, schema, where, root, part, known))
+        known[key] = list(itertools.islice(_new_problems(value, schema, where, root, part, known), 10))
     return known[key]
 
 
@@ -526,7 +544,8 @@ def load_tools(items=None, known=None) -> dict:
         made = known[item] if isinstance(item, str) else item if isinstance(item, Tool) else tool_from_schema(item)
         own = known.get(made.name)
         if own and made.function is None and _narrows(made.parameters.get("properties", {}), own.parameters):
-            made = replace(made, function=own.function, isolated=own.isolated)  # a reworded built-in still runs
+            # a reworded tool still runs, with arguments that its function was made for
+            made = replace(made, function=own.function, isolated=own.isolated, own=own.own or _whole(own.parameters))
         if made.name in tools:
             raise UserError(f"tools: {made.name!r} is there twice; give each tool its own name")
         tools[made.name] = made
@@ -880,8 +899,9 @@ class Result:
 
 
 def printable(text):
-    """Text for a terminal: control characters from a data file are shown, not executed."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
+    """Text for a terminal: control characters from a file or model are shown, not executed; nor may a text change the
+    direction of what follows."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda m: ascii(m[0])[1:-1], text)
 
 
 def number(kind, low):
@@ -907,7 +927,7 @@ def one_line_errors():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except (UserError, OSError) as error:  # OSError: no space, no permission, a folder in the way; it names the file
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -953,13 +973,12 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
             arguments = {key: value for key, value in arguments.items()
                          if value is not None or key not in may_be_left_out
                          or not _problems(None, may_be_left_out[key], root=schema)}
-        own = BUILTIN.get(name)
-        # a reworded built-in must also satisfy the built-in's own schema
-        schemas = [schema, own.parameters] if own and tool.function is own.function else [schema]
-        for problem in itertools.chain.from_iterable(_problems(arguments, s) for s in schemas):
+        for problem in itertools.chain.from_iterable(_problems(arguments, s) for s in (schema, tool.own) if s):
             return failed(*problem)
         return _run_in_child(tool, arguments, failed, timeout) if tool.isolated else _run(tool, arguments, failed)
-    except Exception as error:  # a broken schema, no more processes, an exception that cannot be printed
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a broken schema, no more processes, an exception that cannot be printed
         return failed("crashed", f"{name} could not be run: {type(error).__name__}")
 
 

@@ -539,9 +539,10 @@ def test_show_and_export(tmp_path, capsys):
     data.main(["--show", "2", "--kind", "weather"])
     shown = capsys.readouterr().out
     assert "\033[32m<tool_call>" in shown
-    (tmp_path / "own.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n' * 3)
+    line = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho\033[2J"}]}
+    (tmp_path / "own.jsonl").write_text((json.dumps(line) + "\n") * 3)
     data.main(["--jsonl", str(tmp_path / "own.jsonl"), "--show", "2"])
-    assert capsys.readouterr().out.count("\033[32mho") == 2
+    assert capsys.readouterr().out.count("\033[32mho\\x1b[2J") == 2  # a text of a file does not command the terminal
     with pytest.raises(SystemExit):
         data.main(["--jsonl", str(tmp_path / "own.jsonl"), "--kind", "weather"])
 

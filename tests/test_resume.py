@@ -343,7 +343,7 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
 
 # ---------------------------------------------------------------- who owns the folder
 
-@pytest.mark.parametrize("held", ["checkpoint", "model", "adapter", "metrics.jsonl"])
+@pytest.mark.parametrize("held", ["checkpoint", "model", "adapter", "metrics.jsonl", "pairs.json"])
 def test_a_folder_of_somebody_elses_is_left_alone(config, tmp_path, held):
     mine = tmp_path / "run" / held / "mine.txt" if "." not in held else tmp_path / "run" / held
     mine.parent.mkdir(parents=True)

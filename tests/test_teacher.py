@@ -109,7 +109,7 @@ def test_arguments_by_place_and_by_name(text, arguments):
     assert call.arguments == arguments and list(call.arguments) == list(arguments)
     assert teacher.read_call(teacher.call_text(call, start=""), tools) == call  # the call in the text is the call that was tried
     assert teacher.read_call("convert(1,000)]", tools) is None  # ambiguous: one number, or a number and a currency
-    for text in ("convert(5, amount=3)]", "convert(currency=GBP)]", "convert(" + '{"a":' * 3000 + ")]"):
+    for text in ("convert(5, amount=3)]", "convert(1e999)]", "convert(currency=GBP)]", "convert(" + '{"a":' * 3000 + ")]"):
         assert (made := teacher.read_call(text, tools)) is None or not execute(made, tools).ok
 
 

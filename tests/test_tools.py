@@ -1321,3 +1321,53 @@ def test_corpora_may_begin_with_a_mark(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         monkeypatch.setenv(variable, str(tmp_path / name))
     assert weather("Oslo")["city"] == "Oslo" and search("Oslo")[0]["title"] == "Oslo"
+
+
+def test_a_reworded_tool_keeps_the_schema_of_its_own_function():
+    """A line of a data file may offer a user's tool in other words, but its function gets only what it was made for."""
+    @tool
+    def pay(amount: int, currency: Literal["EUR", "USD"] = "EUR") -> str:
+        return f"{amount} {currency}"
+    known = {"pay": pay}
+    weaker = {"name": "pay", "description": "Send money.", "parameters": {"type": "object", "properties": {"amount": {}, "currency": {
+        "type": "string", "enum": ["EUR"]}}}}
+    offered = load_tools([weaker], known)
+    assert execute(Call("pay", {"amount": 5, "currency": "EUR"}), offered).value == "5 EUR"
+    assert execute(Call("pay", {"amount": "5; rm -rf"}), offered).error_type == "wrong_type"
+    assert execute(Call("pay", {}), offered).error_type == "missing_argument"
+    assert execute(Call("pay", {"amount": 5, "currency": "USD"}), offered).error_type == "wrong_type"  # its own words hold, too
+    twice = load_tools([{**weaker, "parameters": {"properties": {"amount": {"type": "string"}}}}], offered)
+    assert execute(Call("pay", {"amount": "5"}), twice).error_type == "wrong_type"
+
+
+def test_schemas_that_refer_to_each_other_are_read_in_time():
+    pairs = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}, {"$ref": f"#/$defs/a{n + 1}"}]} for n in range(60)}
+    pairs["a60"] = {"properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    made = Tool("f", "", {"$defs": pairs, "allOf": [{"$ref": "#/$defs/a0"}]}, lambda x: x, False)
+    assert execute(Call("f", {"x": 3}), [made]).value == 3 and execute(Call("f", {}), [made]).error_type == "missing_argument"
+    wide = {f"b{n}": {"type": "object", "properties": {f"p{k}": {"$ref": f"#/$defs/b{n + 1}"} for k in range(12)}} for n in range(8)}
+    with pytest.raises(UserError, match="more than 100000 characters"):
+        Tool("f", "", {"$defs": {**wide, "b8": {"type": "integer"}}, "properties": {"p": {"$ref": "#/$defs/b0"}}})
+    many = tools._problems([1] * 100_000, {"type": "array", "items": {"type": "string"}})
+    assert len(many) == 10
+    assert "\n" not in Tool("f", "", {"properties": {" " * 30_000: {}, "a\n\n b": {}}}).signature()
+
+
+def test_text_for_a_terminal_neither_commands_it_nor_turns_around(capsys):
+    assert tools.printable("a\x1b[2Jb\u202ec\u2066\td\ne") == "a\\x1b[2Jb\\u202ec\\u2066\td\ne"
+    with pytest.raises(UserError, match="one word"):
+        Tool("f\x1b[2J", "", {})
+    with pytest.raises(SystemExit), tools.one_line_errors():
+        raise UserError("no file a\x1b[31mb")
+    assert capsys.readouterr().err == "error: no file a\\x1b[31mb\n"
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise SystemExit(3)
+
+
+def test_an_error_that_cannot_be_printed_is_a_crash():
+    def broken():
+        raise Unspeakable
+    assert execute(Call("f", {}), [Tool("f", "", {}, broken, False)]).error_type == "crashed"
