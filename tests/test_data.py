@@ -923,3 +923,13 @@ def test_sentencepiece_puts_no_blank_before_the_pieces(template, scheme):
     assert data.encode(asked, tok, generation=True)[0] == whole(shown[:2], add_generation_prompt=True)
     (_, weights), = sft.weigh([(ids, mask)], 1.0, 3.0, sft.before_name(tok))
     assert weights.count(3.0) > 60  # the tokens of the call
+
+
+def test_the_needed_tool_may_stand_at_any_place(splits):
+    """Most examples show the three tools in one order, so that the trie shares their prompt; the others keep a model from learning
+    places instead of tools."""
+    for needed in ("calculator", "weather", "search"):
+        calling = [row for row in splits["train"] if len(row["tools"]) == 3
+                   and {call["name"] for message in row["messages"] for call in message.get("tool_calls", [])} == {needed}]
+        places = [list(load_tools(row["tools"])).index(needed) for row in calling]
+        assert len(places) > 50 and all(places.count(n) > len(places) / 25 for n in range(3)), (needed, places)

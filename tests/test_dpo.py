@@ -343,6 +343,17 @@ def test_kill_9_then_resume_is_bit_identical(uninterrupted, tmp_path, place, nth
                               ["metrics.jsonl", "reference.json", "adapter/adapter_model.safetensors"])
 
 
+def test_two_ranks_learn_as_one(tmp_path):
+    made = {}
+    for ranks in (1, 2):
+        codes, stderr = small.zygote().run("train", ranks=ranks, config=dict(RESUMED, run_dir=str(tmp_path / str(ranks))), timeout=60)
+        assert codes == [0] * ranks, stderr
+        made[ranks] = toolplay.read_lines(tmp_path / str(ranks) / "metrics.jsonl")
+    assert len(made[1]) > 1
+    for one, two in zip(made[1], made[2], strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
+
+
 def test_resume_is_bit_identical_and_reads_the_reference(tmp_path, monkeypatch):
     whole = config(tmp_path / "a")
     train(whole)

@@ -911,3 +911,16 @@ def test_a_breakdown_of_the_official_checker_spoils_the_whole_case():
     function = {"name": "f", "parameters": {"type": "dict", "properties": {"d": {"type": "dict"}}, "required": ["d"]}}
     answers = [{"f": {"d": [{"k": [1]}, {"k": {"z": [2]}}]}}, {"f": {"d": [{"k": [5]}]}}]
     assert not evaluation.bfcl_valid("parallel", [function], [("f", {"d": {"k": 5}}), ("f", {"d": {"k": 1}})], answers)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_gold_of_every_kind_is_judged_right(split, monkeypatch):
+    """Read by a parser and executed again, as if a model had written it."""
+    monkeypatch.delenv("TOOLPLAY_CITIES"), monkeypatch.delenv("TOOLPLAY_SEARCH")
+    for kind in [kind for kind in data.KINDS if kind != "canonical" or split == "train"]:
+        for conversation in data.generate(split, 12, 3, {kind: 1}):
+            given = evaluation.as_case(conversation)
+            turns = [m["content"] + "".join(format_call(Call(c["name"], c["arguments"])) for c in m.get("tool_calls") or [])
+                     for m in conversation["messages"][len(given.conversation["messages"]):] if m["role"] == "assistant"]
+            wrong = [name for name, verdict in verdicts(given, *turns).items() if verdict is False]
+            assert not wrong, (kind, conversation["prompt"], turns)

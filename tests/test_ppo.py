@@ -98,6 +98,51 @@ def test_tool_tokens_change_nothing_bit_for_bit(at, k):
         assert torch.equal(a, keep(b) if b.dim() == 2 else b)
 
 
+@pytest.mark.parametrize("advantage, center, whiten", [("gae", False, False), ("gae", True, True), ("rloo", False, False),
+                                                       ("grpo", False, False)])
+def test_advantages_of_a_round_step_over_tool_tokens(advantage, center, whiten):
+    settings = ppo.Config(advantage=advantage, samples=2, center=center, whiten_rewards=whiten)
+    torch.manual_seed(0)
+    kl, values, scores = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([1.0, 0.0, 0.25, 0.5])
+    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0.]])
+    plain = ppo.advantages_of(settings, scores, kl, values, mask, 0.3)
+    for at, k in ((0, 2), (3, 1), (4, 9)):
+        longer = ppo.advantages_of(settings, scores, spliced(kl, at, k), spliced(values, at, k), spliced(mask, at, k, 0.0), 0.3)
+        assert all(torch.equal(a, torch.cat([b[:, :at], b[:, at + k:]], 1)) for a, b in zip(plain, longer))
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
+def test_drifting_from_the_reference_costs(advantage):
+    """Two samples that earn the same: the first has become more likely than under the reference by 1.5 nats, the second less
+    likely by 1."""
+    settings = ppo.Config(advantage=advantage, samples=2)
+    units = [{"mask": [0, 1, 1], "logp": [0, -1.0, -1.0], "ref_logp": ref, "values": [0, 0, 0], "score": 1.0,
+              "episode": SimpleNamespace(logp=[0, -1.0, -1.0])} for ref in ([0, -2.0, -1.5], [0, -0.5, -0.5])]
+    log = ppo.compute_advantages(settings, units, 0.1, "cpu")
+    assert units[0]["rewards"] == pytest.approx([0, -0.1, 0.95]) and units[1]["rewards"] == pytest.approx([0, 0.05, 1.05])
+    assert log["kl"] == pytest.approx((1.5 - 1) / 2) and log["sampling_gap"] == 0
+    assert max(units[0]["advantages"]) < max(units[1]["advantages"]) and min(units[0]["advantages"]) < 0
+    if advantage != "gae":  # the costs are 0.15 and -0.1; RLOO subtracts the other's, GRPO the mean
+        by_hand = {"rloo": 0.25, "grpo": 0.125}[advantage]
+        assert units[0]["advantages"] == pytest.approx([0, -by_hand, -by_hand]) and units[1]["advantages"] == pytest.approx([0, by_hand, by_hand])
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms():
+    settings = ppo.Config(entropy_coef=0.1, vf_coef=0.5, dual_clip=3.0, ptx=1)
+    actor, entropy, hidden = ppo.ActorCritic.__new__(ppo.ActorCritic), torch.tensor([[0.3, 0.2, 0.9]]), torch.ones(1, 3, 8)
+    logp = torch.tensor([[-1.0, -0.5, -2.0]])
+    actor.config, actor.device, actor.critic, actor.trunk, actor.head = settings, "cpu", {}, ("hidden",), ppo.ValueHead(8)
+    actor.policy = lambda rows, want: {"logp": logp, "entropy": entropy, "hidden": hidden}
+    assert torch.equal(actor.head(torch.randn(2, 3, 8)), torch.zeros(2, 3))  # the critic begins without an opinion
+    unit = {"row": ([1, 2, 3], [1, 1, 0]), "mask": [1, 1, 0], "weight": [0, 0, 0.25], "logp": [-5.0, -0.5, 0], "advantages": [-2.0, 1.0, 0],
+            "returns": [0.5, -1.0, 7.0], "values": [0.0, 0.0, 0.0]}
+    total, info = actor.loss([unit])
+    # e^4 times as likely and bad: dual clip bounds the loss at 3 * 2; the second token earns 1
+    assert info["policy_loss"].item() == pytest.approx(6 - 1) and info["entropy"].item() == pytest.approx(0.5)
+    assert info["value_loss"].item() == pytest.approx(0.5 * (0.25 + 1)) and info["ptx_loss"].item() == pytest.approx(0.5)
+    assert total.item() == pytest.approx(5 - 0.1 * 0.5 + 0.5 * 0.625 + 0.5)
+
+
 def test_what_stands_on_a_tool_token_is_nothing():
     """Not even nan on a tool token changes a result; the mask may also be boolean or of integers."""
     nan, mask = math.nan, T([1, 0, 1])
@@ -568,9 +613,13 @@ def test_a_search_that_was_not_the_question_earns_little():
     assert lazy < honest - 0.9
 
 
-def test_a_crashed_tool_has_a_reward():
-    episode = play(STORY, calc("36 / 0"), "That fails.")
-    assert math.isfinite(ppo.score(STORY, episode)[0]) and ppo.score(STORY, episode)[1]["executed"] == 0
+@pytest.mark.parametrize("error_type", ["crashed", "timeout", "tool_error"])
+def test_a_crashed_tool_has_a_reward(error_type):
+    failed, honest = play(STORY, calc("36 - 9 + 15"), "That fails."), play(STORY, calc("36 - 9 + 15"), "She has 42 stickers.")
+    failed.results = [Result("calculator", False, None, error_type, "it broke")]
+    earned, parts = ppo.score(STORY, failed)
+    assert parts["executed"] == 0 and earned < ppo.score(STORY, honest)[0]
+    assert earned > ppo.score(STORY, play(STORY, "That fails."))[0]  # the model did what was right
 
 
 # ---------------------------------------------------------------- training
@@ -597,13 +646,14 @@ def test_a_run(tmp_path, advantage, capsys):
     assert "advantage" in capsys.readouterr().out
 
 
-def test_the_first_ratio_is_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, 1.4])
+def test_the_first_ratio_is_one(tmp_path, monkeypatch, temperature):
     ratios = []
     real = ppo.policy_loss
     monkeypatch.setattr(ppo, "policy_loss", lambda logp, old, a, mask, *rest: (ratios.append(torch.exp(logp - old)[mask.bool()].detach()),
                                                                                real(logp, old, a, mask, *rest))[1])
-    train(config(tmp_path, iterations=1, batch_size=4))
-    assert (ratios[0] - 1).abs().max() < 1e-5
+    lines = train(config(tmp_path, iterations=1, batch_size=4, temperature=temperature))
+    assert (ratios[0] - 1).abs().max() < 1e-5 and lines[0]["sampling_gap"] < 1e-4
 
 
 def test_it_learns(tmp_path, monkeypatch):

@@ -71,6 +71,17 @@ def test_two_runs_are_bit_identical(config):
     assert lines[-1]["eval_loss"] < lines[0]["loss"]
 
 
+def test_the_weights_of_the_lowest_evaluation_loss_are_kept(config):
+    steady = {"schedule": "constant", "warmup": 0, "lr": 9.0, "eval_every": 1}  # so large a step that the loss goes up and down
+    lines = [json.loads(line) for line in (train(config("best", **steady)) / "metrics.jsonl").read_text().splitlines()]
+    best = min(lines, key=lambda x: x["eval_loss"])["step"]
+    assert 1 <= best < 7
+    weights = [results(folder)["adapter/adapter_model.safetensors"] for folder in (
+        train(config("best", **steady), resume=True), train(config("short", **steady, steps=best)),
+        train(config("last", **steady, keep_best=False)))]
+    assert weights[0] == weights[1] != weights[2]
+
+
 def test_the_run_folder_says_how_it_was_made(config):
     folder = train(config(steps=2))
     made = json.loads((folder / "config.json").read_text())
