@@ -40,9 +40,9 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from tools import (BUILTIN, CORPORA, MAX_CALL, TYPES, Call, Result, UserError, _given, _loads, _problems, calculate,
-                   check_corpora, execute, format_call, format_result,
-                   load_tools, number, one_line_errors, parse_calls, printable, render_tools, tool_from_schema)
+from tools import (BUILTIN, CORPORA, MAX_CALL, SURROGATE, TYPES, Call, Result, UserError, _given, _loads, _problems,
+                   calculate, check_corpora, execute, format_call, format_result, load_tools, number, one_line_errors,
+                   parse_calls, printable, render_tools, tool_from_schema)
 
 SYSTEM = "You are a helpful assistant."
 TOOL_RULES = ('Call a tool only when it is needed, else just answer. A call looks like this: '
@@ -1649,15 +1649,26 @@ def toolbench_api(api):
     return toolbench_function({"name": name, "description": api.get("api_description"), "parameters": parameters})
 
 
+def is_json(value):
+    """Whether a value that was read from JSON is one: Python also reads NaN."""
+    with contextlib.suppress(ValueError):
+        return bool(json.dumps([value], allow_nan=False))
+    return False
+
+
 def toolbench_function(function):
     """A function of an answer -> tool schema; the text that wraps the description is removed. Invalid names and types
     become standard ones."""
+    def standard_type(kind):
+        return kind if kind in list(TYPES) else API_TYPES.get(str(kind).upper(), "string")
+
     def field(given):
+        given = given if isinstance(given, dict) else {"type": given}
         kept = {key: given[key] for key in ("type", "description", "enum", "items", "default")
-                if given.get(key) is not None and given[key] != []}
+                if given.get(key) is not None and given[key] != [] and is_json(given[key])}
         kind = kept.get("type")
-        if "type" in kept and not isinstance(kind, list) and kind not in TYPES:
-            kind = kept["type"] = API_TYPES.get(str(kind).upper(), "string")
+        if "type" in kept:
+            kind = kept["type"] = [*map(standard_type, kind)] if isinstance(kind, list) else standard_type(kind)
         if "default" in kept:  # numbers may be written as text, as in arguments
             kept["default"] = toolbench_typed(kept["default"], kind)
         if isinstance(kept.get("enum"), list):
@@ -1705,7 +1716,12 @@ def literal(text):
     process on long nested texts."""
     if len(text) > MAX_CALL:
         raise ValueError(f"a literal of more than {MAX_CALL} characters")
-    return ast.literal_eval(text)
+    tree = ast.parse(text.strip(), mode="eval")
+    for node in ast.walk(tree):
+        keys = [key.value for key in getattr(node, "keys", []) if isinstance(key, ast.Constant)]
+        if len(keys) > len(set(keys)):
+            raise ValueError("the same key twice in one object")
+    return ast.literal_eval(tree)
 
 
 def toolbench_functions(text):
@@ -1715,12 +1731,17 @@ def toolbench_functions(text):
     starts, ends = ([m.start() for m in re.finditer(mark, text)] for mark in (r"\[", r"\]"))
     for start, end, read in itertools.product(starts[:20], ends[:-6:-1], (literal, json.loads)):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            if text.count("{", 0, start) > text.count("}", 0, start):  # not a [] inside a function
+                continue
             functions = read(text[start:end + 1])
-            # not the [] inside a function
             if isinstance(functions, list) and functions and all(isinstance(f, dict) and "name" in f
                                                                  for f in functions):
                 return functions
     raise Damaged("its list of functions cannot be read")
+
+
+# where the text of a call begins
+ACTION = re.compile(r"^[ \t]*(?:Action[ \t]*[:：][^\n]*\n\s*)?Action Input[ \t]*[:：]", re.MULTILINE | re.IGNORECASE)
 
 
 def toolbench_action(text):
@@ -1733,12 +1754,14 @@ def toolbench_action(text):
     before, _, arguments = text.partition("Action Input:")  # all in one line
     thought, action, name = before.rpartition("Action:")
     if not action or not arguments and thought.rpartition("\n")[2].strip():
-        return text, None  # it only mentions an action
+        # a call without a name, or words that only mention an action
+        return text, ("", "") if ACTION.search(text) else None
     return thought, (name.strip(), arguments or None)
 
 
 def toolbench_steps(shape, item):
-    """An item -> (tool schemas, [(role, text, (function name, argument text) or None)])."""
+    """An item -> (tool schemas, [(role, text, (function name, argument text) or None)]). With a result stands the name
+    of its function instead of a call, or None."""
     if shape == "instruction":
         return [toolbench_api(api) for api in item["api_list"]], [("user", item["query"], None)]
     if shape == "answer tree":
@@ -1750,14 +1773,15 @@ def toolbench_steps(shape, item):
         for message in max(answer["train_messages"], key=len):
             role, call = message["role"], message.get("function_call")
             call = (call["name"], call.get("arguments")) if call else None
-            steps.append((role, message.get("content") or "", call))
+            steps.append((role, toolbench_typed(message.get("content"), "string") or "",
+                          message.get("name") if role in ("function", "tool") else call))
     else:
         functions = toolbench_functions(next((turn["value"] for turn in item["conversations"]
                                               if turn["from"] == "system"), ""))
         steps = [(turn["from"], *(toolbench_action(turn["value"]) if turn["from"] == "assistant"
                                   else (turn["value"], None))) for turn in item["conversations"]]
     # Finish is the answer, not a tool
-    functions = [toolbench_function(function) for function in functions if function["name"] != "Finish"]
+    functions = [toolbench_function(function) for function in functions if standard_name(function["name"]) != "finish"]
     return [function for function in functions if function["name"]], steps  # a name in another script becomes ""
 
 
@@ -1804,15 +1828,26 @@ def toolbench_repaired(arguments, tool):
     made = {key: toolbench_typed(value, fields[key].get("type")) for key, value in arguments.items()
             if key in fields
             and (key in required or value is not None and (value != "" or fields[key].get("type") == "string"))}
-    for key in [key for key, value in made.items() if isinstance(value, float)
-                and fields[key].get("type") == "integer"]:
-        fields[key] = {**fields[key], "type": "number"}
+    for key, value in made.items():
+        if isinstance(value, float) and fields[key].get("type") == "integer":
+            fields[key] = {**fields[key], "type": "number"}
+        items = fields[key].get("items")
+        if isinstance(value, list) and isinstance(items, dict):
+            made[key] = [toolbench_typed(item, items.get("type")) for item in value]
+            if items.get("type") == "integer" and any(isinstance(item, float) for item in made[key]):
+                fields[key] = {**fields[key], "items": {**items, "type": "number"}}
     return None if arguments and not set(arguments) & set(fields) or any(_problems(made, tool["parameters"])) else made
 
 
 def toolbench_text(text):
     """An assistant's text without the words that mark it as a thought, and without tags that would be read as calls."""
-    return re.sub(r"</?(tool_call|tool_response)>", r"[\1]", re.sub(r"(?m)^[ \t]*Thought:[ \t]*", "", text)).strip()
+    text = SURROGATE.sub("\ufffd", re.sub(r"(?m)^[ \t]*Thought:[ \t]*", "", text))
+    return re.sub(r"</?(tool_call|tool_response)>", r"[\1]", text).strip()
+
+
+def toolbench_thought(text):
+    """The same, and without a call that is written into the text: it may be broken."""
+    return toolbench_text(ACTION.split(text, maxsplit=1)[0])
 
 
 def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
@@ -1830,14 +1865,18 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
         messages, thoughts, dropped, unended, clipped, finished = [], [], 0, 0, False, False
         waiting = None  # the last call, until its result arrives; {} if the call was left out
         for role, text, call in steps:
-            if waiting and (role == "user" or call):  # the waiting call has no result, so no turn can follow it
+            if waiting and (role == "user" or role == "assistant" and call):  # the waiting call has no result, so no turn can follow it
                 dropped, waiting = dropped + 1, None
             if role == "user":
                 if messages and any(thoughts):  # words to the user, who now answers
                     messages.append({"role": "assistant", "content": "\n".join(filter(None, thoughts))})
                     thoughts = []
-                messages.append({"role": "user", "content": text.strip().removesuffix("Begin!").strip()})
+                text = SURROGATE.sub("\ufffd", text.strip().removesuffix("Begin!").strip())
+                messages += [{"role": "user", "content": text}] if text or not messages else []
             elif role in ("function", "tool"):
+                of = names.get(standard_name(str(call))[-64:])
+                if waiting and of and of != waiting["tool_calls"][0]["name"]:  # the result of another call
+                    dropped, waiting = dropped + 1, {}
                 if waiting:
                     content, cut = toolbench_observation(text, observation)
                     messages += [waiting, {"role": "tool", "content": content}]
@@ -1845,8 +1884,8 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                 dropped += waiting is None  # the result of a call that cannot be read
                 waiting = None
             elif role == "assistant" and call is None:
-                thoughts.append(toolbench_text(text))
-            elif role == "assistant" and call[0] == "Finish":
+                thoughts.append(toolbench_thought(text))
+            elif role == "assistant" and standard_name(str(call[0])) == "finish":
                 given = toolbench_arguments(call[1] or "{}") or {}
                 answer = toolbench_text(toolbench_typed(given.get("final_answer"), "string") or "")
                 ends = str(given.get("return_type")).strip()
@@ -1858,18 +1897,18 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                 unended, waiting, thoughts = unended + 1, {}, []  # ToolBench answers it with an error and continues
             elif role == "assistant":
                 name = call[0] if call[0] in tools else names.get(standard_name(str(call[0]))[-64:])
-                given = toolbench_arguments(call[1] or "{}")
+                given = toolbench_arguments("{}" if call[1] in (None, "") else call[1])
                 arguments = toolbench_repaired(given, tools[name]) if name and given is not None else None
-                if arguments is None:
-                    # an unknown name, invalid JSON, or wrong arguments: the model must never learn this call
+                if arguments is None or len(format_call(Call(name, arguments))) > MAX_CALL:
+                    # an unknown name, invalid JSON, wrong or endless arguments: the model must never learn this call
                     dropped, waiting = dropped + 1, {}
                 else:
-                    said = "\n".join(filter(None, [*thoughts, toolbench_text(text)]))
+                    said = "\n".join(filter(None, [*thoughts, toolbench_thought(text)]))
                     waiting = {"role": "assistant", "content": said,
                                "tool_calls": [{"name": name, "arguments": arguments}]}
                 thoughts = []
             elif role != "system":
-                raise Unusable(f"a turn of an unknown role, {str(role)[:20]!r}")
+                raise Damaged(f"a turn of an unknown role, {str(role)[:20]!r}")
         if not messages or messages[0]["role"] != "user" or not messages[0]["content"]:
             raise Unusable("nobody asks for anything")
         if dropped and not any(m.get("tool_calls") for m in messages):
@@ -1879,10 +1918,11 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                            else "no Finish: a step of a longer conversation, or cut off")
         return check_conversation({"kind": "toolbench", "messages": messages,
                                    "tools": list(tools.values())}), dropped + unended, clipped
-    except UserError:
+    except Unusable:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
-        raise Damaged(f"it is damaged ({type(error).__name__}: {error})"[:120]) from None
+        raise Damaged(f"it is damaged ({error if isinstance(error, UserError) else f'{type(error).__name__}: {error}'})"
+                      [:120]) from None
 
 
 def toolbench_observation(text, limit):

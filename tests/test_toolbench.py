@@ -354,7 +354,7 @@ def test_choices_of_numbers_may_be_texts(tmp_path):
                 "parameters": {"type": "object", "properties": {"size": {"type": "NUMBER", "enum": ["1", "2"], "default": "1"}},
                                "required": ["size"]}}
     for argument in ("2", '"2"'):
-        c, _ = one(tmp_path, tree(call("pick", f'{{"size": {argument}}}'), result("x"), function=[function, *FUNCTIONS]))
+        c, _ = one(tmp_path, tree(call("pick", f'{{"size": {argument}}}'), result("x", "pick"), function=[function, *FUNCTIONS]))
         assert c["messages"][1]["tool_calls"] == [{"name": "pick", "arguments": {"size": 2}}]
         assert c["tools"][0].parameters["properties"]["size"] == {"type": "integer", "enum": [1, 2], "default": 1}
 
@@ -616,3 +616,54 @@ def test_other_files_of_a_folder_are_named(tmp_path, capsys):
 
 def test_a_call_that_is_a_huge_literal_is_none():
     assert data.toolbench_arguments("{'a': " + "1+" * 200_000 + "1}") is None
+
+
+FIND = "find_book_for_library"
+PICK = {"name": "pick", "description": "", "parameters": {"type": "object", "properties": {
+    "numbers": {"type": "array", "items": {"type": "NUMBER"}}, "maybe": {"type": ["NUMBER", "null"]}, "odd": "string", "bad": {
+        "type": "number", "default": float("nan")}}, "required": []}}
+
+
+def test_a_result_belongs_to_the_call_of_its_name(tmp_path):
+    """A damaged file may have lost messages: better no result than that of another call."""
+    good = [call(FIND, '{"title": "Emma"}'), result("shelf 3")]
+    for steps, lost in (([call(FIND, '{"title": "A"}'), call("pick", "{}"), result("a"), result("b", "pick")], 3),
+                        ([call("pick", "{}"), result("a")], 1), ([call(FIND, '{"title": "A"}'), result("a", "pick")], 1)):
+        made, report = one(tmp_path, tree(*steps, *good, function=[PICK, *FUNCTIONS]))
+        assert [m.get("tool_calls") or m["content"] for m in made["messages"][1:]] == [
+            [{"name": FIND, "arguments": {"title": "Emma"}}], '{"result": "shelf 3"}', "It is there."]
+        assert report["calls_left_out"] == lost
+
+
+@pytest.mark.parametrize("text", ['Thought: I look.\nAction Input: {"title": "A", }}', 'Action: find\nAction Input: {"title": broken',
+                                  "I look.\naction input: {}"])
+def test_a_call_that_cannot_be_read_is_not_learned_as_words(tmp_path, text):
+    for item in (dialogue(("assistant", text), ("function", "?"),
+                          ("assistant", f'Thought: again\nAction: {FIND}\nAction Input: {{"title": "Emma"}}'), ("function", "shelf 3"), LLAMA_END),
+                 tree({"role": "assistant", "content": text}, call(FIND, '{"title": "Emma"}', text), result("shelf 3"))):
+        made, report = one(tmp_path, item)
+        assert not any("input" in m["content"].lower() or "broken" in m["content"] for m in made["messages"])
+        assert made["messages"][1]["tool_calls"] == [{"name": FIND, "arguments": {"title": "Emma"}}]
+
+
+def test_what_is_odd_is_repaired_or_named(tmp_path):
+    numbers = lambda given: [call("pick", given), result("x", "pick")]  # noqa: E731
+    for given, read in (('{"numbers": ["1", "2"]}', [1, 2]), ('{"numbers": [1.5, 2]}', [1.5, 2])):
+        made, _ = one(tmp_path, tree(*numbers(given), end=call("finish ", '{"return_type": "give_answer", "final_answer": "Done \\ud83d."}'),
+                                     query="q", function=[PICK, *FUNCTIONS]))
+        assert made["messages"][1]["tool_calls"][0]["arguments"] == {"numbers": read} and made["messages"][-1]["content"] == "Done \ufffd."
+        fields = made["tools"][0].parameters["properties"]
+        assert fields["maybe"] == {"type": ["integer", "null"]} and fields["odd"] == {"type": "string"} and fields["bad"] == {"type": "number"}
+        assert fields["numbers"]["items"]["type"] == ("number" if 1.5 in read else "integer")
+    good = [call(FIND, '{"title": "Emma"}', "hm \ud83d"), result("shelf 3")]
+    made, _ = one(tmp_path, tree({"role": "user", "content": "Begin!"}, *good))
+    assert [m["content"] for m in made["messages"][:2]] == ["Find Emma for me.", "hm \ufffd"]
+    for broken in ([], 0, False, {"title": "x" * 120_000}, "{'title': 'a', 'title': 'b'}"):
+        made, report = one(tmp_path, tree(call(FIND, broken), result("?"), *good))
+        assert len(made["messages"]) == 4 and report["calls_left_out"] == 1
+    write(tmp_path, "gpt.json", dialogue(("gpt", "hello"), LLAMA_END))
+    data.read_toolbench(tmp_path, report=tmp_path / "report.txt")
+    assert "unknown role" in json.loads((tmp_path / "report.txt").read_text())["damaged_files"][str(tmp_path / "gpt.json")]
+    inner = "access to the following APIs: [{'name': 'a', 'parameters': {'x': nan, 'oneOf': [{'name': 'q'}]}}]"
+    with pytest.raises(data.Damaged):
+        data.toolbench_functions(inner)
