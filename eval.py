@@ -790,14 +790,14 @@ def bfcl_valid(category, functions, calls, answers):
     left = list(calls)
     try:
         for answer in answers:
-            (name, accepted), = answer.items()
+            name, accepted = [*answer.items()][0]
             # With only one function, the official checker uses it without comparing its name with the answer's.
             function = described.get(name) if "parallel" in category or "multiple" in category else functions[0]
             hit = next((n for n, call in enumerate(left) if bfcl_call_valid(function, call, accepted)), None)
             if hit is None:
                 return False
             del left[hit]
-    except (TypeError, AttributeError, KeyError, IndexError, OverflowError):
+    except (TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError):
         return False  # the official checker raises an exception here
     return True
 

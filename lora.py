@@ -227,8 +227,10 @@ def merge(model):
     layers = require_layers(model, merged=False)
     if not all(layer.enabled for layer in layers.values()):
         raise ValueError("the adapters are switched off here; merge outside of lora_disabled")
-    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    if shared := [name for name, layer in layers.items() if uses[id(layer.base.weight)] > 1]:
+    # a weight may be shared as a parameter, as its memory, or with the whole module (then only one name got an adapter)
+    uses = Counter(p.untyped_storage().data_ptr() for _, m in model.named_modules(remove_duplicate=False)
+                   for p in m.parameters(recurse=False))
+    if shared := [name for name, layer in layers.items() if uses[layer.base.weight.untyped_storage().data_ptr()] > 1]:
         raise SharedWeight(f"{shared[0]} cannot be merged: its weight is shared with another layer, "
                            "which would change as well")
     for layer in layers.values():
@@ -243,7 +245,7 @@ def merge(model):
 def merged(model):
     """Inside the block the adapters are merged, if they can be: the model computes the same function up to rounding,
     without the adapters' extra matrix products. After the block the base weights are bit-exactly restored, from a copy
-    of the adapted weights that memory holds inside the block."""
+    of those under adapters that memory holds inside the block."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(SharedWeight):
             merge(model)

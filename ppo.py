@@ -97,7 +97,7 @@ class Config:
     entropy_coef: Annotated[float, ">= 0"] = 0.0       # weight of an entropy bonus
     kl_coef: Annotated[float, ">= 0"] = 0.05           # beta, the weight of the KL to the reference
     kl_estimator: Literal["k1", "k3"] = "k1"           # of the KL to the reference
-    kl_target: Annotated[float, ">= 0"] = 0.0          # KL per episode to which beta is adapted; 6 in
+    kl_target: Annotated[float, ">= 0"] = 0.0          # KL per learned episode to which beta is adapted; 6 in
                                                        # lm-human-preferences; 0: beta is fixed
     kl_horizon: Annotated[float, "> 0"] = 10000.0      # episodes over which beta adapts
     center: bool = False                               # gae: subtract from each score the mean of the prompt's other
@@ -148,11 +148,11 @@ def masked_mean(x, mask):
 def masked_whiten(x, mask, shift_mean=True):
     """x [B, T] scaled to variance 1 (with Bessel's correction) over the entries where the mask is 1; `shift_mean` also
     shifts their mean to 0. 0 elsewhere."""
-    x = where_masked(floating(x), mask)  # fp32, because 1e-8 is 0 in fp16; no masked-out entry reaches a gradient
-    inside, mean = model_tokens(x, mask), masked_mean(x, mask)
+    dtype, x = floating(x).dtype, where_masked(x, mask).double()  # no masked-out entry reaches a gradient
+    inside, mean = model_tokens(x, mask), masked_mean(x, mask)  # fp64: else equal entries might not be their mean
     variance = ((inside - mean) ** 2).sum() / max(inside.numel() - 1, 1)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return where_masked(white if shift_mean else white + mean, mask)
+    return where_masked(white if shift_mean else white + mean, mask).to(dtype)
 
 
 @torch.no_grad()
@@ -173,8 +173,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 def rloo_advantages(scores):
     """Equation (4). scores [prompts, samples] -> advantages of this shape. A single sample has no baseline: advantage
     0."""
-    scores, k = floating(scores), scores.shape[1]
-    return (scores - scores.mean(1, keepdim=True)) * (k / max(k - 1, 1))        # = score - mean of the others
+    dtype, scores, k = floating(scores).dtype, scores.double(), scores.shape[1]  # as in grpo_advantages
+    return ((scores - scores.mean(1, keepdim=True)) * (k / max(k - 1, 1))).to(dtype)  # = score - mean of the others
 
 
 def grpo_advantages(scores, eps=1e-4):
@@ -219,15 +219,17 @@ def kl_penalty(logp, ref_logp, estimator="k1"):
     if estimator not in ("k1", "k3"):
         raise ValueError(f"estimator {estimator!r}: must be k1 or k3")
     difference = floating(ref_logp) - floating(logp)
-    # clamped to be finite, like the ratio in policy_loss
-    return -difference if estimator == "k1" else torch.exp(difference.clamp(-20, 20)) - 1 - difference
+    # expm1: exp(x) - 1 without rounding where x is small; the clamp keeps it finite, as in policy_loss
+    return -difference if estimator == "k1" else torch.expm1(difference.clamp(-20, 20)) - difference
 
 
 def token_rewards(scores, kl, mask, kl_coef):
     """r_t: - kl_coef * KL on the model's tokens, plus the episode's score on the last model token.
     scores [B], kl and mask [B, T]."""
-    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)                     # [B]
     rewards = where_masked(-kl_coef * floating(kl), mask)
+    if not mask.shape[1]:
+        return rewards
+    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)                     # [B]
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype) * mask.any(1, keepdim=True))
 
 
@@ -963,11 +965,12 @@ def learn(trainer, groups, loss, imitated, position, config):
 
 
 def imitation(config, tokenizer):
-    """A function (trainer's step, tokens of a minibatch) -> the conversations that are imitated beside the minibatch.
-    They are units whose tokens are no actions (mask 0). The tokens' weights make their mean loss count `ptx_coef`."""
+    """-> (the conversations to imitate as rows, a function (trainer's step, tokens of a minibatch) -> those that are
+    imitated beside the minibatch). These are units whose tokens are no actions (mask 0). The tokens' weights make their
+    mean loss count `ptx_coef`."""
     import data
     if not config.ptx:
-        return lambda step, tokens: []
+        return [], lambda step, tokens: []
     old = dataclasses.replace(config, source="manual", path="", mix=config.ptx_mix, batch_size=config.ptx)
     rows = data.encode_all(data.conversations(old, "train", tokenizer), tokenizer, config, "imitation")
     batches = data.Batches(rows, old)
@@ -976,7 +979,7 @@ def imitation(config, tokenizer):
         chosen = [rows[i] for i in batches(step)]
         weight = config.ptx_coef * tokens / max(1, sum(sum(mask) for _, mask in chosen))
         return [{"row": row, "mask": [], "weight": [weight * m for m in row[1]]} for row in chosen]
-    return units
+    return rows, units
 
 
 def play(run, model, tokenizer, cases, reward, round_):
@@ -1018,7 +1021,7 @@ def train(run):
     # 1. data: prompts, and what is known about their answers
     model, tokenizer = toolplay.prepare_model(config, run.device)
     cases, held_out = prompts_of(config, tokenizer, toolplay.context_of(model))
-    imitated = imitation(config, tokenizer)
+    imitated_rows, imitated = imitation(config, tokenizer)
 
     # 2. model: policy, reference, critic
     actor = ActorCritic(model, config, run.device)
@@ -1028,7 +1031,8 @@ def train(run):
     trainer = toolplay.Trainer(config, actor.parameters, config.iterations * per_round)
     run.start(trainer, [(case.conversation["messages"], [tool.schema() for tool in case.conversation["tools"]],
                          case.calls and [vars(call) for call in case.calls],
-                         case.answer, case.reference, case.kind) for case in [*cases, *held_out]])
+                         case.answer, case.reference, case.kind, case.later) for case in [*cases, *held_out]]
+              + imitated_rows)
     if trainer.extra.setdefault("reference", started := toolplay.start_hashes(config)) != started:
         raise UserError(f"{config.start_from}: its adapter has changed since the run began, "
                         "and was its reference; start a new run")
@@ -1055,7 +1059,7 @@ def train(run):
             for unit, numbers in zip(units, fixed):
                 unit.update(numbers)
             log.update(compute_advantages(config, units, beta, run.device))
-            beta = adaptive_kl(beta, log["kl"], len(everything), config.kl_target, config.kl_horizon)
+            beta = adaptive_kl(beta, log["kl"], len(units), config.kl_target, config.kl_horizon)
             trainer.extra["kl_coef"] = beta
         log.update(learn(trainer, groups, actor.loss, imitated, position, config), skipped=trainer.skipped)
         if held_out and (trainer.step >= trainer.total or config.eval_every and (round_ + 1) % config.eval_every == 0):

@@ -110,7 +110,8 @@ def decide(candidates, tau_f):
     """Set "kept", and "why" a call is not kept, in the candidates of one text: keep c if L- - L+ >= tau_f, and if it is
     the best call at its position (sec. 2)."""
     for c in candidates:
-        best = c is max((d for d in candidates if d["position"] == c["position"]), key=lambda d: d["gain"])
+        best = c is max((d for d in candidates if d["position"] == c["position"]),
+                        key=lambda d: (d["gain"] == d["gain"], d["gain"]))  # nan is no gain
         c["why"] = ("its gain is below tau_f" if not c["gain"] >= tau_f else "another one at this position gains more"
                     if not best else "")
         c["kept"] = not c["why"]

@@ -128,6 +128,7 @@ class Config:
                                          # a small model, 2e-5 of a large one
     batch_size: Positive = 16            # examples per optimizer step
     micro_tokens: Positive = 1024        # trie nodes per forward: bounds memory; changes the gradient only by rounding
+                                         # (with dropout also its noise)
     epochs: Annotated[float, "> 0"] = 1.0  # passes over the examples
     steps: NotNegative = 0               # optimizer steps; 0: as many as the epochs need
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up, down to zero
@@ -803,7 +804,7 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     constrained episodes.
     seed: one seed, or a list with one seed per conversation. Each row draws from its own random stream, keyed by (seed,
     prompt, number of equal prompts before it), so its draws do not depend on the rest of the batch.
-    logp is of the policy at `temperature` (before top-p truncation). bar: name of a progress bar; empty: no bar.
+    logp is of the policy at `temperature` (greedy: at 1), before top-p truncation. bar: name of a progress bar; empty: no bar.
     """
     episodes, seen = [], {}
     for n, conversation in enumerate(conversations):

@@ -2,6 +2,7 @@
 
 PEFT: pip install --no-deps peft==0.21.2 accelerate==1.15.0 psutil==7.2.2
 """
+import contextlib
 import copy
 import inspect
 import json
@@ -587,3 +588,27 @@ def test_the_frozen_head_that_peft_writes_along(tmp_path):
     other.lm_head.weight = torch.nn.Parameter(other.lm_head.weight + 1)
     with pytest.raises(ValueError, match="belongs to other weights"):
         load_adapter(other, tmp_path)
+
+
+def test_a_module_or_memory_with_two_names_is_not_merged():
+    """The adapter stands at one of the names only, and merging would change what the other computes."""
+    class Two(torch.nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.a = torch.nn.Linear(4, 4, bias=False)
+            self.b = self.a if how == "module" else torch.nn.Linear(4, 4, bias=False)
+            if how == "memory":
+                self.b.weight = torch.nn.Parameter(self.a.weight.data)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+    for how in ("module", "memory", ""):
+        net = Two(how)
+        lora.add_lora(net, ["a"], 2, 4)
+        torch.nn.init.normal_(net.a.lora_B)
+        x = torch.randn(3, 4)
+        before = net(x)
+        with lora.merged(net):
+            assert torch.allclose(net(x), before, atol=1e-5)
+        with contextlib.nullcontext() if not how else pytest.raises(lora.SharedWeight):
+            lora.merge(net)

@@ -1008,3 +1008,21 @@ def test_what_is_masked_reaches_no_gradient():
 def test_one_advantage_for_a_whole_answer():
     logp, mask, scores = torch.randn(2, 3), torch.ones(2, 3), torch.tensor([[0.5], [-1.0]])
     assert torch.equal(ppo.policy_loss(logp, logp * 0.9, scores, mask)[0], ppo.policy_loss(logp, logp * 0.9, scores.repeat(1, 3), mask)[0])
+
+
+@pytest.mark.parametrize("scale", [1.35, 10.1, 1000.1, 1e5 + 0.1])
+def test_equal_scores_teach_nothing_however_large(scale):
+    scores = torch.full((16, 3), scale)
+    assert not ppo.rloo_advantages(scores).any() and not ppo.grpo_advantages(scores).any()
+    assert not ppo.masked_whiten(scores, torch.ones(16, 3)).any()
+    settings = ppo.Config(advantage="gae", center=True, samples=3)
+    zero = torch.zeros(48, 4)
+    assert not any(x.any() for x in ppo.advantages_of(settings, scores.flatten(), zero, zero, torch.ones(48, 4), 0.1))
+
+
+def test_small_divergences_are_measured():
+    d = 1e-4 * torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    k3 = ppo.kl_penalty(torch.zeros_like(d), d, "k3")
+    exact = torch.expm1(d.double()) - d.double()
+    assert k3.sum().item() == pytest.approx(exact.sum().item(), rel=0.01)
+    assert ppo.token_rewards(torch.ones(2), torch.empty(2, 0), torch.empty(2, 0), 0.1).shape == (2, 0)
