@@ -296,10 +296,12 @@ def continuation(results, tokenizer):
 
 
 def messages_of(item):
-    """The messages of a line that has "messages", or a "prompt" (a text or, as in TRL, a list of messages)."""
+    """The messages of a line that has "messages", or "prompt" and perhaps "completion" (as in TRL, each a text or a
+    list of messages)."""
     if item.get("messages") is not None or "prompt" not in item:
         return item.get("messages")
-    return item["prompt"] if isinstance(item.get("prompt"), list) else [{"role": "user", "content": item.get("prompt")}]
+    return [message for key, role in (("prompt", "user"), ("completion", "assistant")) if key in item
+            for message in (item[key] if isinstance(item[key], list) else [{"role": role, "content": item[key]}])]
 
 
 def check_conversation(conversation, known=None):
@@ -307,8 +309,11 @@ def check_conversation(conversation, known=None):
     with the reason if the input is no conversation.
 
     OpenAI's and TRL's spellings are also accepted: content in text parts, the role developer, arguments or tools as
-    JSON text, results as objects, and `tool_call_id` (results are sorted into the order of their calls).
+    JSON text, results as objects, `tool_call_id` (results are sorted into the order of their calls), and "prompt" with
+    "completion" instead of "messages".
     """
+    if isinstance(conversation, dict) and "completion" in conversation:
+        conversation = {**conversation, "messages": messages_of(conversation)}
     if (not isinstance(conversation, dict) or not isinstance(conversation.get("messages"), list)
             or not conversation["messages"]):
         raise UserError('a conversation is an object with a non-empty list "messages"')
@@ -1865,7 +1870,8 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
         messages, thoughts, dropped, unended, clipped, finished = [], [], 0, 0, False, False
         waiting = None  # the last call, until its result arrives; {} if the call was left out
         for role, text, call in steps:
-            if waiting and (role == "user" or role == "assistant" and call):  # the waiting call has no result, so no turn can follow it
+            # a waiting call that has no result: no turn can follow it
+            if waiting and (role == "user" or role == "assistant" and call):
                 dropped, waiting = dropped + 1, None
             if role == "user":
                 if messages and any(thoughts):  # words to the user, who now answers
@@ -2097,20 +2103,24 @@ def dataset(config, tokenizer):
     Conversations longer than max_tokens are left out and counted, never cut. A row without a trained token is an error;
     in a JSONL file, its line is skipped and reported.
     """
-    def trained(item):
-        conversation = check_conversation(item)
-        if all(m["role"] != "assistant" or m.get("weight", 1) == 0 for m in conversation["messages"]):
-            raise UserError("it has no assistant message (or only messages of weight 0), so nothing in it is trained")
-        names = {tool.name for tool in conversation["tools"]}
-        for calls, broken in (parse_calls(text) for role, text in turns(conversation) if role == "assistant"):
-            if unknown := names and sorted({call.name for call in calls} - names):
-                raise UserError(f"it calls {unknown[0]!r}, which is not among its tools")
-            if broken:
-                raise UserError(f"an assistant turn holds a call that cannot be read ({broken[0].reason})")
-        return conversation
-    train, held_out = (conversations(config, split, tokenizer, trained) for split in ("train", "dev"))
+    train, held_out = (conversations(config, split, tokenizer, check_trained) for split in ("train", "dev"))
     return (encode_all(train, tokenizer, config, "training"),
             encode_all(held_out, tokenizer, config, "evaluation") if held_out else [])
+
+
+def check_trained(item):
+    """`check_conversation`, and that something in it can be trained: an assistant's turn, and no call that is malformed
+    or of a tool that is not there."""
+    conversation = check_conversation(item)
+    if all(m["role"] != "assistant" or m.get("weight", 1) == 0 for m in conversation["messages"]):
+        raise UserError("it has no assistant message (or only messages of weight 0), so nothing in it is trained")
+    names = {tool.name for tool in conversation["tools"]}
+    for calls, broken in (parse_calls(text) for role, text in turns(conversation) if role == "assistant"):
+        if unknown := names and sorted({call.name for call in calls} - names):
+            raise UserError(f"it calls {unknown[0]!r}, which is not among its tools")
+        if broken:
+            raise UserError(f"an assistant turn holds a call that cannot be read ({broken[0].reason})")
+    return conversation
 
 
 def conversations(config, split, tokenizer, line=check_conversation, offered=()):
@@ -2273,7 +2283,10 @@ def main(argv=None):
         parser.error("--report, --max-tokens and --questions go with --toolbench")
     mix = SYNTHETIC if args.kind == "synthetic" else {args.kind: 1} if args.kind else None
     with one_line_errors():
+        inputs = toolbench_files(args.toolbench)[0] if args.toolbench else [args.jsonl] * bool(args.jsonl)
         for file in filter(None, (args.out, args.report)):  # before the work begins
+            if os.path.realpath(file) in map(os.path.realpath, inputs):
+                raise UserError(f"{file}: it is read here; write to another file")
             Path(file).parent.mkdir(parents=True, exist_ok=True)
         if args.show or args.max_tokens:
             import toolplay  # only here: data.py lies below toolplay.py
@@ -2283,7 +2296,7 @@ def main(argv=None):
             made = read_toolbench(args.toolbench, fits, args.report, args.questions)[:args.n]
             made = [{"id": n, **c} for n, c in enumerate(made, 1)] if args.questions else made  # predict needs an id
         elif args.jsonl:
-            made = read_jsonl(args.jsonl)[:args.n]
+            made = read_jsonl(args.jsonl, check_trained)[:args.n]
         elif args.show or args.out:
             made = generate(args.split, args.n or (1000 if args.out else args.show), args.seed, mix)
         else:

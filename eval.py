@@ -677,11 +677,14 @@ def compare_command(args):
     """Compare runs on the same cases: metrics with intervals, paired differences to the first, seeds aggregated."""
     if len({Path(run).resolve() for run in args.runs}) < len(args.runs):
         raise UserError("compare: a run is named twice; every run is one column, or one seed of it")
+    replaceable(args.csv, "--csv", "run,metric,")
     if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).resolve().parent.is_dir()):
         raise UserError(f"--csv {args.csv}: it is a folder, or its folder does not exist")
     groups, same = {}, None
     for folder in map(Path, args.runs):
-        remedy = f"make one: python eval.py --run {folder}"
+        remedy = f"make one: python eval.py --run {folder} (all runs with the same --data)"
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such run folder")
         result = toolplay.read_json(folder / "eval.json",
                                     lambda d: [(r["id"], r["prompt"], r["kind"] + "", r["due"],
                                                 [r["verdicts"][m] for m in METRICS]) for r in d["records"]], remedy)
@@ -950,11 +953,12 @@ def add_model(parser, about_run="a trained run folder"):
 
 def add_arguments(parser):
     add_model(parser, "a run folder; the result is also kept there, as eval.json")
-    parser.add_argument("--split", choices=["test", "dev"], default="test", help="of the templates (default test)")
+    parser.add_argument("--split", choices=["test", "dev"], help="of the templates (default test)")
     parser.add_argument("--data", metavar="FILE", help="cases from a JSONL file instead of the templates; "
                                                        "lines without tools are offered the built-in three")
     parser.add_argument("--suite", metavar="bfcl:A,B", help="judge first turns as BFCL does; categories: "
-                                                            f"{', '.join(BFCL)}")
+                                                            f"{', '.join(BFCL)} (irrelevance: with "
+                                                            "simple_python, so that never calling cannot win)")
     parser.add_argument("--bfcl", metavar="FOLDER", help="where BFCL_v4_*.json are (default: in the package bfcl-eval)")
     parser.add_argument("--n", type=number(int, 1), help="how many cases (default: 200 of the templates, "
                                                          "every line of --data, all of each BFCL category)")
@@ -965,8 +969,17 @@ def add_arguments(parser):
     parser.add_argument("--batch-size", type=number(int, 1), default=128, help="cases at once (default 128)")
 
 
+def replaceable(path, option, begin):
+    """UserError if a result would be written over a file that is none: it does not begin as a result does."""
+    if path and Path(path).is_file() and Path(path).stat().st_size:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            if not file.read(len(begin)) == begin:
+                raise UserError(f"{option} {path}: this file holds something else; write to another")
+
+
 def command(args):
     """Score a run or a model."""
+    replaceable(args.out, "--out", '{\n "data": ')
     if args.out and (not Path(args.out).parent.is_dir() or Path(args.out).is_dir()):
         raise UserError(f"--out {args.out}: there is a folder of that name" if Path(args.out).is_dir()
                         else f"--out {args.out}: there is no folder {Path(args.out).parent}")
@@ -977,6 +990,9 @@ def command(args):
     if args.data and args.suite is not None or args.bfcl and args.suite is None:
         raise UserError("--data with --suite: give one of the two" if args.data
                         else "--bfcl FOLDER goes with --suite bfcl:...")
+    if args.split and (args.data or args.suite is not None):
+        raise UserError("--split is of the templates; it does not go with --data or --suite")
+    args.split = args.split or "test"
     suite = bfcl_cases(args.suite, args.bfcl, args.n) if args.suite is not None else []
     model, tokenizer, config = toolplay.model_of(args)
     stands_in = (" (trained on synthetic functions, used instead of ToolBench)"

@@ -1086,7 +1086,7 @@ def sample_line(unit, tokenizer):
             **{key: unit.get(key, [0.0] * len(episode.ids))[episode.prompt:] for key in ("rewards", "advantages")}}
 
 
-def inspect(folder="", n=4):
+def inspect(folder, n=4):
     """Print the newest samples of a run: the text, and the reward and advantage of every token of the model."""
     from pathlib import Path
 
@@ -1106,7 +1106,7 @@ def inspect(folder="", n=4):
     except (TypeError, ValueError):
         raise UserError(f"{path}: it is damaged") from None
     if not lines:
-        raise UserError(f"{folder or '--inspect'}: no samples.jsonl; name a PPO run that has finished a round: "
+        raise UserError(f"{folder}: no samples.jsonl; name a PPO run that has finished a round: "
                         "python ppo.py --inspect RUN")
 
 
@@ -1116,9 +1116,9 @@ def main(argv=None):
     if argv[:1] != ["--inspect"]:
         return toolplay.main(["train", *argv])
     with toolplay.one_line_errors():
-        if argv[2:]:
-            raise toolplay.UserError(f"{argv[2]}: --inspect takes one run folder and nothing else")
-        inspect(*argv[1:])
+        if len(argv) != 2:
+            raise toolplay.UserError("--inspect takes one run folder and nothing else: python ppo.py --inspect RUN")
+        inspect(argv[1])
 
 
 if __name__ == "__main__":

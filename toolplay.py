@@ -804,7 +804,8 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     constrained episodes.
     seed: one seed, or a list with one seed per conversation. Each row draws from its own random stream, keyed by (seed,
     prompt, number of equal prompts before it), so its draws do not depend on the rest of the batch.
-    logp is of the policy at `temperature` (greedy: at 1), before top-p truncation. bar: name of a progress bar; empty: no bar.
+    logp is of the policy at `temperature` (greedy: at 1), before top-p truncation. bar: name of a progress bar; empty:
+    none.
     """
     episodes, seen = [], {}
     for n, conversation in enumerate(conversations):
@@ -1519,15 +1520,18 @@ def prepare_model(config, device):
             "training goes on in that run's adapter, so lora_r cannot be 0" if not config.lora_r else
             f'it trained every weight and has no adapter; use it as the base: --start_from= --model={start / "model"}'
             if (start / "model").is_dir()
-            else "there is no finished run (no adapter/ in it)"))
-    begun = config.model
+            else "there is no finished run (no adapter/ in it); train it first (configs/sft_start.json makes "
+            "runs/sft_start), or name another"))
     if config.start_from:
         unfinished(start)
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # a folder with only an adapter has no config
-            begun = json.loads((start / "config.json").read_text(encoding="utf-8")).get("model", begun)
-        if begun != config.model:
-            print(f"start_from = {config.start_from}: its adapter was trained on model = {begun!r}, this run has "
-                  f"{config.model!r}: it fits only if the weights are the same", file=sys.stderr)
+        begun = {}
+        with contextlib.suppress(OSError, ValueError):  # a folder with only an adapter has no config
+            begun = json.loads((start / "config.json").read_text(encoding="utf-8"))
+        for key in ("model", "tool_style", "tools"):
+            now = getattr(config, key)
+            if isinstance(begun, dict) and begun.get(key, now) != now:
+                print(f"start_from = {config.start_from}: its adapter was trained with {key} = "
+                      f"{json.dumps(begun[key])}, this run has {json.dumps(now)}", file=sys.stderr)
     model, tokenizer = load_model(config.model, device)
     try:
         if config.start_from:
@@ -1573,17 +1577,22 @@ def load_run(folder):
 
 # --------------------------------------------------------------------------- 7. the command line
 
+def config_file(given):
+    """The config file that a path names: itself, or that of a run folder."""
+    return Path(given, "config.json") if Path(given, "config.json").exists() else Path(given)
+
+
 def train(args):
     """Train what a config says."""
     source = Path(args.config)
-    of_run = (source / "config.json").exists()
-    config = load_config(source / "config.json" if of_run else source, args.overrides)
+    of_run = config_file(source) != source
+    config = load_config(config_file(source), args.overrides)
     if of_run and not any(o.startswith("--run_dir") for o in args.overrides):
         config.run_dir = str(source)  # the folder may have been moved
     script = Path(sys.argv[0]).stem
     if script in METHODS and script != config.method:
-        raise UserError(f'{args.config}: its method is "{config.method}", not "{script}": write "method": "{script}" '
-                        "into it, or use toolplay.py train")
+        raise UserError(f'{args.config}: its method is "{config.method}", not "{script}"; '
+                        f"use {config.method}.py, or toolplay.py train")
     if args.resume and not (Path(config.run_dir) / "config.json").exists():  # killed before it wrote anything
         print(f"{config.run_dir}: nothing to resume there; starting from the beginning", file=sys.stderr)
     with Run(config, resume=args.resume) as run:
@@ -1616,7 +1625,7 @@ def read_tools(path, more=()):
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {'' if isinstance(error, UserError) else 'it is no JSON: '}{error}") from None
 
 
 def predict(args):
@@ -1727,7 +1736,7 @@ def transcript(calls, results, final=None, indent="  "):
 
 def trie(args):
     """How many tokens the micro-batches of a config have, how many trie nodes, and the saving."""
-    config = load_config(args.config, args.overrides)
+    config = load_config(config_file(args.config), args.overrides)
     if config.method != "sft":
         print(f"{args.config}: method {config.method} makes rows of its own; "
               "these are the config's conversations in batches as sft has them", file=sys.stderr)
@@ -1917,9 +1926,11 @@ def tour():
     print("Toolplay: train an open language model to call tools, every algorithm in plain PyTorch.\n")
     menu = data.corpus("tour.json")["menu"]
     for n, (name, _, duration, teaches) in enumerate(menu, 1):
-        print(f"  {n}  {name:<22}{duration:<16}{teaches}")
+        print(f"  {n:>2}  {name:<22}{duration:<16}{teaches}")
     if sys.stdin is None or not sys.stdin.isatty():
-        print("\nRun one of them:  python toolplay.py --help")
+        print("\nRun one of them:")
+        for n, (_, (verb, *rest), *_) in enumerate(menu, 1):
+            print(f"  {n:>2}  python", f"{verb}.py" if verb in FILES else f"toolplay.py {verb}", *rest)
         return
     try:
         choice = input("\nWhich one? (number, or Enter to leave) ").strip()
@@ -1930,7 +1941,7 @@ def tour():
     if not choice.isdecimal() or not 1 <= int(choice) <= len(menu):
         raise UserError(f"{choice!r}: choose a number from 1 to {len(menu)}")
     verb, *rest = menu[int(choice) - 1][1]
-    if verb in ("lora", "data", "dpo"):
+    if verb in FILES:
         return importlib.import_module(verb).main(rest)
     rest = [str(ROOT / x) if x.endswith(".json") else x for x in rest]
     if verb == "train" and (folder := Path("runs") / Path(rest[0]).stem).joinpath("config.json").exists():
@@ -1938,6 +1949,7 @@ def tour():
     main([verb, *rest])
 
 
+FILES = ("lora", "data", "dpo")  # choices of the tour that are a file's own command, not a verb
 CONFIGURED = ("train", "demo", "trie")  # verbs that accept --key=value for config keys
 
 
@@ -1957,6 +1969,8 @@ def build_parser():
         made = verbs.add_parser(name or function.__name__, help=function.__doc__.splitlines()[0],
                                 description=function.__doc__,
                                 epilog="Config keys (README.md lists them) are given as --key=value, such as --lr=1e-4."
+                                + " To look: python dpo.py --show 10 [CONFIG], python ppo.py --inspect RUN, python "
+                                "teacher.py --show RUN." * (function is train)
                                 if function.__name__ in CONFIGURED else None)
         made.set_defaults(command=function)
         return made
@@ -1989,7 +2003,7 @@ def build_parser():
     made = verb(validate)
     made.add_argument("--model", default="smollm2-135m", type=os.path.expanduser)
     made = verb(trie)
-    made.add_argument("config")
+    made.add_argument("config", help="a JSON config, or a run folder")
     return parser
 
 

@@ -237,7 +237,8 @@ def _each_field(schema, style, root, path):
 
 
 def _joined(sign, texts):
-    """The texts in one line. ValueError if it gets too long: a few references to each other can stand for 10^9 words."""
+    """The texts in one line. ValueError if it gets too long: a few references to each other can stand for 10^9
+    words."""
     line, room = [], MAX_CALL
     for text in texts:
         line.append(text)
@@ -503,15 +504,20 @@ def _with_defaults(made, where):
     return replace(made, function=functools.partial(made.function, **defaults)) if defaults else made
 
 
+OWN = ("toolplay", "sft", "ppo", "dpo", "teacher", "lora", "tools", "data", "eval")
+
+
 def import_by_name(path, what):
     """The object that "package.module:name" names. `what`: who needs the object, for the error message."""
     try:
         return pkgutil.resolve_name(path)
     except (Exception, SystemExit) as error:  # a user's module may raise anything when it is imported
         own = path.split(":")[0].split(".")[0]
-        hint = (f"{own} is a module of Toolplay's: give yours another name"
-                if (Path(__file__).parent / f"{own}.py").exists() else 'write "package.module:name"')
-        raise UserError(f"{what}: cannot import {path!r} ({error}); {hint}") from error
+        hint = (f"; {own} is a module of Toolplay's: give yours another name" if own in OWN
+                else '; write "package.module:name"' if ":" not in path
+                else f"; {own}.py must be in the current folder, or beside the file that names it"
+                if isinstance(error, ModuleNotFoundError) and error.name == own else "")
+        raise UserError(f"{what}: cannot import {path!r} ({type(error).__name__}: {error}){hint}") from error
 
 
 def without_nulls(schema):
@@ -540,7 +546,8 @@ def load_tools(items=None, known=None) -> dict:
     tools, known = {}, BUILTIN if known is None else known
     for item in BUILTIN if items is None else items:
         if isinstance(item, str) and item not in known:
-            raise UserError(f"tools: unknown tool {item!r}{_nearest(item, known)}")
+            raise UserError(f"tools: unknown tool {item!r}{_nearest(item, known)}; "
+                            "a tool of your own needs its whole schema here, or its place in the config's tools")
         made = known[item] if isinstance(item, str) else item if isinstance(item, Tool) else tool_from_schema(item)
         own = known.get(made.name)
         if own and made.function is None and _narrows(made.parameters.get("properties", {}), own.parameters):
@@ -1237,7 +1244,8 @@ def _cities(path):
         countries = {_normal(city.get("country", "")) for city in cities} - {""}
         return names, countries | set(map(_normal, content.get("countries", [])))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path}: {type(error).__name__}: {error}; it needs {{"cities": [{{"name": ...}}]}}') from error
+        raise UserError(f'{path} (TOOLPLAY_CITIES): {type(error).__name__}: {error}; '
+                        'it needs {"cities": [{"name": ...}]}') from error
 
 
 def weather(city: str, unit: str = "celsius", path=None) -> dict:
@@ -1282,7 +1290,7 @@ def _index(path):
             if "title" in page or "comment" not in page:
                 pages.append({"title": str(page["title"]), "text": str(page["text"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}, line {number}: {type(error).__name__}: {error}; "
+        raise UserError(f"{path} (TOOLPLAY_SEARCH), line {number}: {type(error).__name__}: {error}; "
                         'it needs {"title": ..., "text": ...}') from error
     counts = [Counter(_terms(f"{page['title']} {page['text']}")) for page in pages]
     titles = [set(_terms(page["title"])) for page in pages]

@@ -1,8 +1,9 @@
 """
 sample_replies.py - the base model's own replies to messages that need no tool, sampled once
 
-    python benchmarks/sample_replies.py        writes configs/corpora/talk_replies.jsonl
+    python benchmarks/sample_replies.py        rewrites configs/corpora/talk_replies.jsonl, which is part of the source
 """
+import argparse
 import json
 import random
 import re
@@ -74,4 +75,5 @@ def sample_replies():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawTextHelpFormatter).parse_args()
     sample_replies()

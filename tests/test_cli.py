@@ -497,3 +497,36 @@ def test_a_gguf_is_known_by_all_of_it(tmp_path, monkeypatch, capsys):
             toolplay.main(["eval", "--model", str(tmp_path / "m.gguf")])
     folders = re.findall(r"safetensors in (\S+)", capsys.readouterr().err)
     assert len(set(folders)) == 2
+
+
+def test_a_result_never_replaces_what_is_none(run, tmp_path, capsys):
+    mine = tmp_path / "mine.jsonl"
+    line = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "tools": []}) + "\n"
+    mine.write_text(line)
+    kept = shutil.copytree(run, tmp_path / "run")
+    for path in (mine, kept / "config.json"):
+        before = path.read_bytes()
+        assert "holds something else" in cli("eval", "--model", "tiny", "--data", mine, "--out", path, code=2, capsys=capsys).err
+        assert path.read_bytes() == before
+    for _ in range(2):  # an earlier result may be replaced
+        cli("eval", "--run", kept, "--data", mine, "--out", tmp_path / "r.json", "--failures", 0, capsys=capsys)
+        cli("compare", kept, "--csv", tmp_path / "r.csv", capsys=capsys)
+    assert "holds something else" in cli("compare", kept, "--csv", mine, code=2, capsys=capsys).err
+    for argv in (["--jsonl", mine, "--out", mine], ["--toolbench", mine, "--out", tmp_path / "o", "--report", mine]):
+        with pytest.raises(SystemExit) as stop:
+            data.main(list(map(str, argv)))
+        assert stop.value.code == 2 and "it is read here" in capsys.readouterr().err
+    assert mine.read_text() == line
+    assert "no such run folder" in cli("compare", tmp_path / "nowhere", code=2, capsys=capsys).err
+    assert "does not go with" in cli("eval", "--model", "tiny", "--data", mine, "--split", "dev", code=2, capsys=capsys).err
+    assert "tokens/nodes" in cli("trie", kept, capsys=capsys).out
+
+
+def test_a_preview_shows_what_training_takes(tmp_path, capsys):
+    answer = lambda text: {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}], "tools": ["search"]}  # noqa: E731
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, [
+        answer("ho"), answer("<tool_call>{bad}</tool_call>"), answer('<tool_call>{"name": "convert", "arguments": {}}</tool_call>'),
+        {"prompt": "hi", "completion": "from TRL"}])))
+    data.main(["--jsonl", str(tmp_path / "mine.jsonl"), "--out", str(tmp_path / "out.jsonl")])
+    assert "2 conversations written" in (out := capsys.readouterr()).out and "line 2: an assistant turn holds" in out.err
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[1])["messages"][1]["content"] == "from TRL"

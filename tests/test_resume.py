@@ -202,7 +202,7 @@ def test_an_adapter_goes_on_with_its_own_rank_and_scale(config, capsys):
     other = json.loads((start / "config.json").read_text())
     (start / "config.json").write_text(json.dumps({**other, "model": "smollm2-135m"}))
     train(config("third", start_from=str(start)))
-    assert "was trained on model = 'smollm2-135m'" in capsys.readouterr().err
+    assert "was trained with model = \"smollm2-135m\"" in capsys.readouterr().err
 
 
 def test_another_config_is_refused_by_name(config):

@@ -820,6 +820,16 @@ def test_a_module_that_exits_is_one_line(tmp_path, monkeypatch):
         tool_from_schema({"name": "x", "function": "leaves:f"})
 
 
+def test_an_import_that_fails_says_why(tmp_path, monkeypatch):
+    (tmp_path / "slips.py").write_text("def f(:\n")
+    (tmp_path / "has_f.py").write_text("def f():\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for path, words in (("slips:f", r"SyntaxError: .*slips.py, line 1"), ("has_f:g", "has no attribute"),
+                        ("has_f", 'write "package.module:name"'), ("nowhere_at_all:f", "nowhere_at_all.py must be in the current folder")):
+        with pytest.raises(UserError, match=words):
+            tools.import_by_name(path, "tool x")
+
+
 # ---------------------------------------------------------------- schemas of several parts, and references
 
 def problems(parameters, arguments):
