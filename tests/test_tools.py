@@ -825,7 +825,7 @@ def test_an_import_that_fails_says_why(tmp_path, monkeypatch):
     (tmp_path / "has_f.py").write_text("def f():\n    return 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     for path, words in (("slips:f", r"SyntaxError: .*slips.py, line 1"), ("has_f:g", "has no attribute"),
-                        ("has_f", 'write "package.module:name"'), ("nowhere_at_all:f", "nowhere_at_all.py must be in the current folder")):
+                        ("has_f.g", 'write "package.module:name"'), ("nowhere_at_all:f", "nowhere_at_all.py must be in the current folder")):
         with pytest.raises(UserError, match=words):
             tools.import_by_name(path, "tool x")
 
