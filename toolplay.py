@@ -1999,7 +1999,7 @@ def build_parser():
     of_model(verb(chat))
     made = verb(demo)
     made.add_argument("--resume", action="store_true", help="continue an interrupted demo")
-    made.add_argument("--n", type=number(int, 1), default=80, help="how many test prompts (default 80)")
+    made.add_argument("--n", type=number(int, 1), default=160, help="how many test prompts (default 160)")
     made = verb(validate)
     made.add_argument("--model", default="smollm2-135m", type=os.path.expanduser)
     made = verb(trie)
