@@ -1731,7 +1731,7 @@ def transcript(calls, results, final=None, indent="  "):
                 if isinstance(c, Call) else c.text) for c in calls]
     lines += ["result  " + json.dumps(r, ensure_ascii=False) for r in results]
     lines += [] if final is None else ["answer  " + (final.strip() or "(none)")]
-    return "\n".join(indent + printable(line) for line in lines)
+    return "\n".join(indent + printable(line).replace("\n", f"\n{indent}        ") for line in lines)
 
 
 def trie(args):
