@@ -295,13 +295,14 @@ def continuation(results, tokenizer):
     return [i for ids, _ in parts[last + 1:] for i in ids]
 
 
-def messages_of(item):
-    """The messages of a line that has "messages", or "prompt" and perhaps "completion" (as in TRL, each a text or a
-    list of messages)."""
+def messages_of(item, completion=False):
+    """The messages of a line that has "messages", or a "prompt"; with `completion` also the line's "completion" (as in
+    TRL, each is a text or a list of messages)."""
     if item.get("messages") is not None or "prompt" not in item:
         return item.get("messages")
-    return [message for key, role in (("prompt", "user"), ("completion", "assistant")) if key in item
-            for message in (item[key] if isinstance(item[key], list) else [{"role": role, "content": item[key]}])]
+    parts = [("user", item["prompt"]), ("assistant", item.get("completion") if completion else None)]
+    return [message for role, part in parts if role == "user" or part is not None
+            for message in (part if isinstance(part, list) else [{"role": role, "content": part}])]
 
 
 def check_conversation(conversation, known=None):
@@ -313,7 +314,7 @@ def check_conversation(conversation, known=None):
     "completion" instead of "messages".
     """
     if isinstance(conversation, dict) and "completion" in conversation:
-        conversation = {**conversation, "messages": messages_of(conversation)}
+        conversation = {**conversation, "messages": messages_of(conversation, True)}
     if (not isinstance(conversation, dict) or not isinstance(conversation.get("messages"), list)
             or not conversation["messages"]):
         raise UserError('a conversation is an object with a non-empty list "messages"')

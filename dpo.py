@@ -667,7 +667,7 @@ def prompts_of(config, split, tokenizer):
 
     def usable(line):  # checked here, where the error message can still name the number of a bad line
         case = as_case(line)
-        return data.check_conversation({**line, "messages": data.messages_of(line),
+        return data.check_conversation({**line, "messages": data.messages_of(line, True),
                                         "tools": case.conversation["tools"]})
     return lines_of(config, split, tokenizer, usable, BUILTIN)
 

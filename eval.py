@@ -111,7 +111,7 @@ def as_case(item):
     """A conversation in training form, or a prompt with an expectation -> Case. UserError, with the reason, if bad."""
     if not isinstance(item, dict) or not isinstance(item.get("expected"), (dict, type(None))):
         raise UserError('a case is an object with "messages" or "prompt", and perhaps "expected", an object')
-    messages, tools = data.messages_of(item), data.offered_in(item)
+    messages, tools = data.messages_of(item, item.get("expected") is None), data.offered_in(item)
     conversation = data.check_conversation({"messages": messages, "tools": list(BUILTIN) if tools is None else tools})
     messages, expected = conversation["messages"], item.get("expected")
     if unknown := set(expected or ()) - {"calls", "final", "answer"}:
@@ -985,7 +985,7 @@ def command(args):
                         else f"--out {args.out}: there is no folder {Path(args.out).parent}")
 
     def keep(name, result):
-        for path in filter(None, [args.run and f"{args.run}/{name}", args.out]):
+        for path in filter(None, [args.out, args.run and f"{args.run}/{name}"]):
             toolplay.write_json(path, result)
     if args.data and args.suite is not None or args.bfcl and args.suite is None:
         raise UserError("--data with --suite: give one of the two" if args.data

@@ -228,9 +228,12 @@ def merge(model):
     if not all(layer.enabled for layer in layers.values()):
         raise ValueError("the adapters are switched off here; merge outside of lora_disabled")
     # a weight may be shared as a parameter, as its memory, or with the whole module (then only one name got an adapter)
-    uses = Counter(p.untyped_storage().data_ptr() for _, m in model.named_modules(remove_duplicate=False)
-                   for p in m.parameters(recurse=False))
-    if shared := [name for name, layer in layers.items() if uses[layer.base.weight.untyped_storage().data_ptr()] > 1]:
+    own = Counter(layer.base.weight.data_ptr() for layer in layers.values())
+    bases = {id(layer.base) for layer in layers.values()}
+    others = {p.data_ptr() for name, m in model.named_modules(remove_duplicate=False)
+              if not (name.split(".")[-1] == "base" and id(m) in bases) for p in m.parameters(recurse=False)}
+    if shared := [name for name, layer in layers.items()
+                  if (at := layer.base.weight.data_ptr()) in others or own[at] > 1]:
         raise SharedWeight(f"{shared[0]} cannot be merged: its weight is shared with another layer, "
                            "which would change as well")
     for layer in layers.values():

@@ -831,15 +831,29 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
         with tqdm(total=len(fitting), desc=bar, unit="episode", leave=None, disable=not bar or world_rank()[0] > 0,
                   dynamic_ncols=True) as progress:
             for group in micro_batches([[(episode.ids, None)] for episode, _, _ in fitting], PREFILL):
-                for start in range(0, len(group), batch_size):
-                    _rollout_batch(model, tokenizer, [fitting[n] for n in group[start:start + batch_size]], temperature,
-                                   top_p, limits, progress)
+                for part in padded_batches([fitting[n] for n in group], batch_size):
+                    _rollout_batch(model, tokenizer, part, temperature, top_p, limits, progress)
     finally:
         model.train(was_training)
     return [episode for episode, _, _ in episodes]
 
 
 PREFILL = 16384  # most trie nodes of prompts in one forward: bounds its memory
+
+
+def padded_batches(rows, size):
+    """Rows of rollout in batches of at most `size`. A cache pads its rows to the longest, so a long prompt among short
+    ones must not multiply its memory: rows × longest is at most four times PREFILL."""
+    part, longest = [], 0
+    for row in rows:
+        longest = max(longest, row[0].prompt)
+        if part and (len(part) == size or (len(part) + 1) * longest > 4 * PREFILL):
+            yield part
+            part, longest = [], row[0].prompt
+        part.append(row)
+    yield part
+
+
 # limits per turn (new_tokens), per episode (turns), of the model (context); constrained: calls follow the schemas
 Limits = namedtuple("Limits", "new_tokens turns context constrained")
 
@@ -1868,7 +1882,8 @@ def demo_steps(run, n):
     model, tokenizer, _ = load_run(run.folder)
     report, records = evaluation.evaluate(model, tokenizer, cases, **settings)
     talk_after = evaluation.talk_loss(model, tokenizer, n=40)
-    write_json(run.folder / "eval.json", {"report": report, "records": records})
+    write_json(run.folder / "eval.json", {"data": "test", "trained_on": config.source, "constrained": config.constrained,
+                                          "seed": config.seed, "report": report, "records": records})
     shown = {}
     for pair in zip(before["records"], records):
         shown.setdefault(pair[1]["kind"], pair)

@@ -515,7 +515,7 @@ def import_by_name(path, what):
         own = path.split(":")[0].split(".")[0]
         hint = (f"; {own} is a module of Toolplay's: give yours another name" if own in OWN
                 else '; write "package.module:name"' if ":" not in path
-                else f"; {own}.py must be in the current folder, or beside the file that names it"
+                else f"; {own}.py must be in the current folder (for --tools FILE: beside FILE)"
                 if isinstance(error, ModuleNotFoundError) and error.name == own else "")
         raise UserError(f"{what}: cannot import {path!r} ({type(error).__name__}: {error}){hint}") from error
 
@@ -983,9 +983,7 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
         for problem in itertools.chain.from_iterable(_problems(arguments, s) for s in (schema, tool.own) if s):
             return failed(*problem)
         return _run_in_child(tool, arguments, failed, timeout) if tool.isolated else _run(tool, arguments, failed)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a broken schema, no more processes, an exception that cannot be printed
+    except Exception as error:  # a broken schema, no more processes
         return failed("crashed", f"{name} could not be run: {type(error).__name__}")
 
 
@@ -1001,7 +999,10 @@ def _run(tool, arguments, failed):
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a tool may raise anything else, such as SystemExit or its own exception group
-        result = failed("crashed", f"{type(error).__name__}: {error}")
+        said = ""
+        with contextlib.suppress(Exception, SystemExit):  # an exception that cannot be printed
+            said = f": {error}"
+        result = failed("crashed", f"{type(error).__name__}{said}")
     try:
         shown = json.loads(result.text())
     except KeyboardInterrupt:

@@ -530,3 +530,7 @@ def test_a_preview_shows_what_training_takes(tmp_path, capsys):
     data.main(["--jsonl", str(tmp_path / "mine.jsonl"), "--out", str(tmp_path / "out.jsonl")])
     assert "2 conversations written" in (out := capsys.readouterr()).out and "line 2: an assistant turn holds" in out.err
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[1])["messages"][1]["content"] == "from TRL"
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": 1, "prompt": "hi", "completion": "from TRL"}) + "\n")
+    cli("predict", "--model", "tiny", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "answers.jsonl", "--max-new-tokens", 2,
+        capsys=capsys)
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["id"] == 1  # the prompt alone is answered

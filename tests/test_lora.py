@@ -602,6 +602,20 @@ def test_a_module_or_memory_with_two_names_is_not_merged():
 
         def forward(self, x):
             return self.b(self.a(x))
+    class Again(torch.nn.Module):  # one adapted layer, reached by two names: merging is right
+        def __init__(self):
+            super().__init__()
+            self.block = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4, bias=False)})
+            self.same = self.block
+
+        def forward(self, x):
+            return self.same["a"](self.block["a"](x))
+    net, x = Again(), torch.randn(3, 4)
+    lora.add_lora(net, ["a"], 2, 4)
+    torch.nn.init.normal_(net.block["a"].lora_B)
+    before = net(x)
+    lora.merge(net)
+    assert torch.allclose(net(x), before, atol=1e-4)
     for how in ("module", "memory", ""):
         net = Two(how)
         lora.add_lora(net, ["a"], 2, 4)

@@ -6,6 +6,7 @@ of the token, so caches, masks and log-probs are those of the real (random) mode
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -503,3 +504,11 @@ def test_a_refused_token_is_drawn_again_in_proportion():
     assert toolplay.valid_token(logits, 0, -0.5, lambda *token: "invalid", set(), rng, 0, 1.0) == (0, -0.5)  # the call was already invalid
     # no token is valid
     assert toolplay.valid_token(logits, 0, -0.5, lambda *token: "invalid" if token else "inside", set(), rng, 0, 1.0, tries=3) == (0, -0.5)
+
+
+def test_a_long_prompt_does_not_multiply_the_memory_of_its_batch():
+    rows = [(SimpleNamespace(prompt=n),) for n in [30] * 20 + [8000] + [30] * 20]
+    parts = list(toolplay.padded_batches(rows, 32))
+    assert [row for part in parts for row in part] == rows and len(parts) <= 6
+    assert all(len(part) <= 32 and len(part) * max(row[0].prompt for row in part) <= 4 * toolplay.PREFILL for part in parts)
+    assert [len(part) for part in toolplay.padded_batches(rows[:3], 2)] == [2, 1]
