@@ -1882,8 +1882,8 @@ def demo_steps(run, n):
     model, tokenizer, _ = load_run(run.folder)
     report, records = evaluation.evaluate(model, tokenizer, cases, **settings)
     talk_after = evaluation.talk_loss(model, tokenizer, n=40)
-    write_json(run.folder / "eval.json", {"data": "test", "trained_on": config.source, "constrained": config.constrained,
-                                          "seed": config.seed, "report": report, "records": records})
+    write_json(run.folder / "eval.json", {"data": "test", "trained_on": config.source, "seed": config.seed,
+                                          "constrained": config.constrained, "report": report, "records": records})
     shown = {}
     for pair in zip(before["records"], records):
         shown.setdefault(pair[1]["kind"], pair)
