@@ -116,7 +116,7 @@ def weigh(rows, decision, call, before_name):
         weights = []
         for trained, turn in itertools.groupby(range(len(mask)), key=mask.__getitem__):
             turn = list(turn)
-            names = [t for t in turn if ids[max(0, t - n):t] == before_name]
+            names = [t for t in turn if n and ids[max(0, t - n):t] == before_name]  # n = 0: the tag is one token
             weights += [0 if not trained else decision if t == turn[0] or t in names else call if names else 1
                         for t in turn]
         out.append((ids, weights))

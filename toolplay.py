@@ -807,6 +807,7 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     logp is of the policy at `temperature` (greedy: at 1), before top-p truncation. bar: name of a progress bar; empty:
     none.
     """
+    temperature = 0.0 if temperature < 1e-6 else temperature  # logits / 1e-39 would be infinite
     episodes, seen = [], {}
     for n, conversation in enumerate(conversations):
         # Check the conversation before its tools are used: a tool from a data file must not bring its own function.
@@ -1845,8 +1846,6 @@ def validate(args):
 def demo(args):
     """Ten minutes on a laptop: score the untrained model, teach it three tools, score it again."""
     config = load_config(ROOT / "configs" / "sft_demo.json", args.overrides)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("the demo runs in one process; under torchrun use train configs/sft_demo.json")
     # a second demo gets its own folder
     if not args.resume and not any(o.startswith("--run_dir") for o in args.overrides):
         folders = (config.run_dir + f"-{n}" * (n > 1) for n in itertools.count(1))
@@ -2036,6 +2035,8 @@ def main(argv=None):
         if not args.verb or args.overrides and args.verb not in CONFIGURED:
             parser.error(f"unknown argument {(args.overrides or argv)[0]}")
         check_corpora()
+        if args.verb != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"{args.verb} runs in one process; under torchrun use train")
         try:
             args.command(args)
         except torch.OutOfMemoryError:

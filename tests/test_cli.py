@@ -534,3 +534,10 @@ def test_a_preview_shows_what_training_takes(tmp_path, capsys):
     cli("predict", "--model", "tiny", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "answers.jsonl", "--max-new-tokens", 2,
         capsys=capsys)
     assert json.loads((tmp_path / "answers.jsonl").read_text())["id"] == 1  # the prompt alone is answered
+
+
+def test_only_training_runs_in_several_processes(run, tmp_path, capsys, monkeypatch):
+    """Two ranks of predict would write over each other's answers."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for argv in (["demo"], ["predict", "--run", run, "--input", "x", "--output", tmp_path / "y"], ["eval", "--run", run]):
+        assert f"{argv[0]} runs in one process" in cli(*argv, code=2, capsys=capsys).err

@@ -506,6 +506,11 @@ def test_a_refused_token_is_drawn_again_in_proportion():
     assert toolplay.valid_token(logits, 0, -0.5, lambda *token: "invalid" if token else "inside", set(), rng, 0, 1.0, tries=3) == (0, -0.5)
 
 
+def test_next_to_no_temperature_is_greedy(net):
+    greedy, cold = (toolplay.rollout(net, tokenizer(), CHATS, max_new_tokens=4, temperature=t) for t in (0.0, 1e-39))
+    assert [e.ids for e in greedy] == [e.ids for e in cold] and all(math.isfinite(x) for e in cold for x in e.logp)
+
+
 def test_a_long_prompt_does_not_multiply_the_memory_of_its_batch():
     rows = [(SimpleNamespace(prompt=n),) for n in [30] * 20 + [8000] + [30] * 20]
     parts = list(toolplay.padded_batches(rows, 32))

@@ -63,6 +63,7 @@ def test_the_deciding_tokens_weigh_more():
     assert [ids for ids, _ in weighed] == [ids for ids, _ in rows]
     assert [mask for _, mask in weighed] == [[0, 4, 1, 1, 4, 1, 0, 4, 1], [0, 0, 0, 4, 1, 4]]
     assert sft.weigh(rows, 1.0, 1.0, [8, 9]) == rows
+    assert [mask for _, mask in sft.weigh(rows, 4.0, 1, [])][0] == [0, 4, 1, 1, 1, 1, 0, 4, 1]  # a tokenizer with one token for all of it
     assert [mask for _, mask in sft.weigh(rows, 4.0, 3.0, [8, 9])] == [[0, 4, 3, 3, 4, 3, 0, 4, 1], [0, 0, 0, 4, 3, 4]]
     total, info = sft_loss(torch.full((2, 9), -1.0), pad_mask(weighed))
     assert total == info["tokens"] == 25
