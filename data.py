@@ -1856,6 +1856,16 @@ def toolbench_thought(text):
     return toolbench_text(ACTION.split(text, maxsplit=1)[0])
 
 
+def toolbench_call(name, text, tools):
+    """A call of an offered tool with its argument text -> {"name", "arguments"}. None if the model must never learn it:
+    an unknown name (None), invalid JSON, wrong or endless arguments."""
+    given = toolbench_arguments("{}" if text in (None, "") else text)
+    arguments = toolbench_repaired(given, tools[name]) if name and given is not None else None
+    if arguments is None or len(format_call(Call(name, arguments))) > MAX_CALL:
+        return None
+    return {"name": name, "arguments": arguments}
+
+
 def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
     """An item -> (conversation, number of calls left out because they were broken, whether a result was clipped).
 
@@ -1867,7 +1877,8 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
         found, steps = toolbench_steps(shape, item)
         for tool in found:
             tools.setdefault(tool["name"], tool)  # of two tools with one name ToolBench runs the first
-        names = {standard_name(name)[-64:]: name for name in reversed(tools)}
+        standard = lambda name: standard_name(str(name))[-64:]  # noqa: E731
+        names = {standard(name): name for name in reversed(tools)}
         messages, thoughts, dropped, unended, clipped, finished = [], [], 0, 0, False, False
         waiting = None  # the last call, until its result arrives; {} if the call was left out
         for role, text, call in steps:
@@ -1881,7 +1892,7 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                 text = SURROGATE.sub("\ufffd", text.strip().removesuffix("Begin!").strip())
                 messages += [{"role": "user", "content": text}] if text or not messages else []
             elif role in ("function", "tool"):
-                of = names.get(standard_name(str(call))[-64:])
+                of = names.get(standard(call))
                 if waiting and of and of != waiting["tool_calls"][0]["name"]:  # the result of another call
                     dropped, waiting = dropped + 1, {}
                 if waiting:
@@ -1903,17 +1914,10 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                     break
                 unended, waiting, thoughts = unended + 1, {}, []  # ToolBench answers it with an error and continues
             elif role == "assistant":
-                name = call[0] if call[0] in tools else names.get(standard_name(str(call[0]))[-64:])
-                given = toolbench_arguments("{}" if call[1] in (None, "") else call[1])
-                arguments = toolbench_repaired(given, tools[name]) if name and given is not None else None
-                if arguments is None or len(format_call(Call(name, arguments))) > MAX_CALL:
-                    # an unknown name, invalid JSON, wrong or endless arguments: the model must never learn this call
-                    dropped, waiting = dropped + 1, {}
-                else:
-                    said = "\n".join(filter(None, [*thoughts, toolbench_thought(text)]))
-                    waiting = {"role": "assistant", "content": said,
-                               "tool_calls": [{"name": name, "arguments": arguments}]}
-                thoughts = []
+                made = toolbench_call(call[0] if call[0] in tools else names.get(standard(call[0])), call[1], tools)
+                said = "\n".join(filter(None, [*thoughts, toolbench_thought(text)]))
+                waiting = {"role": "assistant", "content": said, "tool_calls": [made]} if made else {}
+                dropped, thoughts = dropped + (made is None), []
             elif role != "system":
                 raise Damaged(f"a turn of an unknown role, {str(role)[:20]!r}")
         if not messages or messages[0]["role"] != "user" or not messages[0]["content"]:

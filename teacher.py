@@ -641,7 +641,7 @@ def annotated_texts(run, model, tokenizer, texts, tools):
     from tqdm import tqdm
 
     import toolplay
-    from tools import UserError, printable
+    from tools import UserError
     config, path, n = run.config, run.folder / "augmented.jsonl", run.config.texts_at_once
     lines = toolplay.gathered(read_augmented(path)[:len(texts)])[0]
     if len(lines) < len(texts):
@@ -684,12 +684,13 @@ def annotated_texts(run, model, tokenizer, texts, tools):
                     file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in fresh)
             bar.update(len(fresh))
     if run.rank == 0:
-        print(printable(funnel_text(lines)), file=sys.stderr)
+        print(funnel_text(lines), file=sys.stderr)
     return lines
 
 
 def funnel_text(lines, n=10):
     """The funnel, the n best and the n worst calls, as text."""
+    from tools import printable
     funnel = " -> ".join(f"{sum(line.get('funnel', {}).get(key, 0) for line in lines)} {key}" for key in FUNNEL)
     out = [f"{len(lines)} texts: {funnel}; {sum(any(c['kept'] for c in line['candidates']) for line in lines)} texts "
            "have a call now"]
@@ -698,12 +699,12 @@ def funnel_text(lines, n=10):
         out.append(f"{title} (L- minus L+, in nats):")
         out += [f"  {g:+.2f}  {c['call']['name']}({', '.join(map(str, c['call']['arguments'].values()))}) "
                 f"-> {c['result']}   in: {line['text'][:100]}" for g, line, c in some]
-    return "\n".join(out)
+    return printable("\n".join(out))
 
 
 def main(argv=None):
     import toolplay
-    from tools import UserError, printable
+    from tools import UserError
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] != ["--show"]:
         return toolplay.main(["train", *argv])
@@ -712,7 +713,7 @@ def main(argv=None):
         if not lines:
             raise UserError(f"{''.join(argv[1:2]) or '--show'}: no augmented.jsonl; "
                             "name a teacher run that has begun: python teacher.py --show RUN")
-        print(printable(funnel_text(lines)))
+        print(funnel_text(lines))
 
 
 if __name__ == "__main__":
