@@ -450,6 +450,14 @@ class Trie:
     def __len__(self):
         return len(self.ids)
 
+    def pad(self, multiple):
+        """Append one branch that no row uses, so that the number of nodes is a multiple of `multiple`."""
+        n, extra = len(self), -len(self) % multiple
+        if extra:
+            self.ids, self.depth = self.ids + [0] * extra, self.depth + list(range(extra))
+            self.end, self.starts = self.end + [n + extra] * extra, self.starts + [n]
+            self.ancestors = self.ancestors + [[]]
+
     def inputs(self, device):
         """Model inputs for one forward over all nodes: ids [1, N], attention_mask, position_ids [1, N]. The mask is
         [1, 1, N, N], or one element that carries the attention function of `plan`, which needs no mask."""
@@ -595,6 +603,11 @@ def token_logprobs(model, batch, temperature=1.0, budget=None, want=(), also=())
 def _logprobs(model, batch, temperature=1.0, want=(), also=()):
     device = model.get_input_embeddings().weight.device
     trie = Trie([list(ids) for ids, _ in batch])
+    # For half precision, a CPU compiles a kernel for every new size of a matrix. This takes as long as the product, so
+    # sizes are rounded up. (Kernels in fp32 fit all sizes.)
+    multiple = 64 if device.type == "cpu" and torch.is_autocast_enabled("cpu") else 1
+    if len(batch) > 1:
+        trie.pad(multiple)
     # a single row needs only plain causal attention
     inputs = trie.inputs(device) if len(batch) > 1 else dict(input_ids=torch.tensor([trie.ids], device=device),
                                                              use_cache=False)
@@ -603,10 +616,10 @@ def _logprobs(model, batch, temperature=1.0, want=(), also=()):
     predicts = [trie.path[b][t - 1] for b, t in where]            # the node that predicts row b's token t
     nodes, row = torch.tensor(predicts, dtype=torch.long, device=device).unique(return_inverse=True)
     # The head runs only on the nodes that predict a trained token.
-    read = model(**inputs, logits_to_keep=nodes if predicts else nodes.new_zeros(1),
+    read = model(**inputs, logits_to_keep=F.pad(nodes, (0, -len(nodes) % multiple if predicts else 1)),
                  output_hidden_states="hidden" in want)
     # [n, V]; half precision is too coarse for a softmax
-    logits = read.logits[0].to(torch.promote_types(read.logits.dtype, torch.float32))
+    logits = read.logits[0, :max(len(nodes), 1)].to(torch.promote_types(read.logits.dtype, torch.float32))
     log_p = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
     target = torch.tensor([batch[b][0][t] for b, t in where], dtype=torch.long, device=device)
     b, t = torch.tensor(where, dtype=torch.long, device=device).reshape(-1, 2).T

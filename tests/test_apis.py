@@ -113,9 +113,9 @@ def test_parallel_calls_differ_in_one_value_in_all_or_in_their_function(made):
 
 def test_offers_come_again_in_training_only(made):
     """The trie computes a shared tool list once, so training reuses lists; scores on the other splits need independent lists."""
-    offers = {split: [json.dumps(c["tools"]) for c in data.generate(split, 700, 0, {kind: 1 for kind in KINDS})]
+    offers = {split: [json.dumps(c["tools"]) for c in data.generate(split, 1200, 0, {kind: 1 for kind in KINDS})]
               for split in ("train", "test")}
-    assert len(set(offers["train"])) < 0.87 * 700 and len(set(offers["test"])) > 0.92 * 700
+    assert len(set(offers["train"])) < 0.87 * 1200 and len(set(offers["test"])) > 0.92 * 1200
 
 
 def test_questions_back_and_refusals(made):
