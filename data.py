@@ -30,6 +30,7 @@ import ast
 import contextlib
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import os
@@ -40,7 +41,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from tools import (BUILTIN, CORPORA, MAX_CALL, SURROGATE, TYPES, Call, Result, UserError, _given, _loads, _problems,
+from tools import (BUILTIN, CORPORA, MAX_CALL, SURROGATE, Call, Result, UserError, _given, _loads, _problems,
                    calculate, check_corpora, execute, format_call, format_result, load_tools, number, one_line_errors,
                    parse_calls, printable, render_tools, tool_from_schema)
 
@@ -1625,7 +1626,9 @@ def api_conversation(kind, split, rng):
 
 # How many characters of a tool's result are kept: the first limit that lets the conversation fit.
 OBSERVATIONS = (1024, 512, 256, 128)
-API_TYPES = {"NUMBER": "integer", "BOOLEAN": "boolean"}  # all other types become strings
+# all other types become strings; those in lower case are Python's names
+API_TYPES = {"NUMBER": "integer", "BOOLEAN": "boolean", "int": "integer", "float": "number", "double": "number",
+             "bool": "boolean", "list": "array", "tuple": "array", "dict": "object"}
 RESERVED = ("from", "class", "return", "false", "true", "id", "and")
 
 
@@ -1666,7 +1669,9 @@ def toolbench_function(function):
     """A function of an answer -> tool schema; the text that wraps the description is removed. Invalid names and types
     become standard ones."""
     def standard_type(kind):
-        return kind if kind in list(TYPES) else API_TYPES.get(str(kind).upper(), "string")
+        kind = str(kind)
+        known = ("string", "integer", "number", "boolean", "array", "object", "null")
+        return kind if kind in known else API_TYPES.get(kind) or API_TYPES.get(kind.upper(), "string")
 
     def field(given):
         given = given if isinstance(given, dict) else {"type": given}
@@ -1698,17 +1703,21 @@ def toolbench_function(function):
 
 def toolbench_items(text):
     """The text of a ToolBench file, JSON or JSON lines -> ([(name of the shape or None, item)], {line number: why it
-    is unusable})."""
+    is unusable}). Bytes that are not UTF-8 are half characters in it (surrogateescape)."""
     shapes, bad = {"answer tree": "answer_generation", "dialogue": "conversations", "instruction": "api_list"}, {}
+    def read(text):
+        if re.search("[\udc80-\udcff]", text):
+            raise ValueError("a byte of it is not UTF-8")
+        return json.loads(text)
     try:
-        content, why = [json.loads(text)], "it is none of ToolBench's shapes"
+        content, why = [read(text)], "it is none of ToolBench's shapes"
     except (ValueError, RecursionError) as error:
         content, why = [], str(error) if text.strip() else "it is empty"
         for number, line in enumerate(text.split("\n"), 1):
-            try:
-                content += [json.loads(line)] if line.strip() else []
-            except (ValueError, RecursionError):
-                bad[number] = "it is no JSON"
+            try:  # a list that was cut off has commas between its lines
+                content += [read(line.strip().removesuffix(","))] if line.strip() else []
+            except (ValueError, RecursionError) as error:
+                bad[number] = "it is no JSON" if isinstance(error, json.JSONDecodeError) else str(error)
     items = [item for part in content for item in (part if isinstance(part, list) else [part])]
     items = [(next((shape for shape, key in shapes.items() if isinstance(item, dict) and key in item), None), item)
              for item in items]
@@ -1800,7 +1809,9 @@ def toolbench_arguments(text):
         # JSON does not allow \_ and \'
         given, as_json = (re.sub(rf"(?<!\\)((?:\\\\)*)\\(?=[{marks}])", r"\1", given) for marks in ("_", "_'"))
         with contextlib.suppress(ValueError):
-            end = json.JSONDecoder(strict=False).raw_decode(as_json)[1]  # words after the JSON are dropped
+            end = json.JSONDecoder(strict=False).raw_decode(as_json)[1]  # words after the JSON are dropped,
+            if re.match(r'\s*,\s*"', as_json[end:]):                     # but not further arguments
+                return None
         try:
             found = _loads(as_json[:end], strict=False)
         except ValueError:
@@ -1827,7 +1838,7 @@ def toolbench_repaired(arguments, tool):
     None if the result still does not fit, or if no argument is known. NUMBER became integer, as in ToolBench, where
     NUMBER includes fractions; if an argument is a fraction, its type in the tool's schema is changed to number."""
     fields, required = tool["parameters"]["properties"], tool["parameters"]["required"]
-    names = {standard_name(name): name for name in reversed(fields)}
+    names = {standard_name(name): name for name in reversed(fields) if standard_name(name)}
     # an exact name has priority
     arguments = {key if key in fields else names.get(standard_name(key), key): value
                  for key, value in sorted(arguments.items(), key=lambda pair: pair[0] in fields)}
@@ -1859,7 +1870,7 @@ def toolbench_thought(text):
 def toolbench_call(name, text, tools):
     """A call of an offered tool with its argument text -> {"name", "arguments"}. None if the model must never learn it:
     an unknown name (None), invalid JSON, wrong or endless arguments."""
-    given = toolbench_arguments("{}" if text in (None, "") else text)
+    given = toolbench_arguments("{}" if text is None or isinstance(text, str) and not text.strip() else text)
     arguments = toolbench_repaired(given, tools[name]) if name and given is not None else None
     if arguments is None or len(format_call(Call(name, arguments))) > MAX_CALL:
         return None
@@ -1877,15 +1888,17 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
         found, steps = toolbench_steps(shape, item)
         for tool in found:
             tools.setdefault(tool["name"], tool)  # of two tools with one name ToolBench runs the first
-        standard = lambda name: standard_name(str(name))[-64:]  # noqa: E731
+        standard = lambda name: standard_name(str(name))[-64:].strip("_")  # noqa: E731
         names = {standard(name): name for name in reversed(tools)}
         messages, thoughts, dropped, unended, clipped, finished = [], [], 0, 0, False, False
         waiting = None  # the last call, until its result arrives; {} if the call was left out
+        earlier = None  # the name of a call before it that has no result: the next result may be the earlier call's
         for role, text, call in steps:
             # a waiting call that has no result: no turn can follow it
             if waiting and (role == "user" or role == "assistant" and call):
-                dropped, waiting = dropped + 1, None
+                dropped, earlier, waiting = dropped + 1, waiting["tool_calls"][0]["name"], None
             if role == "user":
+                earlier = None
                 if messages and any(thoughts):  # words to the user, who now answers
                     messages.append({"role": "assistant", "content": "\n".join(filter(None, thoughts))})
                     thoughts = []
@@ -1893,14 +1906,15 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                 messages += [{"role": "user", "content": text}] if text or not messages else []
             elif role in ("function", "tool"):
                 of = names.get(standard(call))
-                if waiting and of and of != waiting["tool_calls"][0]["name"]:  # the result of another call
+                # the result of another call, or perhaps of another
+                if waiting and (of not in (waiting["tool_calls"][0]["name"], None) or earlier and of in (earlier, None)):
                     dropped, waiting = dropped + 1, {}
                 if waiting:
                     content, cut = toolbench_observation(text, observation)
                     messages += [waiting, {"role": "tool", "content": content}]
                     clipped = clipped or cut
                 dropped += waiting is None  # the result of a call that cannot be read
-                waiting = None
+                waiting = earlier = None
             elif role == "assistant" and call is None:
                 thoughts.append(toolbench_thought(text))
             elif role == "assistant" and standard_name(str(call[0])) == "finish":
@@ -1947,12 +1961,13 @@ def toolbench_observation(text, limit):
         found = json.loads(text)
     except (ValueError, RecursionError):
         text = text.removesuffix("...")
-        if cut := re.match(r'\{"error": ("(?:[^"\\]|\\.)*"), '
-                           r'"response": "((?:[^"\\]|\\[^u]|\\u[0-9a-fA-F]{4})*)', text):
+        if cut := re.fullmatch(r'\{"error": ("(?:[^"\\]|\\.)*"), '
+                               r'"response": "((?:[^"\\]|\\[^u]|\\u[0-9a-fA-F]{4})*)(?:\\(?:u[^"]{0,3})?|"\}?)?',
+                               text, re.DOTALL):
             with contextlib.suppress(ValueError):  # an escape that JSON does not know: the text stays as it is
                 error, text = json.loads(cut[1], strict=False), json.loads(f'"{cut[2]}"', strict=False)
     else:
-        if isinstance(found, dict) and ("response" in found or set(found) == {"error"}):
+        if isinstance(found, dict) and found and not set(found) - {"error", "response"}:
             error, text = (toolbench_typed(x, "string") or ""
                            for x in (found.get("error") or "", found.get("response")))
     said = f"{error} {text}".strip() if error else text
@@ -1995,7 +2010,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
             if not os.path.isfile(name):  # reading a pipe would wait forever
                 raise Unusable("it is no file that can be read")
             raw = Path(name).read_bytes()
-            items, bad = toolbench_items(raw.decode("utf-8-sig"))
+            items, bad = toolbench_items(raw.decode("utf-8-sig", "surrogateescape"))
         except (OSError, ValueError) as error:
             damaged[name] = str(error)[:120]
             continue
@@ -2014,7 +2029,7 @@ def read_toolbench(path, fits=lambda conversation: True, report=None, questions=
                         break
                 else:
                     raise Unusable("too long, even with its results clipped")
-                key = json.dumps([turns(conversation)], ensure_ascii=False)
+                key = hashlib.sha256(json.dumps([turns(conversation)]).encode()).digest()
                 if key in seen:
                     raise Unusable("the same as an earlier one")
             except UserError as error:  # also from a chat template that refuses unknown turns
@@ -2065,14 +2080,13 @@ def read_teacher(path, split, n, seed=0, extra=(), whole=False):
                 return text, kept
         raise UserError("it is no line of a teacher's augmented.jsonl")
 
-    def example(text, offset, call=None):
+    def example(text, offset, call=None, result=None):
         before, rest = text[:offset].strip(), text[offset:].strip()
         prompt = fill(rng.choice(corpus("teacher_prompts.json")["complete"]), {"text": before})
-        calls = [call] * bool(call)
-        results = [execute(call, tools) for call in calls]
-        answer = (results[0].value if call and call.name == "calculator"
-                  and re.match(re.escape(str(results[0].value)) + r"(?!\d|[.,]\d)", rest) else None)
-        return {"kind": call.name if call else "no_tool", "messages": exchange(prompt, calls, results, rest),
+        answer = (result.value if call and call.name == "calculator"
+                  and re.match(re.escape(str(result.value)) + r"(?!\d|[.,]\d)", rest) else None)
+        return {"kind": call.name if call else "no_tool",
+                "messages": exchange(prompt, [call] * bool(call), [result] * bool(call), rest),
                 "tools": list(BUILTIN), "answer": answer}
     file = Path(path) / "augmented.jsonl" if Path(path).is_dir() else Path(path)
     rng, tools = random.Random(f"{split} teacher {seed}"), {**BUILTIN, **load_tools(list(extra))}
@@ -2081,14 +2095,15 @@ def read_teacher(path, split, n, seed=0, extra=(), whole=False):
         if not whole and (numbers.setdefault(text, len(numbers)) % 10 == 9) != (split == "dev"):
             continue
         between = [m.start() for m in re.finditer(r"\s", text)]
-        usable = [(offset, call) for offset, call in kept if offset in between and call.name in tools]
+        usable = [(offset, call, result) for offset, call in kept if offset in between and call.name in tools
+                  for result in [execute(call, tools)] if result.ok]
         calling += [example(text, *found) for found in usable]
         lost += len(kept) - len(usable)
         if not kept and between:
             silent.append(example(text, between[len(between) // 2]))
     if lost:
         print(f"{file}: {lost} calls of the {split} part are left out: inside a word or an amount, "
-              "or of a tool that is not given", file=sys.stderr)
+              "of a tool that is not given, or without a result today", file=sys.stderr)
     if not calling and split == "train":
         raise UserError(f"{file}: no call of {', '.join(tools)} survived in it; run teacher.py on more texts, "
                         "or with a lower tau_f")
@@ -2190,7 +2205,8 @@ def stand_in(config, why, split="train"):
     """Replace ToolBench by the synthetic generator in a run -> the generator's mix: the synthetic kinds of the config's
     mix, if it has any. The replacement is printed and, if the run learns from the data, recorded in its config.json."""
     mix = {kind: weight for kind, weight in config.mix.items() if kind in SYNTHETIC} or SYNTHETIC
-    print(f"{why}: synthetic functions ({', '.join(mix)}) are used instead of ToolBench", file=sys.stderr)
+    print(f"{why}: synthetic functions ({', '.join(mix)}) are used instead of ToolBench"
+          + f"; eval_path = {config.eval_path} is not read" * bool(split == "train" and config.eval_path), file=sys.stderr)
     if split == "train":
         config.source, config.fallback, config.mix = "synthetic", "synthetic", mix
     return mix

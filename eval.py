@@ -773,6 +773,7 @@ def talk_loss(model, tokenizer, split="test", n=100):
 # The Berkeley Function-Calling Leaderboard (Patil et al. 2025), for evaluation only: nothing here is ever trained on.
 # The verdicts equal those of the package's own ast_checker for Python. If ast_checker raises an exception (a value that
 # it cannot compare, a function that is not described), the calls are wrong here, unless another accepted value fits.
+# Names are compared as they are, as it does for models whose API allows dots in names (underscore_to_dot=False).
 BFCL = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance", "live_simple", "live_multiple")
 BFCL_TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list,
               "dict": dict, "any": str}
@@ -783,19 +784,21 @@ def bfcl_valid(category, functions, calls, answers):
     """Whether calls [(name, arguments)] are right. functions: the descriptions; answers: [{name: {parameter: [accepted
     values]}}].
 
-    irrelevance: right only without calls. Other categories: as many calls as answers, in any order, matched greedily.
+    irrelevance: right only without calls. parallel: as many calls as answers, in any order, matched greedily. Other
+    categories have one answer and want one call.
     """
     if category.endswith("irrelevance"):
         return not calls
-    if len(calls) != len(answers):
+    parallel, several = "parallel" in category, "multiple" in category
+    if len(calls) != (len(answers) if parallel or several else 1):
         return False
     described = {f["name"]: f for f in reversed(functions)}
-    left = list(calls)
+    left = list(calls if parallel else calls[:1])  # the official checker reads no further
     try:
-        for answer in answers:
+        for answer in answers if parallel else [answers[0]]:
             name, accepted = [*answer.items()][0]
             # With only one function, the official checker uses it without comparing its name with the answer's.
-            function = described.get(name) if "parallel" in category or "multiple" in category else functions[0]
+            function = described.get(name) if parallel or several else functions[0]
             hit = next((n for n, call in enumerate(left) if bfcl_call_valid(function, call, accepted)), None)
             if hit is None:
                 return False

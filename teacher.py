@@ -184,15 +184,18 @@ def read_call(text, tools):
 
 
 def result_text(result, most=80):
-    """A tool's result in a few words; None if the call failed or the result is empty."""
+    """A tool's result in a few words; None if the call failed, or if the result is empty or a number that is too long.
+    """
     value = result.value
     if not result.ok or value in (None, "", [], {}):
         return None
-    if isinstance(value, list):
-        value = value[0]
+    if isinstance(value, list):  # the first item found, or a list of plain values
+        value = value[0] if isinstance(value[0], (dict, list)) else ", ".join(map(str, value))
     if isinstance(value, dict):
         asked = ("city", "unit") if result.name == "weather" else ()
         value = value["text"] if "text" in value else ", ".join(str(v) for k, v in value.items() if k not in asked)
+    if isinstance(value, (int, float)) and len(str(value)) > most:
+        return None  # its first digits would be another number
     return re.sub(r"[\[\]\n]+|->", " ", str(value))[:most].strip() or None
 
 

@@ -454,7 +454,7 @@ class Trie:
         """Append one branch that no row uses, so that the number of nodes is a multiple of `multiple`."""
         n, extra = len(self), -len(self) % multiple
         if extra:
-            self.ids, self.depth = self.ids + [0] * extra, self.depth + list(range(extra))
+            self.ids, self.depth = self.ids + [0] * extra, self.depth + [0] * extra
             self.end, self.starts = self.end + [n + extra] * extra, self.starts + [n]
             self.ancestors = self.ancestors + [[]]
 

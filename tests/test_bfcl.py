@@ -122,6 +122,14 @@ def test_verdicts_on_calls_that_are_easily_confused(official):
     for values in itertools.permutations([5.0, 5]):
         calls = [("f", {"mu": value, "n": 2}) for value in values]
         assert evaluation.bfcl_valid("parallel", [number], calls, answers) == official("parallel", [number], calls, answers)
+    # without "parallel" the checker reads the first call and the first answer
+    for category in ("simple_python", "multiple", "live_multiple"):
+        for calls in itertools.product([("f", {"mu": 5.0, "n": 2}), ("f", {"mu": 5, "n": 2}), ("f", {"mu": 4.0, "n": 2})], repeat=2):
+            for given in (calls, calls[:1], ()):
+                for gold in (answers, answers[:1]):
+                    assert (evaluation.bfcl_valid(category, [number], list(given), gold)
+                            == official(category, [number], list(given), gold))
+        assert not evaluation.bfcl_valid(category, [number], [("f", {"mu": 5.0})], [])
     assert not evaluation.bfcl_valid("simple_python", [number], [("f", {"mu": 10 ** 400})], answers[:1])
     nested = {"name": "f", "parameters": {"type": "dict", "properties": {"d": {"type": "dict"}}, "required": []}}
     assert not evaluation.bfcl_valid("simple_python", [nested], [("f", {"d": {"a": "b"}})], [{"f": {"d": [{"a": {"b": [1]}}]}}])

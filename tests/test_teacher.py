@@ -516,7 +516,7 @@ def found(tmp_path):
     return tmp_path
 
 
-def test_surviving_calls_become_conversations(tmp_path):
+def test_surviving_calls_become_conversations(tmp_path, capsys):
     made = data.read_teacher(found(tmp_path), "train", 50)
     assert made == data.read_teacher(tmp_path / "augmented.jsonl", "train", 50) and len(made) == 2  # as many without a call as with one
     with_call, = (c for c in made if c["kind"] == "calculator")
@@ -529,6 +529,9 @@ def test_surviving_calls_become_conversations(tmp_path):
     for rest, answer in (("6.", 6), ("60 apples.", None), ("6.50 a bag.", None)):  # 60 is not the call's result
         (tmp_path / "b.jsonl").write_text(line.replace("6 apples.", rest) + "\n")
         assert data.read_teacher(tmp_path / "b.jsonl", "train", 1)[0]["answer"] == answer
+    (tmp_path / "b.jsonl").write_text(line.replace('"2 * 3"', '"2 / 0"') + "\n" + line + "\n")  # a call that fails today
+    assert len(data.read_teacher(tmp_path / "b.jsonl", "train", 9)) == 1
+    assert "1 calls of the train part are left out" in capsys.readouterr().err
     without, = (c for c in made if c["kind"] == "no_tool")
     assert "tool_calls" not in without["messages"][1] and without["answer"] is None
     # a repeated text counts once: of these nine texts none belongs to "dev"
@@ -567,3 +570,5 @@ def test_calls_and_results_of_a_tool_of_ones_own():
         assert teacher.read_call(written, tools) == Call("capital", {"country": "France"})
     assert teacher.result_text(Result("where", True, {"city": "Paris"})) == "Paris"
     assert teacher.result_text(Result("weigh", True, {"value": 3, "unit": "kg"})) == "3, kg"
+    assert teacher.result_text(Result("divisors", True, [1, 2, 3])) == "1, 2, 3"
+    assert teacher.result_text(Result("power", True, 2 ** 300)) is None  # its first 80 digits are another number

@@ -253,7 +253,10 @@ def test_a_list_of_functions_behind_brackets_is_found(tmp_path):
     ('{"error": "", "response": {"a": [1, null]}}', '{"result": "{\\"a\\": [1, null]}"}'), ("plain", '{"result": "plain"}'),
     ('{"error": "gone"', '{"result": "{\\"error\\": \\"gone\\""}'),
     ('{"error": "", "response": "it\\\'s cut...', '{"result": "{\\"error\\": \\"\\", \\"response\\": \\"it\\\\\'s cut"}'),
-    ('{"error": {"code": 429}, "response": ""}', '{"error": "{\\"code\\": 429}"}')])
+    ('{"error": {"code": 429}, "response": ""}', '{"error": "{\\"code\\": 429}"}'),
+    # not wrapped by ToolBench, or broken in another way: nothing of it may be lost
+    ('{"status": "OK", "data": [1], "response": 200}', '{"result": "{\\"status\\": \\"OK\\", \\"data\\": [1], \\"response\\": 200}"}'),
+    ('{"error": "", "response": "He said "hi" to 3"}', r'{"result": "{\"error\": \"\", \"response\": \"He said \"hi\" to 3\"}"}')])
 def test_results_are_unwrapped_also_where_toolbench_cut_them(tmp_path, said, content):
     c, _ = one(tmp_path, tree(GOOD[0], {"role": "function", "name": "x", "content": said}))
     assert c["messages"][2]["content"] == content
@@ -494,7 +497,7 @@ def test_a_good_path_needs_no_fallback(tmp_path, capsys):
     assert len(made) == 1 and config.source == "toolbench" and "stand in" not in capsys.readouterr().err
 
 
-def test_what_stood_in_when_a_run_began_stays(tmp_path):
+def test_what_stood_in_when_a_run_began_stays(tmp_path, capsys):
     """A fallback for the held-out data alone does not change training; files repaired later do not change a run that has begun."""
     good, bad = write(tmp_path, "good.json", tree(call("find_book_for_library", '{"title": "Emma"}'),
                                                   result("shelf 3"))), write(tmp_path, "bad.json", [{}])
@@ -502,6 +505,9 @@ def test_what_stood_in_when_a_run_began_stays(tmp_path):
     tokenizer = toolplay.load_model("tiny")[1]
     assert len(data.conversations(config, "train", tokenizer)) == 1
     assert len(data.conversations(config, "dev", tokenizer)) == 3 and config.source == "toolbench"
+    assert "not read" not in capsys.readouterr().err
+    data.stand_in(toolplay.load_config({"source": "jsonl", "path": str(good), "eval_path": str(good)}), "why")
+    assert f"eval_path = {good} is not read" in capsys.readouterr().err
     settings = {**SETTINGS, "path": str(bad), "fallback": "synthetic", "run_dir": str(tmp_path / "run")}
     toolplay.main(["train", str(write(tmp_path, "c.json", settings))])
     write(tmp_path, "bad.json", tree(call("find_book_for_library", '{"title": "Emma"}'), result("shelf 3")))
@@ -633,6 +639,17 @@ def test_a_result_belongs_to_the_call_of_its_name(tmp_path):
         assert [m.get("tool_calls") or m["content"] for m in made["messages"][1:]] == [
             [{"name": FIND, "arguments": {"title": "Emma"}}], '{"result": "shelf 3"}', "It is there."]
         assert report["calls_left_out"] == lost
+    # two calls of one function, or results without names: nobody knows which call the first result answers
+    again = [call(FIND, '{"title": "A"}'), call(FIND, '{"title": "B"}'), result("a"), result("b")]
+    said = lambda title: ("assistant", f'Thought: x\nAction: {FIND}\nAction Input: {{"title": "{title}"}}')  # noqa: E731
+    for item in (tree(*again, *good), dialogue(said("A"), said("B"), ("function", "a"), ("function", "b"), said("Emma"),
+                                               ("function", "shelf 3"), LLAMA_END)):
+        made, report = one(tmp_path, item)
+        assert [m["tool_calls"][0]["arguments"] for m in made["messages"] if m.get("tool_calls")] == [{"title": "Emma"}]
+        assert report["calls_left_out"] == 3
+    # a call without a result before one whose result has its name
+    made, _ = one(tmp_path, tree(call("pick", "{}"), *good, function=[PICK, *FUNCTIONS]))
+    assert made["messages"][1]["tool_calls"][0]["name"] == FIND and len(made["messages"]) == 4
 
 
 @pytest.mark.parametrize("text", ['Thought: I look.\nAction Input: {"title": "A", }}', 'Action: find\nAction Input: {"title": broken',
@@ -644,6 +661,44 @@ def test_a_call_that_cannot_be_read_is_not_learned_as_words(tmp_path, text):
         made, report = one(tmp_path, item)
         assert not any("input" in m["content"].lower() or "broken" in m["content"] for m in made["messages"])
         assert made["messages"][1]["tool_calls"] == [{"name": FIND, "arguments": {"title": "Emma"}}]
+
+
+def test_damage_in_a_line_costs_this_line(tmp_path):
+    lines = [json.dumps(tree(*GOOD)).replace("Find Emma", f"Find book {n}").encode() for n in range(4)]
+    lines[2] = lines[2].replace(b"book 2", b"book \xff")
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "b.json").write_bytes(b"[\n" + b",\n".join(lines[:2]).replace(b"Find book", b"Find novel") + b",\n")  # cut off
+    (tmp_path / "c.json").write_bytes(lines[2])
+    made = data.read_toolbench(tmp_path, report=tmp_path / "report")
+    report = json.loads((tmp_path / "report").read_text())
+    assert len(made) == 5
+    assert {Path(name).name: why for name, why in report["damaged_files"].items()} == {
+        "a.jsonl, line 3": "a byte of it is not UTF-8", "b.json, line 1": "it is no JSON", "c.json": "a byte of it is not UTF-8"}
+
+
+@pytest.mark.parametrize("text, arguments", [
+    ("  ", {}), ('{"title": "Peru"} as asked', {"title": "Peru"}), ('{"title": "Peru"}, "shelf": 3}', None),
+    ('{"пока": "Peru"}', None)])
+def test_arguments_of_a_call_are_read_or_left_out(text, arguments):
+    tool = data.toolbench_function({"name": "f", "parameters": {"properties": {
+        name: {"type": "string"} for name in ("title", "shelf", "город")}}})
+    made = data.toolbench_call("f", text, {"f": tool})
+    assert (made and made["arguments"]) == arguments
+
+
+def test_python_s_names_of_types_are_standardised_with_their_values():
+    kinds = {"int": "integer", "float": "number", "str": "string", "bool": "boolean", "list": "array", "dict": "object"}
+    tool = data.toolbench_function({"name": "f", "parameters": {"properties": {kind: {"type": kind} for kind in kinds}}})
+    assert {name: field["type"] for name, field in tool["parameters"]["properties"].items()} == kinds
+    made = data.toolbench_call("f", '{"int": "5", "float": "5.5", "str": 5, "bool": "True", "list": "[1]", "dict": "{}"}', {"f": tool})
+    assert made["arguments"] == {"int": 5, "float": 5.5, "str": "5", "bool": True, "list": [1], "dict": {}}
+
+
+def test_a_long_name_finds_its_call_wherever_it_is_cut(tmp_path):
+    name = "a" * 5 + "_" + "b" * 63
+    function = {"name": name, "parameters": {"properties": {"title": {"type": "string"}}}}
+    made, report = one(tmp_path, tree(call(name, '{"title": "A"}'), result("a", name), function=[function, *FUNCTIONS]))
+    assert len(made["messages"]) == 4 and not report["calls_left_out"]
 
 
 def test_what_is_odd_is_repaired_or_named(tmp_path):

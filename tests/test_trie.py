@@ -121,6 +121,37 @@ def test_in_bf16_the_trie_stays_near_fp32(full):
     assert 0 < far(shared) < 2 * far(alone) < 0.2
 
 
+def test_padding_changes_no_node(full):
+    rows = [ids for ids, _ in random_rows(3)]
+    plain, padded = Trie(rows), Trie(rows)
+    for multiple, n in ((len(plain), len(plain)), (7, -(-len(plain) // 7) * 7), (64, 64), (64, 64)):
+        padded.pad(multiple)
+        assert len(padded) == n
+    with torch.no_grad():
+        expected, inputs = full(**plain.inputs("cpu")).logits[0], padded.inputs("cpu")
+        assert (full(**inputs).logits[0, :len(plain)] - expected).abs().max() < 1e-4
+        inputs["attention_mask"] = padded.mask("cpu")
+        assert (full(**inputs).logits[0, :len(plain)] - expected).abs().max() < 1e-4
+
+
+def test_in_bf16_all_matrices_have_round_sizes(full):
+    """A CPU compiles a kernel for each size that is new, so that every batch would compile all of them."""
+    sizes, rows = set(), random_rows(3)
+    hooks = [m.register_forward_pre_hook(lambda m, x: sizes.add(x[0].shape[-2])) for m in full.modules()
+             if isinstance(m, torch.nn.Linear)]
+    try:
+        token_logprobs(full, rows)
+        assert any(n % 64 for n in sizes)  # fp32 needs no rounding
+        sizes.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            token_logprobs(full, rows, want=("entropy", "hidden"), also=[1])
+            token_logprobs(full, EDGES["nothing trained"])
+        assert sizes and all(n % 64 == 0 or n == 1 for n in sizes)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @pytest.mark.parametrize("name", EDGES)
 def test_edges(full, name):
     rows = EDGES[name]
