@@ -19,7 +19,7 @@ conversation has the form that is common in the field:
 
 Splits are by phrasing family and by value, never by row: train, dev and test share no template, no city, no entity that
 is asked for and no pair of numbers drawn for a template (constants such as the 100 of percent occur in all splits;
-synthetic functions are split by domain instead). A model that has memorised the templates gains nothing on `test`.
+synthetic functions are split by domain instead). A model that has memorised templates gains little on `test`.
 
     python data.py --show 20                    examples with the trained tokens coloured
     python data.py --split test --n 500 --out test.jsonl
@@ -68,8 +68,10 @@ def turns(conversation, style="signature"):
             calls = [format_call(Call(c["name"], c["arguments"])) for c in message.get("tool_calls") or []]
             text = "\n".join([text] * bool(text) + calls)
         elif role == "tool":
-            text = re.sub(r"\A\s*<tool_response>(.*)</tool_response>\s*\Z", r"\1", text, flags=re.DOTALL)
-            text = "<tool_response>" + text.replace("<", "\\u003c") + "</tool_response>"  # no tag can be forged
+            marked = re.fullmatch(r"\s*<tool_response>(.*)</tool_response>\s*", text, re.DOTALL)
+            texts = re.split(r"</tool_response>\s*<tool_response>", marked[1]) if marked else [text]
+            text = "\n".join("<tool_response>" + text.replace("<", "\\u003c") + "</tool_response>"  # no tag can be forged
+                             for text in texts)
             if out[-1][0] == "tool":
                 out[-1] = ("tool", f"{out[-1][1]}\n{text}")
                 continue
@@ -298,11 +300,13 @@ def continuation(results, tokenizer):
 
 def messages_of(item, completion=False):
     """The messages of a line that has "messages", or a "prompt"; with `completion` also the line's "completion" (as in
-    TRL, each is a text or a list of messages)."""
+    TRL, each is a text or a list of messages). What an assistant says in a prompt has weight 0."""
     if item.get("messages") is not None or "prompt" not in item:
         return item.get("messages")
     parts = [("user", item["prompt"]), ("assistant", item.get("completion") if completion else None)]
-    return [message for role, part in parts if role == "user" or part is not None
+    return [{**message, "weight": 0}
+            if role == "user" and isinstance(message, dict) and message.get("role") == "assistant" else message
+            for role, part in parts if role == "user" or part is not None
             for message in (part if isinstance(part, list) else [{"role": role, "content": part}])]
 
 
@@ -323,6 +327,12 @@ def check_conversation(conversation, known=None):
     if late := [n for n, message in enumerate(messages) if n and message["role"] == "system"]:
         raise UserError(f"message {late[0]}: a system message can only be the first")
     tools = load_tools(offered_in(conversation) or [], known)
+    for call in (call for message in messages for call in message.get("tool_calls", ()) if call["name"] in tools):
+        # datasets with one type for all lines store null for what a line does not have
+        schema = {**tools[call["name"]].parameters, "required": []}
+        call["arguments"] = {key: value for key, value in call["arguments"].items()
+                             if value is not None or not any(_problems({key: None}, schema))
+                             or key in tools[call["name"]].parameters.get("required", [])}
     checked = {**conversation, "messages": _in_call_order(messages), "tools": list(tools.values())}
     try:
         "".join(text for _, text in turns(checked)).encode()
@@ -1906,8 +1916,8 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                 messages += [{"role": "user", "content": text}] if text or not messages else []
             elif role in ("function", "tool"):
                 of = names.get(standard(call))
-                # the result of another call, or perhaps of another
-                if waiting and (of not in (waiting["tool_calls"][0]["name"], None) or earlier and of in (earlier, None)):
+                if waiting and (of and of != waiting["tool_calls"][0]["name"]  # the result of another call,
+                                or earlier and of in (earlier, None)):         # or perhaps of another
                     dropped, waiting = dropped + 1, {}
                 if waiting:
                     content, cut = toolbench_observation(text, observation)
@@ -2134,6 +2144,9 @@ def check_trained(item):
     conversation = check_conversation(item)
     if all(m["role"] != "assistant" or m.get("weight", 1) == 0 for m in conversation["messages"]):
         raise UserError("it has no assistant message (or only messages of weight 0), so nothing in it is trained")
+    if any(not m["content"].strip() and not m.get("tool_calls") and m.get("weight", 1)
+           for m in conversation["messages"] if m["role"] == "assistant"):
+        raise UserError("an assistant message is empty (its text can only be in \"content\")")
     names = {tool.name for tool in conversation["tools"]}
     for calls, broken in (parse_calls(text) for role, text in turns(conversation) if role == "assistant"):
         if unknown := names and sorted({call.name for call in calls} - names):
@@ -2205,8 +2218,8 @@ def stand_in(config, why, split="train"):
     """Replace ToolBench by the synthetic generator in a run -> the generator's mix: the synthetic kinds of the config's
     mix, if it has any. The replacement is printed and, if the run learns from the data, recorded in its config.json."""
     mix = {kind: weight for kind, weight in config.mix.items() if kind in SYNTHETIC} or SYNTHETIC
-    print(f"{why}: synthetic functions ({', '.join(mix)}) are used instead of ToolBench"
-          + f"; eval_path = {config.eval_path} is not read" * bool(split == "train" and config.eval_path), file=sys.stderr)
+    unread = f"; eval_path = {config.eval_path} is not read" if split == "train" and config.eval_path else ""
+    print(f"{why}: synthetic functions ({', '.join(mix)}) are used instead of ToolBench{unread}", file=sys.stderr)
     if split == "train":
         config.source, config.fallback, config.mix = "synthetic", "synthetic", mix
     return mix

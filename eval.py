@@ -118,7 +118,10 @@ def as_case(item):
         raise UserError(f'"expected" has an unknown key {min(unknown)!r}; it may hold "calls", "final" and "answer"')
     tools, later = {tool.name: tool for tool in conversation["tools"]}, None
     if expected is None:
-        start = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
+        own = [n for n, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
+        if messages[-1]["role"] == "user" and item.get("answer") is not None:  # the answer to this message
+            own = []
+        start = own[0] if own else len(messages)
         messages, gold = messages[:start], list(itertools.takewhile(lambda m: m["role"] != "user", messages[start:]))
         # text next to a call is no answer
         replies = [m["content"] for m in gold if m["role"] == "assistant" and not data.calls_of(m)]

@@ -4,8 +4,8 @@ toolplay.py - the code that all methods share
 The design has five ideas (each method file adds only its own loss):
 1. One mask.    An example is (ids, mask); mask is 1 on the tokens that the model chose. See data.py.
 2. The trie.    Most rows of a batch start with one of a few long prompts of tool schemas. In a trie of the batch, we
-                compute every distinct prefix once: log-probs and gradients are exact, there is no padding, and there
-                are two to three times fewer tokens.
+                compute every distinct prefix once: log-probs and gradients are exact, no row is padded, and there
+                are two to three times fewer tokens (`toolplay.py trie CONFIG` prints how many).
 3. Rollouts.    Sampling, tool execution and further sampling extend one KV cache. The sampled ids are the trained ids.
 4. One step.    `train_step` owns autocast, loss scaling, accumulation, clipping, the optimizer and data parallelism.
 5. Untrusted.   Tools, model output, data files and configs may be wrong in any way. A run must survive all of this.

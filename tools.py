@@ -311,7 +311,10 @@ def _new_problems(value, schema, where, root, part, known):
             and any(_same(a, b) for a, b in itertools.combinations(value[:1000], 2))):
         yield "wrong_type", f"{label}: no item may stand there twice"
     for word, (bounded, fits) in BOUNDS.items():
-        if type(schema.get(word)) in (int, float) and type(value) in bounded and not fits(value, schema[word]):
+        if type(schema.get(word)) in (int, float) and type(value) in bounded and (
+                not fits(value, schema[word])
+                # draft 4: {"minimum": 0, "exclusiveMinimum": true}
+                or value == schema[word] and schema.get(f"exclusive{word.capitalize()}") is True):
             yield "wrong_type", f"{label}: {word} is {schema[word]}, not {_shown(value)}"
     for inner in schema.get("allOf", []):
         yield from check(inner)
@@ -1054,6 +1057,8 @@ def _child(tool, arguments, failed, timeout, writer):
     try:
         os.setpgid(0, 0)  # a separate process group, so that its children die with it
         signal.alarm(math.ceil(timeout) + 2)  # in case the parent dies first
+        for number in (signal.SIGINT, signal.SIGTERM):  # training handles them; a tool's own processes must end
+            signal.signal(number, signal.SIG_DFL)
         sys.stdout = sys.stderr = open(os.devnull, "w")
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
@@ -1144,7 +1149,7 @@ def _respell(text):
     text = re.sub(r"(?<=[\d)])\s*(?=\()|(?<=[\d)])\s*(?=sqrt\b)", "*", text)  # 2(3 + 4), (1 + 2)(3 + 4), 2 sqrt(9)
     text = re.sub(r"(?<![a-z])(x|of)(?=\s*[\d.(]|\s+-?[\d.(a-z])", "*", text)  # "3 x 4", but not the variable in 3x + 4
     # Written as an attribute, the percent sign binds tightest, as it should: 2 ** 50% is 2 ** 0.5.
-    tokens = TOKEN.findall(re.sub(r"%(?!\s*[0-9.(a-z]|\s+-[0-9.(a-z])", " .percent ", text))
+    tokens = TOKEN.findall(re.sub(r"%(?!\s*[0-9.(a-z]|(?<=\s%)\s+-[0-9.(a-z])", " .percent ", text))
     # for each open parenthesis: whether a comma without a space separates arguments in it
     calls = []
     for index, token in enumerate(tokens):
@@ -1327,7 +1332,7 @@ def search(query: str, path=None) -> list:
                  * sum(rarity.values()))
               for count, title in zip(counts, titles)]
     ranked = sorted(zip(scores, pages), key=lambda pair: -pair[0])[:2]  # sorted() keeps the order of ties
-    return [{**page, "text": textwrap.shorten(page["text"], 200, placeholder="…")}
+    return [{**page, **{key: textwrap.shorten(page[key], 200, placeholder="…") for key in ("title", "text")}}
             for score, page in ranked if score > 0.1]
 
 

@@ -604,6 +604,8 @@ def test_tool_results_in_data_forge_no_tag():
                            ("<tool_response>391</tool_response>", "391")):  # a result may be tagged already
         text = data.turns({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": given}]})[-1][1]
         assert text == f"<tool_response>{written}</tool_response>"
+    both = "<tool_response>1</tool_response>\n<tool_response>2</tool_response>"  # as Hermes writes the results of two calls
+    assert data.turns({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": both}]})[-1][1] == both
 
 
 def test_numbers_and_money_are_written_in_the_ways_people_have():
@@ -831,6 +833,19 @@ def test_a_turn_of_weight_0_is_not_learned():
                                                          small.tokenizer())
     with pytest.raises(UserError, match="weight"):
         data.check_conversation({"messages": [{**chat[0], "weight": 0}]})
+    # of TRL's lines only the completion is learned
+    assert data.encode({"prompt": [{k: v for k, v in m.items() if k != "weight"} for m in chat[:3]], "completion": "good"},
+                       small.tokenizer()) == (ids, mask)
+    with pytest.raises(UserError, match="empty"):
+        data.check_trained({"messages": [*chat, chat[0], {"role": "assistant", "content": "", "reasoning_content": "hm"}]})
+
+
+def test_nulls_of_a_table_s_missing_fields_are_no_arguments():
+    arguments = {"city": "Paris", "unit": None, "expression": None}
+    made = data.check_conversation({"messages": [{"role": "user", "content": "a"}, {
+        "role": "assistant", "tool_calls": [{"name": "weather", "arguments": arguments}, {"name": "other", "arguments": {"x": None}}]}],
+        "tools": ["weather"]})
+    assert [c["arguments"] for c in made["messages"][1]["tool_calls"]] == [{"city": "Paris"}, {"x": None}]
 
 
 @pytest.mark.parametrize("message, word", [({"content": "<tool_call>{bad</tool_call>"}, "cannot be read"),

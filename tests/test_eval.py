@@ -378,6 +378,16 @@ def test_numbers_the_model_wrote_into_a_call_are_guesses_too():
     assert verdicts(SUM, format_call(calc("17 * 23")), "__391__")["response_quality"] is True
 
 
+def test_a_prompt_of_several_turns_is_asked_whole():
+    said = [{"role": "user", "content": "What is 1 + 2?"}, {"role": "assistant", "content": "3"}, {"role": "user", "content": "plus 1?"}]
+    gold = {"role": "assistant", "tool_calls": [{"name": "calculator", "arguments": {"expression": "3 + 1"}}]}
+    for item, calls in (({"prompt": said, "answer": 4}, None), ({"messages": said, "answer": 4}, None),
+                        ({"prompt": said, "completion": [gold]}, [Call("calculator", {"expression": "3 + 1"})])):
+        made = evaluation.as_case({**item, "tools": ["calculator"]})
+        assert [m["content"] for m in made.conversation["messages"]] == [m["content"] for m in said]
+        assert made.calls == calls and made.answer == item.get("answer")
+
+
 def test_null_is_left_out_as_execute_does_it():
     tools = load_tools(["weather"])
     assert evaluation.same_call(Call("weather", {"city": "Paris", "unit": None}), Call("weather", {"city": "Paris"}), tools)

@@ -642,8 +642,8 @@ def test_a_result_belongs_to_the_call_of_its_name(tmp_path):
     # two calls of one function, or results without names: nobody knows which call the first result answers
     again = [call(FIND, '{"title": "A"}'), call(FIND, '{"title": "B"}'), result("a"), result("b")]
     said = lambda title: ("assistant", f'Thought: x\nAction: {FIND}\nAction Input: {{"title": "{title}"}}')  # noqa: E731
-    for item in (tree(*again, *good), dialogue(said("A"), said("B"), ("function", "a"), ("function", "b"), said("Emma"),
-                                               ("function", "shelf 3"), LLAMA_END)):
+    for item in (tree(*again, *good), dialogue(said("A"), said("B"), ("function", "a"), ("function", "b"),
+                                               said("Emma"), ("function", "shelf 3"), LLAMA_END)):
         made, report = one(tmp_path, item)
         assert [m["tool_calls"][0]["arguments"] for m in made["messages"] if m.get("tool_calls")] == [{"title": "Emma"}]
         assert report["calls_left_out"] == 3
