@@ -663,10 +663,16 @@ def compare(groups, draws=2000):
     return out
 
 
+def held(result):
+    """How calls were held back in a result or are in a config: the settings that a command may change."""
+    get = result.get if isinstance(result, dict) else vars(result).get
+    return {"constrained": get("constrained", False), "call_margin": get("call_margin", 0.0)}
+
+
 def settings_of(config):
     """The settings that are equal in two seeds of one experiment: the config without its seed and without keys that
     change no result. `start_from` is replaced by the settings of the run that it names."""
-    free = ("seed", "run_dir", "comment", "provenance", "device", "save_every", "micro_tokens", "constrained")
+    free = ("seed", "run_dir", "comment", "provenance", "device", "save_every", "micro_tokens", *held({}))
     kept = {k: v for k, v in config.items() if k not in free and not k.startswith("wandb")}
     # the start run may be deleted or damaged
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -705,8 +711,7 @@ def compare_command(args):
             raise UserError(f"{folder}: its eval.json has other cases than {args.runs[0]}'s; "
                             "run eval on all with the same --data, --n and --seed")
         same = cases
-        key, seed = json.dumps([settings_of(config), result.get("constrained", False)],
-                               sort_keys=True), str(config.get("seed"))
+        key, seed = json.dumps([settings_of(config), held(result)], sort_keys=True), str(config.get("seed"))
         # a seed that occurs again belongs to a new group: the code has changed
         version = next(n for n in itertools.count() if seed not in groups.get((key, n), {}))
         groups.setdefault((key, version), {})[seed] = (folder, records)
@@ -955,6 +960,9 @@ def add_model(parser, about_run="a trained run folder"):
     parser.add_argument("--constrained", action=argparse.BooleanOptionalAction,
                         help="whether calls are held to their tools' schemas while they are written (default: "
                              "as the run's config says)")
+    parser.add_argument("--call-margin", type=number(float, 0),
+                        help="by how many nats a call must be more probable than any other beginning of a turn "
+                             "(default: as the run's config says)")
 
 
 def add_arguments(parser):
@@ -1004,11 +1012,11 @@ def command(args):
     stands_in = (" (trained on synthetic functions, used instead of ToolBench)"
                  if config.fallback and config.source == "synthetic" else "")
     trained_on = config.source + stands_in if args.run else None
-    settings = {"style": config.tool_style, "constrained": config.constrained, "batch_size": args.batch_size}
+    settings = {**toolplay.decoding(config), "batch_size": args.batch_size}
     if suite:
         text, report, records = bfcl(model, tokenizer, suite, **settings)
         print(f"## {args.run or args.model}{stands_in}\n\n{text}")
-        return keep("bfcl.json", {"data": args.suite, "trained_on": trained_on, "constrained": config.constrained,
+        return keep("bfcl.json", {"data": args.suite, "trained_on": trained_on, **held(config),
                                   "report": report, "records": records})
     extra = [tool_from_schema(t) for t in config.tools]
     cases = (data.read_jsonl(args.data, lambda item: as_case(data.with_tools(item, extra, BUILTIN)))[:args.n]
@@ -1016,7 +1024,7 @@ def command(args):
     report, records = evaluate(model, tokenizer, cases, **settings)
     print(format_report(report, f"{args.run or args.model}{stands_in} on {args.data or args.split}", records,
                         args.failures))
-    result = {"data": args.data or args.split, "trained_on": trained_on, "constrained": config.constrained,
+    result = {"data": args.data or args.split, "trained_on": trained_on, **held(config),
               "seed": args.seed, "report": report, "records": records}
     keep("eval.json", result)  # write it now, because the rest may fail
     if not args.data:

@@ -1064,7 +1064,7 @@ def train(run):
         log.update(learn(trainer, groups, actor.loss, imitated, position, config), skipped=trainer.skipped)
         if held_out and (trainer.step >= trainer.total or config.eval_every and (round_ + 1) % config.eval_every == 0):
             report, _ = evaluation.evaluate(model, tokenizer, held_out, max_new_tokens=config.max_new_tokens,
-                                            style=config.tool_style, constrained=config.constrained, bar="")
+                                            **toolplay.decoding(config), bar="")
             log.update({f"eval_{name}": report["metrics"][name]["value"]
                         for name in ("tool_accuracy", "format", "response_quality")})
         run.log(trainer.step, log, tokens=sum(sum(unit["mask"]) for unit in everything))

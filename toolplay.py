@@ -119,6 +119,9 @@ class Config:
     constrained: bool = False            # constrained decoding: in eval, predict, chat and the evaluations of ppo and
                                          # demo, calls can only be written as their tool's schema allows; samples to
                                          # learn from are never constrained
+    call_margin: Annotated[float, ">= 0"] = 0.0
+                                         # in the same places: a turn begins with a call only if this is so many nats
+                                         # more probable than any other beginning
     tools: list = field(default_factory=list)
                                          # more tools: {"name", "description", "parameters", "function":
                                          # "package.module:name"}
@@ -806,7 +809,7 @@ def context_of(model):
 
 @torch.no_grad()
 def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top_p=1.0, max_new_tokens=128, max_turns=4,
-            seed=0, batch_size=32, style="signature", constrained=False, bar=""):
+            seed=0, batch_size=32, style="signature", constrained=False, call_margin=0.0, bar=""):
     """Let the model answer each conversation, executing its tool calls -> one Episode per conversation.
 
     tools: {name: Tool} or [Tool] for all conversations; None: each conversation's own tools. temperature 0 is greedy.
@@ -815,6 +818,8 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     constrained: calls follow their tools' schemas (see tools.call_state): a token after which no valid call is possible
     is rejected, and another token is drawn instead. logp stays that of the unconstrained policy, so do not learn from
     constrained episodes.
+    call_margin: subtracted, in nats, from the logit of <tool_call> (its first token) where a turn begins. A model calls
+    too readily if most of its training prompts needed a call; choose the margin on held-out prompts of your own.
     seed: one seed, or a list with one seed per conversation. Each row draws from its own random stream, keyed by (seed,
     prompt, number of equal prompts before it), so its draws do not depend on the rest of the batch.
     logp is of the policy at `temperature` (greedy: at 1), before top-p truncation. bar: name of a progress bar; empty:
@@ -834,7 +839,7 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
         episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)),
                          {tool.name: tool for tool in conversation["tools"]},
                          np.random.Generator(np.random.Philox(stream))))
-    limits = Limits(max_new_tokens, max_turns, context_of(model), constrained)
+    limits = Limits(max_new_tokens, max_turns, context_of(model), constrained, call_margin)
     fitting = [row for row in episodes if row[0].prompt < limits.context]
     for episode, _, _ in episodes:
         if episode.prompt >= limits.context:  # no room for an answer
@@ -868,8 +873,9 @@ def padded_batches(rows, size):
     yield part
 
 
-# limits per turn (new_tokens), per episode (turns), of the model (context); constrained: calls follow the schemas
-Limits = namedtuple("Limits", "new_tokens turns context constrained")
+# limits per turn (new_tokens), per episode (turns), of the model (context); constrained: calls follow the schemas;
+# margin: how much more probable a call must be
+Limits = namedtuple("Limits", "new_tokens turns context constrained margin")
 
 
 def stop_ids(model, tokenizer):
@@ -885,6 +891,7 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
     if limits.constrained:
         closing = stops | {n for n in tokenizer.all_special_ids
                            if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")}
+    opening = tokenizer.encode("<tool_call>", add_special_tokens=False)[0]
     queues = [[e.ids[-1]] for e, _, _ in rows]  # ids not yet fed to the model
     turns = [[] for _ in rows]                  # ids of the current turn
     cache = prompt_cache(model, [e.ids[:-1] for e, _, _ in rows])
@@ -897,6 +904,7 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
         speaking = [(n, r) for n, r in enumerate(alive) if not queues[r]]  # the other rows still read tool results
         if speaking:
             own = logits[[n for n, _ in speaking]]
+            own[[i for i, (_, r) in enumerate(speaking) if not turns[r]], opening] -= limits.margin
             tokens, logp = sample(own, [rows[r][2].random() for _, r in speaking], temperature, top_p)
         for i, (_, r) in enumerate(speaking):
             episode, tools, rng = rows[r]
@@ -1184,10 +1192,10 @@ def write_lines(path, values):
                                               encoding="utf-8", errors="backslashreplace"))
 
 
-# Keys that --resume may change: what is trained depends on them by rounding at most. constrained: not for ppo, whose
-# evaluations use it. tau_f: only before the first checkpoint.
+# Keys that --resume may change: what is trained depends on them by rounding at most. constrained and call_margin: not
+# for ppo, whose evaluations use them. tau_f: only before the first checkpoint.
 CHANGES = ("wandb", "wandb_project", "wandb_name", "wandb_tags", "save_every", "device", "micro_tokens", "constrained",
-           "tau_f")
+           "call_margin", "tau_f")
 
 # The metrics of a step that the progress bar shows.
 SHOWN = ("loss", "eval_loss", "rewards/accuracy", "rewards/margin", "logp/chosen", "reward", "kl", "entropy",
@@ -1265,7 +1273,7 @@ class Run:
         before, config = dataclasses.asdict(load_config(self.folder / "config.json")), self.config
         free = ["run_dir", *CHANGES]
         if config.method == "ppo":
-            free.remove("constrained")
+            free = [key for key in free if key not in ("constrained", "call_margin")]
         if newest_checkpoint(self.folder):  # before it, nothing was learned from the calls that tau_f keeps
             free.remove("tau_f")
         for key, was in before.items():
@@ -1632,12 +1640,19 @@ def train(args):
 
 
 def model_of(args):
-    """Load the model that --run or --model names -> (model, tokenizer, config); --constrained overrides its config."""
+    """Load the model that --run or --model names -> (model, tokenizer, config). --constrained and --call-margin
+    override its config."""
     model, tokenizer, config = load_run(args.run) if args.run is not None else (
         *load_model(args.model, pick_device("auto")), Config(model=args.model))
-    if args.constrained is not None:
-        config.constrained = args.constrained
+    for key in ("constrained", "call_margin"):
+        if getattr(args, key) is not None:
+            setattr(config, key, getattr(args, key))
     return model, tokenizer, config
+
+
+def decoding(config):
+    """The arguments of `rollout` that a config decides."""
+    return {"style": config.tool_style, "constrained": config.constrained, "call_margin": config.call_margin}
 
 
 def read_tools(path, more=()):
@@ -1701,7 +1716,7 @@ def predict(args):
             episodes = rollout(model, tokenizer, [c for _, c in batch], temperature=args.temperature,
                                max_new_tokens=args.max_new_tokens,
                                seed=[f"{args.seed} {json.dumps(key)}" for key, _ in batch], batch_size=args.batch_size,
-                               style=config.tool_style, constrained=config.constrained)
+                               **decoding(config))
             for (key, _), e in zip(batch, episodes):
                 file.write(json.dumps({"id": key, "output": e.turns[0],
                                        "calls": [{"name": c.name, "arguments": c.arguments} for c in e.calls],
@@ -1734,7 +1749,7 @@ def chat(args):
         messages.append({"role": "user", "content": text})
         episode = rollout(model, tokenizer, [{"messages": messages}], tools, temperature=args.temperature,
                           seed=args.seed + len(messages), max_new_tokens=args.max_new_tokens,
-                          style=config.tool_style, constrained=config.constrained)[0]
+                          **decoding(config))[0]
         results = iter(episode.results)
         for turn in episode.turns:  # the history keeps the whole episode, with calls and results
             calls = read_calls(turn)
@@ -1878,13 +1893,13 @@ def demo_steps(run, n):
                        "remove it: it is made anew") if before_file.exists() else None
     n = before["report"]["n"] if before else n  # a resumed demo uses the same prompts
     cases = [evaluation.as_case(c) for c in data.generate("test", n, config.seed, config.mix)]
-    settings = dict(max_new_tokens=64, style=config.tool_style, constrained=config.constrained)
+    settings, held = {"max_new_tokens": 64, **decoding(config)}, evaluation.held(config)
     print("1. The untrained model on prompts of the test split (no phrasing, city or number pair of it is in the "
           "training data)")
     model, tokenizer = load_model(config.model, run.device)
-    if not before or before.get("constrained", False) != config.constrained:
+    if not before or evaluation.held(before) != held:
         report, records = evaluation.evaluate(model, tokenizer, cases, **settings)
-        before = {"report": report, "records": records, "constrained": config.constrained}
+        before = {"report": report, "records": records, **held}
         write_json(before_file, before)
     talk_before = evaluation.talk_loss(model, tokenizer, n=40)
     del model
@@ -1895,7 +1910,7 @@ def demo_steps(run, n):
     report, records = evaluation.evaluate(model, tokenizer, cases, **settings)
     talk_after = evaluation.talk_loss(model, tokenizer, n=40)
     write_json(run.folder / "eval.json", {"data": "test", "trained_on": config.source, "seed": config.seed,
-                                          "constrained": config.constrained, "report": report, "records": records})
+                                          **held, "report": report, "records": records})
     shown = {}
     for pair in zip(before["records"], records):
         shown.setdefault(pair[1]["kind"], pair)

@@ -316,23 +316,25 @@ def test_demo_end_to_end_on_tiny(tmp_path, capsys):
 
 
 def test_calls_are_held_to_the_schemas_where_the_run_or_the_user_says_so(run, tmp_path, capsys, monkeypatch):
-    """eval, its BFCL suite and predict use the config's `constrained`, unless the command line sets it."""
+    """eval, its BFCL suite and predict use the config's `constrained` and `call_margin`, unless the command line sets them."""
     asked, cases, rollout = [], tmp_path / "cases.jsonl", toolplay.rollout
     cases.write_text('{"id": 1, "prompt": "hi"}\n')
-    monkeypatch.setattr(toolplay, "rollout", lambda *args, **kwargs: asked.append(kwargs["constrained"])
+    monkeypatch.setattr(toolplay, "rollout", lambda *args, **kwargs: asked.append((kwargs["constrained"], kwargs["call_margin"]))
                         or rollout(*args, **{**kwargs, "max_new_tokens": 4}))
     held = tmp_path / "held"
     shutil.copytree(run, held)
     config = json.loads((held / "config.json").read_text())
-    toolplay.write_json(held / "config.json", {**config, "constrained": True})
-    for n, (verb, folder, flag, expected) in enumerate([("eval", run, [], False), ("eval", held, [], True),
-                                                        ("eval", held, ["--no-constrained"], False),
-                                                        ("predict", run, ["--constrained"], True), ("predict", held, [], True)]):
+    toolplay.write_json(held / "config.json", {**config, "constrained": True, "call_margin": 0.5})
+    for n, (verb, folder, flag, expected) in enumerate([("eval", run, [], (False, 0)), ("eval", held, [], (True, 0.5)),
+                                                        ("eval", held, ["--no-constrained", "--call-margin", 0], (False, 0)),
+                                                        ("predict", run, ["--constrained", "--call-margin", 2], (True, 2)),
+                                                        ("predict", held, [], (True, 0.5))]):
         where = (["--data", cases, "--out", tmp_path / "r.json"] if verb == "eval"
                  else ["--input", cases, "--output", tmp_path / f"{n}.jsonl"])
         cli(verb, "--run", folder, *where, *flag, capsys=capsys)
-        assert asked.pop() is expected and not asked
-        assert verb == "predict" or json.loads((tmp_path / "r.json").read_text())["constrained"] is expected
+        assert asked.pop() == expected and not asked
+        kept = {} if verb == "predict" else json.loads((tmp_path / "r.json").read_text())
+        assert verb == "predict" or (kept["constrained"], kept["call_margin"]) == expected
 
 
 def test_weights_that_are_gone_are_saved_again(run, tmp_path, capsys):

@@ -489,6 +489,17 @@ def test_calls_keep_to_the_schema(name, monkeypatch):
         assert all(r.error_type not in ("unknown_tool", "unknown_argument", "wrong_type", "missing_argument") for r in e.results)
 
 
+def test_a_turn_begins_with_a_call_only_beyond_the_margin(monkeypatch):
+    seen = []
+    monkeypatch.setattr(toolplay, "sample", lambda logits, *_: seen.append(logits.clone()) or ([5] * len(logits), [0.0] * len(logits)))
+    chats = [{"messages": [{"role": "user", "content": text}], "tools": ["calculator"]} for text in ("a", "b")]
+    for margin in (0.0, 3.0):
+        run(model("llama"), chats, max_new_tokens=2, max_turns=1, call_margin=margin)
+    opening, (first, then, held, later) = tokenizer().encode("<tool_call>", add_special_tokens=False)[0], seen
+    assert torch.equal(then, later)  # only where a turn begins
+    assert torch.allclose((first - held)[:, opening], torch.tensor(3.0)) and (first != held).sum() == 2
+
+
 def test_a_refused_token_is_drawn_again_in_proportion():
     import numpy as np
     logits, rng = torch.tensor([2.0, 1.0, 0.5, 0.0]), np.random.default_rng(0)
