@@ -43,7 +43,7 @@ from pathlib import Path
 
 from tools import (BUILTIN, CORPORA, MAX_CALL, SURROGATE, Call, Result, UserError, _given, _loads, _problems,
                    calculate, check_corpora, execute, format_call, format_result, load_tools, number, one_line_errors,
-                   parse_calls, printable, render_tools, tool_from_schema)
+                   parse_calls, printable, render_tools, tool_from_schema, without_missing)
 
 SYSTEM = "You are a helpful assistant."
 TOOL_RULES = ('Call a tool only when it is needed, else just answer. A call looks like this: '
@@ -70,8 +70,8 @@ def turns(conversation, style="signature"):
         elif role == "tool":
             marked = re.fullmatch(r"\s*<tool_response>(.*)</tool_response>\s*", text, re.DOTALL)
             texts = re.split(r"</tool_response>\s*<tool_response>", marked[1]) if marked else [text]
-            text = "\n".join("<tool_response>" + text.replace("<", "\\u003c") + "</tool_response>"  # no tag can be forged
-                             for text in texts)
+            texts = [text.replace("<", "\\u003c") for text in texts]  # no tag can be forged
+            text = "\n".join(f"<tool_response>{text}</tool_response>" for text in texts)
             if out[-1][0] == "tool":
                 out[-1] = ("tool", f"{out[-1][1]}\n{text}")
                 continue
@@ -329,10 +329,7 @@ def check_conversation(conversation, known=None):
     tools = load_tools(offered_in(conversation) or [], known)
     for call in (call for message in messages for call in message.get("tool_calls", ()) if call["name"] in tools):
         # datasets with one type for all lines store null for what a line does not have
-        schema = {**tools[call["name"]].parameters, "required": []}
-        call["arguments"] = {key: value for key, value in call["arguments"].items()
-                             if value is not None or not any(_problems({key: None}, schema))
-                             or key in tools[call["name"]].parameters.get("required", [])}
+        call["arguments"] = without_missing(call["arguments"], tools[call["name"]].parameters, unknown=True)
     checked = {**conversation, "messages": _in_call_order(messages), "tools": list(tools.values())}
     try:
         "".join(text for _, text in turns(checked)).encode()

@@ -664,15 +664,15 @@ def compare(groups, draws=2000):
 
 
 def held(result):
-    """How calls were held back in a result or are in a config: the settings that a command may change."""
-    get = result.get if isinstance(result, dict) else vars(result).get
-    return {"constrained": get("constrained", False), "call_margin": get("call_margin", 0.0)}
+    """The settings toolplay.HELD of a result (an older one may lack them), or of a config."""
+    given = result if isinstance(result, dict) else vars(result)
+    return {key: given.get(key, default) for key, default in toolplay.HELD.items()}
 
 
 def settings_of(config):
     """The settings that are equal in two seeds of one experiment: the config without its seed and without keys that
     change no result. `start_from` is replaced by the settings of the run that it names."""
-    free = ("seed", "run_dir", "comment", "provenance", "device", "save_every", "micro_tokens", *held({}))
+    free = ("seed", "run_dir", "comment", "provenance", "device", "save_every", "micro_tokens", *toolplay.HELD)
     kept = {k: v for k, v in config.items() if k not in free and not k.startswith("wandb")}
     # the start run may be deleted or damaged
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):

@@ -1192,10 +1192,11 @@ def write_lines(path, values):
                                               encoding="utf-8", errors="backslashreplace"))
 
 
-# Keys that --resume may change: what is trained depends on them by rounding at most. constrained and call_margin: not
-# for ppo, whose evaluations use them. tau_f: only before the first checkpoint.
-CHANGES = ("wandb", "wandb_project", "wandb_name", "wandb_tags", "save_every", "device", "micro_tokens", "constrained",
-           "call_margin", "tau_f")
+# How calls are held back while they are written, with defaults: config keys that eval, predict and chat may override.
+HELD = {"constrained": False, "call_margin": 0.0}
+# Keys that --resume may change: what is trained depends on them by rounding at most. HELD: not for ppo, whose
+# evaluations use them. tau_f: only before the first checkpoint.
+CHANGES = ("wandb", "wandb_project", "wandb_name", "wandb_tags", "save_every", "device", "micro_tokens", *HELD, "tau_f")
 
 # The metrics of a step that the progress bar shows.
 SHOWN = ("loss", "eval_loss", "rewards/accuracy", "rewards/margin", "logp/chosen", "reward", "kl", "entropy",
@@ -1273,7 +1274,7 @@ class Run:
         before, config = dataclasses.asdict(load_config(self.folder / "config.json")), self.config
         free = ["run_dir", *CHANGES]
         if config.method == "ppo":
-            free = [key for key in free if key not in ("constrained", "call_margin")]
+            free = [key for key in free if key not in HELD]
         if newest_checkpoint(self.folder):  # before it, nothing was learned from the calls that tau_f keeps
             free.remove("tau_f")
         for key, was in before.items():
@@ -1644,7 +1645,7 @@ def model_of(args):
     override its config."""
     model, tokenizer, config = load_run(args.run) if args.run is not None else (
         *load_model(args.model, pick_device("auto")), Config(model=args.model))
-    for key in ("constrained", "call_margin"):
+    for key in HELD:
         if getattr(args, key) is not None:
             setattr(config, key, getattr(args, key))
     return model, tokenizer, config
@@ -1652,7 +1653,7 @@ def model_of(args):
 
 def decoding(config):
     """The arguments of `rollout` that a config decides."""
-    return {"style": config.tool_style, "constrained": config.constrained, "call_margin": config.call_margin}
+    return {"style": config.tool_style, **{key: getattr(config, key) for key in HELD}}
 
 
 def read_tools(path, more=()):

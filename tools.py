@@ -214,6 +214,18 @@ def _whole(parameters):
             **parameters}
 
 
+def without_missing(arguments, schema, unknown=False):
+    """Arguments without each null that stands for a missing argument: the argument may be left out and cannot be null.
+    `unknown`: also without a null for an argument that the schema does not allow."""
+    (named, others), required = _properties(schema, schema), _required(schema, schema)
+
+    def fits(key):
+        if key in named:
+            return not _problems(None, named[key], root=schema)
+        return not unknown or others is True or others is not False and not _problems(None, others, root=schema)
+    return {key: value for key, value in arguments.items() if value is not None or key in required or fits(key)}
+
+
 # Parameters with such a name say nothing without their description.
 MEANINGLESS = re.compile(r"(arg|argument|param|parameter|input|value|field|var)_?\d*|[a-z]\d+|p", re.IGNORECASE)
 
@@ -977,12 +989,8 @@ def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:
         if tool.function is None:
             return failed("not_executable", f"{name} can be shown but not run: it has no function")
         schema, arguments = _whole(tool.parameters), call.arguments
-        if isinstance(arguments, dict):  # drop a null if the argument may be left out
-            may_be_left_out = {key: field for key, field in _properties(schema, schema)[0].items()
-                               if key not in _required(schema, schema)}
-            arguments = {key: value for key, value in arguments.items()
-                         if value is not None or key not in may_be_left_out
-                         or not _problems(None, may_be_left_out[key], root=schema)}
+        if isinstance(arguments, dict):
+            arguments = without_missing(arguments, schema)
         for problem in itertools.chain.from_iterable(_problems(arguments, s) for s in (schema, tool.own) if s):
             return failed(*problem)
         return _run_in_child(tool, arguments, failed, timeout) if tool.isolated else _run(tool, arguments, failed)
