@@ -619,8 +619,9 @@ def _logprobs(model, batch, temperature=1.0, want=(), also=()):
     predicts = [trie.path[b][t - 1] for b, t in where]            # the node that predicts row b's token t
     nodes, row = torch.tensor(predicts, dtype=torch.long, device=device).unique(return_inverse=True)
     # The head runs only on the nodes that predict a trained token.
-    read = model(**inputs, logits_to_keep=F.pad(nodes, (0, -len(nodes) % multiple if predicts else 1)),
-                 output_hidden_states="hidden" in want)
+    inputs |= dict(logits_to_keep=F.pad(nodes, (0, -len(nodes) % multiple if predicts else 1)),
+                   output_hidden_states="hidden" in want)
+    read = torch.func.functional_call(model, frozen_in_half(model), (), inputs, tie_weights=False)
     # [n, V]; half precision is too coarse for a softmax
     logits = read.logits[0, :max(len(nodes), 1)].to(torch.promote_types(read.logits.dtype, torch.float32))
     log_p = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
@@ -635,6 +636,23 @@ def _logprobs(model, batch, temperature=1.0, want=(), also=()):
     if "hidden" in want:
         out["hidden"] = spread(read.hidden_states[-1][0, nodes].float()[row])
     return out
+
+
+def frozen_in_half(model):
+    """Under autocast: {name: half-precision copy} of the frozen weights of linear layers, which autocast would cast
+    anew in every forward. A copy is renewed when its weight has changed. Without autocast: {}."""
+    device = model.get_input_embeddings().weight.device.type
+    if not torch.is_autocast_enabled(device):
+        return {}
+    dtype, kept, copies = torch.get_autocast_dtype(device), model.__dict__.setdefault("_in_half", {}), {}
+    for name, module in model.named_modules():
+        weight = module.weight if isinstance(module, torch.nn.Linear) else None
+        if weight is not None and weight.dtype is torch.float32 and not weight.requires_grad:
+            key = weight.data_ptr(), weight._version, dtype
+            if kept.get(name, (None,))[0] != key:
+                kept[name] = key, weight.detach().to(dtype)
+            copies[f"{name}.weight"] = kept[name][1]
+    return copies
 
 
 def micro_batches(units, budget=None):

@@ -152,6 +152,41 @@ def test_in_bf16_all_matrices_have_round_sizes(full):
             hook.remove()
 
 
+def test_in_half_precision_frozen_weights_are_cast_once(monkeypatch):
+    """Their copies give the same bits as autocast's own casts, and follow their weights."""
+    net, rows = model("llama").requires_grad_(False), random_rows(3)
+    net.model.layers[1].requires_grad_(True)
+
+    def logp():
+        with torch.autocast("cpu", torch.bfloat16):
+            return token_logprobs(net, rows).detach(), toolplay.frozen_in_half(net)
+
+    before, copies = logp()
+    again, kept = logp()
+    assert copies and all(kept[name] is copy for name, copy in copies.items()) and torch.equal(before, again)
+    assert not any(name.startswith("model.layers.1.") for name in copies)  # trained: autocast casts these
+    assert {copy.dtype for copy in copies.values()} == {torch.bfloat16} and not toolplay.frozen_in_half(net)
+    with torch.no_grad():
+        net.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    after, renewed = logp()
+    assert [n for n, copy in renewed.items() if copies[n] is not copy] == ["model.layers.0.mlp.up_proj.weight"]
+    monkeypatch.setattr(toolplay, "frozen_in_half", lambda net: {})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(token_logprobs(net, rows), after) and not torch.equal(before, after)
+
+
+def test_half_copies_leave_tied_embeddings_in_fp32():
+    """The head of SmolLM2 is the table of embeddings; what is looked up there stays exact."""
+    net, rows = model("llama").requires_grad_(False), random_rows(3)
+    net.lm_head.weight = net.model.embed_tokens.weight
+    seen = []
+    net.model.embed_tokens.register_forward_hook(lambda m, x, y: seen.append(y.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        token_logprobs(net, rows)
+        assert "lm_head.weight" in toolplay.frozen_in_half(net)
+    assert seen[-1] is torch.float32
+
+
 @pytest.mark.parametrize("name", EDGES)
 def test_edges(full, name):
     rows = EDGES[name]
