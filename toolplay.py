@@ -1054,7 +1054,9 @@ class Trainer:
         self.parameters, self.total = dict(parameters), total
         self.device = next(iter(self.parameters.values())).device
         self.config = config
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+        # On a CPU fused takes a third of the time. (None: torch's choice for the device.)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay,
+                                           fused=self.device.type == "cpu" or None)
         self.dtype = half_precision(config, self.device)
         if (self.dtype is torch.bfloat16 and self.device.type == "cpu"
                 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())):
