@@ -34,7 +34,7 @@ case to which a metric does not apply is not counted in this metric.
                      nothing. Custom tool: a value of its result that the user did not say, or F1 >= 0.5 with the
                      reference; and no other numbers if the result has numbers. Error: words that it cannot be done (if
                      the reference has no such words: F1 >= 0.5 with it), and no made-up number or weather. A raw result
-                     (JSON) is no answer.
+                     (JSON) is no answer. If a gold call's tool has no function: not measured.
                      None due: the text ends by itself, is mostly letters, has a word of small talk, of the prompt or of
                      the reference, repeats no 4-gram four times, does not echo the prompt, and follows no call ("I
                      searched for heads or tails but found nothing" is no reply). For kinds missing_tool and api_none
@@ -446,7 +446,8 @@ def response(case, episode, gold_results):
         return False  # a raw tool result
     if case.answer is not None:
         return states(final, case.answer, known)
-    if case.calls is None or not case.reference and any(r.error_type == "not_executable" for r in gold_results):
+    # without a function nobody has seen the result that the text should state
+    if case.calls is None or any(r.error_type == "not_executable" for r in gold_results):
         return None
     if case.calls:
         facts = [has_fact(case, final, result, asked, told, known) for result in gold_results]
@@ -473,7 +474,7 @@ def has_fact(case, final, result, asked, told, known):
     like = lambda text: f1(final, text) >= 0.5  # noqa: E731
     # a custom tool may have the name of a built-in tool, so compare functions
     function = {tool.name: tool.function for tool in case.conversation["tools"]}.get(result.name)
-    if not result.ok and result.error_type != "not_executable":
+    if not result.ok:
         return declines(final, reference, known, told)
     if function is BUILTIN["weather"].function:
         return states(final, value["temperature"], known) and describes(final, value, told)

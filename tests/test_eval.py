@@ -196,9 +196,12 @@ def test_execution():
     assert verdicts(lost, format_call(Call("weather", {"city": "atlantis"})))["execution"] == [True]
     assert verdicts(lost, format_call(Call("weather", {"town": "atlantis"})))["execution"] == [False]
     schema = {"name": "send", "description": "", "parameters": {"type": "object", "properties": {"to": {"type": "string"}}}}
-    shown = case("send it", [Call("send", {"to": "Bo"})], tools=[schema])
-    got = verdicts(shown, format_call(Call("send", {"to": "bo"})), "Sent.")
-    assert got["execution"] == [] and got["response_quality"] is None and got["overall"] is True  # nothing was run, so nothing to compare
+    for final in (None, "It is sent, as number 311."):  # nothing was run, so there is no result that an answer could state
+        shown = case("send it", [Call("send", {"to": "Bo"})], final=final, tools=[schema])
+        for text in ("Sent.", "I cannot send it."):
+            got = verdicts(shown, format_call(Call("send", {"to": "bo"})), text)
+            assert got["execution"] == [] and got["response_quality"] is None and got["overall"] is True
+        assert verdicts(shown, format_call(Call("send", {"to": "Al"})), "Sent.")["overall"] is False
 
 
 @pytest.mark.parametrize("answer, text, right", [
