@@ -650,8 +650,9 @@ def frozen_in_half(model):
         if weight is not None and weight.dtype is torch.float32 and not weight.requires_grad:
             key = weight.data_ptr(), weight._version, dtype
             if kept.get(name, (None,))[0] != key:
-                kept[name] = key, weight.detach().to(dtype)
-            copies[f"{name}.weight"] = kept[name][1]
+                # what was cast is kept too: its address could otherwise be another weight's later
+                kept[name] = key, weight.detach(), weight.detach().to(dtype)
+            copies[f"{name}.weight"] = kept[name][2]
     return copies
 
 

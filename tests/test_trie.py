@@ -170,6 +170,13 @@ def test_in_half_precision_frozen_weights_are_cast_once(monkeypatch):
         net.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     after, renewed = logp()
     assert [n for n, copy in renewed.items() if copies[n] is not copy] == ["model.layers.0.mlp.up_proj.weight"]
+    down = net.model.layers[0].mlp.down_proj
+    shape = down.weight.shape
+    for n in range(20):  # other tensors, which may be given the address of the one before
+        del down.weight
+        down.weight = torch.nn.Parameter(torch.full(shape, float(n)), requires_grad=False)
+        assert (logp()[1]["model.layers.0.mlp.down_proj.weight"] == n).all()
+    after, _ = logp()
     monkeypatch.setattr(toolplay, "frozen_in_half", lambda net: {})
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(token_logprobs(net, rows), after) and not torch.equal(before, after)
