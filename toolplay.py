@@ -1575,7 +1575,7 @@ def prepare_model(config, device):
     start = Path(config.start_from)
     if config.start_from and (not config.lora_r or not (start / "adapter").is_dir()):
         raise UserError(f"start_from = {config.start_from}: " + (
-            "training goes on in that run's adapter, so lora_r cannot be 0" if not config.lora_r else
+            "training goes on in that run's adapter, so lora_r cannot be 0; add --lora_r=16" if not config.lora_r else
             f'it trained every weight and has no adapter; use it as the base: --start_from= --model={start / "model"}'
             if (start / "model").is_dir()
             else "there is no finished run (no adapter/ in it); train it first (configs/sft_start.json makes "
