@@ -664,12 +664,6 @@ def compare(groups, draws=2000):
     return out
 
 
-def held(result):
-    """The settings toolplay.HELD of a result (an older one may lack them), or of a config."""
-    given = result if isinstance(result, dict) else vars(result)
-    return {key: given.get(key, default) for key, default in toolplay.HELD.items()}
-
-
 def settings_of(config):
     """The settings that are equal in two seeds of one experiment: the config without its seed and without keys that
     change no result. `start_from` is replaced by the settings of the run that it names."""
@@ -712,7 +706,7 @@ def compare_command(args):
             raise UserError(f"{folder}: its eval.json has other cases than {args.runs[0]}'s; "
                             "run eval on all with the same --data, --n and --seed")
         same = cases
-        key, seed = json.dumps([settings_of(config), held(result)], sort_keys=True), str(config.get("seed"))
+        key, seed = json.dumps([settings_of(config), toolplay.held(result)], sort_keys=True), str(config.get("seed"))
         # a seed that occurs again belongs to a new group: the code has changed
         version = next(n for n in itertools.count() if seed not in groups.get((key, n), {}))
         groups.setdefault((key, version), {})[seed] = (folder, records)
@@ -1017,7 +1011,7 @@ def command(args):
     if suite:
         text, report, records = bfcl(model, tokenizer, suite, **settings)
         print(f"## {args.run or args.model}{stands_in}\n\n{text}")
-        return keep("bfcl.json", {"data": args.suite, "trained_on": trained_on, **held(config),
+        return keep("bfcl.json", {"data": args.suite, "trained_on": trained_on, **toolplay.held(config),
                                   "report": report, "records": records})
     extra = [tool_from_schema(t) for t in config.tools]
     cases = (data.read_jsonl(args.data, lambda item: as_case(data.with_tools(item, extra, BUILTIN)))[:args.n]
@@ -1025,7 +1019,7 @@ def command(args):
     report, records = evaluate(model, tokenizer, cases, **settings)
     print(format_report(report, f"{args.run or args.model}{stands_in} on {args.data or args.split}", records,
                         args.failures))
-    result = {"data": args.data or args.split, "trained_on": trained_on, **held(config),
+    result = {"data": args.data or args.split, "trained_on": trained_on, **toolplay.held(config),
               "seed": args.seed, "report": report, "records": records}
     keep("eval.json", result)  # write it now, because the rest may fail
     if not args.data:

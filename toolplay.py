@@ -651,7 +651,7 @@ def frozen_in_half(model):
             key = weight.data_ptr(), weight._version, dtype
             if kept.get(name, (None,))[0] != key:
                 # what was cast is kept too: its address could otherwise be another weight's later
-                kept[name] = key, weight.detach(), weight.detach().to(dtype)
+                kept[name] = key, weight.detach(), weight.to(dtype)
             copies[f"{name}.weight"] = kept[name][2]
     return copies
 
@@ -1672,9 +1672,15 @@ def model_of(args):
     return model, tokenizer, config
 
 
+def held(settings):
+    """The settings HELD of a config, or of a result (an older one may lack them)."""
+    given = settings if isinstance(settings, dict) else vars(settings)
+    return {key: given.get(key, default) for key, default in HELD.items()}
+
+
 def decoding(config):
     """The arguments of `rollout` that a config decides."""
-    return {"style": config.tool_style, **{key: getattr(config, key) for key in HELD}}
+    return {"style": config.tool_style, **held(config)}
 
 
 def read_tools(path, more=()):
@@ -1915,13 +1921,13 @@ def demo_steps(run, n):
                        "remove it: it is made anew") if before_file.exists() else None
     n = before["report"]["n"] if before else n  # a resumed demo uses the same prompts
     cases = [evaluation.as_case(c) for c in data.generate("test", n, config.seed, config.mix)]
-    settings, held = {"max_new_tokens": 64, **decoding(config)}, evaluation.held(config)
+    settings = {"max_new_tokens": 64, **decoding(config)}
     print("1. The untrained model on prompts of the test split (no phrasing, city or number pair of it is in the "
           "training data)")
     model, tokenizer = load_model(config.model, run.device)
-    if not before or evaluation.held(before) != held:
+    if not before or held(before) != held(config):
         report, records = evaluation.evaluate(model, tokenizer, cases, **settings)
-        before = {"report": report, "records": records, **held}
+        before = {"report": report, "records": records, **held(config)}
         write_json(before_file, before)
     talk_before = evaluation.talk_loss(model, tokenizer, n=40)
     del model
@@ -1932,7 +1938,7 @@ def demo_steps(run, n):
     report, records = evaluation.evaluate(model, tokenizer, cases, **settings)
     talk_after = evaluation.talk_loss(model, tokenizer, n=40)
     write_json(run.folder / "eval.json", {"data": "test", "trained_on": config.source, "seed": config.seed,
-                                          **held, "report": report, "records": records})
+                                          **held(config), "report": report, "records": records})
     shown = {}
     for pair in zip(before["records"], records):
         shown.setdefault(pair[1]["kind"], pair)
