@@ -958,6 +958,8 @@ def add_model(parser, about_run="a trained run folder"):
     parser.add_argument("--call-margin", type=number(float, 0),
                         help="by how many nats a call must be more probable than any other beginning of a turn "
                              "(default: as the run's config says)")
+    parser.add_argument("--beams", type=number(int, 1),
+                        help="beam search for calls, with so many beams (default: as the run's config says)")
 
 
 def add_arguments(parser):

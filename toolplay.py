@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import difflib
 import fcntl
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -57,7 +59,7 @@ try:
     import data
     import lora
     from tools import (BUILTIN, Call, CallError, Result, UserError, check_corpora, call_state, execute, format_result,
-                       load_tools, number, one_line_errors, printable, read_calls)
+                       load_tools, number, one_line_errors, printable, read_calls, stated)
 except (ModuleNotFoundError, SyntaxError) as error:
     if __name__ != "__main__":
         raise
@@ -113,15 +115,18 @@ class Config:
     eval_examples: NotNegative = 100     # how many conversations to evaluate on during training
     mix: dict = field(default_factory=dict)  # weights of the kinds; empty: data.MIX, for synthetic data.SYNTHETIC
     max_tokens: Positive = 1024          # longer conversations are left out and counted, never cut
-    tool_style: Literal["signature", "described", "call", "json"] = "signature"
+    tool_style: Literal["signature", "described", "call", "form", "json"] = "signature"
                                          # how tools are written into the system prompt; described: with descriptions of
-                                         # the parameters; call: the same, written like a call
+                                         # the parameters; call: the same, written like a call;
+                                         # form: the same, and a call states every parameter, with null for one that the
+                                         # user did not give
     constrained: bool = False            # constrained decoding: in eval, predict, chat and the evaluations of ppo and
                                          # demo, calls can only be written as their tool's schema allows; samples to
                                          # learn from are never constrained
     call_margin: Annotated[float, ">= 0"] = 0.0
                                          # in the same places: a turn begins with a call only if this is so many nats
                                          # more probable than any other beginning
+    beams: Positive = 1                  # in the same places: beam search for calls, with so many beams
     tools: list = field(default_factory=list)
                                          # more tools: {"name", "description", "parameters", "function":
                                          # "package.module:name"}
@@ -749,14 +754,15 @@ class SharedPrefixCache:
         return (out + p_own @ v).reshape(B, H, m, d)
 
     def step(self, ids):
-        """Feed ids [B][m] -> logits [B, V] after the last id."""
-        B, m = len(ids), len(ids[0])
+        """Feed ids [B][m] -> logits [B, V] after the last id. A row without ids waits: its columns stay invalid."""
+        B, m = len(ids), max(map(len, ids))
+        going = torch.tensor([[bool(row)] for row in ids], device=self.device)
         positions = self.shared + self.valid.sum(1, keepdim=True) + torch.arange(m, device=self.device)
-        self.valid = torch.cat([self.valid, self.valid.new_ones(B, m)], 1)
+        self.valid = torch.cat([self.valid, going.expand(B, m)], 1)
         columns = self.valid.shape[1]
         # [B, m, columns]
         self.mask = self.valid[:, None] & torch.ones(m, columns, dtype=torch.bool, device=self.device).tril(columns - m)
-        return self.model(input_ids=torch.tensor(ids, device=self.device),
+        return self.model(input_ids=torch.tensor([row or [0] * m for row in ids], device=self.device),
                           attention_mask=carrying(self.attention, self.device), position_ids=positions,
                           past_key_values=self, use_cache=True, logits_to_keep=1).logits[:, -1]
 
@@ -779,14 +785,14 @@ class RowCaches:
                        for p in prompts]
 
     def step(self, ids):
-        logits = []
-        for n, row in enumerate(ids):
+        logits = [None] * len(ids)
+        for n, row in [item for item in enumerate(ids) if item[1]]:  # a row without ids waits
             cache = dict(past_key_values=self.caches[n], use_cache=True) if self.keeps else {}
             row = row if self.keeps else self.caches[n] + row
             out = self.model(input_ids=torch.tensor([row], device=self.device), logits_to_keep=1, **cache)
             self.caches[n] = out.past_key_values if self.keeps else row
-            logits.append(out.logits[:, -1])
-        return torch.cat(logits)
+            logits[n] = out.logits[0, -1]
+        return torch.stack([row if row is not None else torch.zeros_like(out.logits[0, -1]) for row in logits])
 
     def keep(self, rows):
         self.caches = [self.caches[r] if r not in rows[:n] else copy.deepcopy(self.caches[r])
@@ -817,7 +823,7 @@ class EqualRows:
 
 def prompt_cache(model, prompts):
     """Return the cache that fits the model's attention, filled with B prompts (lists of ids). Its methods:
-    step(ids [B][m]) -> logits [B, V], keep(rows)."""
+    step(ids [B][m], or [] for a row that waits) -> logits [B, V], keep(rows)."""
     return EqualRows(SharedPrefixCache if takes_trie(model) else RowCaches, model, prompts)
 
 
@@ -828,7 +834,7 @@ def context_of(model):
 
 @torch.no_grad()
 def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top_p=1.0, max_new_tokens=128, max_turns=4,
-            seed=0, batch_size=32, style="signature", constrained=False, call_margin=0.0, bar=""):
+            seed=0, batch_size=32, style="signature", constrained=False, call_margin=0.0, beams=1, bar=""):
     """Let the model answer each conversation, executing its tool calls -> one Episode per conversation.
 
     tools: {name: Tool} or [Tool] for all conversations; None: each conversation's own tools. temperature 0 is greedy.
@@ -839,6 +845,9 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     constrained episodes.
     call_margin: subtracted, in nats, from the logit of <tool_call> (its first token) where a turn begins. A model calls
     too readily if most of its training prompts needed a call; choose the margin on held-out prompts of your own.
+    beams: more than 1, at temperature 0: a turn that begins with a call is the most probable of so many that are
+    followed at once (beam search, Sutskever et al. 2014, section 3.2). Greedy decoding often begins an argument that the
+    user did not give, because it may have many values, all of them improbable.
     seed: one seed, or a list with one seed per conversation. Each row draws from its own random stream, keyed by (seed,
     prompt, number of equal prompts before it), so its draws do not depend on the rest of the batch.
     logp is of the policy at `temperature` (greedy: at 1), before top-p truncation. bar: name of a progress bar; empty:
@@ -858,7 +867,8 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
         episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)),
                          {tool.name: tool for tool in conversation["tools"]},
                          np.random.Generator(np.random.Philox(stream))))
-    limits = Limits(max_new_tokens, max_turns, context_of(model), constrained, call_margin)
+    limits = Limits(max_new_tokens, max_turns, context_of(model), constrained, call_margin, style == "form",
+                    beams if temperature == 0 else 1)
     fitting = [row for row in episodes if row[0].prompt < limits.context]
     for episode, _, _ in episodes:
         if episode.prompt >= limits.context:  # no room for an answer
@@ -893,8 +903,8 @@ def padded_batches(rows, size):
 
 
 # limits per turn (new_tokens), per episode (turns), of the model (context); constrained: calls follow the schemas;
-# margin: how much more probable a call must be
-Limits = namedtuple("Limits", "new_tokens turns context constrained margin")
+# margin: how much more probable a call must be; form: whether calls state all arguments; beams: how many are followed
+Limits = namedtuple("Limits", "new_tokens turns context constrained margin form beams")
 
 
 def stop_ids(model, tokenizer):
@@ -904,6 +914,16 @@ def stop_ids(model, tokenizer):
             *(others if isinstance(others, (list, tuple)) else [others])} - {None}
 
 
+@dataclass
+class Beam:
+    """One way to go on with an episode. An episode has several of them only while a call is searched."""
+    row: int
+    queue: list                               # ids that the model has not read yet
+    turn: list = field(default_factory=list)  # ids of the current turn
+    logp: list = field(default_factory=list)  # their log-probs
+    over: str = ""                            # why the turn is complete: "end", "cut" or "ran on"
+
+
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
     stops = stop_ids(model, tokenizer)
     closing = stops  # ids that a constrained call must not contain
@@ -911,45 +931,61 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
         closing = stops | {n for n in tokenizer.all_special_ids
                            if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")}
     opening = tokenizer.encode("<tool_call>", add_special_tokens=False)[0]
-    queues = [[e.ids[-1]] for e, _, _ in rows]  # ids not yet fed to the model
-    turns = [[] for _ in rows]                  # ids of the current turn
     cache = prompt_cache(model, [e.ids[:-1] for e, _, _ in rows])
-    alive = list(range(len(rows)))
-    while alive:
-        m = min(len(queues[r]) for r in alive)
-        logits = cache.step([queues[r][:m] for r in alive]).float()
-        for r in alive:
-            del queues[r][:m]
-        speaking = [(n, r) for n, r in enumerate(alive) if not queues[r]]  # the other rows still read tool results
+
+    def over(turn, before):
+        return ("end" if turn[-1] in stops
+                else "cut" if len(turn) >= limits.new_tokens or before + len(turn) >= limits.context
+                else "ran on" if ran_on(tokenizer, turn) else "")
+
+    def chosen(group):
+        """[(beam, its logits, the token drawn, log-prob)] of one episode -> [(number in the group, token, log-prob)]."""
+        beams, logits, tokens, logp = zip(*group)
+        _, tools, rng = rows[beams[0].row]
+
+        def state(*token, turn=beams[0].turn):
+            return call_state(tokenizer.decode([*turn, *token]), tools, limits.form)
+        held = limits.constrained and tools
+        if limits.beams > 1 and beams[0].turn[:1] == [opening]:
+            return best_tokens(torch.stack(logits), [sum(b.logp) for b in beams], limits.beams, lambda n, token:
+                               not held or allowed(token, functools.partial(state, turn=beams[n].turn), closing))
+        return [(0, *(valid_token(logits[0], tokens[0], logp[0], state, closing, rng, temperature, top_p) if held
+                      else (tokens[0], logp[0])))]
+
+    beams = [Beam(r, [e.ids[-1]]) for r, (e, _, _) in enumerate(rows)]  # one for each row of the cache
+    while beams:
+        m = min(len(b.queue) for b in beams if not b.over)
+        logits = cache.step([[] if b.over else b.queue[:m] for b in beams]).float()
+        for b in beams:
+            b.queue = b.queue if b.over else b.queue[m:]
+        speaking, drawn = [n for n, b in enumerate(beams) if not b.queue], {}  # the others still read tool results
         if speaking:
-            own = logits[[n for n, _ in speaking]]
-            own[[i for i, (_, r) in enumerate(speaking) if not turns[r]], opening] -= limits.margin
-            tokens, logp = sample(own, [rows[r][2].random() for _, r in speaking], temperature, top_p)
-        for i, (_, r) in enumerate(speaking):
-            episode, tools, rng = rows[r]
-            if limits.constrained and tools:
-                def state(*token, turn=turns[r], tools=tools):
-                    return call_state(tokenizer.decode([*turn, *token]), tools)
-
-                tokens[i], logp[i] = valid_token(own[i], tokens[i], logp[i], state, closing, rng, temperature, top_p)
-            extend(episode, [tokens[i]], 1, logp[i])
-            turns[r].append(tokens[i])
-            queues[r].append(tokens[i])
-            ended = tokens[i] in stops
-            cut = not ended and (len(turns[r]) >= limits.new_tokens or len(episode.ids) >= limits.context)
-            if ended or cut or ran_on(tokenizer, turns[r]):
-                queues[r] += finish_turn(tokenizer, episode, tools, turns[r], ended, cut, limits)
-                turns[r] = []
-        going = [n for n, r in enumerate(alive) if not rows[r][0].stop]
-        cache.keep(going)
-        progress.update(len(alive) - len(going))
-        alive = [alive[n] for n in going]
+            own = logits[speaking]
+            own[[i for i, n in enumerate(speaking) if not beams[n].turn], opening] -= limits.margin
+            draws = [rows[beams[n].row][2].random() for n in speaking]
+            drawn = dict(zip(speaking, zip(own, *sample(own, draws, temperature, top_p))))
+        after = []  # [(row of the cache, the beam that goes on from there)]
+        for r, group in itertools.groupby(enumerate(beams), lambda item: item[1].row):
+            (episode, tools, _), group = rows[r], list(group)
+            found = [(n, b) for n, b in group if n not in drawn]
+            if going := [(n, b) for n, b in group if n in drawn]:
+                found += [(n, Beam(r, [token], turn := [*b.turn, token], [*b.logp, logp], over(turn, len(episode.ids))))
+                          for i, token, logp in chosen([(b, *drawn[n]) for n, b in going]) for n, b in [going[i]]]
+            found.sort(key=lambda item: -sum(item[1].logp))
+            if (best := found[0][1]).over:
+                extend(episode, best.turn, 1, best.logp)
+                forced = finish_turn(tokenizer, episode, tools, best.turn, best.over == "end", best.over == "cut", limits)
+                found = [] if episode.stop else [(found[0][0], Beam(r, best.queue + forced))]
+                progress.update(not found)
+            after += [(n, b) for n, b in found[:limits.beams] if sum(b.logp) >= sum(found[0][1].logp) - GAP]
+        cache.keep([n for n, _ in after])
+        beams = [b for _, b in after]
 
 
-def extend(episode, ids, mask, logp=0.0):
+def extend(episode, ids, mask, logp):
     episode.ids += ids
     episode.mask += [mask] * len(ids)
-    episode.logp += [logp] * len(ids)
+    episode.logp += logp
 
 
 def sample(logits, draws, temperature, top_p):
@@ -980,17 +1016,44 @@ def valid_token(logits, token, logp, state, closing, rng, temperature, top_p, tr
     probabilities (with top-p, each draw forms a new nucleus). The first token is kept after `tries` rejections, or if
     the call was invalid before it.
     """
-    def valid(token):
-        return (now := state(token)) == "outside" or now == "inside" and token not in closing
-    if valid(token) or state() == "invalid":
+    if allowed(token, state, closing) or state() == "invalid":
         return token, logp
     first, policy, logits = token, torch.log_softmax(logits / (temperature or 1.0), -1), logits.clone()
     for _ in range(min(tries, len(logits) - 1)):
         logits[token] = float("-inf")
         (token,), _ = sample(logits[None], [rng.random()], temperature, top_p)
-        if valid(token):
+        if allowed(token, state, closing):
             return token, float(policy[token])
     return first, logp
+
+
+def allowed(token, state, closing):
+    """Whether a call is still valid with this token."""
+    return (now := state(token)) == "outside" or now == "inside" and token not in closing
+
+
+GAP = 4.0  # a beam so many nats behind the best one is given up: the best would hardly lose so much
+
+
+def best_tokens(logits, scores, width, valid, tries=1000):
+    """One step of beam search: the continuations of beams with the highest sums of log-probs, at most `width`, none more
+    than GAP behind the best -> [(beam, token, the token's log-prob)].
+
+    logits: [beams, V]. scores: each beam's sum of log-probs so far. valid(beam, token): whether a token is allowed. If
+    none of `tries` continuations is, the best one is taken.
+    """
+    logp = torch.log_softmax(logits, -1)
+    total = (torch.tensor(scores, device=logits.device)[:, None] + logp).flatten()
+    for k in (min(4 * width, len(total)), min(tries, len(total))):  # the first few are nearly always enough
+        found, best = [], None
+        for value, at in zip(*(x.tolist() for x in total.topk(k))):
+            n, token = divmod(at, logits.shape[1])
+            if len(found) == width or found and value < best - GAP:
+                return found
+            if valid(n, token):
+                best = value if best is None else best
+                found.append((n, token, float(logp[n, token])))
+    return found or [(*divmod(int(total.argmax()), logits.shape[1]), float(logp.flatten()[total.argmax()]))]
 
 
 def ran_on(tokenizer, turn):
@@ -1010,7 +1073,7 @@ def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
     ended: the turn's last id ends a turn. cut: the turn was too long.
     """
     text = tokenizer.decode(turn[:-1] if ended else turn, skip_special_tokens=False)
-    found = read_calls(text)
+    found = [stated(x, tools) if isinstance(x, Call) else x for x in read_calls(text)]
     episode.turns.append(text)
     episode.calls += [x for x in found if isinstance(x, Call)]
     episode.errors += [x for x in found if isinstance(x, CallError)]
@@ -1026,7 +1089,7 @@ def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
     if cut or len(episode.turns) >= limits.turns or len(episode.ids) + len(forced) >= limits.context:
         episode.stop = "turns" if not cut and len(episode.turns) >= limits.turns else "length"
         return []
-    extend(episode, forced, 0)
+    extend(episode, forced, 0, [0.0] * len(forced))
     return forced
 
 
@@ -1213,8 +1276,8 @@ def write_lines(path, values):
                                               encoding="utf-8", errors="backslashreplace"))
 
 
-# How calls are held back while they are written, with defaults: config keys that eval, predict and chat may override.
-HELD = {"constrained": False, "call_margin": 0.0}
+# How calls are written, with defaults: config keys that eval, predict and chat may override.
+HELD = {"constrained": False, "call_margin": 0.0, "beams": 1}
 # Keys that --resume may change: what is trained depends on them by rounding at most. HELD: not for ppo, whose
 # evaluations use them. tau_f: only before the first checkpoint.
 CHANGES = ("wandb", "wandb_project", "wandb_name", "wandb_tags", "save_every", "device", "micro_tokens", *HELD, "tau_f")
@@ -1662,7 +1725,7 @@ def train(args):
 
 
 def model_of(args):
-    """Load the model that --run or --model names -> (model, tokenizer, config). --constrained and --call-margin
+    """Load the model that --run or --model names -> (model, tokenizer, config). --constrained, --call-margin and --beams
     override its config."""
     model, tokenizer, config = load_run(args.run) if args.run is not None else (
         *load_model(args.model, pick_device("auto")), Config(model=args.model))
@@ -2077,9 +2140,19 @@ def build_parser():
     return parser
 
 
+def keep_freed_memory():
+    """Let the C library keep what tensors free. glibc takes large blocks from the kernel one by one and gives them back
+    at once, so that every step fetches the same gigabytes page by page."""
+    with contextlib.suppress(OSError, AttributeError):  # another system, or another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)            # M_MMAP_MAX: no blocks of their own
+        mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give back only what is more than 2 GiB
+
+
 def main(argv=None):
     """The command line. A user's mistake prints one line and exits with code 2; Ctrl-C prints how to resume."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    keep_freed_memory()
     with one_line_errors():
         if not argv:
             return tour()

@@ -316,25 +316,27 @@ def test_demo_end_to_end_on_tiny(tmp_path, capsys):
 
 
 def test_calls_are_held_to_the_schemas_where_the_run_or_the_user_says_so(run, tmp_path, capsys, monkeypatch):
-    """eval, its BFCL suite and predict use the config's `constrained` and `call_margin`, unless the command line sets them."""
+    """eval, its BFCL suite and predict use the config's `constrained`, `call_margin` and `beams`, unless the command line sets them."""
     asked, cases, rollout = [], tmp_path / "cases.jsonl", toolplay.rollout
     cases.write_text('{"id": 1, "prompt": "hi"}\n')
-    monkeypatch.setattr(toolplay, "rollout", lambda *args, **kwargs: asked.append((kwargs["constrained"], kwargs["call_margin"]))
+    monkeypatch.setattr(toolplay, "rollout", lambda *args, **kwargs: asked.append(tuple(kwargs[key] for key in toolplay.HELD))
                         or rollout(*args, **{**kwargs, "max_new_tokens": 4}))
     held = tmp_path / "held"
     shutil.copytree(run, held)
     config = json.loads((held / "config.json").read_text())
-    toolplay.write_json(held / "config.json", {**config, "constrained": True, "call_margin": 0.5})
-    for n, (verb, folder, flag, expected) in enumerate([("eval", run, [], (False, 0)), ("eval", held, [], (True, 0.5)),
-                                                        ("eval", held, ["--no-constrained", "--call-margin", 0], (False, 0)),
-                                                        ("predict", run, ["--constrained", "--call-margin", 2], (True, 2)),
-                                                        ("predict", held, [], (True, 0.5))]):
+    toolplay.write_json(held / "config.json", {**config, "constrained": True, "call_margin": 0.5, "beams": 3})
+    for n, (verb, folder, flag, expected) in enumerate([("eval", run, [], (False, 0, 1)), ("eval", held, [], (True, 0.5, 3)),
+                                                        ("eval", held, ["--no-constrained", "--call-margin", 0, "--beams", 1],
+                                                         (False, 0, 1)),
+                                                        ("predict", run, ["--constrained", "--call-margin", 2, "--beams", 2],
+                                                         (True, 2, 2)),
+                                                        ("predict", held, [], (True, 0.5, 3))]):
         where = (["--data", cases, "--out", tmp_path / "r.json"] if verb == "eval"
                  else ["--input", cases, "--output", tmp_path / f"{n}.jsonl"])
         cli(verb, "--run", folder, *where, *flag, capsys=capsys)
         assert asked.pop() == expected and not asked
         kept = {} if verb == "predict" else json.loads((tmp_path / "r.json").read_text())
-        assert verb == "predict" or (kept["constrained"], kept["call_margin"]) == expected
+        assert verb == "predict" or tuple(kept[key] for key in toolplay.HELD) == expected
 
 
 def test_weights_that_are_gone_are_saved_again(run, tmp_path, capsys):

@@ -671,7 +671,7 @@ def test_it_learns(tmp_path, monkeypatch):
     assert lines[-1]["reward"] > 3 * lines[0]["reward"] > 0
 
 
-@pytest.mark.parametrize("place, nth", [("rollout", 60), ("step", 3), ("step", 7), ("accumulation", 12), ("inside the checkpoint", 2)])
+@pytest.mark.parametrize("place, nth", [("rollout", 20), ("step", 3), ("step", 7), ("accumulation", 12), ("inside the checkpoint", 2)])
 def test_kill_9_then_resume_is_bit_identical(uninterrupted, tmp_path, place, nth):
     """A kill inside a rollout, an epoch or an accumulation does not change weights, critic, KL controller or logs."""
     small.killed_then_resumed(dict(RESUMED, run_dir=str(tmp_path / "run")), place, nth, uninterrupted,

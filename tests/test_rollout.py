@@ -60,6 +60,38 @@ def test_greedy_equals_generate(net):
     check_logprobs(net, batched)
 
 
+def test_beams_equal_generate(net, monkeypatch):
+    """Beam search begins behind the first token of a call, which a margin of -inf forces. Greedily, other calls are found."""
+    monkeypatch.setattr(toolplay, "GAP", float("inf"))
+    opening = tokenizer().encode("<tool_call>", add_special_tokens=False)[0]
+    how = dict(temperature=0, call_margin=-1e6, max_new_tokens=9, max_turns=1)
+    found, greedy = run(net, CHATS, {}, beams=4, **how), run(net, CHATS, {}, **how)
+    for chat, episode in zip(CHATS, found):
+        prompt = data.encode(chat, tokenizer(), generation=True)[0] + [opening]
+        expected = net.generate(torch.tensor([prompt]), do_sample=False, num_beams=4, length_penalty=0.0, max_new_tokens=8,
+                                eos_token_id=END, pad_token_id=END)[0].tolist()
+        assert episode.ids == expected
+        assert run(net, [chat], {}, beams=4, **how)[0].ids == expected
+    assert [e.ids for e in greedy] != [e.ids for e in found]
+
+
+def test_enough_beams_find_the_most_probable_call(monkeypatch):
+    monkeypatch.setattr(toolplay, "GAP", float("inf"))
+    net, opening = model("llama"), tokenizer().encode("<tool_call>", add_special_tokens=False)[0]
+    prompt = data.encode(CHATS[0], tokenizer(), generation=True)[0] + [opening]
+    with torch.no_grad():
+        first = torch.log_softmax(net(torch.tensor([prompt])).logits[0, -1], -1)
+        then = torch.log_softmax(net(torch.tensor([[*prompt, t] for t in range(len(first))])).logits[:, -1], -1)
+    whole = first[:, None] + then
+    stops = sorted(toolplay.stop_ids(net, tokenizer()))
+    whole[stops] = -torch.inf
+    episode = run(net, CHATS[:1], {}, temperature=0, call_margin=-1e6, max_new_tokens=3, max_turns=1, beams=len(first))[0]
+    if first[stops].max() > whole.max():  # a turn that ends at once is more probable
+        assert episode.ids[len(prompt):] == [stops[int(first[stops].argmax())]]
+    else:
+        assert episode.ids[len(prompt):] == list(divmod(int(whole.argmax()), len(first)))
+
+
 def test_a_draw_does_not_depend_on_the_batch(net, temperature=0.7):
     chats = CHATS + CHATS[:2]  # two prompts twice
     whole = run(net, chats, {}, temperature=temperature, seed=5)

@@ -55,7 +55,7 @@ def kill_at(place, nth):
     if place == "step":
         before(toolplay, "train_step")
     elif place == "rollout":  # at a token inside a rollout
-        before(toolplay, "extend")
+        before(toolplay, "sample")
     elif place == "accumulation":  # between the micro-batches of a step
         before(torch.Tensor, "backward")
     elif place == "log":
