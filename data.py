@@ -43,7 +43,7 @@ from pathlib import Path
 
 from tools import (BUILTIN, CORPORA, MAX_CALL, SURROGATE, Call, Result, UserError, _given, _loads, _problems,
                    calculate, check_corpora, execute, format_call, format_result, load_tools, number, one_line_errors,
-                   parse_calls, printable, render_tools, tool_from_schema, with_missing, without_missing)
+                   parse_calls, printable, render_tools, tool_from_schema, without_missing)
 
 SYSTEM = "You are a helpful assistant."
 TOOL_RULES = ('Call a tool only when it is needed, else just answer. A call looks like this: '
@@ -62,13 +62,10 @@ def system_text(conversation, style="signature"):
 def turns(conversation, style="signature"):
     """-> [(role, text)]. Calls and results are written in the call grammar; one turn's results form one message."""
     out = [("system", system_text(conversation, style))]
-    offered = load_tools(conversation.get("tools") or []) if style == "form" else {}
     for message in conversation["messages"]:
         role, text = message["role"], message.get("content") or ""
         if role == "assistant":
-            calls = [format_call(Call(c["name"], with_missing(c["arguments"], offered[c["name"]].parameters)
-                                      if c["name"] in offered else c["arguments"]))
-                     for c in message.get("tool_calls") or []]
+            calls = [format_call(Call(c["name"], c["arguments"])) for c in message.get("tool_calls") or []]
             text = "\n".join([text] * bool(text) + calls)
         elif role == "tool":
             marked = re.fullmatch(r"\s*<tool_response>(.*)</tool_response>\s*", text, re.DOTALL)

@@ -59,7 +59,7 @@ try:
     import data
     import lora
     from tools import (BUILTIN, Call, CallError, Result, UserError, check_corpora, call_state, execute, format_result,
-                       load_tools, number, one_line_errors, printable, read_calls, stated)
+                       load_tools, number, one_line_errors, printable, read_calls)
 except (ModuleNotFoundError, SyntaxError) as error:
     if __name__ != "__main__":
         raise
@@ -115,11 +115,9 @@ class Config:
     eval_examples: NotNegative = 100     # how many conversations to evaluate on during training
     mix: dict = field(default_factory=dict)  # weights of the kinds; empty: data.MIX, for synthetic data.SYNTHETIC
     max_tokens: Positive = 1024          # longer conversations are left out and counted, never cut
-    tool_style: Literal["signature", "described", "call", "form", "json"] = "signature"
+    tool_style: Literal["signature", "described", "call", "json"] = "signature"
                                          # how tools are written into the system prompt; described: with descriptions of
-                                         # the parameters; call: the same, written like a call;
-                                         # form: the same, and a call states every parameter, with null for one that the
-                                         # user did not give
+                                         # the parameters; call: the same, written like a call
     constrained: bool = False            # constrained decoding: in eval, predict, chat and the evaluations of ppo and
                                          # demo, calls can only be written as their tool's schema allows; samples to
                                          # learn from are never constrained
@@ -867,7 +865,7 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
         episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)),
                          {tool.name: tool for tool in conversation["tools"]},
                          np.random.Generator(np.random.Philox(stream))))
-    limits = Limits(max_new_tokens, max_turns, context_of(model), constrained, call_margin, style == "form",
+    limits = Limits(max_new_tokens, max_turns, context_of(model), constrained, call_margin,
                     beams if temperature == 0 else 1)
     fitting = [row for row in episodes if row[0].prompt < limits.context]
     for episode, _, _ in episodes:
@@ -903,8 +901,8 @@ def padded_batches(rows, size):
 
 
 # limits per turn (new_tokens), per episode (turns), of the model (context); constrained: calls follow the schemas;
-# margin: how much more probable a call must be; form: whether calls state all arguments; beams: how many are followed
-Limits = namedtuple("Limits", "new_tokens turns context constrained margin form beams")
+# margin: how much more probable a call must be; beams: how many continuations of a call are followed
+Limits = namedtuple("Limits", "new_tokens turns context constrained margin beams")
 
 
 def stop_ids(model, tokenizer):
@@ -938,19 +936,21 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
                 else "cut" if len(turn) >= limits.new_tokens or before + len(turn) >= limits.context
                 else "ran on" if ran_on(tokenizer, turn) else "")
 
-    def chosen(group):
-        """[(beam, its logits, the token drawn, log-prob)] of one episode -> [(number in the group, token, log-prob)]."""
-        beams, logits, tokens, logp = zip(*group)
-        _, tools, rng = rows[beams[0].row]
+    def chosen(going):
+        """How an episode goes on: [(beam, its logits, the token drawn, its log-prob)] -> [(number of the beam, token,
+        log-prob)]."""
+        (first, logits, token, logp), (_, tools, rng) = going[0], rows[going[0][0].row]
 
-        def state(*token, turn=beams[0].turn):
-            return call_state(tokenizer.decode([*turn, *token]), tools, limits.form)
+        def state(*token, turn=first.turn):
+            return call_state(tokenizer.decode([*turn, *token]), tools)
         held = limits.constrained and tools
-        if limits.beams > 1 and beams[0].turn[:1] == [opening]:
-            return best_tokens(torch.stack(logits), [sum(b.logp) for b in beams], limits.beams, lambda n, token:
-                               not held or allowed(token, functools.partial(state, turn=beams[n].turn), closing))
-        return [(0, *(valid_token(logits[0], tokens[0], logp[0], state, closing, rng, temperature, top_p) if held
-                      else (tokens[0], logp[0])))]
+        if limits.beams == 1 or first.turn[:1] != [opening]:
+            return [(0, *(valid_token(logits, token, logp, state, closing, rng, temperature, top_p) if held
+                          else (token, logp)))]
+        held = held and state() != "invalid"
+        return best_tokens(torch.stack([own for _, own, *_ in going]), [sum(b.logp) for b, *_ in going], limits.beams,
+                           lambda n, token: not held or allowed(token, functools.partial(state, turn=going[n][0].turn),
+                                                                closing))
 
     beams = [Beam(r, [e.ids[-1]]) for r, (e, _, _) in enumerate(rows)]  # one for each row of the cache
     while beams:
@@ -967,10 +967,11 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
         after = []  # [(row of the cache, the beam that goes on from there)]
         for r, group in itertools.groupby(enumerate(beams), lambda item: item[1].row):
             (episode, tools, _), group = rows[r], list(group)
-            found = [(n, b) for n, b in group if n not in drawn]
-            if going := [(n, b) for n, b in group if n in drawn]:
-                found += [(n, Beam(r, [token], turn := [*b.turn, token], [*b.logp, logp], over(turn, len(episode.ids))))
-                          for i, token, logp in chosen([(b, *drawn[n]) for n, b in going]) for n, b in [going[i]]]
+            going, found = [item for item in group if item[0] in drawn], [item for item in group if item[0] not in drawn]
+            for i, token, logp in chosen([(b, *drawn[n]) for n, b in going]) if going else ():
+                n, b = going[i]
+                turn = [*b.turn, token]
+                found.append((n, Beam(r, [token], turn, [*b.logp, logp], over(turn, len(episode.ids)))))
             found.sort(key=lambda item: -sum(item[1].logp))
             if (best := found[0][1]).over:
                 extend(episode, best.turn, 1, best.logp)
@@ -1073,7 +1074,7 @@ def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
     ended: the turn's last id ends a turn. cut: the turn was too long.
     """
     text = tokenizer.decode(turn[:-1] if ended else turn, skip_special_tokens=False)
-    found = [stated(x, tools) if isinstance(x, Call) else x for x in read_calls(text)]
+    found = read_calls(text)
     episode.turns.append(text)
     episode.calls += [x for x in found if isinstance(x, Call)]
     episode.errors += [x for x in found if isinstance(x, CallError)]
@@ -1107,6 +1108,17 @@ def autocast(config, device):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+def product_time(dtype, times=5):
+    """Seconds of a matrix product of a small model's size on this CPU, the fastest of some. What a CPU's list of
+    instructions says is not enough: with AVX512-BF16, but without AMX, an Intel Xeon is slower in bf16 than in fp32."""
+    a, b, seconds = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype), []
+    for _ in range(times):
+        start = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
 class Trainer:
     """The state that training keeps between steps: trained parameters, optimizer, loss scaler and counters.
 
@@ -1123,9 +1135,9 @@ class Trainer:
                                            fused=self.device.type == "cpu" or None)
         self.dtype = half_precision(config, self.device)
         if (self.dtype is torch.bfloat16 and self.device.type == "cpu"
-                and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())):
-            print("precision = bf16: this CPU has no instructions for it (AVX512-BF16, AMX), "
-                  "so that it is several times slower than --precision=fp32", file=sys.stderr)
+                and (ratio := product_time(torch.bfloat16) / product_time(torch.float32)) > 1):
+            print(f"precision = bf16: on this CPU a matrix product takes {ratio:.1f} times as long as in fp32; "
+                  "use --precision=fp32", file=sys.stderr)
         # if disabled, every call is a no-op
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.step = self.updates = self.skipped = 0

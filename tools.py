@@ -226,15 +226,6 @@ def without_missing(arguments, schema, unknown=False):
     return {key: value for key, value in arguments.items() if value is not None or key in required or fits(key)}
 
 
-def with_missing(arguments, schema):
-    """Arguments as a call in the style "form" writes them: in the schema's order, with a null for each argument that is
-    missing. The inverse of `without_missing`, so no null where null would be a value."""
-    named = _properties(schema, schema)[0]
-    nulls = dict.fromkeys(named.keys() - without_missing(dict.fromkeys(named), schema).keys())
-    stated = nulls | without_missing(arguments, schema)
-    return {key: stated[key] for key in dict.fromkeys([*named, *stated]) if key in stated}
-
-
 # Parameters with such a name say nothing without their description.
 MEANINGLESS = re.compile(r"(arg|argument|param|parameter|input|value|field|var)_?\d*|[a-z]\d+|p", re.IGNORECASE)
 
@@ -595,9 +586,9 @@ def _narrows(fields, parameters):
 
 def render_tools(tools, style="signature") -> str:
     """The text that tells the model about its tools, one tool per line."""
-    if style not in ("signature", "described", "call", "form", "json"):
-        raise UserError(f"tool style {style!r}: must be 'signature', 'described', 'call', 'form' or 'json'")
-    tools, style = tools.values() if isinstance(tools, dict) else tools, "call" if style == "form" else style
+    if style not in ("signature", "described", "call", "json"):
+        raise UserError(f"tool style {style!r}: must be 'signature', 'described', 'call' or 'json'")
+    tools = tools.values() if isinstance(tools, dict) else tools
     return "\n".join(_dumps(tool.schema()) if style == "json" else tool.signature(style) for tool in tools)
 
 
@@ -707,7 +698,7 @@ def _clean(value, depth=0):
     return SURROGATE.sub("\ufffd", value) if isinstance(value, str) else value
 
 
-def call_state(text, tools, form=False):
+def call_state(text, tools):
     """The state of a turn that begins with `text`: "outside" a call, "inside" a call that can still become valid, or
     "invalid".
 
@@ -716,10 +707,9 @@ def call_state(text, tools, form=False):
     token is checked with this function before it is accepted, the model keeps to the schemas: constrained decoding
     (Willard & Louf 2023, arXiv:2307.09702; our own parser replaces their automaton).  The call must be strict JSON,
     with at most two spaces or line breaks between its parts.  Bounds, lengths and what alternatives require are not
-    checked.  `form`: the call must state the arguments in the order of `with_missing`, and leave none out that it
-    states.  Never raises.
+    checked.  Never raises.
     """
-    tools, reader = _by_name(tools), _CallReader(text, form)
+    tools, reader = _by_name(tools), _CallReader(text)
     while True:
         start, stray = text.find("<tool_call>", reader.at), text.find("</tool_call>", reader.at)
         if start < 0 or 0 <= stray < start:
@@ -746,9 +736,8 @@ class _CallReader:
     STRING = tuple(re.compile(r'"(?:[^"\\<\x00-\x1f]|<(?!/?tool_call>)|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*' + end)
                    for end in ('"', r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?"))
 
-    def __init__(self, text, form=False):
+    def __init__(self, text):
         self.text, self.at, self.root, self.known, self.typed, self.depth = text, 0, ANYTHING, {}, {}, 0
-        self.form = form
 
     def call(self, tools):
         if not tools:
@@ -875,22 +864,14 @@ class _CallReader:
     def object(self, schema):
         """Read an object: each property at most once, in any order. It may close when no required property is
         missing."""
-        form = self.form and self.depth == 0
-        schema = self.root if form else schema  # its own order of the arguments, before allOf was merged
         properties, others = _properties(schema, self.root)
         free, required, seen = others is not False, set(_required(schema, self.root, properties, others)), set()
-        optional = properties.keys() - required
-        if form:
-            required |= with_missing({}, schema).keys()
         self.word("{")
         if self.peek() == "}":
             return self.word(["}"] * (not required))
         while True:
             start, left = self.at, [name for name in properties if name not in seen]
-            due = next((name for name in left if name in required), None) if form else None
-            if due is not None:
-                self.word(map(_dumps, left[:left.index(due) + 1]))
-            elif free:
+            if free:
                 self.match(*self.STRING)
             else:
                 self.word(map(_dumps, left))
@@ -899,7 +880,7 @@ class _CallReader:
                 raise ValueError
             seen.add(name)
             self.word(":")
-            if self.peek() == "n" and self.depth == 0 and name in optional:
+            if self.peek() == "n" and self.depth == 0 and name in properties and name not in required:
                 self.word(["null"])  # null leaves the argument out
             else:
                 self.value(properties.get(name, others if isinstance(others, dict) else ANYTHING))
@@ -986,13 +967,6 @@ def _by_name(tools):
         return tools
     tools = list(tools or [])
     return {x.name: x for x in tools} if all(isinstance(x, Tool) for x in tools) else load_tools(tools)
-
-
-def stated(call, tools):
-    """The call without the nulls that stand for missing arguments, as `execute` reads it. Never raises."""
-    with contextlib.suppress(LookupError, ValueError, TypeError, AttributeError):  # an unknown tool, a broken schema
-        return Call(call.name, without_missing(call.arguments, _whole(tools[call.name].parameters)))
-    return call
 
 
 def execute(call, tools, timeout=5.0, max_chars=1000) -> Result:

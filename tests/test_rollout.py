@@ -75,6 +75,46 @@ def test_beams_equal_generate(net, monkeypatch):
     assert [e.ids for e in greedy] != [e.ids for e in found]
 
 
+def test_beams_wait_for_each_other(net, monkeypatch):
+    """Turns end at many tokens. The search equals one without caches, also for rows of a batch that end at different times."""
+    opening = tokenizer().encode("<tool_call>", add_special_tokens=False)[0]
+    stops = set(range(0, 256, 9)) - {opening}
+    monkeypatch.setattr(toolplay, "stop_ids", lambda *_: stops)
+
+    def searched(prompt, width=5, most=10):
+        beams = [([opening], 0.0)]
+        while beams[0][0][-1] not in stops and len(beams[0][0]) < most:
+            after = []
+            for turn, score in beams:
+                if turn[-1] in stops:
+                    after.append((turn, score))
+                    continue
+                with torch.no_grad():
+                    logp = torch.log_softmax(net(torch.tensor([prompt + turn])).logits[0, -1], -1)
+                after += [([*turn, t], score + p) for t, p in enumerate(logp.tolist())]
+            after.sort(key=lambda item: -item[1])
+            beams = [item for item in after[:width] if item[1] >= after[0][1] - toolplay.GAP]
+        return beams[0]
+
+    def finish_turn(tokenizer, episode, tools, turn, *_):
+        """Three turns, with ids in between that nobody sampled."""
+        episode.turns.append(turn)
+        episode.stop = "turns" if len(episode.turns) == 3 else ""
+        between = [] if episode.stop else [7, 8, 9]
+        toolplay.extend(episode, between, 0, [0.0] * len(between))
+        return between
+    monkeypatch.setattr(toolplay, "finish_turn", finish_turn)
+    found = run(net, CHATS, {}, temperature=0, call_margin=-1e6, max_new_tokens=10, beams=5)
+    for chat, episode in zip(CHATS, found):
+        ids, scores = data.encode(chat, tokenizer(), generation=True)[0], 0.0
+        for turn in episode.turns:
+            best, score = searched(ids)
+            assert turn == best
+            ids, scores = ids + turn + [7, 8, 9], scores + score
+        assert episode.ids == ids[:-3] and sum(episode.logp) == pytest.approx(scores, abs=1e-3)
+    assert len({len(turn) for e in found for turn in e.turns}) > 1
+
+
 def test_enough_beams_find_the_most_probable_call(monkeypatch):
     monkeypatch.setattr(toolplay, "GAP", float("inf"))
     net, opening = model("llama"), tokenizer().encode("<tool_call>", add_special_tokens=False)[0]

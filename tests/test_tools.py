@@ -1198,35 +1198,6 @@ def test_a_valid_call_can_be_written_to_its_end(call):
 
 
 @pytest.mark.parametrize("call", VALID)
-def test_a_call_that_states_everything(call):
-    """The style "form": arguments in the schema's order, null for a missing one; without the nulls it is the same call."""
-    parameters = {made.name: made for made in ODD}[call.name].parameters
-    form = Call(call.name, tools.with_missing(call.arguments, parameters))
-    assert tools.stated(form, {made.name: made for made in ODD}) == Call(call.name, tools.without_missing(call.arguments, parameters))
-    text = format_call(form)
-    states = [call_state(text[:n], ODD, form=True) for n in range(len(text) + 1)]
-    assert "invalid" not in states and states[-1] == "outside" and call_state(text, ODD) == "outside"
-    named = list(tools._properties(parameters, parameters)[0])
-    assert [key for key in named if key in form.arguments] == [key for key in form.arguments if key in named]
-
-
-def test_a_form_is_filled_in_whole():
-    made = tool_from_schema({"name": "f", "parameters": {"type": "object", "required": ["b"], "properties": {
-        "a": {"type": "string"}, "b": {"type": "integer"}, "c": {"type": ["string", "null"]}, "d": {"type": "object", "properties": {
-            "x": {"type": "integer"}}}}}})
-    assert tools.with_missing({"b": 3}, made.parameters) == {"a": None, "b": 3, "d": None}
-    assert list(tools.with_missing({"d": {}, "zz": 1, "c": "x", "b": 3}, made.parameters)) == ["a", "b", "c", "d", "zz"]
-    for arguments, ends in (('{"a": null, "b": 3, "d": null}', True), ('{"a": "x", "b": 3, "c": null, "d": {}}', True),
-                            ('{"a": null, "b": 3, "c": "y", "d": {"x": 1}}', True),
-                            ('{"b": 3}', False), ('{"a": null, "b": 3}', False), ('{"a": null, "b": null', False),
-                            ('{"a": null, "c"', False), ('{"b": 3, "a"', False), ('{"a": null, "b": 3, "d": {"x": null', False)):
-        text = '<tool_call>{"name": "f", "arguments": ' + arguments
-        assert call_state(text + "}</tool_call>", [made], form=True) == ("outside" if ends else "invalid"), arguments
-    assert call_state('<tool_call>{"name": "f", "arguments": {"b": 3}}</tool_call>', [made]) == "outside"
-    assert tools.stated(Call("g", {"a": None}), {}) == Call("g", {"a": None})
-
-
-@pytest.mark.parametrize("call", VALID)
 def test_what_may_end_is_a_call_that_runs(call):
     """In texts with one letter changed, each call that is accepted to its end is read by parse_calls and fits its schema."""
     rng, whole, ended = random.Random(0), format_call(call), 0

@@ -228,12 +228,12 @@ def test_half_precision_forward_keeps_fp32_weights(precision):
     assert all(p.dtype == torch.float32 for p in trainer.parameters.values()) and difference(taken[0], expected) < 0.05
 
 
-@pytest.mark.parametrize("precision, hardware, said", [("bf16", False, True), ("bf16", True, False), ("auto", False, False)])
-def test_bf16_without_instructions_for_it_is_said(precision, hardware, said, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+@pytest.mark.parametrize("precision, seconds, said", [("bf16", 2.5, True), ("bf16", 0.5, False), ("auto", 2.5, False)])
+def test_bf16_that_is_slower_than_fp32_is_said(precision, seconds, said, monkeypatch, capsys):
+    assert toolplay.product_time(torch.bfloat16) > 0 < toolplay.product_time(torch.float32)
+    monkeypatch.setattr(toolplay, "product_time", lambda dtype: seconds if dtype is torch.bfloat16 else 1.0)
     Trainer(load_config({"precision": precision, "device": "cpu"}), {"w": torch.nn.Parameter(torch.ones(1))}, 1)
-    assert ("--precision=fp32" in capsys.readouterr().err) == said
+    assert ("takes 2.5 times as long as in fp32; use --precision=fp32" in capsys.readouterr().err) == said
 
 
 # ---------------------------------------------------------------- the schedule
