@@ -844,8 +844,8 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     call_margin: subtracted, in nats, from the logit of <tool_call> (its first token) where a turn begins. A model calls
     too readily if most of its training prompts needed a call; choose the margin on held-out prompts of your own.
     beams: more than 1, at temperature 0: a turn that begins with a call is the most probable of so many that are
-    followed at once (beam search, Sutskever et al. 2014, section 3.2). Greedy decoding often begins an argument that the
-    user did not give, because it may have many values, all of them improbable.
+    followed at once (beam search, Sutskever et al. 2014, section 3.2). Greedy decoding often begins an argument that
+    the user did not give, because it may have many values, all of them improbable.
     seed: one seed, or a list with one seed per conversation. Each row draws from its own random stream, keyed by (seed,
     prompt, number of equal prompts before it), so its draws do not depend on the rest of the batch.
     logp is of the policy at `temperature` (greedy: at 1), before top-p truncation. bar: name of a progress bar; empty:
@@ -877,7 +877,7 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
         with tqdm(total=len(fitting), desc=bar, unit="episode", leave=None, disable=not bar or world_rank()[0] > 0,
                   dynamic_ncols=True) as progress:
             for group in micro_batches([[(episode.ids, None)] for episode, _, _ in fitting], PREFILL):
-                for part in padded_batches([fitting[n] for n in group], batch_size):
+                for part in padded_batches([fitting[n] for n in group], batch_size, limits.beams):
                     _rollout_batch(model, tokenizer, part, temperature, top_p, limits, progress)
     finally:
         model.train(was_training)
@@ -887,13 +887,13 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
 PREFILL = 16384  # most trie nodes of prompts in one forward: bounds its memory
 
 
-def padded_batches(rows, size):
+def padded_batches(rows, size, beams=1):
     """Rows of rollout in batches of at most `size`. A cache pads its rows to the longest, so a long prompt among short
-    ones must not multiply its memory: rows × longest is at most four times PREFILL."""
+    ones must not multiply its memory: rows × beams × longest is at most four times PREFILL."""
     part, longest = [], 0
     for row in rows:
         longest = max(longest, row[0].prompt)
-        if part and (len(part) == size or (len(part) + 1) * longest > 4 * PREFILL):
+        if part and (len(part) == size or (len(part) + 1) * beams * longest > 4 * PREFILL):
             yield part
             part, longest = [], row[0].prompt
         part.append(row)
@@ -967,7 +967,8 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
         after = []  # [(row of the cache, the beam that goes on from there)]
         for r, group in itertools.groupby(enumerate(beams), lambda item: item[1].row):
             (episode, tools, _), group = rows[r], list(group)
-            going, found = [item for item in group if item[0] in drawn], [item for item in group if item[0] not in drawn]
+            going = [item for item in group if item[0] in drawn]
+            found = [item for item in group if item[0] not in drawn]
             for i, token, logp in chosen([(b, *drawn[n]) for n, b in going]) if going else ():
                 n, b = going[i]
                 turn = [*b.turn, token]
@@ -975,8 +976,9 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
             found.sort(key=lambda item: -sum(item[1].logp))
             if (best := found[0][1]).over:
                 extend(episode, best.turn, 1, best.logp)
-                forced = finish_turn(tokenizer, episode, tools, best.turn, best.over == "end", best.over == "cut", limits)
-                found = [] if episode.stop else [(found[0][0], Beam(r, best.queue + forced))]
+                ended, cut = best.over == "end", best.over == "cut"
+                queue = best.queue + finish_turn(tokenizer, episode, tools, best.turn, ended, cut, limits)
+                found = [] if episode.stop else [(found[0][0], Beam(r, queue))]
                 progress.update(not found)
             after += [(n, b) for n, b in found[:limits.beams] if sum(b.logp) >= sum(found[0][1].logp) - GAP]
         cache.keep([n for n, _ in after])
@@ -1037,8 +1039,8 @@ GAP = 4.0  # a beam so many nats behind the best one is given up: the best would
 
 
 def best_tokens(logits, scores, width, valid, tries=1000):
-    """One step of beam search: the continuations of beams with the highest sums of log-probs, at most `width`, none more
-    than GAP behind the best -> [(beam, token, the token's log-prob)].
+    """One step of beam search: the continuations of beams with the highest sums of log-probs, at most `width`, none
+    more than GAP behind the best -> [(beam, token, the token's log-prob)].
 
     logits: [beams, V]. scores: each beam's sum of log-probs so far. valid(beam, token): whether a token is allowed. If
     none of `tries` continuations is, the best one is taken.
@@ -1737,8 +1739,8 @@ def train(args):
 
 
 def model_of(args):
-    """Load the model that --run or --model names -> (model, tokenizer, config). --constrained, --call-margin and --beams
-    override its config."""
+    """Load the model that --run or --model names -> (model, tokenizer, config). --constrained, --call-margin and
+    --beams override its config."""
     model, tokenizer, config = load_run(args.run) if args.run is not None else (
         *load_model(args.model, pick_device("auto")), Config(model=args.model))
     for key in HELD:

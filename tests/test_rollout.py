@@ -3,6 +3,7 @@
 Multi-turn tests need a model that calls tools. `Script` makes any model write a given text: it replaces only the choice
 of the token, so caches, masks and log-probs are those of the real (random) model.
 """
+import functools
 import json
 import math
 import os
@@ -589,6 +590,20 @@ def test_a_refused_token_is_drawn_again_in_proportion():
     assert toolplay.valid_token(logits, 0, -0.5, lambda *token: "invalid" if token else "inside", set(), rng, 0, 1.0, tries=3) == (0, -0.5)
 
 
+def test_one_step_of_beam_search():
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.9, 0.04, 0.04, 0.02]])
+    logits, scores = p.log() + 3, [0.0, math.log(0.25)]  # products: .5 .3 .15 .05, .225 .01 .01 .005
+    step = functools.partial(toolplay.best_tokens, logits, scores)
+    assert [x[:2] for x in step(3, lambda n, token: True)] == [(0, 0), (0, 1), (1, 0)]
+    assert len(step(9, lambda n, token: True)) == 7  # the last is more than GAP behind the first
+    found = step(2, lambda n, token: token > 0)
+    assert [x[:2] for x in found] == [(0, 1), (0, 2)] and [x[2] for x in found] == pytest.approx([math.log(0.3), math.log(0.15)])
+    assert [x[:2] for x in step(4, lambda n, token: n == 1)] == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    assert [x[:2] for x in step(2, lambda n, token: False)] == [(0, 0)]  # none is valid: the best is taken
+    far = toolplay.best_tokens(torch.tensor([[0.0, -toolplay.GAP + 0.1, -toolplay.GAP - 0.1]]), [0.0], 3, lambda n, token: True)
+    assert [x[1] for x in far] == [0, 1]
+
+
 def test_next_to_no_temperature_is_greedy(net):
     greedy, cold = (toolplay.rollout(net, tokenizer(), CHATS, max_new_tokens=4, temperature=t) for t in (0.0, 1e-39))
     assert [e.ids for e in greedy] == [e.ids for e in cold] and all(math.isfinite(x) for e in cold for x in e.logp)
@@ -600,3 +615,4 @@ def test_a_long_prompt_does_not_multiply_the_memory_of_its_batch():
     assert [row for part in parts for row in part] == rows and len(parts) <= 6
     assert all(len(part) <= 32 and len(part) * max(row[0].prompt for row in part) <= 4 * toolplay.PREFILL for part in parts)
     assert [len(part) for part in toolplay.padded_batches(rows[:3], 2)] == [2, 1]
+    assert max(len(part) * max(row[0].prompt for row in part) for part in toolplay.padded_batches(rows, 32, 4)) <= toolplay.PREFILL
