@@ -921,6 +921,10 @@ class Beam:
     logp: list = field(default_factory=list)  # their log-probs
     over: str = ""                            # why the turn is complete: "end", "cut" or "ran on"
 
+    @property
+    def score(self):
+        return sum(self.logp)
+
 
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
     stops = stop_ids(model, tokenizer)
@@ -948,7 +952,7 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
             return [(0, *(valid_token(logits, token, logp, state, closing, rng, temperature, top_p) if held
                           else (token, logp)))]
         held = held and state() != "invalid"
-        return best_tokens(torch.stack([own for _, own, *_ in going]), [sum(b.logp) for b, *_ in going], limits.beams,
+        return best_tokens(torch.stack([own for _, own, *_ in going]), [b.score for b, *_ in going], limits.beams,
                            lambda n, token: not held or allowed(token, functools.partial(state, turn=going[n][0].turn),
                                                                 closing))
 
@@ -973,14 +977,15 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
                 n, b = going[i]
                 turn = [*b.turn, token]
                 found.append((n, Beam(r, [token], turn, [*b.logp, logp], over(turn, len(episode.ids)))))
-            found.sort(key=lambda item: -sum(item[1].logp))
+            found.sort(key=lambda item: -item[1].score)
             if (best := found[0][1]).over:
                 extend(episode, best.turn, 1, best.logp)
                 ended, cut = best.over == "end", best.over == "cut"
                 queue = best.queue + finish_turn(tokenizer, episode, tools, best.turn, ended, cut, limits)
                 found = [] if episode.stop else [(found[0][0], Beam(r, queue))]
                 progress.update(not found)
-            after += [(n, b) for n, b in found[:limits.beams] if sum(b.logp) >= sum(found[0][1].logp) - GAP]
+            # "not <": a broken model's nan must not drop the only beam
+            after += [(n, b) for n, b in found[:limits.beams] if not b.score < found[0][1].score - GAP]
         cache.keep([n for n, _ in after])
         beams = [b for _, b in after]
 
@@ -1056,7 +1061,8 @@ def best_tokens(logits, scores, width, valid, tries=1000):
             if valid(n, token):
                 best = value if best is None else best
                 found.append((n, token, float(logp[n, token])))
-    return found or [(*divmod(int(total.argmax()), logits.shape[1]), float(logp.flatten()[total.argmax()]))]
+    n, token = divmod(int(total.argmax()), logits.shape[1])
+    return found or [(n, token, float(logp[n, token]))]
 
 
 def ran_on(tokenizer, turn):

@@ -590,6 +590,15 @@ def test_a_refused_token_is_drawn_again_in_proportion():
     assert toolplay.valid_token(logits, 0, -0.5, lambda *token: "invalid" if token else "inside", set(), rng, 0, 1.0, tries=3) == (0, -0.5)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_broken_model_loses_no_episode(beams):
+    net = model("llama")
+    with torch.no_grad():
+        net.get_input_embeddings().weight.fill_(float("nan"))
+    episodes = run(net, CHATS, {}, temperature=0, beams=beams, max_new_tokens=4)
+    assert all(len(e.turns) == 1 and e.stop in ("end", "length") for e in episodes)
+
+
 def test_one_step_of_beam_search():
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.9, 0.04, 0.04, 0.02]])
     logits, scores = p.log() + 3, [0.0, math.log(0.25)]  # products: .5 .3 .15 .05, .225 .01 .01 .005
