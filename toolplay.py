@@ -43,7 +43,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +125,10 @@ class Config:
                                          # in the same places: a turn begins with a call only if this is so many nats
                                          # more probable than any other beginning
     beams: Positive = 1                  # in the same places: beam search for calls, with so many beams
+    grounding: Annotated[float, ">= 0"] = 0.0
+                                         # in this search a call loses so many nats for each value that the conversation
+                                         # does not state, and each number or name in the request that it does not use;
+                                         # if the best call loses too much, the turn does not call
     tools: list = field(default_factory=list)
                                          # more tools: {"name", "description", "parameters", "function":
                                          # "package.module:name"}
@@ -832,7 +836,8 @@ def context_of(model):
 
 @torch.no_grad()
 def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top_p=1.0, max_new_tokens=128, max_turns=4,
-            seed=0, batch_size=32, style="signature", constrained=False, call_margin=0.0, beams=1, bar=""):
+            seed=0, batch_size=32, style="signature", constrained=False, call_margin=0.0, beams=1, grounding=0.0,
+            bar=""):
     """Let the model answer each conversation, executing its tool calls -> one Episode per conversation.
 
     tools: {name: Tool} or [Tool] for all conversations; None: each conversation's own tools. temperature 0 is greedy.
@@ -846,6 +851,8 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     beams: more than 1, at temperature 0: a turn that begins with a call is the most probable of so many that are
     followed at once (beam search, Sutskever et al. 2014, section 3.2). Greedy decoding often begins an argument that
     the user did not give, because it may have many values, all of them improbable.
+    grounding: in this search a call loses so many nats for each of its `mismatches` with the conversation. The turn
+    does not call if the best call loses more nats than its first token is more probable than any other beginning.
     seed: one seed, or a list with one seed per conversation. Each row draws from its own random stream, keyed by (seed,
     prompt, number of equal prompts before it), so its draws do not depend on the rest of the batch.
     logp is of the policy at `temperature` (greedy: at 1), before top-p truncation. bar: name of a progress bar; empty:
@@ -862,13 +869,16 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
         own = seed[n] if isinstance(seed, list) else seed
         nth = seen[own, tuple(ids)] = seen.get((own, tuple(ids)), -1) + 1
         stream = int.from_bytes(hashlib.sha256(repr((own, ids, nth)).encode()).digest()[:8], "big")
+        said = [m["content"] for m in conversation["messages"] if m["role"] != "system"]
         episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)),
                          {tool.name: tool for tool in conversation["tools"]},
-                         np.random.Generator(np.random.Philox(stream))))
+                         np.random.Generator(np.random.Philox(stream)),
+                         ("\n".join(said), next((m["content"] for m in reversed(conversation["messages"])
+                                                 if m["role"] == "user"), ""))))
     limits = Limits(max_new_tokens, max_turns, context_of(model), constrained, call_margin,
-                    beams if temperature == 0 else 1)
+                    beams if temperature == 0 else 1, grounding)
     fitting = [row for row in episodes if row[0].prompt < limits.context]
-    for episode, _, _ in episodes:
+    for episode, *_ in episodes:
         if episode.prompt >= limits.context:  # no room for an answer
             episode.turns, episode.stop = [""], "length"
     was_training = model.training
@@ -876,12 +886,12 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
     try:
         with tqdm(total=len(fitting), desc=bar, unit="episode", leave=None, disable=not bar or world_rank()[0] > 0,
                   dynamic_ncols=True) as progress:
-            for group in micro_batches([[(episode.ids, None)] for episode, _, _ in fitting], PREFILL):
+            for group in micro_batches([[(episode.ids, None)] for episode, *_ in fitting], PREFILL):
                 for part in padded_batches([fitting[n] for n in group], batch_size, limits.beams):
                     _rollout_batch(model, tokenizer, part, temperature, top_p, limits, progress)
     finally:
         model.train(was_training)
-    return [episode for episode, _, _ in episodes]
+    return [episode for episode, *_ in episodes]
 
 
 PREFILL = 16384  # most trie nodes of prompts in one forward: bounds its memory
@@ -901,8 +911,9 @@ def padded_batches(rows, size, beams=1):
 
 
 # limits per turn (new_tokens), per episode (turns), of the model (context); constrained: calls follow the schemas;
-# margin: how much more probable a call must be; beams: how many continuations of a call are followed
-Limits = namedtuple("Limits", "new_tokens turns context constrained margin beams")
+# margin: how much more probable a call must be; beams: how many continuations of a call are followed; grounding: what a
+# mismatch with the conversation costs
+Limits = namedtuple("Limits", "new_tokens turns context constrained margin beams grounding")
 
 
 def stop_ids(model, tokenizer):
@@ -920,20 +931,24 @@ class Beam:
     turn: list = field(default_factory=list)  # ids of the current turn
     logp: list = field(default_factory=list)  # their log-probs
     over: str = ""                            # why the turn is complete: "end", "cut" or "ran on"
+    cost: float = 0.0                         # of its mismatches with the conversation
+    lead: float = math.inf                    # by how many nats (beyond the margin) its first token, if it begins a
+                                              # call, was more probable than any other
 
     @property
     def score(self):
-        return sum(self.logp)
+        return sum(self.logp) - self.cost
 
 
-def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress):
+def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress, mute=False):
+    """mute: the rows' next turns do not begin with a call."""
     stops = stop_ids(model, tokenizer)
     closing = stops  # ids that a constrained call must not contain
     if limits.constrained:
         closing = stops | {n for n in tokenizer.all_special_ids
                            if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")}
     opening = tokenizer.encode("<tool_call>", add_special_tokens=False)[0]
-    cache = prompt_cache(model, [e.ids[:-1] for e, _, _ in rows])
+    cache = prompt_cache(model, [e.ids[:-1] for e, *_ in rows])
 
     def over(turn, before):
         return ("end" if turn[-1] in stops
@@ -943,7 +958,7 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
     def chosen(going):
         """How an episode goes on: [(beam, its logits, the token drawn, its log-prob)] -> [(number of the beam, token,
         log-prob)]."""
-        (first, logits, token, logp), (_, tools, rng) = going[0], rows[going[0][0].row]
+        (first, logits, token, logp), (_, tools, rng, _) = going[0], rows[going[0][0].row]
 
         def state(*token, turn=first.turn):
             return call_state(tokenizer.decode([*turn, *token]), tools)
@@ -956,7 +971,20 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
                            lambda n, token: not held or allowed(token, functools.partial(state, turn=going[n][0].turn),
                                                                 closing))
 
-    beams = [Beam(r, [e.ids[-1]]) for r, (e, _, _) in enumerate(rows)]  # one for each row of the cache
+    def cost(beam, turn, done):
+        """What a beam's mismatches cost, after one more token. What a call leaves out is only known at its end."""
+        if not limits.grounding or limits.beams == 1 or turn[0] != opening:
+            return 0.0
+        (episode, tools, _, (known, asked)), text = rows[beam.row], tokenizer.decode(turn)
+        if not done and text[-1:] not in CLOSED:
+            return beam.cost
+        known += "\n" + tokenizer.decode(episode.ids[episode.prompt:])
+        calls = episode.calls + [x for x in read_calls(text if done else closed(text)) if isinstance(x, Call)]
+        return limits.grounding * mismatches(calls, tools, known, asked if done else "")
+
+    said = [len(e.turns) for e, *_ in rows]
+    rejected = []  # rows whose best call has too many mismatches
+    beams = [Beam(r, [e.ids[-1]]) for r, (e, *_) in enumerate(rows)]  # one for each row of the cache
     while beams:
         m = min(len(b.queue) for b in beams if not b.over)
         logits = cache.step([[] if b.over else b.queue[:m] for b in beams]).float()
@@ -965,20 +993,29 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
         speaking, drawn = [n for n, b in enumerate(beams) if not b.queue], {}  # the others still read tool results
         if speaking:
             own = logits[speaking]
-            own[[i for i, n in enumerate(speaking) if not beams[n].turn], opening] -= limits.margin
+            for i, b in ((i, beams[n]) for i, n in enumerate(speaking) if not beams[n].turn):
+                muted = mute and len(rows[b.row][0].turns) == said[b.row]
+                own[i, opening] -= math.inf if muted else limits.margin
+                if limits.grounding:
+                    others = torch.cat([own[i, :opening], own[i, opening + 1:]])
+                    b.lead = float(own[i, opening] - others.max())
             draws = [rows[beams[n].row][2].random() for n in speaking]
             drawn = dict(zip(speaking, zip(own, *sample(own, draws, temperature, top_p))))
         after = []  # [(row of the cache, the beam that goes on from there)]
         for r, group in itertools.groupby(enumerate(beams), lambda item: item[1].row):
-            (episode, tools, _), group = rows[r], list(group)
+            (episode, tools, *_), group = rows[r], list(group)
             going = [item for item in group if item[0] in drawn]
             found = [item for item in group if item[0] not in drawn]
             for i, token, logp in chosen([(b, *drawn[n]) for n, b in going]) if going else ():
                 n, b = going[i]
                 turn = [*b.turn, token]
-                found.append((n, Beam(r, [token], turn, [*b.logp, logp], over(turn, len(episode.ids)))))
+                done = over(turn, len(episode.ids))
+                found.append((n, Beam(r, [token], turn, [*b.logp, logp], done, cost(b, turn, done), b.lead)))
             found.sort(key=lambda item: -item[1].score)
-            if (best := found[0][1]).over:
+            if (best := found[0][1]).over and best.cost > max(best.lead, 0.0):
+                rejected.append(rows[r])
+                found = []
+            elif best.over:
                 extend(episode, best.turn, 1, best.logp)
                 ended, cut = best.over == "end", best.over == "cut"
                 queue = best.queue + finish_turn(tokenizer, episode, tools, best.turn, ended, cut, limits)
@@ -988,6 +1025,8 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress)
             after += [(n, b) for n, b in found[:limits.beams] if not b.score < found[0][1].score - GAP]
         cache.keep([n for n, _ in after])
         beams = [b for _, b in after]
+    if rejected:
+        _rollout_batch(model, tokenizer, rejected, temperature, top_p, limits, progress, mute=True)
 
 
 def extend(episode, ids, mask, logp):
@@ -1063,6 +1102,81 @@ def best_tokens(logits, scores, width, valid, tries=1000):
                 found.append((n, token, float(logp[n, token])))
     n, token = divmod(int(total.argmax()), logits.shape[1])
     return found or [(n, token, float(logp[n, token]))]
+
+
+CLOSED = (",", "]", "}")  # behind these characters a value is complete
+
+
+def closed(text):
+    """An unfinished turn whose last call is cut behind the last complete value, and closed."""
+    before, tag, call = text.rpartition("<tool_call>")
+    brackets, kept = [], ""
+    for part in re.finditer(r'"(?:[^"\\]|\\.)*(?:"|\\?$)|[^"]', call, re.DOTALL):
+        if part[0] in ("{", "["):
+            brackets.append("}" if part[0] == "{" else "]")
+        elif part[0] in CLOSED:
+            del brackets[len(brackets) - (part[0] != ","):]
+            kept = call[:part.end() - (part[0] == ",")] + "".join(reversed(brackets))
+    return f"{before}{tag}{kept}</tool_call>"
+
+
+# Not judged, because they are written in many ways: times, dates and codes ("14:30", "AB-12"), and names of months.
+NUMBER = re.compile(r"(?<![\w.,:/-])\d[\d,]*(?:\.\d+)?(?![\w:/-]|\.\d)", re.ASCII)
+WORD = re.compile(r"[^\W_][\w-]*")
+
+
+def mismatches(calls, tools, known, asked):
+    """What calls and a conversation do not have in common -> the number of texts and numbers in the calls' arguments
+    that `known` (all that was said) does not state, or that one call uses more often than they are stated, plus the
+    number of numbers and names in `asked` (the request) that no call uses.
+
+    Made-up and forgotten values are typical errors of a small model. Only differences between the beams of a search
+    matter: what no beam uses costs all of them the same. Names are words with a capital letter that do not begin a
+    sentence. Not judged: booleans, values that a schema lists or has as its default, and whether texts with digits in
+    them are stated.
+    """
+    text, numbers = stated(known)
+
+    def times(value):
+        if not isinstance(value, str):
+            return numbers[abs(value)]
+        return max(text.count(" ".join(value.casefold().split())), bool(re.search(r"\d", value)))
+    values = [list(leaves(call.arguments, tools[call.name].parameters)) for call in calls if call.name in tools]
+    free = [Counter(value for value, schema in of_call if not isinstance(value, bool) and "enum" not in schema
+                    and value != schema.get("default")) for of_call in values]
+    made_up = [value for of_call in free for value, uses in of_call.items() for _ in range(uses - times(value))]
+    used = " ".join(str(value) for of_call in values for value, _ in of_call)
+    words, numbers = {word.casefold() for word in WORD.findall(used)}, digits(used)
+    left_out = [x for x in NUMBER.findall(asked) if not any(v in numbers or v / 100 in numbers for v in digits(x))]
+    left_out += [word for sentence in re.split(r"(?<=[.?!:])\s+|\n", asked) for word in WORD.findall(sentence)[1:]
+                 if len(word) > 1 and word[0].isupper() and word not in data.MONTHS and word.casefold() not in words]
+    return len(made_up) + len(left_out)
+
+
+def leaves(value, schema):
+    """The texts, numbers and booleans in an argument, each with its schema."""
+    schema = schema if isinstance(schema, dict) else {}
+    if isinstance(value, dict):
+        fields = schema.get("properties")
+        for key, part in value.items():
+            yield from leaves(part, fields.get(key) if isinstance(fields, dict) else None)
+    elif isinstance(value, list):
+        for part in value:
+            yield from leaves(part, schema.get("items"))
+    elif value is not None:
+        yield value, schema
+
+
+@functools.lru_cache(256)
+def stated(known):
+    """-> (the text that arguments are looked up in, how often it states each number)."""
+    shares = [float(x) / 100 for x in re.findall(r"(\d+(?:\.\d+)?) ?(?:%|percent\b)", known, re.ASCII)]
+    return " ".join(known.casefold().split()), (Counter(data.numbers_in(known)) | digits(known)) + Counter(shares)
+
+
+def digits(text):
+    """How often a text has each number, in digits."""
+    return Counter(map(float, re.findall(r"\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text), re.ASCII)))
 
 
 def ran_on(tokenizer, turn):
@@ -1297,7 +1411,7 @@ def write_lines(path, values):
 
 
 # How calls are written, with defaults: config keys that eval, predict and chat may override.
-HELD = {"constrained": False, "call_margin": 0.0, "beams": 1}
+HELD = {"constrained": False, "call_margin": 0.0, "beams": 1, "grounding": 0.0}
 # Keys that --resume may change: what is trained depends on them by rounding at most. HELD: not for ppo, whose
 # evaluations use them. tau_f: only before the first checkpoint.
 CHANGES = ("wandb", "wandb_project", "wandb_name", "wandb_tags", "save_every", "device", "micro_tokens", *HELD, "tau_f")
@@ -1745,8 +1859,8 @@ def train(args):
 
 
 def model_of(args):
-    """Load the model that --run or --model names -> (model, tokenizer, config). --constrained, --call-margin and
-    --beams override its config."""
+    """Load the model that --run or --model names -> (model, tokenizer, config). --constrained, --call-margin,
+    --beams and --grounding override its config."""
     model, tokenizer, config = load_run(args.run) if args.run is not None else (
         *load_model(args.model, pick_device("auto")), Config(model=args.model))
     for key in HELD:

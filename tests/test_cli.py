@@ -316,7 +316,7 @@ def test_demo_end_to_end_on_tiny(tmp_path, capsys):
 
 
 def test_calls_are_held_to_the_schemas_where_the_run_or_the_user_says_so(run, tmp_path, capsys, monkeypatch):
-    """eval, its BFCL suite and predict use the config's `constrained`, `call_margin` and `beams`, unless the command line sets them."""
+    """eval, its BFCL suite and predict use the config's settings in `HELD`, unless the command line sets them."""
     asked, cases, rollout = [], tmp_path / "cases.jsonl", toolplay.rollout
     cases.write_text('{"id": 1, "prompt": "hi"}\n')
     monkeypatch.setattr(toolplay, "rollout", lambda *args, **kwargs: asked.append(tuple(kwargs[key] for key in toolplay.HELD))
@@ -324,13 +324,12 @@ def test_calls_are_held_to_the_schemas_where_the_run_or_the_user_says_so(run, tm
     held = tmp_path / "held"
     shutil.copytree(run, held)
     config = json.loads((held / "config.json").read_text())
-    toolplay.write_json(held / "config.json", {**config, "constrained": True, "call_margin": 0.5, "beams": 3})
-    for n, (verb, folder, flag, expected) in enumerate([("eval", run, [], (False, 0, 1)), ("eval", held, [], (True, 0.5, 3)),
-                                                        ("eval", held, ["--no-constrained", "--call-margin", 0, "--beams", 1],
-                                                         (False, 0, 1)),
-                                                        ("predict", run, ["--constrained", "--call-margin", 2, "--beams", 2],
-                                                         (True, 2, 2)),
-                                                        ("predict", held, [], (True, 0.5, 3))]):
+    toolplay.write_json(held / "config.json", {**config, "constrained": True, "call_margin": 0.5, "beams": 3, "grounding": 1.5})
+    for n, (verb, folder, flag, expected) in enumerate([
+            ("eval", run, [], (False, 0, 1, 0)), ("eval", held, [], (True, 0.5, 3, 1.5)),
+            ("eval", held, ["--no-constrained", "--call-margin", 0, "--beams", 1, "--grounding", 0], (False, 0, 1, 0)),
+            ("predict", run, ["--constrained", "--call-margin", 2, "--beams", 2, "--grounding", 3], (True, 2, 2, 3)),
+            ("predict", held, [], (True, 0.5, 3, 1.5))]):
         where = (["--data", cases, "--out", tmp_path / "r.json"] if verb == "eval"
                  else ["--input", cases, "--output", tmp_path / f"{n}.jsonl"])
         cli(verb, "--run", folder, *where, *flag, capsys=capsys)

@@ -532,6 +532,143 @@ def test_tools_of_a_conversation_bring_no_code(llama, monkeypatch):
     assert episode.results[0].error_type == "not_executable"
 
 
+# ---------------------------------------------------------------- grounding
+
+HOTEL = {"book": toolplay.load_tools([{"name": "book", "parameters": {"type": "object", "properties": {
+    "city": {"type": "string"}, "guests": {"type": "integer"}, "nights": {"type": "integer", "default": 1},
+    "room": {"enum": ["single", "suite"]}, "extras": {"type": "array", "items": {"type": "string"}},
+    "arrival": {"type": "object", "properties": {"by": {"type": "string"}, "early": {"type": "boolean"}}}}}}])["book"]}
+
+
+@pytest.mark.parametrize("request_, arguments, n", [
+    ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 3}, 0),
+    ("Book in Oslo for 3 guests.", {"city": "oslo", "guests": 3.0}, 0),
+    ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 4}, 2),                 # 4 is made up, 3 is left out
+    ("Book in Oslo for 3 guests.", {"city": "Osl", "guests": 3}, 1),                  # Oslo is left out
+    ("Book in Oslo for 3 guests.", {"city": "Bergen", "guests": 3}, 2),
+    ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 3, "nights": 1, "room": "suite"}, 0),  # default, choice
+    ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 3, "nights": 2}, 1),
+    ("Book in Oslo for three guests.", {"city": "Oslo", "guests": 3}, 0),
+    ("Book in Oslo for three guests.", {"city": "Oslo"}, 0),                          # numbers in words may be left out
+    ("Book in Oslo for 1,250 guests.", {"city": "Oslo", "guests": 1250}, 0),
+    ("Oslo is nice. Bergen too.", {"city": "Oslo"}, 0),                               # capitals where sentences begin
+    ("book for Ann's and Bo's party", {"extras": ["Ann", "Bo"]}, 0),
+    ("book for Ann's and Bo's party", {"extras": ["Ann", "cake"]}, 2),
+    ("a room in Oslo from May 3, 2027 at 14:30", {"city": "Oslo", "arrival": {"by": "2027-05-03 14:30", "early": True}}, 0),
+    ("a room in Oslo on the train", {"city": "Oslo", "arrival": {"by": "plane", "early": False}}, 1),
+    ("for Oslo, code AB-12", {"city": "Oslo"}, 1),
+    ("a room in  New\nYork", {"city": "New York"}, 0),
+    ("Oslo for 3 guests", {"city": "Oslo", "guests": 3, "nights": 3}, 1),             # 3 is stated once
+    ("Oslo for 3 guests and three nights", {"city": "Oslo", "guests": 3, "nights": 3}, 0),
+    ("Oslo by 5:30", {"city": "Oslo", "extras": ["Oslo"], "arrival": {"by": "05:30"}}, 1),
+    ("Oslo with 25% off or 7.5 percent", {"city": "Oslo", "guests": 0.25, "nights": 0.075}, 0),
+    ("Oslo at -3", {"city": "Oslo", "guests": -3}, 0),
+    ("Book in Oslo for 3 guests.", None, 2),                                          # no call
+])
+def test_mismatches(request_, arguments, n):
+    calls = [] if arguments is None else [Call("book", arguments)]
+    assert toolplay.mismatches(calls, HOTEL, request_, request_) == n
+
+
+def test_mismatches_of_several_calls_and_of_odd_schemas():
+    both = [Call("book", {"city": "Oslo"}), Call("book", {"city": "Rome"})]
+    assert toolplay.mismatches(both, HOTEL, "rooms in Oslo and Rome", "rooms in Oslo and Rome") == 0
+    assert toolplay.mismatches(both[:1], HOTEL, "rooms in Oslo and Rome", "rooms in Oslo and Rome") == 1
+    assert toolplay.mismatches(both, HOTEL, "rooms in Oslo and Rome", "") == 0  # nothing is left out of no request
+    assert toolplay.mismatches([Call("other", {"city": "Rome"})], HOTEL, "Oslo", "Oslo") == 0
+    odd = {"book": SimpleNamespace(parameters={"properties": {"city": True, "extras": {"items": [1]}, "a": {"properties": []}}})}
+    arguments = {"city": "Oslo", "extras": ["x", 10 ** 400], "a": {"b": None, "c": True}}
+    assert toolplay.mismatches([Call("book", arguments)], odd, "to Oslo", "to Oslo") == 2
+
+
+def test_closed():
+    """An unfinished call counts as far as its values are complete."""
+    text = format_call(Call("book", {"city": 'a "b", [\\', "n": [1, 25], "arrival": {"by": "x}", "early": True}}))
+    seen = []
+    for n in range(text.index("{") + 1, len(text) + 1):
+        for call in toolplay.read_calls(toolplay.closed(text[:n])):
+            if isinstance(call, Call) and call.arguments not in seen:
+                seen.append(call.arguments)
+    city = {"city": 'a "b", [\\'}
+    assert seen == [{}, city, {**city, "n": [1]}, {**city, "n": [1, 25]}, {**city, "n": [1, 25], "arrival": {"by": "x}"}},
+                    {**city, "n": [1, 25], "arrival": {"by": "x}", "early": True}}]
+
+
+def test_a_turn_does_not_call_if_the_best_call_has_too_many_mismatches(monkeypatch):
+    """The first token of a call is 3 nats more probable than any other. The call has two mismatches."""
+    (opening, *_), (no_call,) = (tokenizer().encode(text, add_special_tokens=False) for text in ("<tool_call>", "N"))
+    batch, reruns = toolplay._rollout_batch, []
+
+    class Keen(Script):
+        def follow(script, base):  # noqa: N805
+            class Followed(Script.follow(script, base)):
+                def step(self, ids):
+                    logits = super().step(ids)
+                    logits[:, opening] = -torch.inf
+                    logits[:, opening] = logits[:, :-1].amax(1) + 3  # the last column is the number of the row
+                    return logits
+            return Followed
+
+        def sample(self, logits, draws, temperature, top_p):
+            banned = logits[:, opening] == -torch.inf
+            tokens, logp = super().sample(logits, draws, temperature, top_p)
+            return [no_call if banned_ else token for banned_, token in zip(banned.tolist(), tokens)], logp
+
+        def best_tokens(self, logits, scores, width, valid):
+            return [(0, self.next(self.rows[int(logits[0, -1])]), 0.0)]
+    monkeypatch.setattr(toolplay, "_rollout_batch",
+                        lambda *args, mute=False: reruns.append(mute) or batch(*args, mute=mute))
+    for cost, margin, calls in [(1.4, 0.0, True), (1.6, 0.0, False), (1.4, 0.5, False), (0.0, 0.0, True)]:
+        with monkeypatch.context() as patch:
+            script = Keen(patch, {"book a room": [format_call(Call("book", {"city": "Oslo", "guests": 3}))]})
+            patch.setattr(toolplay, "best_tokens", script.best_tokens)
+            chat = {"messages": [{"role": "user", "content": "book a room"}]}
+            (episode,) = run(model("llama"), [chat], HOTEL, temperature=0, beams=2, max_turns=1, max_new_tokens=90, grounding=cost,
+                             call_margin=margin)
+        assert bool(episode.calls) == calls and len(episode.turns) == 1
+        assert calls or episode.turns[0].startswith("N")
+    assert reruns == [False, False, True, False, True, False]
+
+
+class Choice(Script):
+    """Makes a beam search choose between texts: {user message: [[texts of the first turn], ...]}. Where a text leaves the first one,
+    it loses one nat."""
+
+    def __init__(self, patch, turns):
+        super().__init__(patch, {question: [first for first, *_ in texts] for question, texts in turns.items()})
+        self.texts = turns
+        patch.setattr(toolplay, "best_tokens", self.best_tokens)
+
+    def best_tokens(self, logits, scores, width, valid):
+        found = []
+        for n, score in enumerate(scores):
+            row, first = self.rows[int(logits[n, -1])], None
+            for text in self.texts[tokenizer().decode(row).split("<|im_start|>user\n")[1].split("<|im_end|>")[0]][-1]:
+                self.turns = dict.fromkeys(self.turns, [text])
+                said = row[max(i for i in range(len(row)) if row[i] == 256) + len(self.header):]
+                if tokenizer()(text)["input_ids"][:len(said)] == said:
+                    first = self.next(row) if first is None else first
+                    found.append((score - (self.next(row) != first), n, self.next(row), -float(self.next(row) != first)))
+        found = sorted(dict.fromkeys(found), key=lambda item: -item[0])
+        return [item[1:] for item in found if item[0] >= found[0][0] - toolplay.GAP][:width]
+
+
+@pytest.mark.parametrize("name, cost, chosen", [("llama", 0.0, "abcd"), ("llama", 0.3, "Abcd"), ("llama", 0.6, "ABcd"),
+                                                ("mistral", 1.1, "ABCd")])
+def test_the_search_weighs_mismatches(name, cost, chosen, monkeypatch):
+    """The first text is one nat more probable than the second, which has (in this order) 4, 2, 1 and no mismatches less."""
+    texts = {"book for 3 in Oslo": ({"city": "Ulm", "guests": 4}, {"city": "Oslo", "guests": 3}),
+             "book for 3 in Rome": ({"guests": 7, "city": "Rome"}, {"guests": 3, "city": "Rome"}),
+             "book for Ann": ({}, {"extras": ["Ann"]}),
+             "book for us": ({"nights": 1}, {"room": "suite"})}
+    with monkeypatch.context() as patch:
+        Choice(patch, {question: [[format_call(Call("book", arguments)) for arguments in both]] for question, both in texts.items()})
+        chats = [{"messages": [{"role": "user", "content": question}]} for question in texts]
+        found = run(model(name), chats, HOTEL, temperature=0, beams=2, max_turns=1, max_new_tokens=120, grounding=cost)
+    assert [e.calls[0].arguments for e in found] == [both["AaBbCcDd".index(c) % 2 == 0] for c, both in zip(chosen, texts.values())]
+    assert [sum(e.logp[e.prompt + 1:]) for e in found] == [-float(c.isupper()) for c in chosen]  # log-probs are without the cost
+
+
 # ---------------------------------------------------------------- constrained decoding
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
