@@ -1012,7 +1012,7 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress,
                 done = over(turn, len(episode.ids))
                 found.append((n, Beam(r, [token], turn, [*b.logp, logp], done, cost(b, turn, done), b.lead)))
             found.sort(key=lambda item: -item[1].score)
-            if (best := found[0][1]).over and best.cost > max(best.lead, 0.0):
+            if (best := found[0][1]).over and not mute and best.cost > max(best.lead, 0.0):
                 rejected.append(rows[r])
                 found = []
             elif best.over:
