@@ -932,8 +932,8 @@ class Beam:
     logp: list = field(default_factory=list)  # their log-probs
     over: str = ""                            # why the turn is complete: "end", "cut" or "ran on"
     cost: float = 0.0                         # of its mismatches with the conversation
-    lead: float = math.inf                    # by how many nats (beyond the margin) its first token, if it begins a
-                                              # call, was more probable than any other
+    lead: float = math.inf                    # by how many nats (beyond the margin) the turn's most probable beginning
+                                              # leads
 
     @property
     def score(self):
@@ -996,9 +996,8 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress,
             for i, b in ((i, beams[n]) for i, n in enumerate(speaking) if not beams[n].turn):
                 muted = mute and len(rows[b.row][0].turns) == said[b.row]
                 own[i, opening] -= math.inf if muted else limits.margin
-                if limits.grounding:
-                    others = torch.cat([own[i, :opening], own[i, opening + 1:]])
-                    b.lead = float(own[i, opening] - others.max())
+                first, second = own[i].topk(2).values
+                b.lead = float(first - second)
             draws = [rows[beams[n].row][2].random() for n in speaking]
             drawn = dict(zip(speaking, zip(own, *sample(own, draws, temperature, top_p))))
         after = []  # [(row of the cache, the beam that goes on from there)]
@@ -1012,7 +1011,7 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress,
                 done = over(turn, len(episode.ids))
                 found.append((n, Beam(r, [token], turn, [*b.logp, logp], done, cost(b, turn, done), b.lead)))
             found.sort(key=lambda item: -item[1].score)
-            if (best := found[0][1]).over and not mute and best.cost > max(best.lead, 0.0):
+            if (best := found[0][1]).over and not mute and best.cost > best.lead:
                 rejected.append(rows[r])
                 found = []
             elif best.over:
