@@ -508,6 +508,66 @@ def numbers_in(text):
                     if 0 < int(a) < int(b)]
 
 
+MONTHS = "January February March April May June July August September October November December".split()
+HOURS = {**{words: n for n in range(24) for words in (str(n), f"{n:02}")}, **{number_words(n): n for n in range(1, 13)},
+         "noon": 12, "midday": 12, "midnight": 0}
+MINUTES = {**{words: n for n in range(60) for words in (str(n), f"{n:02}", number_words(n))}, "quarter": 15, "half": 30}
+
+
+@functools.lru_cache(1)
+def _moments():
+    """Patterns of dates and times. An earlier one takes its text from the later ones."""
+    month, hour, minute = ("|".join(sorted(words, key=len, reverse=True)) for words in (
+        [*MONTHS, *(name[:3] for name in MONTHS), "Sept"], HOURS, MINUTES))
+    day, year, hour = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?\b", r"(?:,? (?P<year>\d{4})\b)?", rf"(?P<hour>{hour})(?=h\d|\b)"
+    part = r"(?: ?(?P<half>[ap])\.?m\b\.?|,? (?:in the |this |at )?(?P<part>morning|afternoon|evening|night|tonight)\b)"
+    return [re.compile(r"(?<![\w.,:/-])" + pattern, re.IGNORECASE | re.ASCII) for pattern in (
+        r"(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})(?![\w-])",
+        r"(?P<month>\d{1,2})(?P<slashes>/)(?P<day>\d{1,2})/(?P<year>\d{4})(?![\w/])",
+        rf"{day} (?:of )?(?P<month>{month})\b\.?{year}", rf"(?P<month>{month})\b\.? (?:the )?{day}{year}",
+        rf"(?P<minutes>quarter|half|five|ten|twenty(?:-five)?|(?:{minute})(?= minute))(?: minutes?)? "
+        rf"(?P<side>past|after|to|before) {hour}(?: o'clock)?{part}?",
+        rf"{hour}[:h](?P<minutes>[0-5]\d)(?::[0-5]\d)?(?![\w:]){part}?", rf"{hour}\.(?P<minutes>[0-5]\d){part}",
+        rf"{hour} (?P<minutes>{minute}){part}", rf"{hour} o'clock{part}?", rf"{hour}{part}",
+        r"(?P<hour>noon|midday|midnight)\b", rf"at (?=\d){hour}(?![\w:/-]| ?[%°]|[.,]\d)")]
+
+
+def moments_in(text):
+    """The dates and times of day in a text -> [(as it is written, set of its readings)], in order.
+
+    A reading is "2027-10-01", "10-01" if no year is stated, or "19:30". "half past seven" has two readings.
+    """
+    found = {}  # {start: (text, readings)}
+
+    def take(match):
+        said = {key: value and value.lower() for key, value in match.groupdict().items()}
+        if readings := _dates(**said) if "day" in said else _times(**said):
+            found[match.start()] = match[0], readings
+        return " " * len(match[0])
+
+    for pattern in _moments():
+        text = pattern.sub(take, text)
+    return [found[start] for start in sorted(found)]
+
+
+def _dates(day, month, year, slashes=None):
+    number = int(month) if month.isdigit() else 1 + [name[:3].lower() for name in MONTHS].index(month[:3])
+    pairs = {(number, int(day)), (int(day), number) if slashes else (number, int(day))}
+    return {(f"{year}-" if year else "") + f"{m:02}-{d:02}" for m, d in pairs if 1 <= m <= 12 and 1 <= d <= 31}
+
+
+def _times(hour, minutes="0", side=None, half=None, part=None):
+    """hour, minutes, part of the day: as they are written; half: "a" or "p"."""
+    time, late = 60 * HOURS[hour] + MINUTES[minutes] * (-1 if side in ("to", "before") else 1), 0
+    if HOURS[hour] <= 12 and (half or part):
+        time %= 720
+        late = 720 * (half == "p" or part in ("afternoon", "evening") or part in ("night", "tonight") and time >= 300)
+    times = {time + late}
+    if not (half or part) and 0 < HOURS[hour] <= 12 and hour[0] != "0" and hour not in ("noon", "midday"):
+        times.add(time + 720)
+    return {f"{t // 60 % 24:02}:{t % 60:02}" for t in times}
+
+
 # These rules assign each pair of numbers to a split, without a list of pairs. A hash gives every number one of nine
 # colours. A pair of two colours belongs to train; a pair of one colour belongs to dev (colours 0 to 3) or test (4 to
 # 8). So 17 * 23 occurs in one split only. A number that is drawn alone belongs to the split of its own colour (ALONE).
@@ -1215,7 +1275,6 @@ SAID_TOO = {"train": 0.1, "dev": 0.25, "test": 0.25}
 SHOWN = {"train": 0.95, "dev": 0.7, "test": 0.7}
 # number of different offers with one function, and with several; in dev and test every conversation has its own offer
 OFFERS = {"train": 1500}
-MONTHS = "January February March April May June July August September October November December".split()
 
 
 class ApiWriter:

@@ -967,7 +967,9 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress,
             return [(0, *(valid_token(logits, token, logp, state, closing, rng, temperature, top_p) if held
                           else (token, logp)))]
         held = held and state() != "invalid"
-        return best_tokens(torch.stack([own for _, own, *_ in going]), [b.score for b, *_ in going], limits.beams,
+        # with grounding the cost decides which of several are kept
+        return best_tokens(torch.stack([own for _, own, *_ in going]), [b.score for b, *_ in going],
+                           limits.beams * (4 if limits.grounding else 1),
                            lambda n, token: not held or allowed(token, functools.partial(state, turn=going[n][0].turn),
                                                                 closing))
 
@@ -976,11 +978,10 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress,
         if not limits.grounding or limits.beams == 1 or turn[0] != opening:
             return 0.0
         (episode, tools, _, (known, asked)), text = rows[beam.row], tokenizer.decode(turn)
-        if not done and text[-1:] not in CLOSED:
-            return beam.cost
         known += "\n" + tokenizer.decode(episode.ids[episode.prompt:])
-        calls = episode.calls + [x for x in read_calls(text if done else closed(text)) if isinstance(x, Call)]
-        return limits.grounding * mismatches(calls, tools, known, asked if done else "")
+        text, begun = (text, False) if done else closed(text)
+        calls = episode.calls + [x for x in read_calls(text) if isinstance(x, Call)]
+        return limits.grounding * mismatches(calls, tools, known, asked if done else "", begun)
 
     said = [len(e.turns) for e, *_ in rows]
     rejected = []  # rows whose best call has too many mismatches
@@ -1103,81 +1104,6 @@ def best_tokens(logits, scores, width, valid, tries=1000):
     return found or [(n, token, float(logp[n, token]))]
 
 
-CLOSED = (",", "]", "}")  # behind these characters a value is complete
-
-
-def closed(text):
-    """An unfinished turn whose last call is cut behind the last complete value, and closed."""
-    before, tag, call = text.rpartition("<tool_call>")
-    brackets, kept = [], ""
-    for part in re.finditer(r'"(?:[^"\\]|\\.)*(?:"|\\?$)|[^"]', call, re.DOTALL):
-        if part[0] in ("{", "["):
-            brackets.append("}" if part[0] == "{" else "]")
-        elif part[0] in CLOSED:
-            del brackets[len(brackets) - (part[0] != ","):]
-            kept = call[:part.end() - (part[0] == ",")] + "".join(reversed(brackets))
-    return f"{before}{tag}{kept}</tool_call>"
-
-
-# Not judged, because they are written in many ways: times, dates and codes ("14:30", "AB-12"), and names of months.
-NUMBER = re.compile(r"(?<![\w.,:/-])\d[\d,]*(?:\.\d+)?(?![\w:/-]|\.\d)", re.ASCII)
-WORD = re.compile(r"[^\W_][\w-]*")
-
-
-def mismatches(calls, tools, known, asked):
-    """What calls and a conversation do not have in common -> the number of texts and numbers in the calls' arguments
-    that `known` (all that was said) does not state, or that one call uses more often than they are stated, plus the
-    number of numbers and names in `asked` (the request) that no call uses.
-
-    Made-up and forgotten values are typical errors of a small model. Only differences between the beams of a search
-    matter: what no beam uses costs all of them the same. Names are words with a capital letter that do not begin a
-    sentence. Not judged: booleans, values that a schema lists or has as its default, and whether texts with digits in
-    them are stated.
-    """
-    text, numbers = stated(known)
-
-    def times(value):
-        if not isinstance(value, str):
-            return numbers[abs(value)]
-        return max(text.count(" ".join(value.casefold().split())), bool(re.search(r"\d", value)))
-    values = [list(leaves(call.arguments, tools[call.name].parameters)) for call in calls if call.name in tools]
-    free = [Counter(value for value, schema in of_call if not isinstance(value, bool) and "enum" not in schema
-                    and value != schema.get("default")) for of_call in values]
-    made_up = [value for of_call in free for value, uses in of_call.items() for _ in range(uses - times(value))]
-    used = " ".join(str(value) for of_call in values for value, _ in of_call)
-    words, numbers = {word.casefold() for word in WORD.findall(used)}, digits(used)
-    left_out = [x for x in NUMBER.findall(asked) if not any(v in numbers or v / 100 in numbers for v in digits(x))]
-    left_out += [word for sentence in re.split(r"(?<=[.?!:])\s+|\n", asked) for word in WORD.findall(sentence)[1:]
-                 if len(word) > 1 and word[0].isupper() and word not in data.MONTHS and word.casefold() not in words]
-    return len(made_up) + len(left_out)
-
-
-def leaves(value, schema):
-    """The texts, numbers and booleans in an argument, each with its schema."""
-    schema = schema if isinstance(schema, dict) else {}
-    if isinstance(value, dict):
-        fields = schema.get("properties")
-        for key, part in value.items():
-            yield from leaves(part, fields.get(key) if isinstance(fields, dict) else None)
-    elif isinstance(value, list):
-        for part in value:
-            yield from leaves(part, schema.get("items"))
-    elif value is not None:
-        yield value, schema
-
-
-@functools.lru_cache(256)
-def stated(known):
-    """-> (the text that arguments are looked up in, how often it states each number)."""
-    shares = [float(x) / 100 for x in re.findall(r"(\d+(?:\.\d+)?) ?(?:%|percent\b)", known, re.ASCII)]
-    return " ".join(known.casefold().split()), (Counter(data.numbers_in(known)) | digits(known)) + Counter(shares)
-
-
-def digits(text):
-    """How often a text has each number, in digits."""
-    return Counter(map(float, re.findall(r"\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text), re.ASCII)))
-
-
 def ran_on(tokenizer, turn):
     """Whether a complete call is followed by text that cannot become another call."""
     # a cheap test first: without a recent ">", only every eighth token is checked
@@ -1215,7 +1141,155 @@ def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
     return forced
 
 
-# --------------------------------------------------------------------------- 5. the training step
+# --------------------------------------------------------------------------- 5. grounding: calls and what was said
+
+NUMBER = re.compile(r"(?<![\w.,:/-])\d[\d,]*(?:\.\d+)?(?![\w:/-]|\.\d)", re.ASCII)  # no part of a code such as AB-12
+WORD = re.compile(r"[^\W_][\w-]*")
+MOMENT = re.compile(r"(?<![\w:-])(?:\d{4}-\d{1,2}-\d{1,2}(?=T\d|\b)|\d{1,2}:\d{2}(?! ?[ap]\.?m))",
+                    re.ASCII | re.IGNORECASE)  # a date or time in an argument
+RELATIVE = re.compile(r"\b(?:today|tomorrow|tonight|yesterday|now|next|last|this|"
+                      r"(?:mon|tues|wednes|thurs|fri|satur|sun)day)\b", re.IGNORECASE)
+CHOICE = 0.5  # requests paraphrase listed values and booleans more often than they paraphrase others
+NO_STEMS = set("a an the to of and or in for with is it as if on by not only also when wheth true false".split())
+
+
+def mismatches(calls, tools, known, asked, begun=False):
+    """How badly calls fit a conversation: the number of values in their arguments that `known` (all that was said) does
+    not state, or that one call uses more often than they are stated, plus the number of numbers, dates, times and names
+    in `asked` (the request) that no call uses. Unstated booleans, and values that a schema lists, count half.
+
+    Made-up and forgotten values are typical errors of a small model. Only differences between the beams of a search
+    matter: what no beam uses costs all of them the same. Names are words with a capital letter that do not begin a
+    sentence. A boolean is stated if a word of the parameter's name or description is; a value that the schema lists, if
+    one of its words is. Not judged: defaults, relative dates, and whether texts with digits in them are stated.
+    begun: the last value may go on, so that something stated only has to begin with it.
+    """
+    text, numbers, moments, words = stated(known)
+
+    def times(value):
+        if not isinstance(value, str):
+            return numbers[abs(value)]
+        own = [] if re.search(r"[^\W\dTZ_]", value) else MOMENT.findall(value)
+        if own and not ("-" in value and RELATIVE.search(known)):
+            return min(sum(reads(moment, readings) for _, readings in moments) for moment in own)
+        return max(len(re.findall(rf"(?<!\w){plain(value)}", text)), bool(re.search(r"\d", value)))
+    used, n = [], 0
+    for call in (call for call in calls if call.name in tools):
+        uses, tool = Counter(), tools[call.name]
+        found = list(leaves(call.arguments, tool.parameters))
+        if begun and call is calls[-1] and found:
+            value, schema, _ = found.pop()
+            n += not ("enum" in schema or str(schema.get("default")).startswith(str(value)) or begins(value, known))
+        for value, schema, key in found:
+            used.append(str(value))
+            if value == schema.get("default"):
+                continue
+            if isinstance(value, bool) or "enum" in schema:
+                n += CHOICE * (not hints(value, schema, key, tool) & words)
+            else:
+                uses[value] += 1
+                n += isinstance(value, str) and value != value.strip()
+        n += sum(max(0, count - times(value)) for value, count in uses.items())
+    return n + left_out(asked, " ".join(used))
+
+
+def begins(value, known):
+    """Whether a text or number, as far as it is written, may become a stated one."""
+    text, numbers, moments, _ = stated(known)
+    if not isinstance(value, str):
+        return any(f"{x:.15g}".startswith(f"{abs(value):.15g}") for x in numbers)
+    if not re.search(r"[^\d:-]", value) and any(reading.startswith(value[5:] if "-" in reading[:3] else value)
+                                               for _, readings in moments for reading in readings):
+        return True
+    return bool(re.search(rf"(?<!\w){plain(value)}", text) or re.search(r"\d", value) and re.search(r"[^\d:-]", value)
+                or RELATIVE.search(known) and re.fullmatch(r"\d[\d-]*", value))
+
+
+def plain(text):
+    """A pattern that finds a text in `stated` ones."""
+    return re.escape(" ".join(text.casefold().split()))
+
+
+def closed(text):
+    """An unfinished turn with its last call closed -> (text, whether its last value, a string or number, may go on).
+
+    A key without a value is left out.
+    """
+    before, tag, call = text.rpartition("<tool_call>")
+    brackets, sign, kept, part = [], "", "", None  # sign: the last of {[,:]}; kept: the call up to the last value
+    for part in re.finditer(r'"(?:[^"\\]|\\.)*"?|-?\d[\d.eE+-]*|.', call, re.DOTALL):
+        if part[0] in "{[,:]}":
+            sign = part[0]
+            brackets += {"{": "}", "[": "]"}.get(sign, "")
+            if sign in ",]}":
+                del brackets[len(brackets) - (sign != ","):]
+                kept = call[:part.end() - (sign == ",")] + "".join(reversed(brackets))
+    last = part[0] if len(brackets) > 1 and (sign == ":" or brackets[-1] == "]") else ""
+    whole = len(last) > 1 and last[0] == last[-1] == '"'
+    if last[:1] == '"' and "\\" not in last or last[-1:].isdigit():
+        kept = call + '"' * (last[0] == '"' and not whole) + "".join(reversed(brackets))
+        return f"{before}{tag}{kept}</tool_call>", not whole
+    return f"{before}{tag}{kept}</tool_call>", False
+
+
+def left_out(asked, used):
+    """How many numbers, dates, times and names of a request are not in the text `used`."""
+    words, numbers, own, n = {word.casefold() for word in WORD.findall(used)}, digits(used), MOMENT.findall(used), 0
+    for moment, readings in data.moments_in(asked):
+        asked = asked.replace(moment, " ", 1)
+        n += not (moment.casefold() in used.casefold() or any(reads(mine, readings) for mine in own)
+                  or (parts := digits(moment)) and parts.keys() <= numbers.keys())
+    n += sum(not any(v in numbers or v / 100 in numbers for v in digits(x)) for x in NUMBER.findall(asked))
+    return n + sum(len(word) > 1 and word[0].isupper() and word not in data.MONTHS and word.casefold() not in words
+                   for sentence in re.split(r"(?<=[.?!:])\s+|\n", asked) for word in WORD.findall(sentence)[1:])
+
+
+def reads(moment, readings):
+    """Whether a date or time in an argument is one of these readings (see data.moments_in)."""
+    return any(moment.zfill(5).endswith(reading) for reading in readings)
+
+
+def hints(value, schema, key, tool):
+    """The words of which a request has one if it states this boolean or listed value. Words that describe the function
+    are in every request."""
+    if not isinstance(value, bool):
+        return stems(str(value))
+    return stems(f"{key} {schema.get('description', '')}") - stems(f"{tool.name} {tool.description}")
+
+
+def stems(text):
+    """The first five letters of each word: "natural_only", "naturalFood" -> {"natur", "food"}."""
+    return {word[:5].lower() for word in re.findall(r"[A-Z]?[^\W\dA-Z_]+|[A-Z]+", text)} - NO_STEMS
+
+
+def leaves(value, schema, key=""):
+    """The texts, numbers and booleans in an argument -> (value, schema, the parameter's name)."""
+    schema = schema if isinstance(schema, dict) else {}
+    if isinstance(value, dict):
+        fields = schema.get("properties")
+        for key, part in value.items():
+            yield from leaves(part, fields.get(key) if isinstance(fields, dict) else None, key)
+    elif isinstance(value, list):
+        for part in value:
+            yield from leaves(part, schema.get("items"), key)
+    elif value is not None:
+        yield value, schema, key
+
+
+@functools.lru_cache(256)
+def stated(known):
+    """-> (the text that arguments are looked up in, how often it states each number, its dates and times, its stems)"""
+    shares = [float(x) / 100 for x in re.findall(r"(\d+(?:\.\d+)?) ?(?:%|percent\b)", known, re.ASCII)]
+    numbers = (Counter(data.numbers_in(known)) | digits(known)) + Counter(shares)
+    return " ".join(known.casefold().split()), numbers, data.moments_in(known), stems(known)
+
+
+def digits(text):
+    """How often a text has each number, in digits."""
+    return Counter(map(float, re.findall(r"\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text), re.ASCII)))
+
+
+# --------------------------------------------------------------------------- 6. the training step
 
 def half_precision(config, device):
     """The dtype that autocast computes in, or None: fp32 only. auto: fp16 on CUDA, fp32 elsewhere."""
@@ -1354,7 +1428,7 @@ def sum_gradients(parameters):
         p.grad = g.view_as(p).clone()
 
 
-# --------------------------------------------------------------------------- 6. runs: folder, log, checkpoint
+# --------------------------------------------------------------------------- 7. runs: folder, log, checkpoint
 
 def write_atomic(path, write):
     """Call write(temporary path), fsync, rename: a reader sees the old file or the new file, never a part of one.
@@ -1829,7 +1903,7 @@ def load_run(folder):
     return model, tokenizer, config
 
 
-# --------------------------------------------------------------------------- 7. the command line
+# --------------------------------------------------------------------------- 8. the command line
 
 def config_file(given):
     """The config file that a path names: itself, or that of a run folder."""

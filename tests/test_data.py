@@ -608,6 +608,33 @@ def test_tool_results_in_data_forge_no_tag():
     assert data.turns({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": both}]})[-1][1] == both
 
 
+@pytest.mark.parametrize("text, readings", [
+    ("half past seven in the evening, or quarter to one in the afternoon", [{"19:30"}, {"12:45"}]),
+    ("five o'clock in the afternoon, 6 adults", [{"17:00"}]), ("at seven o'clock", [{"07:00", "19:00"}]),
+    ("9:15 pm, 9.15 a.m. or 21:15", [{"21:15"}, {"09:15"}, {"21:15"}]), ("12 am to 12 pm", [{"00:00"}, {"12:00"}]),
+    ("twelve o'clock at night, midnight, noon", [{"00:00"}, {"00:00"}, {"12:00"}]), ("07:30, 7:30", [{"07:30"}, {"07:30", "19:30"}]),
+    ("Ten minutes to twelve in the morning", [{"11:50"}]), ("seven thirty in the evening", [{"19:30"}]),
+    ("at 7 for 8 people", [{"07:00", "19:00"}]), ("at 9 tonight, at 1 at night", [{"21:00"}, {"01:00"}]), ("14h30", [{"14:30"}]),
+    ("October 1, 2027 or the 1st of October 2027 or 2027-10-01", [{"2027-10-01"}] * 3), ("on 9 August", [{"08-09"}]),
+    ("10/1/2027 and Sept. 3, 2024", [{"2027-10-01", "2027-01-10"}, {"2024-09-03"}]), ("May 31st at 8 pm", [{"05-31"}, {"20:00"}]),
+    ("from 13 to 15, 3:75, 25:00, 16:9, at 14.4 M, at 20 %, 1.12.3, AB-12:30, one of six, 13/13/2026, 45 May, Maybe 3", []),
+])
+def test_dates_and_times(text, readings):
+    assert [found for _, found in data.moments_in(text)] == readings
+
+
+@pytest.mark.parametrize("part", ["9:", "1 ", "at ", "9 in the ", "May ", "twenty-", "1/1/", "half past ", "ten minutes to "])
+def test_dates_are_found_in_linear_time(part):
+    data.moments_in(part * 30000)  # a slow pattern would need hours
+
+
+def test_the_generators_dates_and_times_are_read_as_meant():
+    writer = data.ApiWriter("train", random.Random(0), False)
+    for kind in ["date", "time"] * 300:
+        value, said = writer.value(kind)
+        assert any(value in readings for _, readings in data.moments_in(f"the one on {said}, please")), said
+
+
 def test_numbers_and_money_are_written_in_the_ways_people_have():
     written = lambda value, kind: {data.write_value(value, kind, random.Random(n)) for n in range(300)}  # noqa: E731
     assert {"twelve hundred", "one thousand two hundred"} <= written(1200, "word")

@@ -546,7 +546,9 @@ HOTEL = {"book": toolplay.load_tools([{"name": "book", "parameters": {"type": "o
     ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 4}, 2),                 # 4 is made up, 3 is left out
     ("Book in Oslo for 3 guests.", {"city": "Osl", "guests": 3}, 1),                  # Oslo is left out
     ("Book in Oslo for 3 guests.", {"city": "Bergen", "guests": 3}, 2),
-    ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 3, "nights": 1, "room": "suite"}, 0),  # default, choice
+    ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 3, "nights": 1}, 0),    # a default
+    ("a suite in Oslo", {"city": "Oslo", "room": "suite"}, 0),
+    ("a room in Oslo", {"city": "Oslo", "room": "suite"}, 0.5),                       # a listed value that nobody stated
     ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 3, "nights": 2}, 1),
     ("Book in Oslo for three guests.", {"city": "Oslo", "guests": 3}, 0),
     ("Book in Oslo for three guests.", {"city": "Oslo"}, 0),                          # numbers in words may be left out
@@ -554,8 +556,23 @@ HOTEL = {"book": toolplay.load_tools([{"name": "book", "parameters": {"type": "o
     ("Oslo is nice. Bergen too.", {"city": "Oslo"}, 0),                               # capitals where sentences begin
     ("book for Ann's and Bo's party", {"extras": ["Ann", "Bo"]}, 0),
     ("book for Ann's and Bo's party", {"extras": ["Ann", "cake"]}, 2),
-    ("a room in Oslo from May 3, 2027 at 14:30", {"city": "Oslo", "arrival": {"by": "2027-05-03 14:30", "early": True}}, 0),
-    ("a room in Oslo on the train", {"city": "Oslo", "arrival": {"by": "plane", "early": False}}, 1),
+    ("early in Oslo, from May 3, 2027 at 14:30", {"city": "Oslo", "arrival": {"by": "2027-05-03 14:30", "early": True}}, 0),
+    ("a room in Oslo from May 3, 2027 at 14:30", {"city": "Oslo", "arrival": {"by": "2027-05-03T14:30:00Z", "early": True}}, 0.5),
+    ("a room in Oslo from May 3, 2027 at 14:30", {"city": "Oslo", "arrival": {"by": "2027-05-04 14:30"}}, 2),
+    ("a room in Oslo from May 3, 2027 at 14:30", {"city": "Oslo", "arrival": {"by": "2027-05-03"}}, 1),  # the time is left out
+    ("a room in Oslo from the 3rd of May", {"city": "Oslo", "arrival": {"by": "2027-05-03"}}, 0),
+    ("a room in Oslo from the 3rd of May", {"city": "Oslo", "arrival": {"by": "2027-5-3"}}, 1),  # YYYY-MM-DD has zeros
+    ("a room in Oslo for tomorrow", {"city": "Oslo", "arrival": {"by": "2027-05-03"}}, 0),       # relative dates are not judged
+    ("a room in Oslo for tomorrow", {"city": "Oslo", "arrival": {"by": "09:00"}}, 1),
+    ("a room in Oslo, I'm there at half past seven in the evening", {"city": "Oslo", "arrival": {"by": "19:30"}}, 0),
+    ("a room in Oslo, I'm there at half past seven in the evening", {"city": "Oslo", "arrival": {"by": "18:00"}}, 2),
+    ("a room in Oslo, I'm there at half past seven", {"city": "Oslo", "arrival": {"by": "07:30"}}, 0),
+    ("a room in Oslo, I'm there at 7:30 pm", {"city": "Oslo", "arrival": {"by": "7:30"}}, 1),
+    ("a room in Oslo, I'm there at 7:30 pm", {"city": "Oslo", "arrival": {"by": "7:30 pm"}}, 0),
+    ("Oslo, for Ann", {"city": "Oslo", "extras": [" Ann"]}, 1),
+    ("a room in Oslo, the Café at 9:00 called", {"city": "Oslo", "extras": ["the Café at 9:00"]}, 0),
+    ("in Oslo at 4 percent", {"city": "Oslo", "guests": 4}, 0),                       # no time
+    ("a room in Oslo on the train", {"city": "Oslo", "arrival": {"by": "plane", "early": False}}, 1.5),
     ("for Oslo, code AB-12", {"city": "Oslo"}, 1),
     ("a room in  New\nYork", {"city": "New York"}, 0),
     ("Oslo for 3 guests", {"city": "Oslo", "guests": 3, "nights": 3}, 1),             # 3 is stated once
@@ -576,22 +593,53 @@ def test_mismatches_of_several_calls_and_of_odd_schemas():
     assert toolplay.mismatches(both[:1], HOTEL, "rooms in Oslo and Rome", "rooms in Oslo and Rome") == 1
     assert toolplay.mismatches(both, HOTEL, "rooms in Oslo and Rome", "") == 0  # nothing is left out of no request
     assert toolplay.mismatches([Call("other", {"city": "Rome"})], HOTEL, "Oslo", "Oslo") == 0
-    odd = {"book": SimpleNamespace(parameters={"properties": {"city": True, "extras": {"items": [1]}, "a": {"properties": []}}})}
+    odd = {"book": SimpleNamespace(name="book", description="", parameters={"properties": {"city": True, "extras": {"items": [1]}, "a": {"properties": []}}})}
     arguments = {"city": "Oslo", "extras": ["x", 10 ** 400], "a": {"b": None, "c": True}}
-    assert toolplay.mismatches([Call("book", arguments)], odd, "to Oslo", "to Oslo") == 2
+    assert toolplay.mismatches([Call("book", arguments)], odd, "to Oslo", "to Oslo") == 2.5
 
 
 def test_closed():
-    """An unfinished call counts as far as its values are complete."""
+    """An unfinished call counts as far as it has values; the last one may go on."""
     text = format_call(Call("book", {"city": 'a "b", [\\', "n": [1, 25], "arrival": {"by": "x}", "early": True}}))
     seen = []
-    for n in range(text.index("{") + 1, len(text) + 1):
-        for call in toolplay.read_calls(toolplay.closed(text[:n])):
-            if isinstance(call, Call) and call.arguments not in seen:
-                seen.append(call.arguments)
-    city = {"city": 'a "b", [\\'}
-    assert seen == [{}, city, {**city, "n": [1]}, {**city, "n": [1, 25]}, {**city, "n": [1, 25], "arrival": {"by": "x}"}},
-                    {**city, "n": [1, 25], "arrival": {"by": "x}", "early": True}}]
+    for n in range(len(text) + 1):
+        closed, begun = toolplay.closed(text[:n])
+        for call in toolplay.read_calls(closed):
+            if isinstance(call, Call) and (call.arguments, begun) not in seen:
+                seen.append((call.arguments, begun))
+    city = {"city": 'a "b", [\\'}  # with a backslash, only as a whole
+    assert seen == [({}, False), ({"city": ""}, True), ({"city": "a"}, True), ({"city": "a "}, True), (city, False),
+                    ({**city, "n": [1]}, True), ({**city, "n": [1]}, False), ({**city, "n": [1, 2]}, True),
+                    ({**city, "n": [1, 25]}, True), ({**city, "n": [1, 25]}, False),
+                    ({**city, "n": [1, 25], "arrival": {"by": ""}}, True), ({**city, "n": [1, 25], "arrival": {"by": "x"}}, True),
+                    ({**city, "n": [1, 25], "arrival": {"by": "x}"}}, True), ({**city, "n": [1, 25], "arrival": {"by": "x}"}}, False),
+                    ({**city, "n": [1, 25], "arrival": {"by": "x}", "early": True}}, False)]
+
+
+@pytest.mark.parametrize("request_, arguments", [
+    ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 3}), ("for 1,250 guests in New York", {"guests": 1250, "city": "New York"}),
+    ("a suite for Ann and Bo in Oslo, early", {"extras": ["Ann", "Bo"], "room": "suite", "arrival": {"early": True}}),
+    ("I'm there at half past seven in the evening", {"arrival": {"by": "19:30"}}), ("from the 3rd of May", {"arrival": {"by": "2027-05-03"}}),
+    ("from May 3, 2027 at 14:30, code AB-12", {"arrival": {"by": "2027-05-03 14:30"}, "city": "AB-12"}), ("tomorrow", {"arrival": {"by": "2027-05-03"}}),
+])
+def test_a_call_that_fits_costs_nothing_while_it_is_written(request_, arguments):
+    text = format_call(Call("book", arguments))
+    for n in range(len(text) + 1):
+        closed, begun = toolplay.closed(text[:n])
+        calls = [call for call in toolplay.read_calls(closed) if isinstance(call, Call)]
+        assert toolplay.mismatches(calls, HOTEL, request_, "", begun) == 0, text[:n]
+
+
+@pytest.mark.parametrize("request_, written, n", [
+    ("Oslo or Bergen, 3 guests", '{"city": "Os', 0), ("Oslo or Bergen, 3 guests", '{"city": "sl', 1), ("Oslo, 35 guests", '{"guests": 3', 0),
+    ("Oslo, 35 guests", '{"guests": 4', 1), ("at half past seven in the evening", '{"arrival": {"by": "18', 1),
+    ("at half past seven in the evening", '{"arrival": {"by": "19', 0), ("on 3 May", '{"arrival": {"by": "2027-06', 1),
+    ("on 3 May", '{"arrival": {"by": "2027-05', 0), ("code AB-12", '{"city": "XY-1', 0), ("Oslo", '{"nights": 1', 0), ("Oslo", '{"room": "su', 0),
+    ("Oslo", '{"city": "Oslo", "room": "suite", "ni', 0.5),
+])
+def test_an_unfinished_value_is_judged_by_its_beginning(request_, written, n):
+    closed, begun = toolplay.closed(f'<tool_call>{{"name": "book", "arguments": {written}')
+    assert toolplay.mismatches(toolplay.read_calls(closed), HOTEL, request_, "", begun) == n
 
 
 def test_a_turn_does_not_call_if_the_best_call_has_too_many_mismatches(monkeypatch):
@@ -656,7 +704,8 @@ class Choice(Script):
 @pytest.mark.parametrize("name, cost, chosen", [("llama", 0.0, "abcd"), ("llama", 0.3, "Abcd"), ("llama", 0.6, "ABcd"),
                                                 ("mistral", 1.1, "ABCd")])
 def test_the_search_weighs_mismatches(name, cost, chosen, monkeypatch):
-    """The first text is one nat more probable than the second, which has (in this order) 4, 2, 1 and no mismatches less."""
+    """The first text is one nat more probable than the second, which has (in this order) 4, 2 and 1 mismatches less, and half a
+    mismatch more."""
     texts = {"book for 3 in Oslo": ({"city": "Ulm", "guests": 4}, {"city": "Oslo", "guests": 3}),
              "book for 3 in Rome": ({"guests": 7, "city": "Rome"}, {"guests": 3, "city": "Rome"}),
              "book for Ann": ({}, {"extras": ["Ann"]}),
@@ -667,6 +716,16 @@ def test_the_search_weighs_mismatches(name, cost, chosen, monkeypatch):
         found = run(model(name), chats, HOTEL, temperature=0, beams=2, max_turns=1, max_new_tokens=120, grounding=cost)
     assert [e.calls[0].arguments for e in found] == [both["AaBbCcDd".index(c) % 2 == 0] for c, both in zip(chosen, texts.values())]
     assert [sum(e.logp[e.prompt + 1:]) for e in found] == [-float(c.isupper()) for c in chosen]  # log-probs are without the cost
+
+
+@pytest.mark.parametrize("grounding, city", [(0.0, "Ulm"), (2.0, "Oslo")])
+def test_mismatches_decide_which_beams_are_kept(grounding, city, monkeypatch):
+    """With two beams a third continuation is kept if the others have mismatches."""
+    with monkeypatch.context() as patch:
+        Choice(patch, {"to Oslo": [[format_call(Call("book", {"city": city})) for city in ("Ulm", "Bonn", "Oslo")]]})
+        (found,) = run(model("llama"), [{"messages": [{"role": "user", "content": "to Oslo"}]}], HOTEL, temperature=0, beams=2,
+                       max_turns=1, max_new_tokens=120, grounding=grounding)
+    assert found.calls[0].arguments == {"city": city}
 
 
 # ---------------------------------------------------------------- constrained decoding
