@@ -127,8 +127,9 @@ class Config:
     beams: Positive = 1                  # in the same places: beam search for calls, with so many beams
     grounding: Annotated[float, ">= 0"] = 0.0
                                          # in this search a call loses so many nats for each value that the conversation
-                                         # does not state, and each number or name in the request that it does not use;
-                                         # if the best call loses too much, the turn does not call
+                                         # does not state (booleans and listed values half), and each number, date, time
+                                         # or name in the request that it does not use; if the best call loses too much,
+                                         # the turn does not call
     tools: list = field(default_factory=list)
                                          # more tools: {"name", "description", "parameters", "function":
                                          # "package.module:name"}
@@ -1185,7 +1186,8 @@ def mismatches(calls, tools, known, asked, begun=False):
             if value == schema.get("default"):
                 continue
             if isinstance(value, bool) or "enum" in schema:
-                n += CHOICE * (not hints(value, schema, key, tool) & words)
+                hinted = hints(value, schema, key, tool)
+                n += CHOICE * (not (hinted & words if hinted else isinstance(value, bool) or times(value)))
             else:
                 uses[value] += 1
                 n += isinstance(value, str) and value != value.strip()
@@ -1198,11 +1200,12 @@ def begins(value, known):
     text, numbers, moments, _ = stated(known)
     if not isinstance(value, str):
         return any(f"{x:.15g}".startswith(f"{abs(value):.15g}") for x in numbers)
-    if not re.search(r"[^\d:-]", value) and any(reading.startswith(value[5:] if "-" in reading[:3] else value)
-                                               for _, readings in moments for reading in readings):
+    if re.search(rf"(?<!\w){plain(value)}", text):
         return True
-    return bool(re.search(rf"(?<!\w){plain(value)}", text) or re.search(r"\d", value) and re.search(r"[^\d:-]", value)
-                or RELATIVE.search(known) and re.fullmatch(r"\d[\d-]*", value))
+    if re.search(r"[^\d:-]", value):  # neither a date nor a time
+        return bool(re.search(r"\d", value))
+    return bool(":" not in value and RELATIVE.search(known)) or any(
+        reading.startswith(value[5:] if "-" in reading[:3] else value) for _, readings in moments for reading in readings)
 
 
 def plain(text):

@@ -536,7 +536,7 @@ def test_tools_of_a_conversation_bring_no_code(llama, monkeypatch):
 
 HOTEL = {"book": toolplay.load_tools([{"name": "book", "parameters": {"type": "object", "properties": {
     "city": {"type": "string"}, "guests": {"type": "integer"}, "nights": {"type": "integer", "default": 1},
-    "room": {"enum": ["single", "suite"]}, "extras": {"type": "array", "items": {"type": "string"}},
+    "room": {"enum": ["single", "suite", "4K"]}, "stars": {"enum": [3, 4]}, "extras": {"type": "array", "items": {"type": "string"}},
     "arrival": {"type": "object", "properties": {"by": {"type": "string"}, "early": {"type": "boolean"}}}}}}])["book"]}
 
 
@@ -548,6 +548,8 @@ HOTEL = {"book": toolplay.load_tools([{"name": "book", "parameters": {"type": "o
     ("Book in Oslo for 3 guests.", {"city": "Bergen", "guests": 3}, 2),
     ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 3, "nights": 1}, 0),    # a default
     ("a suite in Oslo", {"city": "Oslo", "room": "suite"}, 0),
+    ("a room in Oslo with four stars", {"city": "Oslo", "stars": 4}, 0),
+    ("a room in Oslo with four stars", {"city": "Oslo", "stars": 3}, 0.5),
     ("a room in Oslo", {"city": "Oslo", "room": "suite"}, 0.5),                       # a listed value that nobody stated
     ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 3, "nights": 2}, 1),
     ("Book in Oslo for three guests.", {"city": "Oslo", "guests": 3}, 0),
