@@ -1157,7 +1157,8 @@ NO_STEMS = set("a an the to of and or in for with is it as if on by not only als
 def mismatches(calls, tools, known, asked, begun=False):
     """How badly calls fit a conversation: the number of values in their arguments that `known` (all that was said) does
     not state, or that one call uses more often than they are stated, plus the number of numbers, dates, times and names
-    in `asked` (the request) that no call uses. Unstated booleans, and values that a schema lists, count half.
+    in `asked` (the request) that no call uses, plus the number of calls that repeat another one. Unstated booleans, and
+    values that a schema lists, count half.
 
     Made-up and forgotten values are typical errors of a small model. Only differences between the beams of a search
     matter: what no beam uses costs all of them the same. Names are words with a capital letter that do not begin a
@@ -1174,7 +1175,7 @@ def mismatches(calls, tools, known, asked, begun=False):
         if own and not ("-" in value and RELATIVE.search(known)):
             return min(sum(reads(moment, readings) for _, readings in moments) for moment in own)
         return max(len(re.findall(rf"(?<!\w){plain(value)}", text)), bool(re.search(r"\d", value)))
-    used, n = [], 0
+    used, n = [], len(calls) - len({repr(call) for call in calls})
     for call in (call for call in calls if call.name in tools):
         uses, tool = Counter(), tools[call.name]
         found = list(leaves(call.arguments, tool.parameters))
