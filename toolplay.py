@@ -1164,7 +1164,8 @@ def mismatches(calls, tools, known, asked, begun=False):
     matter: what no beam uses costs all of them the same. Names are words with a capital letter that do not begin a
     sentence. A boolean is stated if a word of the parameter's name or description is; a value that the schema lists, if
     one of its words is. Not judged: defaults, relative dates, and whether texts with digits in them are stated.
-    begun: the last value may go on, so that something stated only has to begin with it.
+    asked: "" while the last call is unfinished. begun: its last value may go on, so that something stated only has to
+    begin with it.
     """
     text, numbers, moments, words = stated(known)
 
@@ -1175,7 +1176,8 @@ def mismatches(calls, tools, known, asked, begun=False):
         if own and not ("-" in value and RELATIVE.search(known)):
             return min(sum(reads(moment, readings) for _, readings in moments) for moment in own)
         return max(len(re.findall(rf"(?<!\w){plain(value)}", text)), bool(re.search(r"\d", value)))
-    used, n = [], len(calls) - len({repr(call) for call in calls})
+    whole = [repr(call) for call in (calls if asked else calls[:-1])]  # without a request the last one is unfinished
+    used, n = [], len(whole) - len(set(whole))
     for call in (call for call in calls if call.name in tools):
         uses, tool = Counter(), tools[call.name]
         found = list(leaves(call.arguments, tool.parameters))
