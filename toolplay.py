@@ -1150,15 +1150,14 @@ MOMENT = re.compile(r"(?<![\w:-])(?:\d{4}-\d{1,2}-\d{1,2}(?=T\d|\b)|\d{1,2}:\d{2
                     re.ASCII | re.IGNORECASE)  # a date or time in an argument
 RELATIVE = re.compile(r"\b(?:today|tomorrow|tonight|yesterday|now|next|last|this|"
                       r"(?:mon|tues|wednes|thurs|fri|satur|sun)day)\b", re.IGNORECASE)
-CHOICE = 0.5  # requests paraphrase listed values and booleans more often than they paraphrase others
 NO_STEMS = set("a an the to of and or in for with is it as if on by not only also when wheth true false".split())
 
 
 def mismatches(calls, tools, known, asked, begun=False):
-    """How badly calls fit a conversation: the number of values in their arguments that `known` (all that was said) does
-    not state, or that one call uses more often than they are stated, plus the number of numbers, dates, times and names
-    in `asked` (the request) that no call uses, plus the number of calls that repeat another one. Unstated booleans, and
-    values that a schema lists, count half.
+    """How badly calls fit a conversation -> the number of values in their arguments that `known` (all that was said)
+    does not state, or that one call uses more often than they are stated, plus the number of calls that repeat another
+    one. Half counts what may be right: unstated booleans and values that a schema lists (they are often paraphrased),
+    and numbers, dates, times and names in `asked` (the request) that no call uses ("... before my 9:40 flight").
 
     Made-up and forgotten values are typical errors of a small model. Only differences between the beams of a search
     matter: what no beam uses costs all of them the same. Names are words with a capital letter that do not begin a
@@ -1190,12 +1189,12 @@ def mismatches(calls, tools, known, asked, begun=False):
                 continue
             if isinstance(value, bool) or "enum" in schema:
                 hinted = hints(value, schema, key, tool)
-                n += CHOICE * (not (hinted & words if hinted else isinstance(value, bool) or times(value)))
+                n += 0.5 * (not (hinted & words if hinted else isinstance(value, bool) or times(value)))
             else:
                 uses[value] += 1
                 n += isinstance(value, str) and value != value.strip()
         n += sum(max(0, count - times(value)) for value, count in uses.items())
-    return n + left_out(asked, " ".join(used))
+    return n + 0.5 * left_out(asked, " ".join(used))
 
 
 def begins(value, known):

@@ -543,9 +543,9 @@ HOTEL = {"book": toolplay.load_tools([{"name": "book", "parameters": {"type": "o
 @pytest.mark.parametrize("request_, arguments, n", [
     ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 3}, 0),
     ("Book in Oslo for 3 guests.", {"city": "oslo", "guests": 3.0}, 0),
-    ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 4}, 2),                 # 4 is made up, 3 is left out
-    ("Book in Oslo for 3 guests.", {"city": "Osl", "guests": 3}, 1),                  # Oslo is left out
-    ("Book in Oslo for 3 guests.", {"city": "Bergen", "guests": 3}, 2),
+    ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 4}, 1.5),                 # 4 is made up, 3 is left out
+    ("Book in Oslo for 3 guests.", {"city": "Osl", "guests": 3}, 0.5),                  # Oslo is left out
+    ("Book in Oslo for 3 guests.", {"city": "Bergen", "guests": 3}, 1.5),
     ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 3, "nights": 1}, 0),    # a default
     ("a suite in Oslo", {"city": "Oslo", "room": "suite"}, 0),
     ("a room in Oslo with four stars", {"city": "Oslo", "stars": 4}, 0),
@@ -557,17 +557,17 @@ HOTEL = {"book": toolplay.load_tools([{"name": "book", "parameters": {"type": "o
     ("Book in Oslo for 1,250 guests.", {"city": "Oslo", "guests": 1250}, 0),
     ("Oslo is nice. Bergen too.", {"city": "Oslo"}, 0),                               # capitals where sentences begin
     ("book for Ann's and Bo's party", {"extras": ["Ann", "Bo"]}, 0),
-    ("book for Ann's and Bo's party", {"extras": ["Ann", "cake"]}, 2),
+    ("book for Ann's and Bo's party", {"extras": ["Ann", "cake"]}, 1.5),
     ("early in Oslo, from May 3, 2027 at 14:30", {"city": "Oslo", "arrival": {"by": "2027-05-03 14:30", "early": True}}, 0),
     ("a room in Oslo from May 3, 2027 at 14:30", {"city": "Oslo", "arrival": {"by": "2027-05-03T14:30:00Z", "early": True}}, 0.5),
-    ("a room in Oslo from May 3, 2027 at 14:30", {"city": "Oslo", "arrival": {"by": "2027-05-04 14:30"}}, 2),
-    ("a room in Oslo from May 3, 2027 at 14:30", {"city": "Oslo", "arrival": {"by": "2027-05-03"}}, 1),  # the time is left out
+    ("a room in Oslo from May 3, 2027 at 14:30", {"city": "Oslo", "arrival": {"by": "2027-05-04 14:30"}}, 1.5),
+    ("a room in Oslo from May 3, 2027 at 14:30", {"city": "Oslo", "arrival": {"by": "2027-05-03"}}, 0.5),  # the time is left out
     ("a room in Oslo from the 3rd of May", {"city": "Oslo", "arrival": {"by": "2027-05-03"}}, 0),
     ("a room in Oslo from the 3rd of May", {"city": "Oslo", "arrival": {"by": "2027-5-3"}}, 1),  # YYYY-MM-DD has zeros
     ("a room in Oslo for tomorrow", {"city": "Oslo", "arrival": {"by": "2027-05-03"}}, 0),       # relative dates are not judged
     ("a room in Oslo for tomorrow", {"city": "Oslo", "arrival": {"by": "09:00"}}, 1),
     ("a room in Oslo, I'm there at half past seven in the evening", {"city": "Oslo", "arrival": {"by": "19:30"}}, 0),
-    ("a room in Oslo, I'm there at half past seven in the evening", {"city": "Oslo", "arrival": {"by": "18:00"}}, 2),
+    ("a room in Oslo, I'm there at half past seven in the evening", {"city": "Oslo", "arrival": {"by": "18:00"}}, 1.5),
     ("a room in Oslo, I'm there at half past seven", {"city": "Oslo", "arrival": {"by": "07:30"}}, 0),
     ("a room in Oslo, I'm there at 7:30 pm", {"city": "Oslo", "arrival": {"by": "7:30"}}, 1),
     ("a room in Oslo, I'm there at 7:30 pm", {"city": "Oslo", "arrival": {"by": "7:30 pm"}}, 0),
@@ -575,14 +575,14 @@ HOTEL = {"book": toolplay.load_tools([{"name": "book", "parameters": {"type": "o
     ("a room in Oslo, the Café at 9:00 called", {"city": "Oslo", "extras": ["the Café at 9:00"]}, 0),
     ("in Oslo at 4 percent", {"city": "Oslo", "guests": 4}, 0),                       # no time
     ("a room in Oslo on the train", {"city": "Oslo", "arrival": {"by": "plane", "early": False}}, 1.5),
-    ("for Oslo, code AB-12", {"city": "Oslo"}, 1),
+    ("for Oslo, code AB-12", {"city": "Oslo"}, 0.5),
     ("a room in  New\nYork", {"city": "New York"}, 0),
     ("Oslo for 3 guests", {"city": "Oslo", "guests": 3, "nights": 3}, 1),             # 3 is stated once
     ("Oslo for 3 guests and three nights", {"city": "Oslo", "guests": 3, "nights": 3}, 0),
     ("Oslo by 5:30", {"city": "Oslo", "extras": ["Oslo"], "arrival": {"by": "05:30"}}, 1),
     ("Oslo with 25% off or 7.5 percent", {"city": "Oslo", "guests": 0.25, "nights": 0.075}, 0),
     ("Oslo at -3", {"city": "Oslo", "guests": -3}, 0),
-    ("Book in Oslo for 3 guests.", None, 2),                                          # no call
+    ("Book in Oslo for 3 guests.", None, 1),                                          # no call
 ])
 def test_mismatches(request_, arguments, n):
     calls = [] if arguments is None else [Call("book", arguments)]
@@ -594,7 +594,7 @@ def test_mismatches_of_several_calls_and_of_odd_schemas():
     assert toolplay.mismatches(both, HOTEL, "rooms in Oslo and Rome", "rooms in Oslo and Rome") == 0
     assert toolplay.mismatches([*both, both[0]], HOTEL, "rooms in Oslo and Rome", "rooms in Oslo and Rome") == 1  # made twice
     assert toolplay.mismatches([*both, both[0]], HOTEL, "rooms in Oslo and Rome", "") == 0  # it may become another one
-    assert toolplay.mismatches(both[:1], HOTEL, "rooms in Oslo and Rome", "rooms in Oslo and Rome") == 1
+    assert toolplay.mismatches(both[:1], HOTEL, "rooms in Oslo and Rome", "rooms in Oslo and Rome") == 0.5
     assert toolplay.mismatches(both, HOTEL, "rooms in Oslo and Rome", "") == 0  # nothing is left out of no request
     assert toolplay.mismatches([Call("other", {"city": "Rome"})], HOTEL, "Oslo", "Oslo") == 0
     odd = {"book": SimpleNamespace(name="book", description="", parameters={"properties": {"city": True, "extras": {"items": [1]}, "a": {"properties": []}}})}
@@ -705,11 +705,11 @@ class Choice(Script):
         return [item[1:] for item in found if item[0] >= found[0][0] - toolplay.GAP][:width]
 
 
-@pytest.mark.parametrize("name, cost, chosen", [("llama", 0.0, "abcd"), ("llama", 0.3, "Abcd"), ("llama", 0.6, "ABcd"),
-                                                ("mistral", 1.1, "ABCd")])
+@pytest.mark.parametrize("name, cost, chosen", [("llama", 0.0, "abcd"), ("llama", 0.4, "Abcd"), ("llama", 0.7, "ABcd"),
+                                                ("mistral", 2.1, "ABCd")])
 def test_the_search_weighs_mismatches(name, cost, chosen, monkeypatch):
-    """The first text is one nat more probable than the second, which has (in this order) 4, 2 and 1 mismatches less, and half a
-    mismatch more."""
+    """The first text is one nat more probable than the second, which has (in this order) 3, 1.5 and 0.5 mismatches less, and
+    0.5 more."""
     texts = {"book for 3 in Oslo": ({"city": "Ulm", "guests": 4}, {"city": "Oslo", "guests": 3}),
              "book for 3 in Rome": ({"guests": 7, "city": "Rome"}, {"guests": 3, "city": "Rome"}),
              "book for Ann": ({}, {"extras": ["Ann"]}),
