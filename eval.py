@@ -962,8 +962,7 @@ def add_model(parser, about_run="a trained run folder"):
                         help="beam search for calls, with so many beams (default: as the run's config says)")
     parser.add_argument("--grounding", type=number(float, 0),
                         help="what a call loses in this search, in nats, for each value that the conversation does not "
-                             "state, and each number, date or name in the request that it does not use (default: as "
-                             "the run's config says)")
+                             "state, half for other mismatches (default: as the run's config says)")
 
 
 def add_arguments(parser):

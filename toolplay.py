@@ -127,9 +127,9 @@ class Config:
     beams: Positive = 1                  # in the same places: beam search for calls, with so many beams
     grounding: Annotated[float, ">= 0"] = 0.0
                                          # in this search a call loses so many nats for each value that the conversation
-                                         # does not state (booleans and listed values half), and each number, date, time
-                                         # or name in the request that it does not use; if the best call loses too much,
-                                         # the turn does not call
+                                         # does not state, and half as many for each unstated boolean or listed value,
+                                         # and each number, date or name of the request that no call uses; if the best
+                                         # call loses too much, the turn does not call
     tools: list = field(default_factory=list)
                                          # more tools: {"name", "description", "parameters", "function":
                                          # "package.module:name"}
