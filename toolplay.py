@@ -1182,7 +1182,8 @@ def mismatches(calls, tools, known, asked, begun=False):
         found = list(leaves(call.arguments, tool.parameters))
         if begun and call is calls[-1] and found:
             value, schema, _ = found.pop()
-            n += not ("enum" in schema or str(schema.get("default")).startswith(str(value)) or begins(value, known))
+            n += not ("enum" in schema or "default" in schema and str(schema["default"]).startswith(str(value))
+                      or begins(value, known))
         for value, schema, key in found:
             used.append(str(value))
             if value == schema.get("default"):
@@ -1201,7 +1202,8 @@ def begins(value, known):
     """Whether a text or number, as far as it is written, may become a stated one."""
     text, numbers, moments, _ = stated(known)
     if not isinstance(value, str):
-        return any(f"{x:.15g}".startswith(f"{abs(value):.15g}") for x in numbers)
+        written = str(abs(value)) if isinstance(value, int) else f"{abs(value):.15g}"
+        return any(f"{x:.15g}".startswith(written) for x in numbers)
     if re.search(rf"(?<!\w){plain(value)}", text):
         return True
     if re.search(r"[^\d:-]", value):  # neither a date nor a time

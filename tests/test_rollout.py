@@ -639,7 +639,9 @@ def test_a_call_that_fits_costs_nothing_while_it_is_written(request_, arguments)
     ("Oslo, 35 guests", '{"guests": 4', 1), ("at half past seven in the evening", '{"arrival": {"by": "18', 1),
     ("at half past seven in the evening", '{"arrival": {"by": "19', 0), ("on 3 May", '{"arrival": {"by": "2027-06', 1),
     ("on 3 May", '{"arrival": {"by": "2027-05', 0), ("code AB-12", '{"city": "XY-1', 0), ("Oslo", '{"nights": 1', 0), ("Oslo", '{"room": "su', 0),
-    ("Oslo", '{"city": "Oslo", "room": "suite", "ni', 0.5),
+    ("Oslo", '{"city": "Oslo", "room": "suite", "ni', 0.5), ("Oslo", '{"city": "N', 1), ("Oslo", '{"guests": 1' + 400 * "0", 1),
+    ("0.25 guests", '{"guests": 0.2', 0), ("-3 guests", '{"guests": -3', 0), ("from tomorrow", '{"arrival": {"by": "2027-05', 0),
+    ("from tomorrow", '{"arrival": {"by": "14:3', 1),
 ])
 def test_an_unfinished_value_is_judged_by_its_beginning(request_, written, n):
     closed, begun = toolplay.closed(f'<tool_call>{{"name": "book", "arguments": {written}')
