@@ -941,49 +941,71 @@ class Beam:
         return sum(self.logp) - self.cost
 
 
+class Sampler:
+    """What the tokens of a batch of episodes are chosen by. rows: see `rollout`."""
+
+    def __init__(self, model, tokenizer, rows, temperature, top_p, limits):
+        self.tokenizer, self.rows, self.limits = tokenizer, rows, limits
+        self.temperature, self.top_p = temperature, top_p
+        self.stops = stop_ids(model, tokenizer)
+        self.opening = tokenizer.encode("<tool_call>", add_special_tokens=False)[0]
+        self.closing = self.stops  # ids that a constrained call must not contain
+        if limits.constrained:
+            self.closing = self.stops | {n for n in tokenizer.all_special_ids
+                                         if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")}
+
+    def begin(self, beam, logits, muted):
+        """Change the logits of a turn's first token."""
+        logits[self.opening] -= math.inf if muted else self.limits.margin
+        first, second = logits.topk(2).values
+        beam.lead = float(first - second)
+
+    def draw(self, beams, logits):
+        """One token for each beam -> [(its logits, token, log-prob)]."""
+        draws = [self.rows[b.row][2].random() for b in beams]
+        return list(zip(logits, *sample(logits, draws, self.temperature, self.top_p)))
+
+    def longer(self, beams, drawn):
+        """An episode's beams, and what was drawn for each -> [(number of the beam, the beam with one more token)]."""
+        (_, tools, rng, _), first, (logits, token, logp) = self.rows[beams[0].row], beams[0].turn, drawn[0]
+
+        def state(*token, turn=first):
+            return call_state(self.tokenizer.decode([*turn, *token]), tools)
+        held = self.limits.constrained and tools
+        if self.limits.beams > 1 and first[:1] == [self.opening]:
+            held = held and state() != "invalid"
+            width = self.limits.beams * (4 if self.limits.grounding else 1)  # the cost decides which of them are kept
+            chosen = best_tokens(
+                torch.stack([own for own, *_ in drawn]), [b.score for b in beams], width,
+                lambda n, token: not held or allowed(token, functools.partial(state, turn=beams[n].turn), self.closing))
+        elif held:
+            chosen = [(0, *valid_token(logits, token, logp, state, self.closing, rng, self.temperature, self.top_p))]
+        else:
+            chosen = [(0, token, logp)]
+        return [(n, self.extended(beams[n], token, logp)) for n, token, logp in chosen]
+
+    def extended(self, beam, token, logp):
+        turn, before = [*beam.turn, token], len(self.rows[beam.row][0].ids)
+        over = ("end" if token in self.stops
+                else "cut" if len(turn) >= self.limits.new_tokens or before + len(turn) >= self.limits.context
+                else "ran on" if ran_on(self.tokenizer, turn) else "")
+        return Beam(beam.row, [token], turn, [*beam.logp, logp], over, self.cost(beam.row, turn, over), beam.lead)
+
+    def cost(self, row, turn, over):
+        """What a turn's mismatches cost, as far as it is written. What a call leaves out is only known at its end."""
+        if not self.limits.grounding or self.limits.beams == 1 or turn[0] != self.opening:
+            return 0.0
+        (episode, tools, _, (known, asked)), text = self.rows[row], self.tokenizer.decode(turn)
+        known += "\n" + self.tokenizer.decode(episode.ids[episode.prompt:])
+        text, begun = (text, False) if over else closed(text)
+        calls = episode.calls + [x for x in read_calls(text) if isinstance(x, Call)]
+        return self.limits.grounding * mismatches(calls, tools, known, asked if over else "", begun)
+
+
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress, mute=False):
     """mute: the rows' next turns do not begin with a call."""
-    stops = stop_ids(model, tokenizer)
-    closing = stops  # ids that a constrained call must not contain
-    if limits.constrained:
-        closing = stops | {n for n in tokenizer.all_special_ids
-                           if tokenizer.decode([n]).strip() not in ("<tool_call>", "</tool_call>")}
-    opening = tokenizer.encode("<tool_call>", add_special_tokens=False)[0]
+    sampler = Sampler(model, tokenizer, rows, temperature, top_p, limits)
     cache = prompt_cache(model, [e.ids[:-1] for e, *_ in rows])
-
-    def over(turn, before):
-        return ("end" if turn[-1] in stops
-                else "cut" if len(turn) >= limits.new_tokens or before + len(turn) >= limits.context
-                else "ran on" if ran_on(tokenizer, turn) else "")
-
-    def chosen(going):
-        """How an episode goes on: [(beam, its logits, the token drawn, its log-prob)] -> [(number of the beam, token,
-        log-prob)]."""
-        (first, logits, token, logp), (_, tools, rng, _) = going[0], rows[going[0][0].row]
-
-        def state(*token, turn=first.turn):
-            return call_state(tokenizer.decode([*turn, *token]), tools)
-        held = limits.constrained and tools
-        if limits.beams == 1 or first.turn[:1] != [opening]:
-            return [(0, *(valid_token(logits, token, logp, state, closing, rng, temperature, top_p) if held
-                          else (token, logp)))]
-        held = held and state() != "invalid"
-        # with grounding the cost decides which of several are kept
-        return best_tokens(torch.stack([own for _, own, *_ in going]), [b.score for b, *_ in going],
-                           limits.beams * (4 if limits.grounding else 1),
-                           lambda n, token: not held or allowed(token, functools.partial(state, turn=going[n][0].turn),
-                                                                closing))
-
-    def cost(beam, turn, done):
-        """What a beam's mismatches cost, after one more token. What a call leaves out is only known at its end."""
-        if not limits.grounding or limits.beams == 1 or turn[0] != opening:
-            return 0.0
-        (episode, tools, _, (known, asked)), text = rows[beam.row], tokenizer.decode(turn)
-        known += "\n" + tokenizer.decode(episode.ids[episode.prompt:])
-        text, begun = (text, False) if done else closed(text)
-        calls = episode.calls + [x for x in read_calls(text) if isinstance(x, Call)]
-        return limits.grounding * mismatches(calls, tools, known, asked if done else "", begun)
-
     said = [len(e.turns) for e, *_ in rows]
     rejected = []  # rows whose best call has too many mismatches
     beams = [Beam(r, [e.ids[-1]]) for r, (e, *_) in enumerate(rows)]  # one for each row of the cache
@@ -996,22 +1018,16 @@ def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress,
         if speaking:
             own = logits[speaking]
             for i, b in ((i, beams[n]) for i, n in enumerate(speaking) if not beams[n].turn):
-                muted = mute and len(rows[b.row][0].turns) == said[b.row]
-                own[i, opening] -= math.inf if muted else limits.margin
-                first, second = own[i].topk(2).values
-                b.lead = float(first - second)
-            draws = [rows[beams[n].row][2].random() for n in speaking]
-            drawn = dict(zip(speaking, zip(own, *sample(own, draws, temperature, top_p))))
+                sampler.begin(b, own[i], mute and len(rows[b.row][0].turns) == said[b.row])
+            drawn = dict(zip(speaking, sampler.draw([beams[n] for n in speaking], own)))
         after = []  # [(row of the cache, the beam that goes on from there)]
         for r, group in itertools.groupby(enumerate(beams), lambda item: item[1].row):
             (episode, tools, *_), group = rows[r], list(group)
             going = [item for item in group if item[0] in drawn]
             found = [item for item in group if item[0] not in drawn]
-            for i, token, logp in chosen([(b, *drawn[n]) for n, b in going]) if going else ():
-                n, b = going[i]
-                turn = [*b.turn, token]
-                done = over(turn, len(episode.ids))
-                found.append((n, Beam(r, [token], turn, [*b.logp, logp], done, cost(b, turn, done), b.lead)))
+            if going:
+                longer = sampler.longer([b for _, b in going], [drawn[n] for n, _ in going])
+                found += [(going[i][0], beam) for i, beam in longer]
             found.sort(key=lambda item: -item[1].score)
             if (best := found[0][1]).over and not mute and best.cost > best.lead:
                 rejected.append(rows[r])
@@ -1208,8 +1224,10 @@ def begins(value, known):
         return True
     if re.search(r"[^\d:-]", value):  # neither a date nor a time
         return bool(re.search(r"\d", value))
-    return bool(":" not in value and RELATIVE.search(known)) or any(
-        reading.startswith(value[5:] if "-" in reading[:3] else value) for _, readings in moments for reading in readings)
+    if ":" not in value and RELATIVE.search(known):
+        return True
+    return any(reading.startswith(value[5:] if "-" in reading[:3] else value)
+               for _, readings in moments for reading in readings)
 
 
 def plain(text):
