@@ -519,7 +519,8 @@ def _moments():
     """Patterns of dates and times. An earlier one takes its text from the later ones."""
     month, hour, minute = ("|".join(sorted(words, key=len, reverse=True)) for words in (
         [*MONTHS, *(name[:3] for name in MONTHS), "Sept"], HOURS, MINUTES))
-    day, year, hour = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?\b", r"(?:,? (?P<year>\d{4})\b)?", rf"(?P<hour>{hour})(?=h\d|\b)"
+    day, year = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?\b", r"(?:,? (?P<year>\d{4})\b)?"
+    hour = rf"(?P<hour>{hour})(?=h\d|\b)"
     part = r"(?: ?(?P<half>[ap])\.?m\b\.?|,? (?:in the |this |at )?(?P<part>morning|afternoon|evening|night|tonight)\b)"
     return [re.compile(r"(?<![\w.,:/-])" + pattern, re.IGNORECASE | re.ASCII) for pattern in (
         r"(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})(?![\w-])",
