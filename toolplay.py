@@ -1160,10 +1160,15 @@ def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
 
 # --------------------------------------------------------------------------- 5. grounding: calls and what was said
 
+# A small model often writes a call that is well-formed and probable, but has a value that nobody stated, or lacks one
+# that somebody did. Its right call is usually among the next most probable ones, so the search of section 4 can find it
+# if it knows what the conversation says. These rules read English; a number, name, date or time is read in any style.
+
 NUMBER = re.compile(r"(?<![\w.,:/-])\d[\d,]*(?:\.\d+)?(?![\w:/-]|\.\d)", re.ASCII)  # no part of a code such as AB-12
 WORD = re.compile(r"[^\W_][\w-]*")
+# a date or time in an argument; in a request it may be written in more ways (data.moments_in)
 MOMENT = re.compile(r"(?<![\w:-])(?:\d{4}-\d{1,2}-\d{1,2}(?=T\d|\b)|\d{1,2}:\d{2}(?! ?[ap]\.?m))",
-                    re.ASCII | re.IGNORECASE)  # a date or time in an argument
+                    re.ASCII | re.IGNORECASE)
 RELATIVE = re.compile(r"\b(?:today|tomorrow|tonight|yesterday|now|next|last|this|"
                       r"(?:mon|tues|wednes|thurs|fri|satur|sun)day)\b", re.IGNORECASE)
 NO_STEMS = set("a an the to of and or in for with is it as if on by not only also when wheth true false".split())
