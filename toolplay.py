@@ -703,7 +703,8 @@ class Episode:
 
 
 class SharedPrefixCache:
-    """Keys and values of B rows: one copy of the prefix that all rows share, and a rectangle of each row's own columns.
+    """Keys and values of B rows: one copy of the prefix that all prompts share, one of the rest of each prompt, and a
+    rectangle of each row's own columns. So beams and samples of one prompt share everything that they did not write.
 
     Positions are part of the keys (rotary) or of the inputs (GPT-2), so columns need not match positions:
     a shorter row has masked columns.
@@ -717,14 +718,36 @@ class SharedPrefixCache:
         # runs the transformer without its head
         model.base_model(past_key_values=reader, **{**trie.inputs(self.device), "use_cache": True})
         self.shared = common_prefix(*prompts)  # these are the trie's first nodes
-        own = [path[self.shared:] for path in trie.path]
-        width = max(map(len, own))
-        index = torch.tensor([[0] * (width - len(o)) + o for o in own], dtype=torch.long, device=self.device)
-        # [B, columns]
-        self.valid = torch.arange(width, device=self.device) >= torch.tensor([[width - len(o)] for o in own],
-                                                                             device=self.device)
+        rest = [path[self.shared:] for path in trie.path]
+        width = max(map(len, rest))
+        index = torch.tensor([r + [0] * (width - len(r)) for r in rest], dtype=torch.long, device=self.device)
+        length = torch.tensor([[len(r)] for r in rest], device=self.device)
+        self.in_rest = torch.arange(width, device=self.device) < length                     # [P, C]
         self.prefix = {n: [x[:, :, :self.shared].contiguous() for x in kv] for n, kv in nodes.items()}
-        self.own = {n: [x[0][:, index].transpose(0, 1).contiguous() for x in kv] for n, kv in nodes.items()}
+        self.rest = {n: [x[0][:, index].transpose(0, 1).contiguous() for x in kv] for n, kv in nodes.items()}
+        self.own = {n: [x.new_empty(len(prompts), x.shape[1], 0, x.shape[3]) for x in kv] for n, kv in nodes.items()}
+        self.valid = torch.zeros(len(prompts), 0, dtype=torch.bool, device=self.device)     # [B, own columns]
+        self.place(range(len(prompts)))
+
+    def place(self, of):
+        """of: the number of each row's prompt. A row's place among the rows of its prompt is its slot."""
+        of = list(of)
+        slots = [of[:n].count(p) for n, p in enumerate(of)]
+        self.alone = of == list(range(len(self.in_rest)))  # each prompt has one row
+        self.of, self.slot = (torch.tensor(x, device=self.device) for x in (of, slots))
+        self.slots = max(slots, default=0) + 1
+
+    def by_prompt(self, x):
+        """[B, heads, G, c] -> [P, heads, slots * G, c], with zeros for slots without a row."""
+        if self.alone:
+            return x
+        by = x.new_zeros(len(self.in_rest), self.slots, *x.shape[1:])
+        by[self.of, self.slot] = x
+        return by.transpose(1, 2).flatten(2, 3)
+
+    def by_row(self, x):
+        """The inverse of `by_prompt`."""
+        return x if self.alone else x.unflatten(2, (self.slots, -1)).transpose(1, 2)[self.of, self.slot]
 
     def update(self, k, v, layer, *_):
         """transformers calls this in each layer: new keys and values [B, heads, m, d] -> all own keys and values of
@@ -739,41 +762,47 @@ class SharedPrefixCache:
         return store[0][:, :, :stop], store[1][:, :, :stop]
 
     def attention(self, module, q, k, v, scaling):
-        """softmax over [shared prefix, own columns]; the prefix product is one matmul for all rows. g = H / heads query
-        heads read one key head."""
+        """softmax over [shared prefix, rest of the prompt, own columns]. The prefix product is one matmul for all rows,
+        the prompts' one for each prompt. H / heads query heads read one key head; G of their queries are one matrix."""
         B, H, m, d = q.shape
-        heads = k.shape[1]
-        q = (q * (scaling or d ** -0.5)).reshape(B, heads, H // heads * m, d)
-        own = q @ k.transpose(2, 3)                                                        # [B, heads, g*m, C]
+        heads, G = k.shape[1], H // k.shape[1] * m
+        q = (q * (scaling or d ** -0.5)).reshape(B, heads, G, d)
+        own = q @ k.transpose(2, 3)                                                        # [B, heads, G, own columns]
         own = own.masked_fill(~self.mask.repeat(1, H // heads, 1)[:, None], float("-inf"))
-        pk, pv = self.prefix[module.layer_idx]
-        flat = q.transpose(0, 1).reshape(heads, -1, d)
-        shared = (flat @ pk[0].transpose(1, 2)).reshape(heads, B, H // heads * m, pk.shape[2]).transpose(0, 1)
-        p = torch.softmax(torch.cat([shared, own], -1), -1)
-        p_shared, p_own = p.split([pk.shape[2], k.shape[2]], -1)
-        queries = B * (H // heads) * m  # not -1: reshape cannot infer it from an empty shared prefix
-        out = p_shared.transpose(0, 1).reshape(heads, queries, pk.shape[2]) @ pv[0]        # [heads, queries, d]
-        out = out.reshape(heads, B, H // heads * m, d).transpose(0, 1)
-        return (out + p_own @ v).reshape(B, H, m, d)
+        (pk, pv), (rk, rv) = self.prefix[module.layer_idx], self.rest[module.layer_idx]
+        flat = q.transpose(0, 1).reshape(heads, B * G, d)
+        shared = (flat @ pk[0].transpose(1, 2)).unflatten(1, (B, G)).transpose(0, 1)
+        rest = self.by_row(self.by_prompt(q) @ rk.transpose(2, 3))                         # [B, heads, G, C]
+        rest = rest.masked_fill(~self.in_rest[self.of][:, None, None], float("-inf"))
+        p = torch.softmax(torch.cat([shared, rest, own], -1), -1)
+        p_shared, p_rest, p_own = p.split([pk.shape[2], rk.shape[2], k.shape[2]], -1)
+        out = (p_shared.transpose(0, 1).reshape(heads, B * G, pk.shape[2]) @ pv[0]).unflatten(1, (B, G)).transpose(0, 1)
+        return (out + self.by_row(self.by_prompt(p_rest) @ rv) + p_own @ v).reshape(B, H, m, d)
 
     def step(self, ids):
         """Feed ids [B][m] -> logits [B, V] after the last id. A row without ids waits: its columns stay invalid."""
         B, m = len(ids), max(map(len, ids))
         going = torch.tensor([[bool(row)] for row in ids], device=self.device)
-        positions = self.shared + self.valid.sum(1, keepdim=True) + torch.arange(m, device=self.device)
+        read = self.shared + self.in_rest[self.of].sum(1, keepdim=True) + self.valid.sum(1, keepdim=True)
         self.valid = torch.cat([self.valid, going.expand(B, m)], 1)
         columns = self.valid.shape[1]
         # [B, m, columns]
         self.mask = self.valid[:, None] & torch.ones(m, columns, dtype=torch.bool, device=self.device).tril(columns - m)
         return self.model(input_ids=torch.tensor([row or [0] * m for row in ids], device=self.device),
-                          attention_mask=carrying(self.attention, self.device), position_ids=positions,
+                          attention_mask=carrying(self.attention, self.device),
+                          position_ids=read + torch.arange(m, device=self.device),
                           past_key_values=self, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def keep(self, rows):
         """Keep only these rows; a row that is listed twice is duplicated."""
-        rows = torch.tensor(rows, device=self.device)
+        of, rows = [int(self.of[r]) for r in rows], torch.tensor(rows, device=self.device)
         self.valid = self.valid[rows]
         self.own = {n: [x[rows] for x in kv] for n, kv in self.own.items()}
+        if 4 * len(left := sorted(set(of))) <= 3 * len(self.in_rest):  # not at once: it copies the prompts
+            self.in_rest = self.in_rest[left]
+            self.rest = {n: [x[left] for x in kv] for n, kv in self.rest.items()}
+            of = [left.index(p) for p in of]
+        self.place(of)
 
 
 class RowCaches:
