@@ -520,21 +520,23 @@ def _moments():
     month, hour, minute = ("|".join(sorted(words, key=len, reverse=True)) for words in (
         [*MONTHS, *(name[:3] for name in MONTHS), "Sept"], HOURS, MINUTES))
     day, year = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?\b", r"(?:,? (?P<year>\d{4})\b)?"
-    hour = rf"(?P<hour>{hour})(?=h\d|\b)"
+    hour = rf"(?P<hour>{hour})(?=h\d|[ap]\.?m\b|\b)"
     part = r"(?: ?(?P<half>[ap])\.?m\b\.?|,? (?:in the |this |at )?(?P<part>morning|afternoon|evening|night|tonight)\b)"
-    return [re.compile(r"(?<![\w.,:/-])" + pattern, re.IGNORECASE | re.ASCII) for pattern in (
+    return [re.compile(r"(?:(?<![\w.,:/-])|(?<=\d-))" + pattern, re.IGNORECASE | re.ASCII) for pattern in (
         r"(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})(?![\w-])",
         r"(?P<month>\d{1,2})(?P<slashes>/)(?P<day>\d{1,2})/(?P<year>\d{4})(?![\w/])",
         rf"{day} (?:of )?(?P<month>{month})\b\.?{year}", rf"(?P<month>{month})\b\.? (?:the )?{day}{year}",
         rf"(?P<minutes>quarter|half|five|ten|twenty(?:-five)?|(?:{minute})(?= minute))(?: minutes?)? "
         rf"(?P<side>past|after|to|before) {hour}(?: o'clock)?{part}?",
-        rf"{hour}[:h](?P<minutes>[0-5]\d)(?::[0-5]\d)?(?![\w:]){part}?", rf"{hour}\.(?P<minutes>[0-5]\d){part}",
+        rf"{hour}[:h](?P<minutes>[0-5]\d)(?::[0-5]\d)?(?:{part}|(?![\w:]))", rf"{hour}\.(?P<minutes>[0-5]\d){part}",
+        rf"{hour}(?= ?(?:-|to|and|until) ?\d{{1,2}}(?: ?[ap]\.?m\b| o'clock))",  # 2 to 4 pm
         rf"{hour} (?P<minutes>{minute}){part}", rf"{hour} o'clock{part}?", rf"{hour}{part}",
-        r"(?P<hour>noon|midday|midnight)\b", rf"at (?=\d){hour}(?![\w:/-]| ?[%°]|[.,]\d)")]
+        r"(?P<hour>noon|midday|midnight)\b", 
+        rf"(?:at|by|until|till|before|after|around|from) (?=\d){hour}(?![\w:/]| ?[%°]|[.,]\d)")]
 
 
 def moments_in(text):
-    """The dates and times of day in a text -> [(as it is written, set of its readings)], in order.
+    """The dates and times of day in a text -> [(position, as it is written, set of its readings)], in order.
 
     A reading is "2027-10-01", "10-01" if no year is stated, or "19:30". "half past seven" has two readings.
     """
@@ -548,7 +550,7 @@ def moments_in(text):
 
     for pattern in _moments():
         text = pattern.sub(take, text)
-    return [found[start] for start in sorted(found)]
+    return [(start, *found[start]) for start in sorted(found)]
 
 
 def _dates(day, month, year, slashes=None):

@@ -43,6 +43,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -899,7 +900,7 @@ def rollout(model, tokenizer, conversations, tools=None, *, temperature=1.0, top
         own = seed[n] if isinstance(seed, list) else seed
         nth = seen[own, tuple(ids)] = seen.get((own, tuple(ids)), -1) + 1
         stream = int.from_bytes(hashlib.sha256(repr((own, ids, nth)).encode()).digest()[:8], "big")
-        said = [m["content"] for m in conversation["messages"] if m["role"] != "system"]
+        said = [m["content"] for m in conversation["messages"]]
         episodes.append((Episode(list(ids), [0] * len(ids), [0.0] * len(ids), len(ids)),
                          {tool.name: tool for tool in conversation["tools"]},
                          np.random.Generator(np.random.Philox(stream)),
@@ -1025,10 +1026,10 @@ class Sampler:
         if not self.limits.grounding or self.limits.beams == 1 or turn[0] != self.opening:
             return 0.0
         (episode, tools, _, (known, asked)), text = self.rows[row], self.tokenizer.decode(turn)
-        known += "\n" + self.tokenizer.decode(episode.ids[episode.prompt:])
+        known = "\n".join([known, *(result.text() for result in episode.results)])
         text, begun = (text, False) if over else closed(text)
-        calls = episode.calls + [x for x in read_calls(text) if isinstance(x, Call)]
-        return self.limits.grounding * mismatches(calls, tools, known, asked if over else "", begun)
+        calls = [x for x in read_calls(text) if isinstance(x, Call)]
+        return self.limits.grounding * mismatches(calls, tools, known, asked if over else "", begun, episode.calls)
 
 
 def _rollout_batch(model, tokenizer, rows, temperature, top_p, limits, progress, mute=False):
@@ -1195,78 +1196,144 @@ def finish_turn(tokenizer, episode, tools, turn, ended, cut, limits):
 
 NUMBER = re.compile(r"(?<![\w.,:/-])\d[\d,]*(?:\.\d+)?(?![\w:/-]|\.\d)", re.ASCII)  # no part of a code such as AB-12
 WORD = re.compile(r"[^\W_][\w-]*")
-# a date or time in an argument; in a request it may be written in more ways (data.moments_in)
-MOMENT = re.compile(r"(?<![\w:-])(?:\d{4}-\d{1,2}-\d{1,2}(?=T\d|\b)|\d{1,2}:\d{2}(?! ?[ap]\.?m))",
-                    re.ASCII | re.IGNORECASE)
-RELATIVE = re.compile(r"\b(?:today|tomorrow|tonight|yesterday|now|next|last|this|"
-                      r"(?:mon|tues|wednes|thurs|fri|satur|sun)day)\b", re.IGNORECASE)
-NO_STEMS = set("a an the to of and or in for with is it as if on by not only also when wheth true false".split())
+OPERATOR = re.compile(r"[*/^()=]|\s[+-]\s")
+DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+RELATIVE = re.compile(rf"\b(?:today|tonight|tomorrow|tmrw?|yesterday|now|weekend|ago|christmas|{'|'.join(DAYS)}|"
+                      rf"{'|'.join(day[:3] for day in DAYS)}|(?:next|last|this) (?:week|month|year)|"
+                      r"in \w+ (?:day|week|month)s?|the \d+(?:st|nd|rd|th)(?! of))\b", re.IGNORECASE)
+NO_STEMS = set("a an the to of and or in for with is it as if on by not only also when wheth true fal".split())
 
 
-def mismatches(calls, tools, known, asked, begun=False):
+def mismatches(calls, tools, known, asked, begun=False, earlier=()):
     """How badly calls fit a conversation -> the number of values in their arguments that `known` (all that was said)
     does not state, or that one call uses more often than they are stated, plus the number of calls that repeat another
     one. Half counts what may be right: unstated booleans and values that a schema lists (they are often paraphrased),
-    and numbers, dates, times and names in `asked` (the request) that no call uses ("... before my 9:40 flight").
+    stated words in another order, and numbers, dates, times and names in `asked` (the request) that no call uses ("...
+    before my 9:40 flight").
 
     Made-up and forgotten values are typical errors of a small model. Only differences between the beams of a search
     matter: what no beam uses costs all of them the same. Names are words with a capital letter that do not begin a
     sentence. A boolean is stated if a word of the parameter's name or description is; a value that the schema lists, if
-    one of its words is. Not judged: defaults, relative dates, and whether texts with digits in them are stated.
+    one of its words is. Not judged: defaults, relative dates, and expressions.
     asked: "" while the last call is unfinished. begun: its last value may go on, so that something stated only has to
-    begin with it.
+    begin with it. earlier: calls of earlier turns, which used values as well.
     """
-    text, numbers, moments, words = stated(known)
-
-    def times(value):
-        if not isinstance(value, str):
-            return numbers[abs(value)]
-        own = [] if re.search(r"[^\W\dTZ_]", value) else MOMENT.findall(value)
-        if own and not ("-" in value and RELATIVE.search(known)):
-            return min(sum(reads(moment, readings) for _, readings in moments) for moment in own)
-        return max(len(re.findall(rf"(?<!\w){plain(value)}", text)), bool(re.search(r"\d", value)))
-    whole = [repr(call) for call in (calls if asked else calls[:-1])]  # without a request the last one is unfinished
-    used, n = [], len(whole) - len(set(whole))
-    for call in (call for call in calls if call.name in tools):
+    said, used = Said.of(known), []
+    whole = [repr(call) for call in [*earlier, *(calls if asked else calls[:-1])]]
+    n = len(whole) - len(set(whole))
+    for call in (call for call in [*earlier, *calls] if call.name in tools):
         uses, tool = Counter(), tools[call.name]
         found = list(leaves(call.arguments, tool.parameters))
+        used += [str(value) for value, *_ in found]
+        if call in earlier:
+            continue
         if begun and call is calls[-1] and found:
             value, schema, _ = found.pop()
             n += not ("enum" in schema or "default" in schema and str(schema["default"]).startswith(str(value))
-                      or begins(value, known))
+                      or said.begins(value))
         for value, schema, key in found:
-            used.append(str(value))
             if value == schema.get("default"):
                 continue
             if isinstance(value, bool) or "enum" in schema:
                 hinted = hints(value, schema, key, tool)
-                n += 0.5 * (not (hinted & words if hinted else isinstance(value, bool) or times(value)))
+                n += 0.5 * (not (hinted & said.stems if hinted else isinstance(value, bool) or said.times(value)))
             else:
                 uses[value] += 1
                 n += isinstance(value, str) and value != value.strip()
-        n += sum(max(0, count - times(value)) for value, count in uses.items())
-    return n + 0.5 * left_out(asked, " ".join(used))
+        for value, count in uses.items():
+            times = said.times(value)
+            n += max(0, count - times) * (0.5 if not times and said.scattered(value) else 1)
+    known_words = " ".join(f"{tool.name} {tool.description} {' '.join(tool.parameters.get('properties') or ())}"
+                           for tool in (tools[call.name] for call in calls if call.name in tools)) if asked else ""
+    return n + 0.5 * left_out(asked, " ".join(used), known_words)
 
 
-def begins(value, known):
-    """Whether a text or number, as far as it is written, may become a stated one."""
-    text, numbers, moments, _ = stated(known)
-    if not isinstance(value, str):
-        written = str(abs(value)) if isinstance(value, int) else f"{abs(value):.15g}"
-        return any(f"{x:.15g}".startswith(written) for x in numbers)
-    if re.search(rf"(?<!\w){plain(value)}", text):
-        return True
-    if re.search(r"[^\d:-]", value):  # neither a date nor a time
-        return bool(re.search(r"\d", value))
-    if ":" not in value and RELATIVE.search(known):
-        return True
-    return any(reading.startswith(value[5:] if "-" in reading[:3] else value)
-               for _, readings in moments for reading in readings)
+class Said:
+    """What a conversation states."""
+
+    def __init__(self, text):
+        shares = [float(f"{x}e-2") for x in re.findall(r"(?<!\d)(?<!\d\.)(\d+(?:\.\d+)?) ?(?:%|percent\b)", text, re.ASCII)]
+        self.text, self.stems = plain(text), stems(text)
+        self.numbers = (Counter(data.numbers_in(text)) | digits(text)) + Counter(shares)
+        self.moments = [readings for *_, readings in data.moments_in(text)]
+        self.digits = re.sub(r"(?<=\d)[ ().+-]+(?=\d)", "", text)  # with phone numbers in one piece
+        self.relative = bool(RELATIVE.search(text))
+
+    @staticmethod
+    @functools.lru_cache(256)
+    def of(text):
+        return Said(text)
+
+    def times(self, value):
+        """How often a text or number is stated."""
+        if not isinstance(value, str):
+            return self.numbers[abs(value)]
+        if not value.strip():
+            return 0
+        own, rest = own_moments(value)
+        if own and not re.search(r"\w", rest):
+            judged = [mine for mine in own if not (self.relative and any("-" in x for x in mine))]
+            return min((sum(reads(mine, readings) for readings in self.moments) for mine in judged), default=1)
+        if times := len(re.findall(pattern(value), self.text)):
+            return times
+        parts = re.findall(r"\d+", value)
+        return int(bool(parts) and bool(OPERATOR.search(value) or all(float(x) in self.numbers for x in parts if len(x) < 300)
+                                        or re.sub(r"\D", "", value) in self.digits))
+
+    def begins(self, value):
+        """Whether a text or number, as far as it is written, may become a stated one."""
+        if not isinstance(value, str):
+            written = str(abs(value)) if isinstance(value, int) else f"{abs(value):.15g}"
+            return any(number_text(x).startswith(written) for x in self.numbers)
+        value = value.rstrip("\ufffd")  # a character that is not complete
+        if not re.search(r"\w", value) or re.search(pattern(value), self.text):
+            return True
+        if re.search(r"[^\W\d_]", value) or OPERATOR.search(value):
+            return bool(re.search(r"\d", value))
+        value = value.rpartition(" ")[2]  # of a date and time
+        if not self.moments or self.relative and ":" not in value or re.sub(r"\D", "", value) in self.digits:
+            return True
+        return (any(number_text(x).startswith(value.lstrip("-")) for x in self.numbers)
+                or any(reading.startswith(value[5:] if "-" in reading[:3] else value)
+                       for readings in self.moments for reading in readings))
+
+    def scattered(self, value):
+        """Whether all words of a text are stated, but not side by side."""
+        return isinstance(value, str) and bool(value.strip()) and not re.search(r"\d", value) and all(
+            re.search(rf"{pattern(word)}(?!\w)", self.text) for word in plain(value).split())
 
 
 def plain(text):
-    """A pattern that finds a text in `stated` ones."""
-    return re.escape(" ".join(text.casefold().split()))
+    """A text as it is compared: "Café O’Brien, Oslo" -> "cafe obrien oslo"."""
+    text = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
+    return " ".join(re.sub("['’`]", "", re.sub("[,;]", " ", text)).split())
+
+
+def pattern(text):
+    """Finds a text in plain ones, where a word begins ("km" also in "5km")."""
+    text = plain(text)
+    return (r"(?<![^\W\d_])" if text[:1].isalpha() else r"(?<!\w)") + re.escape(text)
+
+
+def number_text(x):
+    return str(int(x)) if x == x // 1 and abs(x) < 1e300 else f"{x:.15g}"
+
+
+def own_moments(value):
+    """The dates and times in an argument -> (their sets of readings, the value without them). Times are of 24 hours,
+    and dates with hyphens have zeros: 7:30 pm is not "7:30"."""
+    value, own = re.sub(r"(?<=\d)T00:00(?::00)?", "", value), []
+    value = re.sub(r"(?<=\d)T(?=\d)", " ", re.sub(r"(?<=:\d\d)(?:\.\d+)?(?:Z|[+-]\d\d:?\d\d)$", "", value))
+    for start, said, readings in reversed(data.moments_in(value)):
+        exact = re.fullmatch(r"\d{1,2}:\d\d(?::\d\d)?|\d{4}-\d+-\d+", said)
+        own.append({said[:5].zfill(5) if ":" in said[:3] else said} if exact else readings)
+        value = value[:start] + value[start + len(said):]
+    return own, value
+
+
+def reads(own, readings):
+    """Whether a date or time of an argument may be the stated one."""
+    return any(mine.endswith(reading) for mine in own for reading in readings)
 
 
 def closed(text):
@@ -1291,21 +1358,24 @@ def closed(text):
     return f"{before}{tag}{kept}</tool_call>", False
 
 
-def left_out(asked, used):
-    """How many numbers, dates, times and names of a request are not in the text `used`."""
-    words, numbers, own, n = {word.casefold() for word in WORD.findall(used)}, digits(used), MOMENT.findall(used), 0
-    for moment, readings in data.moments_in(asked):
-        asked = asked.replace(moment, " ", 1)
-        n += not (moment.casefold() in used.casefold() or any(reads(mine, readings) for mine in own)
-                  or (parts := digits(moment)) and parts.keys() <= numbers.keys())
-    n += sum(not any(v in numbers or v / 100 in numbers for v in digits(x)) for x in NUMBER.findall(asked))
-    return n + sum(len(word) > 1 and word[0].isupper() and word not in data.MONTHS and word.casefold() not in words
-                   for sentence in re.split(r"(?<=[.?!:])\s+|\n", asked) for word in WORD.findall(sentence)[1:])
-
-
-def reads(moment, readings):
-    """Whether a date or time in an argument is one of these readings (see data.moments_in)."""
-    return any(moment.zfill(5).endswith(reading) for reading in readings)
+def left_out(asked, used, known_words=""):
+    """How many numbers, dates, times and names of a request are not in the text `used`. known_words: no names."""
+    words = {*WORD.findall(used.casefold()), *WORD.findall(plain(used))}
+    numbers, (own, _), joined = digits(used), own_moments(used), re.sub("[ ().+-]", "", used)
+    n, rest = 0, asked
+    for start, said, readings in data.moments_in(asked):
+        rest = rest[:start] + " " * len(said) + rest[start + len(said):]
+        n += not (said.casefold() in used.casefold() or any(reads(mine, readings) for mine in own)
+                  or (parts := digits(said)) and parts.keys() <= numbers.keys())
+    for number in NUMBER.findall(rest):
+        n += not (any(v * size in numbers or round(v / 100, 12) in numbers for v in digits(number) for size in (1, 1e3, 1e6))
+                  or len(number) > 2 and number in joined)
+    said = [(k, word) for part in re.split(r"(?<=[.?!:])\s+|\n", rest) for k, word in enumerate(WORD.findall(part))]
+    if not any(word[0].islower() for _, word in said):  # A Request In Title Case
+        return n
+    return n + sum(k > 0 and len(word) > 1 and word[0].isupper() and word not in data.MONTHS
+                   and not {word.casefold(), plain(word)} & {*words, *DAYS} and not stems(word) & stems(known_words)
+                   for k, word in said)
 
 
 def hints(value, schema, key, tool):
@@ -1317,8 +1387,9 @@ def hints(value, schema, key, tool):
 
 
 def stems(text):
-    """The first five letters of each word: "natural_only", "naturalFood" -> {"natur", "food"}."""
-    return {word[:5].lower() for word in re.findall(r"[A-Z]?[^\W\dA-Z_]+|[A-Z]+", text)} - NO_STEMS
+    """The first five letters of each word, without a last s: "natural_only", "naturalFoods" -> {"natur", "food"}."""
+    words = re.findall(r"[A-Z]?[^\W\dA-Z_]+|[A-Z]+", text)
+    return {(word.lower().rstrip("s") or word)[:5].lower() for word in words} - NO_STEMS
 
 
 def leaves(value, schema, key=""):
@@ -1333,14 +1404,6 @@ def leaves(value, schema, key=""):
             yield from leaves(part, schema.get("items"), key)
     elif value is not None:
         yield value, schema, key
-
-
-@functools.lru_cache(256)
-def stated(known):
-    """-> (the text that arguments are looked up in, how often it states each number, its dates and times, its stems)"""
-    shares = [float(x) / 100 for x in re.findall(r"(\d+(?:\.\d+)?) ?(?:%|percent\b)", known, re.ASCII)]
-    numbers = (Counter(data.numbers_in(known)) | digits(known)) + Counter(shares)
-    return " ".join(known.casefold().split()), numbers, data.moments_in(known), stems(known)
 
 
 def digits(text):

@@ -573,6 +573,22 @@ HOTEL = {"book": toolplay.load_tools([{"name": "book", "parameters": {"type": "o
     ("a room in Oslo, I'm there at 7:30 pm", {"city": "Oslo", "arrival": {"by": "7:30 pm"}}, 0),
     ("Oslo, for Ann", {"city": "Oslo", "extras": [" Ann"]}, 1),
     ("a room in Oslo, the Café at 9:00 called", {"city": "Oslo", "extras": ["the Café at 9:00"]}, 0),
+    ("Oslo at 5pm", {"city": "Oslo", "arrival": {"by": "17:00"}}, 0), ("Oslo at 5pm", {"city": "Oslo", "arrival": {"by": "05:00"}}, 1),
+    ("Oslo, tomorrow at 2 pm", {"city": "Oslo", "arrival": {"by": "2027-05-04 14:00"}}, 0),
+    ("Oslo, tomorrow at 2 pm", {"city": "Oslo", "arrival": {"by": "2027-05-04 18:00"}}, 1.5),
+    ("can you book this hotel in Oslo for May 3", {"city": "Oslo", "arrival": {"by": "2027-08-09"}}, 1.5),
+    ("Oslo on May 3", {"city": "Oslo", "arrival": {"by": "2027-05-03T00:00:00"}}, 0),
+    ("Oslo, May 3, 2027 at 2:30 pm", {"city": "Oslo", "arrival": {"by": "2027-05-03T14:30:00+02:00"}}, 0),
+    ("Oslo, May 3, 2027 at 2:30 pm", {"city": "Oslo", "arrival": {"by": "2027-05-03T18:45:00"}}, 1.5),
+    ("Oslo, May 3, 2027 at 2:30 pm", {"city": "Oslo", "arrival": {"by": "05/03/2027 2:30 PM"}}, 0),
+    ("flat 75 in Oslo at 7", {"city": "Oslo", "guests": 75, "arrival": {"by": "07:00"}}, 0),
+    ("Oslo with 5.6% off", {"city": "Oslo", "nights": 0.056}, 0), ("Oslo, card 4111 1111 1111 1111", {"city": "Oslo", "extras": ["4111111111111111"]}, 0),
+    ("Oslo, call (555) 123-4567", {"city": "Oslo", "extras": ["555-123-4567"]}, 0), ("book my usual in Oslo", {"city": "Oslo", "extras": ["ORD-001"]}, 1),
+    ("2.5 million guests in Oslo", {"city": "Oslo", "guests": 2500000}, 0), ("a 5km walk in boston ma", {"city": "Boston, MA", "extras": ["km"]}, 0),
+    ("a bed for O’Brien at José's in Oslo", {"city": "Oslo", "extras": ["O'Brien", "Jose"]}, 0), ("Oslo", {"city": "Oslo", "extras": [""]}, 1),
+    ("the best pizza in Oslo", {"city": "Oslo", "extras": ["Oslo pizza"]}, 0.5), ("to Oslo on Friday", {"city": "Oslo"}, 0),
+    ("Find Me A Hotel In Oslo", {"city": "Oslo"}, 0), ("the Arrival of Ann in Oslo", {"city": "Oslo", "extras": ["Ann"]}, 0),
+    ("what is 15% of 240 in Oslo", {"city": "Oslo", "extras": ["0.15 * 240"]}, 0),
     ("in Oslo at 4 percent", {"city": "Oslo", "guests": 4}, 0),                       # no time
     ("a room in Oslo on the train", {"city": "Oslo", "arrival": {"by": "plane", "early": False}}, 1.5),
     ("for Oslo, code AB-12", {"city": "Oslo"}, 0.5),
@@ -596,6 +612,8 @@ def test_mismatches_of_several_calls_and_of_odd_schemas():
     assert toolplay.mismatches([*both, both[0]], HOTEL, "rooms in Oslo and Rome", "") == 0  # it may become another one
     assert toolplay.mismatches(both[:1], HOTEL, "rooms in Oslo and Rome", "rooms in Oslo and Rome") == 0.5
     assert toolplay.mismatches(both, HOTEL, "rooms in Oslo and Rome", "") == 0  # nothing is left out of no request
+    assert toolplay.mismatches(both[1:], HOTEL, "rooms in Oslo and Rome", "rooms in Oslo and Rome", earlier=both[:1]) == 0
+    assert toolplay.mismatches(both[1:], HOTEL, "rooms in Rome", "rooms in Rome", earlier=both[:1]) == 0  # Oslo was made up before
     assert toolplay.mismatches([Call("other", {"city": "Rome"})], HOTEL, "Oslo", "Oslo") == 0
     odd = {"book": SimpleNamespace(name="book", description="", parameters={"properties": {"city": True, "extras": {"items": [1]}, "a": {"properties": []}}})}
     arguments = {"city": "Oslo", "extras": ["x", 10 ** 400], "a": {"b": None, "c": True}}
@@ -641,7 +659,9 @@ def test_a_call_that_fits_costs_nothing_while_it_is_written(request_, arguments)
     ("on 3 May", '{"arrival": {"by": "2027-05', 0), ("code AB-12", '{"city": "XY-1', 0), ("Oslo", '{"nights": 1', 0), ("Oslo", '{"room": "su', 0),
     ("Oslo", '{"city": "Oslo", "room": "suite", "ni', 0.5), ("Oslo", '{"city": "N', 1), ("Oslo", '{"guests": 1' + 400 * "0", 1),
     ("0.25 guests", '{"guests": 0.2', 0), ("-3 guests", '{"guests": -3', 0), ("from tomorrow", '{"arrival": {"by": "2027-05', 0),
-    ("from tomorrow", '{"arrival": {"by": "14:3', 1),
+    ("from tomorrow", '{"arrival": {"by": "14:3', 0), ("from tomorrow at 2 pm", '{"arrival": {"by": "15:3', 1),
+    ("to Plzeň", '{"city": "Plze\ufffd', 0), ("card 4111111111111111", '{"guests": 41111111111', 0), ("the minutes of a day", '{"city": "24', 0),
+    ("at 2 pm, call (555) 123-4567", '{"city": "555-12', 0), ("at 2 pm, 20 dollars", '{"city": "$', 0), ("at 2 pm, 15% of 240", '{"city": "0', 0),
 ])
 def test_an_unfinished_value_is_judged_by_its_beginning(request_, written, n):
     closed, begun = toolplay.closed(f'<tool_call>{{"name": "book", "arguments": {written}')
