@@ -1252,10 +1252,10 @@ class Said:
     """What a conversation states."""
 
     def __init__(self, text):
-        shares = [float(f"{x}e-2") for x in re.findall(r"(?<!\d)(?<!\d\.)(\d+(?:\.\d+)?) ?(?:%|percent\b)", text, re.ASCII)]
+        percent = re.findall(r"(?<!\d)(?<!\d\.)(\d+(?:\.\d+)?) ?(?:%|percent\b)", text, re.ASCII)
         self.text, self.stems = plain(text), stems(text)
-        self.numbers = (Counter(data.numbers_in(text)) | digits(text)) + Counter(shares)
-        self.moments = [readings for *_, readings in data.moments_in(text)]
+        self.numbers = (Counter(data.numbers_in(text)) | digits(text)) + Counter(float(f"{x}e-2") for x in percent)
+        self.moments = Counter(reading for *_, readings in data.moments_in(text) for reading in readings)
         self.digits = re.sub(r"(?<=\d)[ ().+-]+(?=\d)", "", text)  # with phone numbers in one piece
         self.relative = bool(RELATIVE.search(text))
 
@@ -1273,12 +1273,12 @@ class Said:
         own, rest = own_moments(value)
         if own and not re.search(r"\w", rest):
             judged = [mine for mine in own if not (self.relative and any("-" in x for x in mine))]
-            return min((sum(reads(mine, readings) for readings in self.moments) for mine in judged), default=1)
+            return min((max(self.moments[x] for x in mine) for mine in judged), default=1)
         if times := len(re.findall(pattern(value), self.text)):
             return times
         parts = re.findall(r"\d+", value)
-        return int(bool(parts) and bool(OPERATOR.search(value) or all(float(x) in self.numbers for x in parts if len(x) < 300)
-                                        or re.sub(r"\D", "", value) in self.digits))
+        return int(bool(parts) and bool(OPERATOR.search(value) or "".join(parts) in self.digits
+                                        or all(float(x) in self.numbers for x in parts)))
 
     def begins(self, value):
         """Whether a text or number, as far as it is written, may become a stated one."""
@@ -1294,8 +1294,7 @@ class Said:
         if not self.moments or self.relative and ":" not in value or re.sub(r"\D", "", value) in self.digits:
             return True
         return (any(number_text(x).startswith(value.lstrip("-")) for x in self.numbers)
-                or any(reading.startswith(value[5:] if "-" in reading[:3] else value)
-                       for readings in self.moments for reading in readings))
+                or any(reading.startswith(value[5:] if "-" in reading[:3] else value) for reading in self.moments))
 
     def scattered(self, value):
         """Whether all words of a text are stated, but not side by side."""
@@ -1320,20 +1319,24 @@ def number_text(x):
 
 
 def own_moments(value):
-    """The dates and times in an argument -> (their sets of readings, the value without them). Times are of 24 hours,
-    and dates with hyphens have zeros: 7:30 pm is not "7:30"."""
+    """The dates and times in an argument -> (the readings that state each of them, the value without them). Times are
+    of 24 hours, and dates with hyphens have zeros: 7:30 pm is not "7:30"."""
     value, own = re.sub(r"(?<=\d)T00:00(?::00)?", "", value), []
     value = re.sub(r"(?<=\d)T(?=\d)", " ", re.sub(r"(?<=:\d\d)(?:\.\d+)?(?:Z|[+-]\d\d:?\d\d)$", "", value))
-    for start, said, readings in reversed(data.moments_in(value)):
+    found = data.moments_in(value)
+    for _, said, readings in found:
         exact = re.fullmatch(r"\d{1,2}:\d\d(?::\d\d)?|\d{4}-\d+-\d+", said)
-        own.append({said[:5].zfill(5) if ":" in said[:3] else said} if exact else readings)
-        value = value[:start] + value[start + len(said):]
-    return own, value
+        mine = {said[:5].zfill(5) if ":" in said[:3] else said} if exact else readings
+        own.append(mine | {x[5:] for x in mine if "-" in x[4:5]})  # a date may be stated without its year
+    return own, blanked(value, found)
 
 
-def reads(own, readings):
-    """Whether a date or time of an argument may be the stated one."""
-    return any(mine.endswith(reading) for mine in own for reading in readings)
+def blanked(text, moments):
+    """The text without its dates and times."""
+    letters = list(text)
+    for start, said, _ in moments:
+        letters[start:start + len(said)] = " " * len(said)
+    return "".join(letters)
 
 
 def closed(text):
@@ -1361,14 +1364,14 @@ def closed(text):
 def left_out(asked, used, known_words=""):
     """How many numbers, dates, times and names of a request are not in the text `used`. known_words: no names."""
     words = {*WORD.findall(used.casefold()), *WORD.findall(plain(used))}
-    numbers, (own, _), joined = digits(used), own_moments(used), re.sub("[ ().+-]", "", used)
-    n, rest = 0, asked
-    for start, said, readings in data.moments_in(asked):
-        rest = rest[:start] + " " * len(said) + rest[start + len(said):]
-        n += not (said.casefold() in used.casefold() or any(reads(mine, readings) for mine in own)
+    numbers, own, joined = digits(used), set().union(*own_moments(used)[0]), re.sub("[ ().+-]", "", used)
+    moments = data.moments_in(asked)
+    n, rest = 0, blanked(asked, moments)
+    for _, said, readings in moments:
+        n += not (readings & own or said.casefold() in used.casefold()
                   or (parts := digits(said)) and parts.keys() <= numbers.keys())
     for number in NUMBER.findall(rest):
-        n += not (any(v * size in numbers or round(v / 100, 12) in numbers for v in digits(number) for size in (1, 1e3, 1e6))
+        n += not (any({v, v * 1e3, v * 1e6, round(v / 100, 12)} & numbers.keys() for v in digits(number))
                   or len(number) > 2 and number in joined)
     said = [(k, word) for part in re.split(r"(?<=[.?!:])\s+|\n", rest) for k, word in enumerate(WORD.findall(part))]
     if not any(word[0].islower() for _, word in said):  # A Request In Title Case

@@ -15,7 +15,7 @@ from small import model, one_by_one, tokenizer  # noqa: F401
 
 import data
 import toolplay
-from tools import BUILTIN, Call, format_call, tool
+from tools import BUILTIN, Call, Result, format_call, tool
 
 NAMES = ["llama", "qwen3", "gpt2", "mistral", "gemma3"]  # the last two run one row at a time
 END = 257
@@ -582,10 +582,14 @@ HOTEL = {"book": toolplay.load_tools([{"name": "book", "parameters": {"type": "o
     ("Oslo, May 3, 2027 at 2:30 pm", {"city": "Oslo", "arrival": {"by": "2027-05-03T18:45:00"}}, 1.5),
     ("Oslo, May 3, 2027 at 2:30 pm", {"city": "Oslo", "arrival": {"by": "05/03/2027 2:30 PM"}}, 0),
     ("flat 75 in Oslo at 7", {"city": "Oslo", "guests": 75, "arrival": {"by": "07:00"}}, 0),
-    ("Oslo with 5.6% off", {"city": "Oslo", "nights": 0.056}, 0), ("Oslo, card 4111 1111 1111 1111", {"city": "Oslo", "extras": ["4111111111111111"]}, 0),
-    ("Oslo, call (555) 123-4567", {"city": "Oslo", "extras": ["555-123-4567"]}, 0), ("book my usual in Oslo", {"city": "Oslo", "extras": ["ORD-001"]}, 1),
-    ("2.5 million guests in Oslo", {"city": "Oslo", "guests": 2500000}, 0), ("a 5km walk in boston ma", {"city": "Boston, MA", "extras": ["km"]}, 0),
-    ("a bed for O’Brien at José's in Oslo", {"city": "Oslo", "extras": ["O'Brien", "Jose"]}, 0), ("Oslo", {"city": "Oslo", "extras": [""]}, 1),
+    ("Oslo with 5.6% off", {"city": "Oslo", "nights": 0.056}, 0),
+    ("Oslo, card 4111 1111 1111 1111", {"city": "Oslo", "extras": ["4111111111111111"]}, 0),
+    ("Oslo, call (555) 123-4567", {"city": "Oslo", "extras": ["555-123-4567"]}, 0),
+    ("book my usual in Oslo", {"city": "Oslo", "extras": ["ORD-001"]}, 1),
+    ("2.5 million guests in Oslo", {"city": "Oslo", "guests": 2500000}, 0),
+    ("a 5km walk in boston ma", {"city": "Boston, MA", "extras": ["km"]}, 0),
+    ("a bed for O’Brien at José's in Oslo", {"city": "Oslo", "extras": ["O'Brien", "Jose"]}, 0),
+    ("Oslo", {"city": "Oslo", "extras": [""]}, 1),
     ("the best pizza in Oslo", {"city": "Oslo", "extras": ["Oslo pizza"]}, 0.5), ("to Oslo on Friday", {"city": "Oslo"}, 0),
     ("Find Me A Hotel In Oslo", {"city": "Oslo"}, 0), ("the Arrival of Ann in Oslo", {"city": "Oslo", "extras": ["Ann"]}, 0),
     ("what is 15% of 240 in Oslo", {"city": "Oslo", "extras": ["0.15 * 240"]}, 0),
@@ -615,9 +619,34 @@ def test_mismatches_of_several_calls_and_of_odd_schemas():
     assert toolplay.mismatches(both[1:], HOTEL, "rooms in Oslo and Rome", "rooms in Oslo and Rome", earlier=both[:1]) == 0
     assert toolplay.mismatches(both[1:], HOTEL, "rooms in Rome", "rooms in Rome", earlier=both[:1]) == 0  # Oslo was made up before
     assert toolplay.mismatches([Call("other", {"city": "Rome"})], HOTEL, "Oslo", "Oslo") == 0
-    odd = {"book": SimpleNamespace(name="book", description="", parameters={"properties": {"city": True, "extras": {"items": [1]}, "a": {"properties": []}}})}
+    odd = {"book": SimpleNamespace(name="book", description="", parameters={
+        "properties": {"city": True, "extras": {"items": [1]}, "a": {"properties": []}}})}
     arguments = {"city": "Oslo", "extras": ["x", 10 ** 400], "a": {"b": None, "c": True}}
     assert toolplay.mismatches([Call("book", arguments)], odd, "to Oslo", "to Oslo") == 2.5
+
+
+@pytest.mark.parametrize("text", ["1" * 30000, "1.5 " * 8000, "Oslo's, " * 5000, "at 5 " * 8000, "(1 " * 10000, "the 3rd of May " * 3000])
+def test_long_texts_are_read_in_linear_time(text):
+    said = toolplay.Said(text)
+    assert toolplay.mismatches([Call("book", {"city": text})], HOTEL, text, text) <= 1 and said.begins(text)
+
+
+def test_what_states_a_value():
+    """Messages of all roles and results of tools do; the model's own earlier calls do not."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toolplay, "mismatches", lambda calls, tools, known, asked, *_: seen.append((known, asked)) or 0)
+        Choice(patch, {"to Oslo": [[format_call(Call("book", {"city": "Ulm"}))]]})
+        chat = {"messages": [{"role": "system", "content": "The user is Ann."}, {"role": "user", "content": "to Oslo"}]}
+        run(model("llama"), [chat], HOTEL, temperature=0, beams=2, max_turns=1, max_new_tokens=120, grounding=1.0)
+    assert set(seen) == {("The user is Ann.\nto Oslo", ""), ("The user is Ann.\nto Oslo", "to Oslo")}
+    episode = SimpleNamespace(calls=[Call("book", {"city": "Ulm", "guests": 2})], results=[Result("book", True, "full, try Bern")])
+    rows = [(episode, HOTEL, None, ("2 rooms in Ulm", "2 rooms in Ulm"))]
+    sampler = toolplay.Sampler(model("llama"), tokenizer(), rows, 0.0, 1.0, toolplay.Limits(99, 9, 999, False, 0.0, 2, 3.0))
+    for arguments, cost in [({"city": "Bern"}, 0), ({"city": "Rome"}, 3), ({"city": "Ulm", "guests": 2}, 3), ({"guests": 2}, 0)]:
+        assert sampler.cost(0, tokenizer().encode(format_call(Call("book", arguments))), "end") == cost
+    rows[0] = (episode, HOTEL, None, ("some rooms", "some rooms"))
+    assert sampler.cost(0, tokenizer().encode(format_call(Call("book", {"city": "Ulm"}))), "end") == 3
 
 
 def test_closed():
@@ -641,8 +670,10 @@ def test_closed():
 @pytest.mark.parametrize("request_, arguments", [
     ("Book in Oslo for 3 guests.", {"city": "Oslo", "guests": 3}), ("for 1,250 guests in New York", {"guests": 1250, "city": "New York"}),
     ("a suite for Ann and Bo in Oslo, early", {"extras": ["Ann", "Bo"], "room": "suite", "arrival": {"early": True}}),
-    ("I'm there at half past seven in the evening", {"arrival": {"by": "19:30"}}), ("from the 3rd of May", {"arrival": {"by": "2027-05-03"}}),
-    ("from May 3, 2027 at 14:30, code AB-12", {"arrival": {"by": "2027-05-03 14:30"}, "city": "AB-12"}), ("tomorrow", {"arrival": {"by": "2027-05-03"}}),
+    ("I'm there at half past seven in the evening", {"arrival": {"by": "19:30"}}),
+    ("from the 3rd of May", {"arrival": {"by": "2027-05-03"}}),
+    ("from May 3, 2027 at 14:30, code AB-12", {"arrival": {"by": "2027-05-03 14:30"}, "city": "AB-12"}),
+    ("tomorrow", {"arrival": {"by": "2027-05-03"}}),
 ])
 def test_a_call_that_fits_costs_nothing_while_it_is_written(request_, arguments):
     text = format_call(Call("book", arguments))
@@ -653,14 +684,17 @@ def test_a_call_that_fits_costs_nothing_while_it_is_written(request_, arguments)
 
 
 @pytest.mark.parametrize("request_, written, n", [
-    ("Oslo or Bergen, 3 guests", '{"city": "Os', 0), ("Oslo or Bergen, 3 guests", '{"city": "sl', 1), ("Oslo, 35 guests", '{"guests": 3', 0),
+    ("Oslo or Bergen, 3 guests", '{"city": "Os', 0), ("Oslo or Bergen, 3 guests", '{"city": "sl', 1),
+    ("Oslo, 35 guests", '{"guests": 3', 0),
     ("Oslo, 35 guests", '{"guests": 4', 1), ("at half past seven in the evening", '{"arrival": {"by": "18', 1),
     ("at half past seven in the evening", '{"arrival": {"by": "19', 0), ("on 3 May", '{"arrival": {"by": "2027-06', 1),
-    ("on 3 May", '{"arrival": {"by": "2027-05', 0), ("code AB-12", '{"city": "XY-1', 0), ("Oslo", '{"nights": 1', 0), ("Oslo", '{"room": "su', 0),
+    ("on 3 May", '{"arrival": {"by": "2027-05', 0), ("code AB-12", '{"city": "XY-1', 0),
+    ("Oslo", '{"nights": 1', 0), ("Oslo", '{"room": "su', 0),
     ("Oslo", '{"city": "Oslo", "room": "suite", "ni', 0.5), ("Oslo", '{"city": "N', 1), ("Oslo", '{"guests": 1' + 400 * "0", 1),
     ("0.25 guests", '{"guests": 0.2', 0), ("-3 guests", '{"guests": -3', 0), ("from tomorrow", '{"arrival": {"by": "2027-05', 0),
     ("from tomorrow", '{"arrival": {"by": "14:3', 0), ("from tomorrow at 2 pm", '{"arrival": {"by": "15:3', 1),
-    ("to Plzeň", '{"city": "Plze\ufffd', 0), ("card 4111111111111111", '{"guests": 41111111111', 0), ("the minutes of a day", '{"city": "24', 0),
+    ("to Plzeň", '{"city": "Plze\ufffd', 0), ("card 4111111111111111", '{"guests": 41111111111', 0),
+    ("the minutes of a day", '{"city": "24', 0),
     ("at 2 pm, call (555) 123-4567", '{"city": "555-12', 0), ("at 2 pm, 20 dollars", '{"city": "$', 0), ("at 2 pm, 15% of 240", '{"city": "0', 0),
 ])
 def test_an_unfinished_value_is_judged_by_its_beginning(request_, written, n):
