@@ -1201,7 +1201,7 @@ DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 RELATIVE = re.compile(rf"\b(?:today|tonight|tomorrow|tmrw?|yesterday|now|weekend|ago|christmas|{'|'.join(DAYS)}|"
                       rf"{'|'.join(day[:3] for day in DAYS)}|(?:next|last|this) (?:week|month|year)|"
                       r"in \w+ (?:day|week|month)s?|the \d+(?:st|nd|rd|th)(?! of))\b", re.IGNORECASE)
-NO_STEMS = set("a an the to of and or in for with is it as if on by not only also when wheth true fal".split())
+NO_STEMS = set("a an the to of and or in for with is it as if on by not only also when wheth true false".split())
 
 
 def mismatches(calls, tools, known, asked, begun=False, earlier=()):
@@ -1218,13 +1218,14 @@ def mismatches(calls, tools, known, asked, begun=False, earlier=()):
     asked: "" while the last call is unfinished. begun: its last value may go on, so that something stated only has to
     begin with it. earlier: calls of earlier turns, which used values as well.
     """
-    said, used = Said.of(known), []
+    said, used, offered = Said.of(known), [], []  # offered: words that name a tool or parameter, and no value
     whole = [repr(call) for call in [*earlier, *(calls if asked else calls[:-1])]]
     n = len(whole) - len(set(whole))
     for call in (call for call in [*earlier, *calls] if call.name in tools):
         uses, tool = Counter(), tools[call.name]
         found = list(leaves(call.arguments, tool.parameters))
         used += [str(value) for value, *_ in found]
+        offered += [tool.name, tool.description, *map(str, tool.parameters.get("properties") or ())]
         if call in earlier:
             continue
         if begun and call is calls[-1] and found:
@@ -1243,9 +1244,7 @@ def mismatches(calls, tools, known, asked, begun=False, earlier=()):
         for value, count in uses.items():
             times = said.times(value)
             n += max(0, count - times) * (0.5 if not times and said.scattered(value) else 1)
-    known_words = " ".join(f"{tool.name} {tool.description} {' '.join(tool.parameters.get('properties') or ())}"
-                           for tool in (tools[call.name] for call in calls if call.name in tools)) if asked else ""
-    return n + 0.5 * left_out(asked, " ".join(used), known_words)
+    return n + 0.5 * left_out(asked, " ".join(used), stems(" ".join(offered)))
 
 
 class Said:
@@ -1361,8 +1360,9 @@ def closed(text):
     return f"{before}{tag}{kept}</tool_call>", False
 
 
-def left_out(asked, used, known_words=""):
-    """How many numbers, dates, times and names of a request are not in the text `used`. known_words: no names."""
+def left_out(asked, used, offered):
+    """How many numbers, dates, times and names of a request are not in the text `used`. offered: stems of words that are
+    no names."""
     words = {*WORD.findall(used.casefold()), *WORD.findall(plain(used))}
     numbers, own, joined = digits(used), set().union(*own_moments(used)[0]), re.sub("[ ().+-]", "", used)
     moments = data.moments_in(asked)
@@ -1377,7 +1377,7 @@ def left_out(asked, used, known_words=""):
     if not any(word[0].islower() for _, word in said):  # A Request In Title Case
         return n
     return n + sum(k > 0 and len(word) > 1 and word[0].isupper() and word not in data.MONTHS
-                   and not {word.casefold(), plain(word)} & {*words, *DAYS} and not stems(word) & stems(known_words)
+                   and not {word.casefold(), plain(word)} & {*words, *DAYS} and not stems(word) & offered
                    for k, word in said)
 
 
@@ -1392,7 +1392,7 @@ def hints(value, schema, key, tool):
 def stems(text):
     """The first five letters of each word, without a last s: "natural_only", "naturalFoods" -> {"natur", "food"}."""
     words = re.findall(r"[A-Z]?[^\W\dA-Z_]+|[A-Z]+", text)
-    return {(word.lower().rstrip("s") or word)[:5].lower() for word in words} - NO_STEMS
+    return {word.lower().removesuffix("s")[:5] for word in words} - NO_STEMS - {""}
 
 
 def leaves(value, schema, key=""):

@@ -695,7 +695,8 @@ def test_a_call_that_fits_costs_nothing_while_it_is_written(request_, arguments)
     ("from tomorrow", '{"arrival": {"by": "14:3', 0), ("from tomorrow at 2 pm", '{"arrival": {"by": "15:3', 1),
     ("to Plzeň", '{"city": "Plze\ufffd', 0), ("card 4111111111111111", '{"guests": 41111111111', 0),
     ("the minutes of a day", '{"city": "24', 0),
-    ("at 2 pm, call (555) 123-4567", '{"city": "555-12', 0), ("at 2 pm, 20 dollars", '{"city": "$', 0), ("at 2 pm, 15% of 240", '{"city": "0', 0),
+    ("at 2 pm, call (555) 123-4567", '{"city": "555-12', 0),
+    ("at 2 pm, 20 dollars", '{"city": "$', 0), ("at 2 pm, 15% of 240", '{"city": "0', 0),
 ])
 def test_an_unfinished_value_is_judged_by_its_beginning(request_, written, n):
     closed, begun = toolplay.closed(f'<tool_call>{{"name": "book", "arguments": {written}')
