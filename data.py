@@ -531,7 +531,7 @@ def _moments():
         rf"{hour}[:h](?P<minutes>[0-5]\d)(?::[0-5]\d)?(?:{part}|(?![\w:]))", rf"{hour}\.(?P<minutes>[0-5]\d){part}",
         rf"{hour}(?= ?(?:-|to|and|until) ?\d{{1,2}}(?: ?[ap]\.?m\b| o'clock))",  # 2 to 4 pm
         rf"{hour} (?P<minutes>{minute}){part}", rf"{hour} o'clock{part}?", rf"{hour}{part}",
-        r"(?P<hour>noon|midday|midnight)\b", 
+        r"(?P<hour>noon|midday|midnight)\b",
         rf"(?:at|by|until|till|before|after|around|from) (?=\d){hour}(?![\w:/]| ?[%°]|[.,]\d)")]
 
 

@@ -43,7 +43,6 @@ import subprocess
 import sys
 import threading
 import time
-import unicodedata
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +59,7 @@ try:
     import data
     import lora
     from tools import (BUILTIN, Call, CallError, Result, UserError, check_corpora, call_state, execute, format_result,
-                       load_tools, number, one_line_errors, printable, read_calls)
+                       load_tools, number, one_line_errors, printable, read_calls, unaccented)
 except (ModuleNotFoundError, SyntaxError) as error:
     if __name__ != "__main__":
         raise
@@ -735,8 +734,11 @@ class SharedPrefixCache:
         of = list(of)
         slots = [of[:n].count(p) for n, p in enumerate(of)]
         self.alone = of == list(range(len(self.in_rest)))  # each prompt has one row
-        self.of, self.slot = (torch.tensor(x, device=self.device) for x in (of, slots))
+        self.of, self.slot = (torch.tensor(x, dtype=torch.long, device=self.device) for x in (of, slots))
         self.slots = max(slots, default=0) + 1
+        in_rest = self.in_rest[self.of]  # [B, C]
+        # read: how many ids of its prompt a row has
+        self.read, self.no_rest = self.shared + in_rest.sum(1, keepdim=True), ~in_rest[:, None, None]
 
     def by_prompt(self, x):
         """[B, heads, G, c] -> [P, heads, slots * G, c], with zeros for slots without a row."""
@@ -774,7 +776,7 @@ class SharedPrefixCache:
         flat = q.transpose(0, 1).reshape(heads, B * G, d)
         shared = (flat @ pk[0].transpose(1, 2)).unflatten(1, (B, G)).transpose(0, 1)
         rest = self.by_row(self.by_prompt(q) @ rk.transpose(2, 3))                         # [B, heads, G, C]
-        rest = rest.masked_fill(~self.in_rest[self.of][:, None, None], float("-inf"))
+        rest = rest.masked_fill(self.no_rest, float("-inf"))
         p = torch.softmax(torch.cat([shared, rest, own], -1), -1)
         p_shared, p_rest, p_own = p.split([pk.shape[2], rk.shape[2], k.shape[2]], -1)
         out = (p_shared.transpose(0, 1).reshape(heads, B * G, pk.shape[2]) @ pv[0]).unflatten(1, (B, G)).transpose(0, 1)
@@ -784,7 +786,7 @@ class SharedPrefixCache:
         """Feed ids [B][m] -> logits [B, V] after the last id. A row without ids waits: its columns stay invalid."""
         B, m = len(ids), max(map(len, ids))
         going = torch.tensor([[bool(row)] for row in ids], device=self.device)
-        read = self.shared + self.in_rest[self.of].sum(1, keepdim=True) + self.valid.sum(1, keepdim=True)
+        read = self.read + self.valid.sum(1, keepdim=True)
         self.valid = torch.cat([self.valid, going.expand(B, m)], 1)
         columns = self.valid.shape[1]
         # [B, m, columns]
@@ -796,7 +798,8 @@ class SharedPrefixCache:
 
     def keep(self, rows):
         """Keep only these rows; a row that is listed twice is duplicated."""
-        of, rows = [int(self.of[r]) for r in rows], torch.tensor(rows, device=self.device)
+        rows = torch.tensor(rows, dtype=torch.long, device=self.device)
+        of = self.of[rows].tolist()
         self.valid = self.valid[rows]
         self.own = {n: [x[rows] for x in kv] for n, kv in self.own.items()}
         if 4 * len(left := sorted(set(of))) <= 3 * len(self.in_rest):  # not at once: it copies the prompts
@@ -1244,7 +1247,7 @@ def mismatches(calls, tools, known, asked, begun=False, earlier=()):
         for value, count in uses.items():
             times = said.times(value)
             n += max(0, count - times) * (0.5 if not times and said.scattered(value) else 1)
-    return n + 0.5 * left_out(asked, " ".join(used), stems(" ".join(offered)))
+    return n + (0.5 * left_out(asked, " ".join(used), stems(" ".join(offered))) if asked else 0)
 
 
 class Said:
@@ -1303,8 +1306,7 @@ class Said:
 
 def plain(text):
     """A text as it is compared: "Café O’Brien, Oslo" -> "cafe obrien oslo"."""
-    text = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
-    return " ".join(re.sub("['’`]", "", re.sub("[,;]", " ", text)).split())
+    return " ".join(re.sub("['’`]", "", re.sub("[,;]", " ", unaccented(text))).split())
 
 
 def pattern(text):

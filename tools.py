@@ -1236,11 +1236,14 @@ LETTERS = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ð": "d", "ı": "i", 
                          "’": ""})
 
 
+def unaccented(text):
+    """Lower case without accents: "São Paulo" -> "sao paulo"."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
+
+
 def _normal(text):
     """Lower case without accents and punctuation: "São  Paulo" -> "sao paulo"."""
-    letters = unicodedata.normalize("NFKD", text.casefold())
-    letters = "".join(letter for letter in letters if not unicodedata.combining(letter)).translate(LETTERS)
-    return re.sub(r"[\W_]+", " ", letters).strip()
+    return re.sub(r"[\W_]+", " ", unaccented(text).translate(LETTERS)).strip()
 
 
 def _city_file(path=None):
