@@ -1211,8 +1211,8 @@ def mismatches(calls, tools, known, asked, begun=False, earlier=()):
     """How badly calls fit a conversation -> the number of values in their arguments that `known` (all that was said)
     does not state, or that one call uses more often than they are stated, plus the number of calls that repeat another
     one. Half counts what may be right: unstated booleans and values that a schema lists (they are often paraphrased),
-    stated words in another order, and numbers, dates, times and names in `asked` (the request) that no call uses ("...
-    before my 9:40 flight").
+    stated words in another order, and numbers, dates, times, names and quotations in `asked` (the request) that no call
+    uses ("... before my 9:40 flight").
 
     Made-up and forgotten values are typical errors of a small model. Only differences between the beams of a search
     matter: what no beam uses costs all of them the same. Names are words with a capital letter that do not begin a
@@ -1241,8 +1241,8 @@ def mismatches(calls, tools, known, asked, begun=False, earlier=()):
             if isinstance(value, bool) or "enum" in schema:
                 hinted = hints(value, schema, key, tool)
                 n += 0.5 * (not (hinted & said.stems if hinted else isinstance(value, bool) or said.times(value)))
-            else:
-                uses[value] += 1
+            if not isinstance(value, bool) and ("enum" not in schema or said.times(value)):
+                uses[value.casefold() if isinstance(value, str) else value] += 1
                 n += isinstance(value, str) and value != value.strip()
         for value, count in uses.items():
             times = said.times(value)
@@ -1322,8 +1322,8 @@ def number_text(x):
 def own_moments(value):
     """The dates and times in an argument -> (the readings that state each of them, the value without them). Times are
     of 24 hours, and dates with hyphens have zeros: 7:30 pm is not "7:30"."""
-    value, own = re.sub(r"(?<=\d)T00:00(?::00)?", "", value), []
-    value = re.sub(r"(?<=\d)T(?=\d)", " ", re.sub(r"(?<=:\d\d)(?:\.\d+)?(?:Z|[+-]\d\d:?\d\d)$", "", value))
+    value, own = re.sub(r"(?<=\d)[Tt]00:00(?::00)?", "", value), []
+    value = re.sub(r"(?<=\d)[Tt](?=\d)", " ", re.sub(r"(?<=:\d\d)(?:\.\d+)?(?:[Zz]|[+-]\d\d:?\d\d)$", "", value))
     found = data.moments_in(value)
     for _, said, readings in found:
         exact = re.fullmatch(r"\d{1,2}:\d\d(?::\d\d)?|\d{4}-\d+-\d+", said)
@@ -1363,12 +1363,13 @@ def closed(text):
 
 
 def left_out(asked, used, offered):
-    """How many numbers, dates, times and names of a request are not in the text `used`. offered: stems of words that are
-    no names."""
+    """How many numbers, dates, times, names and quotations of a request are not in the text `used`. offered: stems of
+    words that are no names."""
     words = {*WORD.findall(used.casefold()), *WORD.findall(plain(used))}
     numbers, own, joined = digits(used), set().union(*own_moments(used)[0]), re.sub("[ ().+-]", "", used)
     moments = data.moments_in(asked)
-    n, rest = 0, blanked(asked, moments)
+    n = sum(plain(quoted) not in plain(used) for quoted in re.findall(r'(?<!\w)["“]([^"“”\n]+)["”]', asked))
+    rest = blanked(asked, moments)
     for _, said, readings in moments:
         n += not (readings & own or said.casefold() in used.casefold()
                   or (parts := digits(said)) and parts.keys() <= numbers.keys())

@@ -600,6 +600,12 @@ HOTEL = {"book": toolplay.load_tools([{"name": "book", "parameters": {"type": "o
     ("Oslo for 3 guests", {"city": "Oslo", "guests": 3, "nights": 3}, 1),             # 3 is stated once
     ("Oslo for 3 guests and three nights", {"city": "Oslo", "guests": 3, "nights": 3}, 0),
     ("Oslo by 5:30", {"city": "Oslo", "extras": ["Oslo"], "arrival": {"by": "05:30"}}, 1),
+    ("Oslo by 5:30", {"city": "Oslo", "extras": ["OSLO"], "arrival": {"by": "05:30"}}, 1),
+    ("a suite in Oslo", {"city": "Oslo", "room": "suite", "extras": ["suite"]}, 1),    # one of them is used twice
+    ("a suite with a view in Oslo", {"city": "Oslo", "room": "4K", "extras": ["suite"]}, 0.5),
+    ('in Oslo, note "late, by train"', {"city": "Oslo", "extras": ["late, by train"]}, 0),
+    ('in Oslo, note "late, by train"', {"city": "Oslo", "extras": ["note"]}, 0.5),     # the quotation is left out
+    ("in Oslo, note “late”", {"city": "Oslo"}, 0.5), ("a bed for 6'2\" in Oslo, \"", {"city": "Oslo", "extras": ["6'2"]}, 0),
     ("Oslo with 25% off or 7.5 percent", {"city": "Oslo", "guests": 0.25, "nights": 0.075}, 0),
     ("Oslo at -3", {"city": "Oslo", "guests": -3}, 0),
     ("Book in Oslo for 3 guests.", None, 1),                                          # no call
