@@ -1266,6 +1266,7 @@ class Said:
     def of(text):
         return Said(text)
 
+    @functools.lru_cache(4096)  # a finished value is judged anew after each token of its call
     def times(self, value):
         """How often a text or number is stated."""
         if not isinstance(value, str):
@@ -1365,10 +1366,11 @@ def closed(text):
 def left_out(asked, used, offered):
     """How many numbers, dates, times, names and quotations of a request are not in the text `used`. offered: stems of
     words that are no names."""
-    words = {*WORD.findall(used.casefold()), *WORD.findall(plain(used))}
+    text = plain(used)
+    words = {*WORD.findall(used.casefold()), *WORD.findall(text)}
     numbers, own, joined = digits(used), set().union(*own_moments(used)[0]), re.sub("[ ().+-]", "", used)
     moments = data.moments_in(asked)
-    n = sum(plain(quoted) not in plain(used) for quoted in re.findall(r'(?<!\w)["“]([^"“”\n]+)["”]', asked))
+    n = sum(plain(quoted) not in text for quoted in re.findall(r'(?<!\w)["“]([^"“”\n]+)["”]', asked))
     rest = blanked(asked, moments)
     for _, said, readings in moments:
         n += not (readings & own or said.casefold() in used.casefold()
