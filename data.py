@@ -2000,7 +2000,8 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                 made = toolbench_call(call[0] if call[0] in tools else names.get(standard(call[0])), call[1], tools)
                 said = "\n".join(filter(None, [*thoughts, toolbench_thought(text)]))
                 waiting = {"role": "assistant", "content": said, "tool_calls": [made]} if made else {}
-                dropped, thoughts = dropped + (made is None), []
+                more = len(ACTION.findall(str(call[1])))  # further calls of one turn have no result
+                dropped, thoughts = dropped + (made is None) + more, []
             elif role != "system":
                 raise Damaged(f"a turn of an unknown role, {str(role)[:20]!r}")
         if not messages or messages[0]["role"] != "user" or not messages[0]["content"]:

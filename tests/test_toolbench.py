@@ -663,6 +663,13 @@ def test_a_call_that_cannot_be_read_is_not_learned_as_words(tmp_path, text):
         assert made["messages"][1]["tool_calls"] == [{"name": FIND, "arguments": {"title": "Emma"}}]
 
 
+def test_further_calls_of_one_turn_are_counted(tmp_path):
+    more = '\nObservation: none\nThought: Once more.\nAction: pick\nAction Input: {"numbers": [1]}'
+    made, report = one(tmp_path, dialogue(("assistant", ASSISTANT + more), ("function", "shelf 3"), LLAMA_END))
+    assert [m.get("tool_calls") for m in made["messages"]] == [None, [{"name": FIND, "arguments": {"title": "Emma"}}], None, None]
+    assert report["calls_left_out"] == 1
+
+
 def test_damage_in_a_line_costs_this_line(tmp_path):
     lines = [json.dumps(tree(*GOOD)).replace("Find Emma", f"Find book {n}").encode() for n in range(4)]
     lines[2] = lines[2].replace(b"book 2", b"book \xff")
