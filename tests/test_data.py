@@ -663,10 +663,10 @@ def test_a_spoken_request_has_words_only_where_one_says_them():
 def test_a_request_can_begin_with_any_number_in_words(split):
     """"seventeen times twelve": a first word has other tokens than the same word after a space, and with a capital it has others again."""
     writer = data.Writer(split, random.Random(0))
-    made = [writer.calculator_call(writer.said()) for _ in range(1500)]
+    made = [writer.calculator_call(writer.said()) for _ in range(1500 if split == "train" else 500)]
     first = [re.match(r"[A-Za-z]+", text)[0] for text, *_ in filter(None, made) if text[0].isalpha()]
     assert split != "train" or {"Twelve", "twelve", "seventeen", "Seventeen", "eleven", "forty"} <= set(first)
-    assert len(first) > 1000
+    assert len(first) > 0.7 * len(made)
     for text, calls, _, values in filter(None, made):
         assert not re.search(r"\d", text) and calls[0].arguments["expression"].count(" ") == 2 and len(values) == 2
 

@@ -156,7 +156,8 @@ def test_no_talk_breaks_a_corruption():
 
 def test_pairs_share_their_prompt_and_train_only_the_answers(gold):
     pairs = dpo.corrupted_pairs(gold, tokenizer(), seed=1)
-    assert pairs == dpo.corrupted_pairs(gold, tokenizer(), seed=1) != dpo.corrupted_pairs(gold, tokenizer(), seed=2)
+    again, other = (dpo.corrupted_pairs(gold[:50], tokenizer(), seed=seed) for seed in (1, 2))
+    assert pairs[:len(again)] == again != other and len(again) > 40
     assert {pair.why for pair in pairs} == set(dpo.CORRUPTIONS)
     for pair in pairs:
         (a, mask_a), (b, mask_b) = pair[:2]
