@@ -1808,6 +1808,7 @@ def literal(text):
     return ast.literal_eval(tree)
 
 
+@functools.lru_cache(8)  # the steps of one dialogue are items of their own, with the same text
 def toolbench_functions(text):
     """The list of functions in a dialogue's system text: a Python list after a text about the functions, which may also
     contain brackets."""
