@@ -1808,7 +1808,7 @@ def literal(text):
     return ast.literal_eval(tree)
 
 
-@functools.lru_cache(8)  # the steps of one dialogue are items of their own, with the same text
+@functools.lru_cache(8)  # the steps of one dialogue are items of their own, with the same text; nobody changes the list
 def toolbench_functions(text):
     """The list of functions in a dialogue's system text: a Python list after a text about the functions, which may also
     contain brackets."""
@@ -2001,8 +2001,8 @@ def toolbench_conversation(shape, item, observation=OBSERVATIONS[0]):
                 made = toolbench_call(call[0] if call[0] in tools else names.get(standard(call[0])), call[1], tools)
                 said = "\n".join(filter(None, [*thoughts, toolbench_thought(text)]))
                 waiting = {"role": "assistant", "content": said, "tool_calls": [made]} if made else {}
-                more = len(ACTION.findall(str(call[1])))  # further calls of one turn have no result
-                dropped, thoughts = dropped + (made is None) + more, []
+                dropped += (made is None) + len(ACTION.findall(str(call[1])))  # a turn's further calls have no result
+                thoughts = []
             elif role != "system":
                 raise Damaged(f"a turn of an unknown role, {str(role)[:20]!r}")
         if not messages or messages[0]["role"] != "user" or not messages[0]["content"]:
