@@ -91,7 +91,9 @@ class Config:
     run_dir: str = ""                    # where results go; empty: runs/<name of the config file>
     seed: NotNegative = 0                # one seed for data, initialisation, order, dropout and sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: fp16 with loss scaling on cuda, fp32 on cpu
+    precision: Literal["auto", "fp32", "fp16", "bf16", "fastest"] = "auto"  # auto: fp16 with loss scaling on cuda, fp32
+                                                       # on cpu; fastest: bf16 on a cpu that multiplies clearly faster
+                                                       # in it, else as auto (measured; config.json has the choice)
     # adapters (lora.py)
     lora_r: NotNegative = 16             # rank; 0 trains every weight instead (not for ppo)
     lora_alpha: Rate = 32.0              # the update is scaled by alpha / r
@@ -1433,9 +1435,14 @@ def autocast(config, device):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+def product_ratio():
+    """How many times as long as in fp32 a matrix product takes in bf16 on this CPU. What a CPU's list of instructions
+    says is not enough: with AVX512-BF16, but without AMX, an Intel Xeon is slower in bf16."""
+    return product_time(torch.bfloat16) / product_time(torch.float32)
+
+
 def product_time(dtype, times=5):
-    """Seconds of a matrix product of a small model's size on this CPU, the fastest of some. What a CPU's list of
-    instructions says is not enough: with AVX512-BF16, but without AMX, an Intel Xeon is slower in bf16 than in fp32."""
+    """Seconds of a matrix product of a small model's size on this CPU, the fastest of some."""
     a, b, seconds = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype), []
     for _ in range(times):
         start = time.perf_counter()
@@ -1460,7 +1467,7 @@ class Trainer:
                                            fused=self.device.type == "cpu" or None)
         self.dtype = half_precision(config, self.device)
         if (self.dtype is torch.bfloat16 and self.device.type == "cpu"
-                and (ratio := product_time(torch.bfloat16) / product_time(torch.float32)) > 1):
+                and (ratio := product_ratio()) > 1):
             print(f"precision = bf16: on this CPU a matrix product takes {ratio:.1f} times as long as in fp32; "
                   "use --precision=fp32", file=sys.stderr)
         # if disabled, every call is a no-op
@@ -1652,6 +1659,8 @@ class Run:
             raise UserError(f"{self.folder} already holds a run: continue it with --resume, "
                             "or choose another place with --run_dir=...")
         before = {} if self.new else self.same_config()
+        if config.precision == "fastest":
+            config.precision = gathered("bf16" if self.device.type == "cpu" and product_ratio() < 0.8 else "auto")[0]
         if world_rank()[1] > 1:
             dist.barrier()  # every rank checks the folder before rank 0 writes
         random.seed(config.seed)
@@ -1700,8 +1709,9 @@ class Run:
             free.remove("tau_f")
         for key, was in before.items():
             if (key in ("source", "mix") and before["fallback"]
-                    or key in ("lora_r", "lora_alpha", "lora_rslora") and config.start_from):
-                setattr(config, key, was)  # the data that replaced ToolBench's; the adapter's values
+                    or key in ("lora_r", "lora_alpha", "lora_rslora") and config.start_from
+                    or key == "precision" and config.precision == "fastest"):
+                setattr(config, key, was)  # the data that replaced ToolBench's; the adapter's values; what was fastest
             elif (now := getattr(config, key)) != was and key not in free:
                 raise UserError(f"{self.folder}: cannot resume with another config: {key} was {json.dumps(was)}, now "
                                 f"{json.dumps(now)}; continue with the run's own config (python toolplay.py train "

@@ -398,6 +398,16 @@ def test_other_threads_are_said_on_resume(config, capsys):
     assert "began with other threads: what it comes to may differ in the last digits" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ratio, chosen", [(0.5, "bf16"), (0.9, "auto")])
+def test_the_fastest_precision_is_chosen_once(config, ratio, chosen, monkeypatch):
+    monkeypatch.setattr(toolplay, "product_ratio", lambda: ratio)
+    folder = train(config(steps=1, precision="fastest"))
+    assert json.loads((folder / "config.json").read_text())["precision"] == chosen
+    monkeypatch.setattr(toolplay, "product_ratio", lambda: 1.4 - ratio)  # resumed on another machine
+    run = Run(load_config(config(steps=1, precision="fastest")), resume=True)
+    assert run.config.precision == run.written["precision"] == chosen
+
+
 def test_what_a_resumed_run_may_change_is_kept_and_its_beginning_too(config):
     folder = train(config(steps=2))
     made = json.loads((folder / "config.json").read_text())
