@@ -1277,7 +1277,7 @@ SAID_TOO = {"train": 0.1, "dev": 0.25, "test": 0.25}
 # how often an offer has an optional parameter: the model must learn to omit values that nobody stated
 SHOWN = {"train": 0.95, "dev": 0.7, "test": 0.7}
 # number of different offers with one function, and with several; in dev and test every conversation has its own offer
-OFFERS = {"train": 800}
+OFFERS = {"train": 1500}
 
 
 class ApiWriter:
