@@ -92,8 +92,8 @@ class Config:
     seed: NotNegative = 0                # one seed for data, initialisation, order, dropout and sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     precision: Literal["auto", "fp32", "fp16", "bf16", "fastest"] = "auto"  # auto: fp16 with loss scaling on cuda, fp32
-                                                       # on cpu; fastest: bf16 on a cpu that multiplies clearly faster
-                                                       # in it, else as auto (measured; config.json has the choice)
+                                                       # on cpu; fastest: on cpu what it multiplies faster in, bf16 or
+                                                       # fp32 (measured; config.json has the choice), on cuda as auto
     # adapters (lora.py)
     lora_r: NotNegative = 16             # rank; 0 trains every weight instead (not for ppo)
     lora_alpha: Rate = 32.0              # the update is scaled by alpha / r
@@ -1441,6 +1441,18 @@ def product_ratio():
     return product_time(torch.bfloat16) / product_time(torch.float32)
 
 
+def fastest(device, loud=True):
+    """The precision that "fastest" stands for on this device."""
+    if device.type != "cpu":
+        return "auto"
+    ratio = product_ratio()
+    choice = "bf16" if ratio < 0.8 else "fp32"
+    if loud:
+        print(f"precision = fastest: {choice} (a matrix product in bf16 takes {ratio:.1f} times as long as in fp32 on "
+              "this CPU)", file=sys.stderr)
+    return choice
+
+
 def product_time(dtype, times=5):
     """Seconds of a matrix product of a small model's size on this CPU, the fastest of some."""
     a, b, seconds = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype), []
@@ -1660,7 +1672,7 @@ class Run:
                             "or choose another place with --run_dir=...")
         before = {} if self.new else self.same_config()
         if config.precision == "fastest":
-            config.precision = gathered("bf16" if self.device.type == "cpu" and product_ratio() < 0.8 else "auto")[0]
+            config.precision = gathered(fastest(self.device, loud=self.rank == 0))[0]
         if world_rank()[1] > 1:
             dist.barrier()  # every rank checks the folder before rank 0 writes
         random.seed(config.seed)
