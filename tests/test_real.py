@@ -42,12 +42,12 @@ def test_it_learns_a_call_and_the_rollout_executes_it(real):
     chat["messages"][1]["tool_calls"][0]["arguments"] = {"city": "Oslo"}
     row = data.encode({**chat, "messages": chat["messages"][:2]}, tokenizer)
     config = toolplay.load_config({"lr": 0.004, "schedule": "constant", "warmup": 0.0})
-    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, 10)
+    trainer = toolplay.Trainer(config, {n: p for n, p in model.named_parameters() if p.requires_grad}, 7)
     losses = [toolplay.train_step(trainer, [row], lambda rows: sft.sft_loss(toolplay.token_logprobs(model, rows), sft.pad_mask(rows)),
-                                  size=lambda r: sum(r[1]))["loss"] for _ in range(10)]
+                                  size=lambda r: sum(r[1]))["loss"] for _ in range(7)]
     assert losses[-1] < 0.05 < losses[0]
     prompt = {"messages": chat["messages"][:1], "tools": ["weather"]}
-    episode = toolplay.rollout(model, tokenizer, [prompt], load_tools(["weather"]), temperature=0, max_new_tokens=40, max_turns=2)[0]
+    episode = toolplay.rollout(model, tokenizer, [prompt], load_tools(["weather"]), temperature=0, max_new_tokens=32, max_turns=2)[0]
     assert [(c.name, c.arguments) for c in episode.calls][:1] == [("weather", {"city": "Oslo"})]
     assert episode.results[0].ok and episode.results[0].value["city"] == "Oslo"
     logp = toolplay.token_logprobs(model, [(episode.ids, episode.mask)])[0]
