@@ -1441,13 +1441,13 @@ def product_ratio():
     return product_time(torch.bfloat16) / product_time(torch.float32)
 
 
-def fastest(device, loud=True):
-    """The precision that "fastest" stands for on this device."""
+def fastest(device):
+    """The precision that "fastest" stands for on this device, the same on every rank."""
     if device.type != "cpu":
         return "auto"
-    ratio = product_ratio()
+    ratio = gathered(product_ratio())[0]
     choice = "bf16" if ratio < 0.8 else "fp32"
-    if loud:
+    if world_rank()[0] == 0:
         print(f"precision = fastest: {choice} (a matrix product in bf16 takes {ratio:.1f} times as long as in fp32 on "
               "this CPU)", file=sys.stderr)
     return choice
@@ -1672,7 +1672,7 @@ class Run:
                             "or choose another place with --run_dir=...")
         before = {} if self.new else self.same_config()
         if config.precision == "fastest":
-            config.precision = gathered(fastest(self.device, loud=self.rank == 0))[0]
+            config.precision = fastest(self.device)
         if world_rank()[1] > 1:
             dist.barrier()  # every rank checks the folder before rank 0 writes
         random.seed(config.seed)
