@@ -432,12 +432,16 @@ def _convert_gguf(path, transformers):
 
 # --------------------------------------------------------------------------- 3. the trie
 
+SEGMENT = 128  # most nodes of a segment
+
+
 class Trie:
     """The distinct prefixes of a list of id rows, flattened depth-first into N nodes.
 
     ids, depth, end: [N]. Node i's subtree is the interval [i, end_i). A node sees itself and its ancestors, so
     node i attends to node j exactly when j <= i < end_j. path[b][t] is the node of row b's token t.
-    A chain of nodes without branching is a segment: all its nodes have the same ancestors outside the segment.
+    A chain of nodes without branching is a segment: all its nodes have the same ancestors outside the segment. A long
+    chain is several segments, so that the attention of the first nodes leaves out the last ones.
     """
 
     def __init__(self, rows):
@@ -454,7 +458,8 @@ class Trie:
             end |= dict.fromkeys(line, len(self.ids))  # so far, the subtrees of the row's nodes end here
             before = row
         self.end = list(end.values())
-        self.starts = sorted(starts)
+        bounds = sorted(starts) + [len(self.ids)]
+        self.starts = [i for a, b in zip(bounds, bounds[1:]) for i in range(a, b, SEGMENT)]
         # For each segment s: the segments above it, root first. Segment a is above s if the subtree of a's first node
         # contains the first node of s.
         self.ancestors = [[a for a, j in enumerate(self.starts[:s]) if self.end[j] > i]
@@ -503,8 +508,10 @@ class Trie:
                     k_s, v_s = (torch.cat([x[a] for a in (*self.ancestors[s], s)], 2) for x in (ks, vs))
                     size, context = sizes[s], k_s.shape[2]  # the segment's nodes; its and its ancestors' nodes
                     if (s, groups) not in masks:
-                        masks[s, groups] = torch.ones(size, context, dtype=torch.bool,
-                                                      device=device).tril(context - size).repeat(groups, 1)
+                        # as numbers, because torch would make numbers of booleans in every layer
+                        hidden = torch.ones(size, context, dtype=torch.bool, device=device).triu(context - size + 1)
+                        masks[s, groups] = torch.zeros(size, context, dtype=q_s.dtype, device=device).masked_fill(
+                            hidden, -math.inf).repeat(groups, 1)
                     folded = q_s.reshape(1, k.shape[1], groups * size, q.shape[3])
                     o = F.scaled_dot_product_attention(folded, k_s, v_s, attn_mask=masks[s, groups], scale=scaling)
                     out.append(o.reshape(1, q.shape[1], size, v.shape[3]))
