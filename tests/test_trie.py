@@ -24,7 +24,8 @@ def nodes(rows):
 # ---------------------------------------------------------------- the structure
 
 @pytest.mark.parametrize("seed", range(30))
-def test_trie_structure(seed):
+def test_trie_structure(seed, monkeypatch):
+    monkeypatch.setattr(toolplay, "SEGMENT", (1, 2, 3, 128)[seed % 4])
     rows = [ids for ids, _ in random_rows(seed)]
     trie = Trie(rows)
     prefixes = {}
@@ -59,7 +60,8 @@ def test_common_prefix():
 # ---------------------------------------------------------------- exact values
 
 @pytest.mark.parametrize("seed", range(8))
-def test_logprobs_equal_one_by_one(full, seed):
+def test_logprobs_equal_one_by_one(full, seed, monkeypatch):
+    monkeypatch.setattr(toolplay, "SEGMENT", (2, 128)[seed % 2])
     assert toolplay.takes_trie(full)
     rows = random_rows(seed)
     with torch.no_grad():
@@ -399,3 +401,9 @@ def test_the_trial_is_not_fooled_by_half_precision(capsys):
 def test_rows_that_extend_each_other_are_one_segment():
     assert Trie([[1, 2], [1, 2, 3], [1, 2, 3, 4]]).starts == [0]
     assert Trie([[1, 2], [1, 2, 3, 4], [1, 2, 5], [6]]).starts == [0, 2, 4, 5]
+
+
+def test_a_long_chain_is_several_segments():
+    trie = Trie([[1] * 300 + [2], [1] * 300 + [3] * 129])
+    assert trie.starts == [0, 128, 256, 300, 301, 429]
+    assert trie.ancestors == [[], [0], [0, 1], [0, 1, 2], [0, 1, 2], [0, 1, 2, 4]]
