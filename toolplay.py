@@ -509,9 +509,8 @@ class Trie:
                     size, context = sizes[s], k_s.shape[2]  # the segment's nodes; its and its ancestors' nodes
                     if (s, groups) not in masks:
                         # as numbers, because torch would make numbers of booleans in every layer
-                        hidden = torch.ones(size, context, dtype=torch.bool, device=device).triu(context - size + 1)
-                        masks[s, groups] = torch.zeros(size, context, dtype=q_s.dtype, device=device).masked_fill(
-                            hidden, -math.inf).repeat(groups, 1)
+                        masks[s, groups] = torch.full((size, context), -math.inf, dtype=q_s.dtype, device=device
+                                                      ).triu(context - size + 1).repeat(groups, 1)
                     folded = q_s.reshape(1, k.shape[1], groups * size, q.shape[3])
                     o = F.scaled_dot_product_attention(folded, k_s, v_s, attn_mask=masks[s, groups], scale=scaling)
                     out.append(o.reshape(1, q.shape[1], size, v.shape[3]))
